@@ -1,0 +1,83 @@
+"""What can go wrong, said in one line each, and the exit code that belongs to it (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes; 130 and 143 are 128 + the signal's number."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    DATASET = 3
+    MODEL = 4
+    CHECKPOINT = 5
+    RESOURCES = 6
+    DIVERGED = 7
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend: what and where in one line without a full stop, and how to mend it."""
+
+    message: str
+    hint: str | None = None
+
+
+class EmotrainError(Exception):
+    """A mistake or failure that the user can act on; the command line prints it without a traceback.
+
+    Args:
+        message: what is wrong and where, one line, no full stop.
+        hint: how to mend it, one line.
+        problems: further ones of the same kind, where several are known at once (then `message` is the first).
+    """
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, message: str, hint: str | None = None, *, problems: tuple[Problem, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.problems = problems or (Problem(message, hint),)
+
+
+class ConfigError(EmotrainError):
+    """A preset, a flag or a name that cannot be used: exit 2."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DatasetError(EmotrainError):
+    """A data set that is missing or cannot be used: exit 3."""
+
+    exit_code = ExitCode.DATASET
+
+
+class ModelError(EmotrainError):
+    """A model or LoRA file that is missing or cannot be used: exit 4."""
+
+    exit_code = ExitCode.MODEL
+
+
+class CheckpointError(EmotrainError):
+    """A checkpoint or resume that is refused, or a run folder that exists: exit 5."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class ResourceError(EmotrainError):
+    """No memory, no disk, no device, or a locked run: exit 6."""
+
+    exit_code = ExitCode.RESOURCES
+
+
+class DivergedError(EmotrainError):
+    """Numbers that are no longer finite: exit 7."""
+
+    exit_code = ExitCode.DIVERGED

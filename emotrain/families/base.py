@@ -1,0 +1,90 @@
+"""One model family as the training loop sees it.
+
+Shape letters: B batch, C latent channels, H W latent height and width, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, device, dtype, nn
+
+TextEmbeds = dict[str, Tensor]  # "prompt_embeds" [B, S, D]; "pooled_prompt_embeds" [B, D] where the family has them
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Numbers that some families take besides the text, in pixels (SDXL micro-conditioning, arXiv:2307.01952 2.2).
+
+    Each tensor is int64 [B, 2]: (height, width), and (top, left) for the crop.
+    """
+
+    original_sizes: Tensor
+    crop_top_lefts: Tensor
+    target_sizes: Tensor
+
+
+@dataclass
+class TextEncoderPart:
+    """One text encoder with its tokenizer; `name` as in the diffusers folder: text_encoder, text_encoder_2, ..."""
+
+    name: str
+    encoder: nn.Module
+    tokenizer: Any
+    max_tokens: int
+
+
+class Family(Protocol):
+    """A loaded model. All of its parameters are frozen; the LoRA is added to `denoiser` by `lora.adapter`."""
+
+    name: str  # sd15 | sd21 | sdxl | sd3 | flux
+    prediction: Literal["epsilon", "v_prediction", "flow"]
+    denoiser: nn.Module
+    vae: nn.Module | None  # None once freed
+    text_encoders: list[TextEncoderPart]  # empty once freed
+    device: device
+    dtype: dtype  # of the denoiser's arithmetic
+    vae_scale: int  # pixels per latent: 8 on the real models
+    scheduler_config: dict[str, Any]
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """float32 [B, 3, H*vae_scale, W*vae_scale] in -1..1 -> scaled latents float32 [B, C, H, W] (posterior mean)."""
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, H, W] -> pixels float32 [B, 3, H*vae_scale, W*vae_scale] in -1..1."""
+
+    def encode_texts(self, texts: list[str]) -> TextEmbeds:
+        """Texts -> embeddings on the CPU in float32, one row per text; fixed token counts, so that rows can be stacked."""
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output, float32 [B, C, H, W].
+
+        `timesteps` float32 [B]: SD 0..999 (whole numbers); flow models sigma in 0..1.
+        """
+
+    def free_encoders(self) -> None:
+        """Let go of the text encoders (and of the VAE's encoder half) once everything is cached."""
+
+    def vae_identity(self) -> str:
+        """A digest that changes when encode_images would give other latents (weights, scale, dtype)."""
+
+    def text_identity(self) -> str:
+        """A digest that changes when encode_texts would give other embeddings."""
+
+    def pipeline(self, **parts: Any) -> Any:
+        """A diffusers pipeline around the live modules, for samples; freed encoders are None in it."""
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """One sample: text embeddings (positive and negative), size in pixels, seed."""
+
+    text: TextEmbeds
+    negative: TextEmbeds
+    width: int
+    height: int
+    seed: int
+    steps: int = 20
+    guidance: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)

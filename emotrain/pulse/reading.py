@@ -1,0 +1,25 @@
+"""What an emo optimizer felt at one step: plain floats (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The emotion of one optimizer step.
+
+    `scalar` in (-1, 1), positive while the loss falls; `trust` = copysign(1 - |scalar|, scalar); `pulse` is the step
+    length; `drive` the 3.6 and 3.7.0 multiplier (1 elsewhere); `short`, `medium`, `long` the loss averages; `noise_est`
+    and `d_est` the two sides of emoPulse's signal-to-noise ratio.
+    """
+
+    scalar: float
+    trust: float
+    pulse: float
+    drive: float
+    short: float
+    medium: float
+    long: float
+    noise_est: float
+    d_est: float
