@@ -1,0 +1,129 @@
+"""Text that is safe to show: no control characters, measured in terminal cells, never longer than asked."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.cells import cell_len
+
+_DROPPED = {"Cc", "Cf", "Cs", "Co", "Cn"}
+_MAX_MARKS = 2  # combining marks kept on one character; more of them paint over neighbouring lines
+
+
+def clean(text: object) -> str:
+    """One line without control, bidirectional, zero-width or private characters.
+
+    Line breaks and tabs become one space. At most two combining marks stay on a character.
+    """
+    raw = str(text)
+    if raw.isascii() and raw.isprintable():
+        return raw
+    kept: list[str] = []
+    marks = 0
+    for char in unicodedata.normalize("NFC", raw):
+        category = unicodedata.category(char)
+        if char in "\n\r\t\v\f\x1c\x1d\x1e\x85" or category in {"Zl", "Zp", "Zs"}:
+            kept.append(" ")
+        elif category in _DROPPED or "\ufe00" <= char <= "\ufe0f":
+            continue
+        elif category in {"Mn", "Me"}:
+            marks += 1
+            if marks > _MAX_MARKS:
+                continue
+            kept.append(char)
+            continue
+        else:
+            kept.append(char)
+        marks = 0
+    return "".join(kept)
+
+
+def fit(text: str, cells: int, *, ellipsis: str = "…") -> str:
+    """`text` cut to at most `cells` terminal cells; a cut is marked by `ellipsis`."""
+    if cells <= 0:
+        return ""
+    if cell_len(text) <= cells:
+        return text
+    room = cells - cell_len(ellipsis)
+    if room <= 0:
+        return ellipsis if room == 0 else "." * cells
+    kept, used = 0, 0
+    for char in text:
+        used += cell_len(char)
+        if used > room:
+            break
+        kept += 1
+    return text[:kept] + ellipsis
+
+
+def fit_path(path: object, cells: int, *, ellipsis: str = "…") -> str:
+    """A path cut at its start, so that the file's name stays; cleaned."""
+    text = clean(path)
+    if cell_len(text) <= cells:
+        return text
+    reversed_cut = fit(text[::-1], cells, ellipsis=ellipsis[::-1])
+    return reversed_cut[::-1]
+
+
+def short_path(path: Path) -> str:
+    """The path as seen from the working folder, where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:34`, `1:02:03`, `3d 04:05`; `-` where it is not a number."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = max(0, round(seconds))
+    minutes, secs = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        days, hours = divmod(hours, 24)
+        return f"{days}d {hours:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def number(value: float | None, *, digits: int = 4, signed: bool = False) -> str:
+    """A figure of steady width: fixed point from 0.001 to 9999, else with an exponent."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    sign = "+" if signed else ""
+    size = abs(value)
+    if size != 0.0 and (size < 1e-3 or size >= 1e4):
+        return f"{value:{sign}.2e}"
+    return f"{value:{sign}.{digits}f}"
+
+
+def speed(step_s: float | None) -> str:
+    """Steps in a second, or seconds in a step where they are slower than one a second."""
+    if step_s is None or not math.isfinite(step_s) or step_s <= 0.0:
+        return "- it/s"
+    if step_s > 1.0:
+        return f"{step_s:.2f} s/it"
+    return f"{1.0 / step_s:.2f} it/s"
+
+
+def ascii_only(text: str) -> str:
+    """`text` for a terminal that only shows ASCII."""
+    table = {"–": "-", "…": "...", "≤": "<=", "·": "-", "×": "x", "µ": "u"}
+    replaced = "".join(table.get(char, char) for char in text)
+    return replaced.encode("ascii", errors="replace").decode("ascii")
+
+
+def middle(values: Iterable[float]) -> float | None:
+    """The median; None of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    half = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[half]
+    return 0.5 * (ordered[half - 1] + ordered[half])
