@@ -1,0 +1,336 @@
+"""Pictures as a person sees them: any mode, rotation and colour space to 8-bit sRGB (no torch).
+
+Only the formats in `FORMATS` are tried, sizes are checked before anything is decoded, and nothing is ever written.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
+
+from emotrain.dataset.textfile import FileProblem, read_bytes
+from emotrain.errors import ConfigError
+
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    *(("AVIF",) if features.check("avif") else ()),
+)
+SUFFIXES = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP",
+    ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
+}  # fmt: skip
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 512 * 1024 * 1024
+MAX_ASPECT = 32.0  # longest side over shortest
+MIN_SIDE = 8  # pixels
+ORIENTATION = 0x0112  # EXIF tag
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_WARNINGS = threading.Lock()  # `warnings.catch_warnings` is not made for threads
+MEND = "open it in an image editor and save it again, or take it out of the folder"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something worth knowing about a file that is used all the same. `code` is a short word, `message` one line."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture says of itself before it is decoded; sides in pixels as displayed (EXIF rotation applied)."""
+
+    format: str
+    width: int
+    height: int
+    mode: str
+    notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture: `image` RGB on the background, `alpha` L where anything is transparent."""
+
+    image: Image.Image
+    alpha: Image.Image | None
+    header: Header
+    notes: tuple[Note, ...]
+
+
+def parse_background(background: str) -> tuple[int, int, int]:
+    """A colour name or #rrggbb as red, green and blue, 0..255.
+
+    Raises:
+        ConfigError: not a colour.
+    """
+    try:
+        red, green, blue = ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        hint = "a colour name such as white, or #rrggbb"
+        raise ConfigError(
+            f"dataset.background is `{background}`, which is not a colour", hint
+        ) from error
+    return red, green, blue
+
+
+def open_picture(path: Path, background: str = "white") -> Image.Image:
+    """The picture in `path` as RGB, the way a viewer shows it.
+
+    Raises:
+        FileProblem: the file cannot be read or decoded (a DatasetError).
+        ConfigError: `background` is not a colour.
+    """
+    return load_picture(path, background).image
+
+
+def load_picture(path: Path, background: str = "white") -> Picture:
+    """As `open_picture`, with the alpha channel and notes."""
+    return decode_picture(read_bytes(path, limit=MAX_FILE_BYTES), background=background, path=path)
+
+
+def read_header(data: bytes, *, path: str | Path) -> Header:
+    """Format, displayed size and notes of a picture's bytes; nothing is decoded.
+
+    Raises:
+        FileProblem: empty, not a picture, too large, too small or too long for one, or a kind that is refused.
+    """
+    with _opened(data, path) as image:
+        return _header(image, data, path)
+
+
+def decode_picture(data: bytes, *, background: str = "white", path: str | Path) -> Picture:
+    """Decode a picture's bytes; `path` is only for messages.
+
+    Raises:
+        FileProblem: as `read_header`, or truncated or damaged.
+        ConfigError: `background` is not a colour.
+    """
+    colour = parse_background(background)
+    with _opened(data, path) as image:
+        header = _header(image, data, path)
+        try:
+            image.load()
+            upright = _upright(image, header.format)
+            notes: list[Note] = []
+            rgb, alpha = _split(upright, image.info, notes)
+        except FileProblem:
+            raise
+        except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, MemoryError ...
+            raise FileProblem(
+                "damaged", path, f"is truncated or damaged ({_first_line(error)})", MEND
+            ) from error
+    if alpha is not None:
+        notes.append(Note("transparent", f"is partly transparent: laid on {background}"))
+        canvas = Image.new("RGB", rgb.size, colour)
+        canvas.paste(rgb, mask=alpha)
+        rgb = canvas
+    return Picture(rgb, alpha, header, header.notes + tuple(notes))
+
+
+def _opened(data: bytes, path: str | Path) -> Image.Image:
+    """The picture, recognised by its bytes alone; no pixel has been decoded."""
+    if not data:
+        raise FileProblem("empty", path, "is empty (0 bytes)", "take it out, or copy it again")
+    try:
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise FileProblem(
+            "not-a-picture", path, _what_it_is(data), "emotrain reads " + ", ".join(FORMATS)
+        ) from error
+    except Image.DecompressionBombError as error:
+        reason = f"claims more than {MAX_PIXELS // 1_000_000} megapixels"
+        raise FileProblem("too-many-pixels", path, reason, "make it smaller") from error
+    except Exception as error:
+        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", MEND) from error
+
+
+def _what_it_is(data: bytes) -> str:
+    head = data[:64].lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the picture itself"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "is a web page or drawing, not a picture"
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "is a HEIC picture, which is not read: convert it to JPEG or PNG"
+    return "is not a picture in a format that is read, or its first bytes are damaged"
+
+
+def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        reason = (
+            f"claims {width:,} x {height:,} pixels: more than {MAX_PIXELS // 1_000_000} megapixels"
+        )
+        raise FileProblem("too-many-pixels", path, reason, "make it smaller")
+    if min(width, height) < MIN_SIDE:
+        raise FileProblem(
+            "too-small", path, f"is {width} x {height} pixels: too small to learn from"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise FileProblem(
+            "odd-shape", path, f"is {width} x {height} pixels: too long and thin", "crop it"
+        )
+    if image.mode in ("F", "I") and not (image.mode == "I" and image.format == "PNG"):
+        reason = "holds 32-bit numbers, whose black and white are not known"
+        raise FileProblem("unsupported-depth", path, reason, "save it as an 8- or 16-bit picture")
+    if image.mode not in _KNOWN_MODES:
+        raise FileProblem(
+            "unsupported-mode", path, f"is in {image.mode}, which is not read", "save it as RGB"
+        )
+    name = (
+        "JPEG" if image.format == "MPO" else str(image.format)
+    )  # MPO: a JPEG with further views behind it
+    turn, notes = _orientation(image)
+    notes += _kind_notes(image, data, name, path)
+    if turn >= 5 and name != "TIFF":  # Pillow turns TIFF by itself, its size included
+        width, height = height, width
+    return Header(name, width, height, image.mode, tuple(notes))
+
+
+_KNOWN_MODES = frozenset(
+    (
+        "1",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "I",
+        "I;16",
+        "I;16L",
+        "I;16B",
+        "I;16N",
+    )
+)
+
+
+def _kind_notes(image: Image.Image, data: bytes, name: str, path: str | Path) -> list[Note]:
+    notes = []
+    expected = SUFFIXES.get(Path(path).suffix.lower())
+    if expected not in (None, name):
+        notes.append(Note("wrong-extension", f"is a {name} file by its content"))
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        what = "has several pages" if name == "TIFF" else "is animated"
+        notes.append(Note("animated", f"{what}: only the first is used"))
+    if image.mode == "CMYK":
+        notes.append(Note("cmyk", "is in CMYK (for print): converted to RGB, colours may shift"))
+    if image.mode.startswith("I"):
+        notes.append(Note("sixteen-bit", "has 16 bits per pixel: scaled to 8"))
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(str(image.format))
+    if end and (at := data.rfind(end)) >= 0 and data[at + len(end) :].strip(b"\0\r\n "):
+        notes.append(
+            Note(
+                "trailing-bytes",
+                f"has {len(data) - at - len(end):,} bytes behind the end of the picture",
+            )
+        )
+    return notes
+
+
+def _orientation(image: Image.Image) -> tuple[int, list[Note]]:
+    """EXIF orientation 1..8, 1 where there is none or it cannot be read."""
+    try:
+        with _WARNINGS, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = image.getexif().get(ORIENTATION, 1)
+    except (
+        Exception
+    ):  # a hostile EXIF block can fail anywhere in the parser; the pixels may still be good
+        return 1, [Note("exif-damaged", "has EXIF data that cannot be read: not rotated")]
+    notes = [Note("exif-damaged", "has EXIF data that is damaged")] if caught else []
+    turn = value if isinstance(value, int) and 1 <= value <= 8 else 1
+    if turn > 1:
+        notes.append(Note("exif-rotated", "is rotated as its EXIF data says"))
+    return turn, notes
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    turn = 1 if name == "TIFF" else _orientation(image)[0]
+    return image.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else image
+
+
+def _split(
+    image: Image.Image, info: dict, notes: list[Note]
+) -> tuple[Image.Image, Image.Image | None]:
+    """RGB in sRGB, and the alpha channel where any pixel is not opaque."""
+    if image.mode.startswith("I"):
+        return _from_16_bit(image), None
+    alpha = None
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in info:
+        gray = image.mode in ("LA", "La")
+        image = image.convert("L").convert("RGBA") if image.mode == "1" else image.convert("RGBA")
+        alpha = image.getchannel("A")
+        if alpha.getextrema()[0] == 255:
+            alpha = None
+        image = image.convert("RGB").convert("L") if gray else image.convert("RGB")
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    return _to_srgb(image, info.get("icc_profile"), notes), alpha
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Gray values 0..65535 divided by 257 and rounded: 65535 becomes 255 and nothing is clipped."""
+    values = np.asarray(image).astype(np.int64).clip(0, 65535)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, icc: bytes | None, notes: list[Note]) -> Image.Image:
+    if not icc:
+        return image.convert("RGB")
+    try:
+        name, transform = _transform(icc, image.mode)
+        if transform and image.mode == "L" and transform.input_mode == "RGB":
+            image = image.convert("RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, struct.error):
+        notes.append(Note("icc-damaged", "has a colour profile that cannot be used: taken as sRGB"))
+        return image.convert("RGB")
+    if transform is None:
+        return image.convert("RGB")
+    notes.append(Note("icc", f"has the colour profile {name}: converted to sRGB"))
+    return transform.apply(image)
+
+
+@lru_cache(maxsize=32)
+def _transform(icc: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Name of a profile and the way from it to sRGB; None where it is sRGB already or of another kind of picture."""
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+    name = ImageCms.getProfileDescription(profile).strip()
+    space = profile.profile.xcolor_space.strip()
+    if mode == "L" and space == "RGB":
+        mode = "RGB"
+    if {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode] != space or "sRGB" in name:
+        return name, None
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    srgb = ImageCms.createProfile("sRGB")
+    return name, ImageCms.buildTransform(
+        profile, srgb, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

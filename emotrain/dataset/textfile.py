@@ -1,0 +1,117 @@
+"""Files that strangers made, read without trusting them: bytes, text, and names that are safe to show (no torch)."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import stat
+import unicodedata
+from pathlib import Path
+
+from emotrain.errors import DatasetError
+
+MAX_CAPTION_BYTES = 64 * 1024
+MAX_METADATA_BYTES = 64 * 1024 * 1024
+UNSEEN_FORMATS = frozenset(
+    "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+)
+
+
+class FileProblem(DatasetError):
+    """A file that cannot be used. `code` is a short word for reports, `reason` the message without the path."""
+
+    def __init__(self, code: str, path: str | Path, reason: str, hint: str | None = None) -> None:
+        super().__init__(f"{printable(path)} {reason}", hint)
+        self.code = code
+        self.reason = reason
+
+
+def printable(text: str | Path) -> str:
+    r"""A name or caption that any terminal, log or JSON file can take.
+
+    Control characters, directional marks, line ends and bytes that are not UTF-8 become `\x1b`, `\u202e`, `\udcff`;
+    all other characters stay.
+    """
+    return "".join(
+        c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
+
+
+def _is_plain(c: str) -> bool:
+    return c.isascii() and c.isprintable() or (
+        unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp", "Cn") and c not in UNSEEN_FORMATS
+    )  # fmt: skip
+
+
+def read_bytes(path: Path, *, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    A FIFO, socket or device is never waited for, even where it took a file's place after the folder was listed.
+
+    Raises:
+        FileProblem: missing, unreadable, not a regular file, or larger than `limit`.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FileProblem("not-a-file", path, "is not a regular file")
+            if status.st_size > limit:
+                reason = f"is larger than {limit:,} bytes ({status.st_size:,})"
+                raise FileProblem("too-large", path, reason)
+            return file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise FileProblem("missing", path, "does not exist (any more)") from error
+    except OSError as error:
+        raise FileProblem("unreadable", path, f"cannot be read ({error.strerror})") from error
+
+
+def decode_text(data: bytes, path: Path) -> str:
+    """Text of UTF-8 bytes, or of UTF-16 and UTF-32 bytes that say so by their BOM; line ends become newlines.
+
+    Raises:
+        FileProblem: another encoding (named by the offset of its first byte), or NUL characters.
+    """
+    hint = "save the file as UTF-8"
+    encoding = _encoding(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        reason = f"is not {encoding.removesuffix('-sig').upper()}: byte {error.start} is 0x{data[error.start]:02x}"
+        raise FileProblem("caption-encoding", path, reason, hint) from error
+    if "\0" in text:
+        raise FileProblem(
+            "caption-encoding", path, f"holds a NUL at character {text.index(chr(0))}", hint
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _encoding(data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig"
+
+
+def read_captions(path: Path) -> tuple[str, ...]:
+    """The captions of a caption file: one a line, blank lines left out; () where the file says nothing.
+
+    Control characters other than white space are taken out, and white space at both ends.
+
+    Raises:
+        FileProblem: as `read_bytes` and `decode_text`; captions end at 64 KiB.
+    """
+    text = decode_text(read_bytes(path, limit=MAX_CAPTION_BYTES), path)
+    return clean_lines(text)
+
+
+def clean_lines(text: str) -> tuple[str, ...]:
+    """Lines of `text` that say something, without control characters."""
+    lines = (
+        "".join(c for c in line if c == "\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+        for line in text.split("\n")
+    )
+    return tuple(line.strip() for line in lines if line.strip())
