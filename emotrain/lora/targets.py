@@ -1,0 +1,188 @@
+"""Which modules of a denoiser or text encoder get a LoRA: named sets, chosen by path, never by class name.
+
+The sets are regular expressions that must match a module's whole path, so that `proj_out` of a block is never mistaken
+for the `proj_out` of the model. Their counts on the public configurations are in the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from emotrain.errors import ConfigError
+
+TargetSet = Literal["attn", "attn-mlp", "all"]
+Targets = str | Sequence[str]
+
+UNET_FAMILIES = ("sd15", "sd21", "sdxl")
+TRANSFORMER_FAMILIES = ("sd3", "flux")
+FAMILIES = UNET_FAMILIES + TRANSFORMER_FAMILIES
+
+_BLOCK = r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)"
+_UNET = {
+    "attn": (rf"{_BLOCK}\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\.(?:to_[qkv]|to_out\.0)",),
+    "mlp": (
+        rf"{_BLOCK}\.attentions\.\d+\.transformer_blocks\.\d+\.ff\.net\.(?:0\.proj|2)",
+        rf"{_BLOCK}\.attentions\.\d+\.proj_(?:in|out)",
+    ),
+    "rest": (
+        rf"{_BLOCK}\.resnets\.\d+\.(?:conv1|conv2|time_emb_proj|conv_shortcut)",
+        rf"{_BLOCK}\.(?:downsamplers|upsamplers)\.0\.conv",
+    ),
+}
+_SD3 = {
+    "attn": (
+        r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+        r"transformer_blocks\.\d+\.attn2\.(?:to_[qkv]|to_out\.0)",
+    ),
+    "mlp": (r"transformer_blocks\.\d+\.ff(?:_context)?\.net\.(?:0\.proj|2)",),
+    "rest": (r"transformer_blocks\.\d+\.norm1(?:_context)?\.linear",),
+}
+_FLUX = {
+    "attn": (
+        r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+        r"single_transformer_blocks\.\d+\.attn\.to_[qkv]",
+    ),
+    "mlp": (
+        r"transformer_blocks\.\d+\.ff(?:_context)?\.net\.(?:0\.proj|2)",
+        r"single_transformer_blocks\.\d+\.proj_(?:mlp|out)",
+    ),
+    "rest": (
+        r"transformer_blocks\.\d+\.norm1(?:_context)?\.linear",
+        r"single_transformer_blocks\.\d+\.norm\.linear",
+    ),
+}
+_CLIP = {
+    "attn": (r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.(?:[qkv]|out)_proj",),
+    "mlp": (r"(?:text_model\.)?encoder\.layers\.\d+\.mlp\.fc[12]",),
+    "rest": (),
+}
+_SETS = {"sd15": _UNET, "sd21": _UNET, "sdxl": _UNET, "sd3": _SD3, "flux": _FLUX, "clip": _CLIP}
+_MEMBERS = {"attn": ("attn",), "attn-mlp": ("attn", "mlp"), "all": ("attn", "mlp", "rest")}
+
+
+def patterns(targets: Targets, family: str) -> tuple[str, ...]:
+    """The regular expressions of a named set, or the given ones made to match whole path segments.
+
+    A pattern of the user's may leave out the path's beginning (`attn2\\.to_k`, `to_out\\.0`), never cut a segment in two.
+
+    Args:
+        targets: `attn`, `attn-mlp`, `all`, or regular expressions of module paths.
+        family: sd15, sd21, sdxl, sd3, flux, or clip for a text encoder.
+
+    Raises:
+        ConfigError: an unknown set, or a pattern that is not a regular expression.
+        ValueError: an unknown family.
+    """
+    if family not in _SETS:
+        raise ValueError(f"family must be one of {', '.join(_SETS)}, got {family}")
+    if isinstance(targets, str):
+        if targets not in _MEMBERS:
+            raise ConfigError(
+                f"network.targets is `{targets}`, which is not a set of modules",
+                "use attn, attn-mlp, all, or a list of regular expressions",
+            )
+        return tuple(p for member in _MEMBERS[targets] for p in _SETS[family][member])
+    return tuple(rf"(?:.*\.)?(?:{_checked(p)})" for p in targets)
+
+
+def select(model: nn.Module, targets: Targets, family: str) -> tuple[str, ...]:
+    """Paths of the Linear and Conv2d layers that the targets name, in the model's order.
+
+    Raises:
+        ConfigError: a pattern that matches no layer (a half-trained model would go unnoticed).
+    """
+    names = tuple(layers(model))
+    chosen: set[str] = set()
+    for pattern in patterns(targets, family):
+        rule = re.compile(pattern)
+        found = {name for name in names if rule.fullmatch(name)}
+        if not found and not isinstance(targets, str):
+            raise ConfigError(
+                f"network.targets: `{_plain(pattern)}` matches no layer of this {family} model",
+                f"paths look like `{next(iter(names), '')}`",
+            )
+        chosen |= found
+    if not chosen:
+        raise ConfigError(f"network.targets: no layer of this model is a {family} layer", "check model.family")
+    return tuple(name for name in names if name in chosen)
+
+
+def ranks_of(
+    model: nn.Module,
+    names: Sequence[str],
+    *,
+    rank: int,
+    conv_rank: int = 0,
+    rank_pattern: dict[str, int] | None = None,
+) -> dict[str, int]:
+    """Rank per module: `rank_pattern` first (the last match counts), then `conv_rank` for 3x3 convolutions, then `rank`.
+
+    Raises:
+        ConfigError: a rank above what any of the layers can hold, or a pattern that matches none of them.
+    """
+    held = layers(model)
+    ranks = {name: conv_rank if conv_rank and _is_wide_conv(held[name]) else rank for name in names}
+    for pattern, value in (rank_pattern or {}).items():
+        rule = re.compile(rf"(?:.*\.)?(?:{_checked(pattern)})(?:\..*)?")
+        found = [name for name in names if rule.fullmatch(name)]
+        if not found:
+            raise ConfigError(f"network.rank_pattern: `{pattern}` matches none of the {len(names)} adapted layers")
+        ranks.update(dict.fromkeys(found, value))
+    widest = max(min(shape_of(held[name])) for name in names)
+    for name, value in ranks.items():
+        if not 1 <= value <= widest:
+            raise ConfigError(f"network.rank is {value}, but `{name}` and its like hold 1 to {widest}")
+    return ranks
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> layer, for every Linear and Conv2d, seen through adapters that are already there."""
+    found: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside[-1:]):
+            continue
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module):
+            inside.append(name + ".")
+        layer = base if isinstance(base, nn.Module) else module
+        if name and isinstance(layer, nn.Linear | nn.Conv2d):
+            found[name] = layer
+    return found
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) features or channels of a Linear or Conv2d, also of a quantised one."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels // layer.groups
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features
+
+
+def part_of(family: str) -> str:
+    """`unet` or `transformer`: what the denoiser of a family is called in files."""
+    if family in UNET_FAMILIES:
+        return "unet"
+    if family in TRANSFORMER_FAMILIES:
+        return "transformer"
+    raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family}")
+
+
+def _is_wide_conv(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+
+
+def _checked(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"`{pattern}` is not a regular expression: {error}") from error
+    return pattern
+
+
+def _plain(pattern: str) -> str:
+    return pattern.removeprefix(r"(?:.*\.)?(?:").removesuffix(")")
