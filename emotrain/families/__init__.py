@@ -1,0 +1,50 @@
+"""Model families: recognising, loading, encoding, predicting, sampling. `load_family` is the way in; torch is imported by it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emotrain.families.common import LoadedFamily
+
+
+def load_family(
+    base: str,
+    *,
+    family: str = "auto",
+    vae: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantize: str = "none",
+    memory: str = "auto",
+    device: str = "auto",
+    gradient_checkpointing: bool | str = "auto",
+) -> LoadedFamily:
+    """Load a model, frozen, ready for a LoRA.
+
+    Args:
+        base: a .safetensors file, a diffusers folder, a hub id, or `builtin:tiny-sd` | `builtin:tiny-flux`.
+        family: auto, or the family that it has to be.
+        vae: another VAE: a diffusers folder, a hub id or a file.
+        revision: a hub id's branch, tag or commit.
+        dtype: auto | bf16 | fp16 | fp32, of the denoiser and the text encoders; auto is bf16 on GPUs that have it,
+            fp16 on others, fp32 on the CPU.
+        quantize: none | int8 | nf4 | fp8, of the frozen denoiser.
+        memory: auto | 24gb | 16gb | 12gb | 8gb: the GPU to fit into; auto is what is free.
+        device: auto | cuda | mps | cpu.
+        gradient_checkpointing: auto, or whether activations are computed again in the backward pass.
+
+    Returns:
+        The family; `placement` says in one sentence what was decided about memory.
+
+    Raises:
+        ConfigError: an unknown name.
+        ModelError: the model is missing, not readable or not of that family.
+        ResourceError: a device that is not there.
+    """
+    from emotrain.families.loading import load
+
+    return load(
+        base, family=family, vae=vae, revision=revision, dtype=dtype, quantize=quantize, memory=memory,
+        device=device, gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip

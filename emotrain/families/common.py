@@ -1,0 +1,186 @@
+"""What all families share: VAE, devices, identities, freeing the encoders.
+
+Shape letters: B batch, C latent channels, H W latent height and width, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
+
+SAMPLED_VALUES = 65_536  # per tensor, evenly spread: enough to notice any retrained or merged tensor
+
+
+@dataclass
+class Parts:
+    """The pieces of a model as loaded; `placement` is what was decided about memory, in one sentence."""
+
+    name: str
+    variant: str
+    prediction: Literal["epsilon", "v_prediction", "flow"]
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoders: list[TextEncoderPart]
+    scheduler: Any
+    device: torch.device
+    dtype: torch.dtype
+    placement: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def digest_module(module: nn.Module, extra: Any) -> str:
+    """sha256 over config, names, shapes, dtypes and evenly sampled values of all tensors, and `extra`."""
+    digest = hashlib.sha256(json.dumps(extra, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, flat.numel() // SAMPLED_VALUES)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def words_of(config: Any) -> dict[str, Any]:
+    """A model config without the keys that say where it was loaded from or by which version."""
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    skip = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    return {k: v for k, v in plain.items() if not k.startswith("_") and k not in skip}
+
+
+class LoadedFamily(ABC):
+    """A model whose parameters are all frozen; see `families.base.Family` for what each method promises."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.name = parts.name
+        self.variant = parts.variant
+        self.prediction = parts.prediction
+        self.denoiser = parts.denoiser
+        self.vae: nn.Module | None = parts.vae
+        self.text_encoders = parts.text_encoders
+        self.scheduler = parts.scheduler
+        self.scheduler_config: dict[str, Any] = dict(parts.scheduler.config)
+        self.device = parts.device
+        self.dtype = parts.dtype
+        self.placement = parts.placement
+        self.facts = parts.facts
+        config = parts.vae.config
+        self.vae_scale = 2 ** (len(config.block_out_channels) - 1)
+        self.latent_scale = float(config.scaling_factor)
+        self.latent_shift = float(getattr(config, "shift_factor", None) or 0.0)
+        self._identities: dict[str, str] = {}
+        for module in (self.denoiser, parts.vae, *(part.encoder for part in self.text_encoders)):
+            module.requires_grad_(False)
+            module.eval()
+
+    # ------------------------------------------------------------ pictures
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """float32 [B, 3, H*vae_scale, W*vae_scale] in -1..1 -> scaled latents float32 [B, C, H, W] on the CPU (posterior mean)."""
+        assert self.vae is not None
+        weight = next(self.vae.parameters())
+        posterior = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        return ((posterior.mean.float() - self.latent_shift) * self.latent_scale).cpu()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, H, W] -> pixels float32 [B, 3, H*vae_scale, W*vae_scale] on the CPU, about -1..1."""
+        assert self.vae is not None
+        weight = next(self.vae.parameters())
+        raw = latents.float() / self.latent_scale + self.latent_shift
+        return self.vae.decode(raw.to(weight.device, weight.dtype)).sample.float().cpu()
+
+    # ------------------------------------------------------------ texts
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> TextEmbeds:
+        """Texts -> embeddings float32 on the CPU, one row per text; the same as the diffusers pipeline's `encode_prompt`."""
+
+    @abstractmethod
+    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+        """As `encode_texts`, but on the encoders' device, in their dtype and with gradients: to train the encoders."""
+
+    @staticmethod
+    def to_rows(embeds: TextEmbeds) -> TextEmbeds:
+        """Embeddings as they are cached: detached, float32, on the CPU."""
+        return {key: value.detach().float().cpu() for key, value in embeds.items()}
+
+    def part(self, name: str) -> TextEncoderPart | None:
+        """The text encoder `name`, or None where it is absent or freed."""
+        return next((part for part in self.text_encoders if part.name == name), None)
+
+    # ------------------------------------------------------------ the denoiser
+
+    @abstractmethod
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output, float32 [B, C, H, W]; see `Family.predict`."""
+
+    def _inputs(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds) -> tuple[Tensor, Tensor, TextEmbeds]:
+        """To the device; latents and embeddings in the denoiser's dtype, timesteps in float32."""
+        moved = {key: value.to(self.device, self.dtype) for key, value in text.items()}
+        return noisy_latents.to(self.device, self.dtype), timesteps.to(self.device, torch.float32), moved
+
+    # ------------------------------------------------------------ memory
+
+    def free_encoders(self) -> None:
+        """Let go of the text encoders and of the VAE's encoder half; identities are kept."""
+        self.vae_identity()
+        self.text_identity()
+        self.text_encoders = []
+        if self.vae is not None and getattr(self.vae, "encoder", None) is not None:
+            self.vae.encoder = None
+            self.vae.quant_conv = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ------------------------------------------------------------ identities
+
+    def vae_identity(self) -> str:
+        """A digest that changes when `encode_images` would give other latents."""
+        if "vae" not in self._identities:
+            assert self.vae is not None
+            self._identities["vae"] = digest_module(self.vae, words_of(self.vae.config))
+        return self._identities["vae"]
+
+    def text_identity(self) -> str:
+        """A digest that changes when `encode_texts` would give other embeddings."""
+        if "text" not in self._identities:
+            digest = hashlib.sha256(self.name.encode())
+            for part in self.text_encoders:
+                vocabulary = sorted(part.tokenizer.get_vocab().items())
+                extra = [part.name, part.max_tokens, words_of(part.encoder.config), vocabulary]
+                digest.update(digest_module(part.encoder, extra).encode())
+            self._identities["text"] = digest.hexdigest()
+        return self._identities["text"]
+
+    # ------------------------------------------------------------ samples
+
+    @abstractmethod
+    def pipeline(self, **parts: Any) -> Any:
+        """A diffusers pipeline around the live modules; freed encoders are None in it."""
+
+    @abstractmethod
+    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+        """Arguments of the pipeline's call for these embeddings; `guidance` None is the model's usual one."""
+
+    def unpack_sampled(self, latents: Tensor, width: int, height: int) -> Tensor:
+        """Latents as the pipeline returns them -> scaled latents [B, C, H, W]; `width` and `height` in pixels."""
+        return latents
+
+    def fresh_scheduler(self) -> Any:
+        """A scheduler of the model's own kind that no one else uses."""
+        return type(self.scheduler).from_config(self.scheduler.config)
+
+
+def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:
+    """Token ids int64 [B, S], padded and cut to the encoder's `max_tokens`."""
+    batch = part.tokenizer(texts, padding="max_length", max_length=part.max_tokens, truncation=True, return_tensors="pt")
+    ids: Tensor = batch.input_ids
+    return ids.to(next(part.encoder.parameters()).device)

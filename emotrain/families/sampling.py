@@ -1,0 +1,42 @@
+"""One sample through the stock diffusers pipeline around the live modules. The global random state is not touched."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from emotrain.families.base import DrawRequest
+from emotrain.families.common import LoadedFamily
+
+
+def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
+    """Draw one picture, RGB, `request.width` x `request.height` pixels.
+
+    Noise comes from a generator of its own on the CPU, seeded with `request.seed`: the same request on the same weights gives
+    the same picture. Embeddings have one row. `request.extras` goes to the pipeline's call as it is.
+
+    Raises:
+        ValueError: a size that the model cannot have.
+    """
+    step = family.vae_scale * 2
+    if request.width % step or request.height % step:
+        raise ValueError(f"width and height must be multiples of {step}, got {request.width} x {request.height}")
+    text = {key: value.to(family.device, family.dtype) for key, value in request.text.items()}
+    negative = {key: value.to(family.device, family.dtype) for key, value in request.negative.items()}
+    words = family.pipeline_words(text, negative, request.guidance)
+    pipeline = family.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    training = family.denoiser.training
+    family.denoiser.eval()
+    try:
+        with torch.no_grad():
+            latents = pipeline(
+                **words, **request.extras, width=request.width, height=request.height, generator=generator,
+                num_inference_steps=request.steps, output_type="latent",
+            ).images  # fmt: skip
+            pixels = family.decode_latents(family.unpack_sampled(latents, request.width, request.height))
+    finally:
+        family.denoiser.train(training)
+    levels = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())

@@ -1,0 +1,58 @@
+"""Stable Diffusion 1.x and 2.x: a UNet and one CLIP text encoder (Rombach et al. 2022, arXiv:2112.10752)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.families.base import Conditioning, TextEmbeds
+from emotrain.families.common import LoadedFamily, ids_of
+from emotrain.families.sizes import FAMILIES
+
+
+class StableDiffusion(LoadedFamily):
+    """sd15 and sd21; they differ in sizes and in what is predicted only."""
+
+    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+        """prompt_embeds [B, S, D]: CLIP's last hidden state, normalised (no layer is skipped)."""
+        part = self.text_encoders[0]
+        ids = ids_of(part, texts)
+        return {"prompt_embeds": part.encoder(ids)[0]}
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> TextEmbeds:
+        """prompt_embeds float32 [B, S, D] on the CPU."""
+        return self.to_rows(self.encode_with_grad(texts))
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
+        """Epsilon or v, float32 [B, C, H, W]; the sizes in `conditioning` play no part."""
+        latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
+        output = self.denoiser(latents, timesteps.long(), encoder_hidden_states=text["prompt_embeds"])
+        return output.sample.float()
+
+    def pipeline(self, **parts: Any) -> Any:
+        """StableDiffusionPipeline."""
+        from diffusers import StableDiffusionPipeline
+
+        clip = self.part("text_encoder")
+        built = {
+            "vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler(),
+            "text_encoder": clip.encoder if clip else None, "tokenizer": clip.tokenizer if clip else None,
+            "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+        }  # fmt: skip
+        return StableDiffusionPipeline(**{**built, **parts})
+
+    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+        """Classifier-free guidance."""
+        return {
+            "prompt_embeds": text["prompt_embeds"],
+            "negative_prompt_embeds": negative["prompt_embeds"],
+            "guidance_scale": usual_guidance(self.variant) if guidance is None else guidance,
+        }
+
+
+def usual_guidance(variant: str) -> float:
+    """The guidance of samples."""
+    return FAMILIES["sd15"].guidance if variant != "custom" else 3.0

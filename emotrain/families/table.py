@@ -1,0 +1,86 @@
+"""Which model a name means, and what can be said of it without torch: the front door of this room."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from emotrain.errors import ConfigError, ModelError
+from emotrain.families.sizes import FAMILIES, FamilyInfo, FamilyName, Variant, public_configs
+from emotrain.families.sniff import Sniffed, sniff_file, sniff_folder, sniff_hub
+
+__all__ = [
+    "BUILTIN", "FAMILIES", "FamilyInfo", "FamilyName", "Sniffed", "Variant", "is_hub_id", "public_configs", "resolve_base", "sniff",
+]  # fmt: skip
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = ("tiny-sd", "tiny-flux")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether `base` has the form of a hub id (`owner/name`) and nothing of that name is on the disk."""
+    suffix = Path(base).suffix.lower()
+    named = suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+    return bool(HUB_ID.fullmatch(base)) and not named and not Path(base).exists()
+
+
+def resolve_base(base: str) -> str | Path:
+    """`model.base` -> a path on the disk, or a hub id as it is.
+
+    Raises:
+        ConfigError: an unknown `builtin:` name.
+        ModelError: a path where nothing is.
+    """
+    if base.startswith("builtin:"):
+        name = base.removeprefix("builtin:")
+        if name not in BUILTIN:
+            near = difflib.get_close_matches(name, BUILTIN, 1)
+            known = " and ".join(f"`builtin:{b}`" for b in BUILTIN)
+            hint = f"did you mean `builtin:{near[0]}`?" if near else f"there are {known}"
+            raise ConfigError(f"`{base}` is not a built-in model", hint)
+        folder = ASSETS / name
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(f"`{base}` is missing from this installation", "install emotrain again; its wheel holds the model")
+        return folder
+    if is_hub_id(base):
+        return base
+    path = Path(base).expanduser()
+    if not path.exists():
+        raise ModelError(
+            f"model `{base}` does not exist",
+            "give a .safetensors file, a diffusers folder, a hub id such as `owner/name`, or `builtin:tiny-sd`",
+        )
+    return path
+
+
+def sniff(base: str | Path, family: str = "auto", revision: str | None = None) -> Sniffed:
+    """What a model is, from its JSON files or its safetensors header alone.
+
+    A hub id fetches its small JSON files (or takes them from the local cache).
+
+    Args:
+        base: as in the preset, see `resolve_base`.
+        family: auto, or the family that it has to be.
+        revision: of a hub id.
+
+    Raises:
+        ConfigError: an unknown `builtin:` name or family.
+        ModelError: missing, unreadable, not known, or of another family than `family`.
+    """
+    if family != "auto" and family not in FAMILIES:
+        raise ConfigError(f"model.family `{family}` is not known", f"one of auto, {', '.join(FAMILIES)}")
+    where = resolve_base(str(base))
+    if isinstance(where, str):
+        found = sniff_hub(where, revision)
+    elif where.is_dir():
+        found = sniff_folder(where)
+    else:
+        found = sniff_file(where)
+    if family not in ("auto", found.family):
+        raise ModelError(
+            f"model.family is `{family}`, but `{base}` is {found.describe()}",
+            f"write `family: {found.family}`, or leave it out",
+        )
+    return found
