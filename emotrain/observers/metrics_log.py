@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -13,53 +14,79 @@ from emotrain.train.events import Event, ProbeEnd, RunStart, StepEnd
 
 METRICS_FILE = "metrics.jsonl"
 PROBE_FILE = "probe.jsonl"
+MAX_WAITING = 200  # lines that may wait for a full disk to get room before the run is ended
 
 
 class MetricsLog:
-    """Appends to the logs of a run folder, flushed at every line.
+    """Appends to the logs of a run folder; every line is on its way to the disk when `handle` returns.
 
-    At `RunStart` everything after `start_step` is cut off, also a half line that a crash has left.
+    At `RunStart` everything after `start_step` is cut off, also a half line that a crash has left. While the disk
+    refuses lines they wait and are tried again with the next one.
 
     Raises:
-        ResourceError: a log cannot be written (from `handle`).
+        ResourceError: a log could not be written for 200 lines (from `handle`).
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._files: dict[str, IO[bytes]] = {}
+        self._logs = {name: _Log(run_dir / name) for name in (METRICS_FILE, PROBE_FILE)}
 
     def handle(self, event: Event) -> None:
         """Cut at the start, then write steps and probes."""
         if isinstance(event, StepEnd):
-            self._append(METRICS_FILE, to_line(step_row(event)))
+            self._logs[METRICS_FILE].append(to_line(step_row(event)))
         elif isinstance(event, ProbeEnd):
-            self._append(PROBE_FILE, to_line(probe_row(event)))
+            self._logs[PROBE_FILE].append(to_line(probe_row(event)))
         elif isinstance(event, RunStart):
             self.close()
-            for name in (METRICS_FILE, PROBE_FILE):
-                truncate_log(self._run_dir / name, event.start_step)
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            for log in self._logs.values():
+                truncate_log(log.path, event.start_step)
 
     def close(self) -> None:
         """Close the files; a later event opens them again."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        for log in self._logs.values():
+            log.close()
 
-    def _append(self, name: str, line: str) -> None:
-        path = self._run_dir / name
+
+class _Log:
+    """One file, unbuffered, with the lines that it has not taken yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+        self._waiting: list[bytes] = []
+
+    def append(self, line: str) -> None:
+        self._waiting.append(line.encode("utf-8"))
         try:
-            file = self._files.get(name)
-            if file is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = self._files[name] = path.open("ab")
-            file.write(line.encode("utf-8"))
-            file.flush()
+            self._write_waiting()
         except OSError as error:
+            if len(self._waiting) < MAX_WAITING:
+                return
             reason = error.strerror or type(error).__name__
             raise ResourceError(
-                f"{path}: the log cannot be written ({reason})",
+                f"{self.path}: the log cannot be written ({reason})",
                 hint="free some space on that disk, then resume the run",
             ) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._write_waiting()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+            line = self._waiting[0]
+            written = self._file.write(line) or 0
+            if written < len(line):  # a full disk may take a part
+                self._waiting[0] = line[written:]
+            else:
+                del self._waiting[0]
 
 
 def truncate_log(path: Path, last_step: int) -> int:

@@ -1,0 +1,163 @@
+"""What the dashboard knows about a run: filled by events, bounded in memory, without any drawing."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from emotrain.observers.pace import Pace, Smoother
+from emotrain.observers.text import clean
+from emotrain.observers.trace import Trace
+from emotrain.train.events import (
+    Event,
+    Notice,
+    Phase,
+    ProbeEnd,
+    RunEnd,
+    RunStart,
+    SamplesDrawn,
+    Saved,
+    StepEnd,
+)
+
+MAX_NOTICES = 8
+MAX_PHASES = 12
+MAX_PROBES = 200
+
+
+@dataclass
+class PhaseLine:
+    """One phase before, between or after the steps."""
+
+    name: str
+    began: float
+    done: int = 0
+    total: int = 0
+    ended: float | None = None
+
+
+@dataclass
+class Board:
+    """The latest of everything, and the curves.
+
+    Args:
+        clock: seconds of a steady clock.
+    """
+
+    clock: Callable[[], float]
+    start: RunStart | None = None
+    last: StepEnd | None = None
+    probe: ProbeEnd | None = None
+    samples: SamplesDrawn | None = None
+    saved: Saved | None = None
+    end: RunEnd | None = None
+    began: float = 0.0
+    phases: deque[PhaseLine] = field(default_factory=lambda: deque(maxlen=MAX_PHASES))
+    notices: deque[tuple[int, str, str]] = field(  # step, level, message
+        default_factory=lambda: deque(maxlen=MAX_NOTICES)
+    )
+    num_warnings: int = 0
+    probes: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MAX_PROBES))
+
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+        self._reset(0)
+
+    def _reset(self, max_steps: int) -> None:
+        self.pace = Pace(max_steps)
+        self.smooth = Smoother()
+        self.hears_other = False
+        self.loss, self.smoothed, self.heard = Trace(), Trace(), Trace()
+        self.scalar, self.trust, self.pulse = Trace(), Trace(), Trace()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        if self.last is not None:
+            return self.last.step
+        return self.start.start_step if self.start is not None else 0
+
+    @property
+    def max_steps(self) -> int:
+        """The ceiling."""
+        return self.start.max_steps if self.start is not None else 0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the board was made."""
+        return self.end.seconds if self.end is not None else self.clock() - self.began
+
+    @property
+    def phase(self) -> PhaseLine | None:
+        """The phase that goes on now."""
+        if self.phases and self.phases[-1].ended is None:
+            return self.phases[-1]
+        return None
+
+    def note(self, event: Event) -> None:
+        """Take note of one event."""
+        match event:
+            case StepEnd():
+                self._on_step(event)
+            case ProbeEnd():
+                self.probe = event
+                if math.isfinite(event.loss):
+                    self.probes.append((event.step, event.loss))
+            case SamplesDrawn():
+                self.samples = event
+            case Saved():
+                self.saved = event
+            case Phase():
+                self._on_phase(event)
+            case Notice():
+                self.notices.append((self.step, event.level, clean(event.message)))
+                self.num_warnings += event.level == "warning"
+            case RunStart():
+                self.start = event
+                self.last = None
+                self._reset(event.max_steps)
+            case RunEnd():
+                self._end_phase()
+                self.end = event
+
+    def _on_step(self, event: StepEnd) -> None:
+        self._end_phase()
+        self.last = event
+        self.pace.note(event, self.clock())
+        self.hears_other = self.hears_other or event.heard != event.loss
+        self.loss.add(event.loss)
+        self.smoothed.add(self.smooth.add(event.loss))
+        self.heard.add(event.heard)
+        self.scalar.add(event.reading.scalar)
+        self.trust.add(event.reading.trust)
+        self.pulse.add(event.reading.pulse)
+
+    def _on_phase(self, event: Phase) -> None:
+        now = self.clock()
+        line = self.phase
+        if line is None or line.name != clean(event.name):
+            self._end_phase()
+            line = PhaseLine(clean(event.name), now)
+            self.phases.append(line)
+        line.done, line.total = event.done, event.total
+        if event.total and event.done >= event.total:
+            line.ended = now
+
+    def _end_phase(self) -> None:
+        if self.phases and self.phases[-1].ended is None:
+            self.phases[-1].ended = self.clock()
+
+    def probe_marks(self) -> list[tuple[float, float]]:
+        """Probe losses with their place in [0, 1] between the first and the last step drawn."""
+        if self.last is None or self.start is None:
+            return []
+        first = self.last.step - self.loss.num_values + 1
+        length = max(1, self.last.step - first)
+        return [((s - first) / length, loss) for s, loss in self.probes if s >= first]
+
+    def run_dir(self) -> Path | None:
+        """Where the run lives."""
+        return self.start.run_dir if self.start is not None else None

@@ -1,0 +1,116 @@
+"""The live dashboard on a terminal: it takes note of events at once and draws in its own thread."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+from rich.console import Console
+
+from emotrain.observers.board import Board
+from emotrain.observers.layout import compose
+from emotrain.observers.screen import Screen, StrayLines
+from emotrain.observers.summary import summarise
+from emotrain.train.events import Event
+
+SHARE = 0.003  # of the processor's time that drawing may take
+FASTEST_S, SLOWEST_S = 0.125, 1.0
+LOOK_S = 0.05  # how often the terminal is asked for its size
+
+
+class Dashboard:
+    """Shows a run on one screen.
+
+    `handle` only writes figures down (microseconds). A thread draws 1 to 8 times a second, as often as it may within
+    0.3% of one core, and at once when the terminal has another size. A terminal that is stopped (Ctrl-S) or gone does
+    not hold up the training. No random numbers are used.
+
+    Args:
+        console: the terminal (default: stderr). Whether it is one is the caller's question.
+        clock: seconds of a steady clock.
+        thread: draw by itself; otherwise only `refresh` draws.
+        capture_stderr: lines that others write to `sys.stderr` go above the frame while it is shown.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        thread: bool = True,
+        capture_stderr: bool = True,
+    ) -> None:
+        self._console = make_console(sys.stderr) if console is None else console
+        self._board = Board(clock)
+        self._screen = Screen(self._console)
+        self._lock = threading.Lock()
+        self._ascii = not can_show(self._console)
+        self._wake = threading.Event()
+        self._closed = False
+        self._changed = True
+        self._stack = contextlib.ExitStack()
+        if capture_stderr:
+            stray = StrayLines(self._screen, sys.stderr)
+            self._stack.callback(stray.release)
+            self._stack.enter_context(contextlib.redirect_stderr(stray))
+        self._thread: threading.Thread | None = None
+        if thread:
+            self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
+            self._thread.start()
+
+    def handle(self, event: Event) -> None:
+        """Take note of one event; the next frame shows it."""
+        with self._lock:
+            self._board.note(event)
+            self._changed = True
+
+    def refresh(self) -> None:
+        """Draw a frame now."""
+        size = self._screen.size
+        with self._lock:
+            self._changed = False
+            frame = compose(self._board, *size, ascii=self._ascii)
+        self._screen.draw(frame, size)
+
+    def close(self) -> None:
+        """Stop drawing; the summary of the run takes the frame's place (without a `RunEnd` the last frame stays)."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)
+        self._stack.close()
+        columns, rows = self._screen.size
+        with self._lock:
+            lines = summarise(self._board, columns, ascii=self._ascii)
+            frame = None if lines else compose(self._board, columns, rows, ascii=self._ascii)
+        self._screen.finish(lines or frame)
+
+    def _run(self) -> None:
+        """Draw when something changed and the last drawing is paid for, or when the size is another one."""
+        due, size = 0.0, (0, 0)
+        while not self._wake.wait(LOOK_S):
+            now = time.monotonic()
+            resized = self._screen.size != size
+            if not resized and now < due:
+                continue
+            size = self._screen.size
+            began = time.thread_time()
+            self.refresh()
+            cost = time.thread_time() - began
+            due = now + min(SLOWEST_S, max(FASTEST_S, cost / SHARE))
+
+
+def make_console(stream: TextIO, environ: Mapping[str, str] | None = None) -> Console:
+    """A rich console for a stream that is a terminal."""
+    return Console(file=stream, force_terminal=True, highlight=False, _environ=environ)
+
+
+def can_show(console: Console) -> bool:
+    """Whether block and braille characters can be shown: a UTF encoding."""
+    return console.encoding.lower().replace("_", "-").startswith("utf")

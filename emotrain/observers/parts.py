@@ -1,0 +1,336 @@
+"""The parts of the dashboard's frame: each a line or a few, made for a given width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emotrain.observers.board import Board, PhaseLine
+from emotrain.observers.charts import (
+    Line,
+    Mark,
+    Scale,
+    chart,
+    curve_of,
+    meter,
+    scale_for,
+    sparkline,
+)
+from emotrain.observers.lines import crop, join, pad, spread
+from emotrain.observers.text import clean, duration, fit, fit_path, number, short_path, speed
+from emotrain.observers.trace import Trace
+
+AXIS = 9  # cells for the figures at the left of a chart
+LABEL = 19  # cells for the label and value at the left of a strip
+DETAIL = 9  # cells for the label of a detail line
+
+
+@dataclass(frozen=True)
+class Look:
+    """How to draw."""
+
+    ascii: bool = False
+
+    @property
+    def dash(self) -> str:
+        """Between the two ends of a range."""
+        return "-" if self.ascii else "–"
+
+
+def header(board: Board, width: int, look: Look) -> Line:
+    """Name at the left; optimizer, device and time at the right."""
+    right: Line = [(duration(board.elapsed_s), "value")]
+    name = "starting"
+    if board.start is not None:
+        name = clean(board.start.name)
+        device = f"{clean(board.start.optimizer)} on {clean(board.start.device)}"
+        right = [(fit(device, width // 3), "label"), ("  ", ""), *right]
+    left: Line = [("emotrain ", "label"), (fit(name, max(8, width // 2)), "title")]
+    return spread(left, right, width)
+
+
+def progress(board: Board, width: int, look: Look) -> Line:
+    """The step as a bar; the ceiling is not a target, so the bar may end early."""
+    share = board.step / board.max_steps if board.max_steps else 0.0
+    tail = f" {100.0 * share:3.0f}%"
+    filled, empty = meter(share, width - len(tail), ascii_only=look.ascii)
+    return [(filled, "bar"), (empty, "rule"), (tail, "label")]
+
+
+def status(board: Board, width: int, look: Look) -> Line:
+    """Step, epoch, speed, the time that is left, memory."""
+    last = board.last
+    if last is None:
+        return []
+    items: list[Line] = [
+        [("step ", "label"), (f"{last.step}", "value"), (f"/{board.max_steps}", "label")],
+        [("epoch ", "label"), (f"{last.epoch:.2f}", "value")],
+        [(speed(board.pace.step_s), "value")],
+        _eta(board, look),
+    ]
+    phase = board.phase
+    if phase is not None:
+        items.insert(1, [(_phase_words(phase), "warning")])
+    if last.memory_gib > 0.0:
+        items.append([("memory ", "label"), (f"{last.memory_gib:.2f} GiB", "value")])
+    items.append([("grad ", "label"), (number(last.grad_norm, digits=3), "value")])
+    if last.skipped:
+        items.append([(f"{last.skipped} skipped", "warning")])
+    return join(items, width)
+
+
+def _eta(board: Board, look: Look) -> Line:
+    early, late = board.pace.last_step
+    where = f" (step {early}{look.dash}{late})" if early != late else " at most"
+    return [("ETA ", "label"), (board.pace.eta(look.dash), "value"), (where, "label")]
+
+
+def timing(board: Board, width: int, look: Look) -> Line:
+    """Speed and the time that is left, for small terminals."""
+    return join([[(speed(board.pace.step_s), "value")], _eta(board, look)], width)
+
+
+def loss_legend(board: Board, width: int) -> Line:
+    """The figures of the loss chart."""
+    last = board.last
+    if last is None:
+        return []
+    items: list[Line] = [
+        [("loss ", "label"), (number(last.loss), "raw")],
+        [("smoothed ", "label"), (number(board.smooth.value), "loss")],
+        [("heard ", "label"), (number(last.heard), "heard")],
+    ]
+    if board.probe is not None:
+        items.append([("probe ", "label"), (number(board.probe.loss), "probe")])
+    return join(items, width)
+
+
+def loss_chart(board: Board, width: int, rows: int, look: Look) -> list[Line]:
+    """Raw loss, what the emotion hears, smoothed loss, and the probe as marks."""
+    if rows < 1 or board.last is None:
+        return []
+    span = width - AXIS
+    marks = [Mark(x, value, "probe") for x, value in board.probe_marks()]
+    scale = scale_for(_loss_bounds(board, [mark.value for mark in marks]))
+    curves = [curve_of(board.loss, span, "raw", ascii_only=look.ascii)]
+    if board.hears_other:
+        curves.append(curve_of(board.heard, span, "heard", ascii_only=look.ascii))
+    curves.append(curve_of(board.smoothed, span, "loss", ascii_only=look.ascii))
+    drawn = chart(curves, scale, span, rows, marks=marks, ascii_only=look.ascii)
+    return _with_axis(drawn, scale, AXIS)
+
+
+def _loss_bounds(board: Board, probes: list[float]) -> tuple[float, float] | None:
+    """Room for nearly all raw values and all smoothed ones; single spikes are cut off."""
+    found = [
+        bounds
+        for bounds in (board.loss.robust_bounds(), board.smoothed.bounds())
+        if bounds is not None
+    ]
+    if probes:
+        found.append((min(probes), max(probes)))
+    if not found:
+        return None
+    return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _with_axis(drawn: list[Line], scale: Scale, width: int) -> list[Line]:
+    """The highest and the lowest figure at the left of a chart."""
+    lines: list[Line] = []
+    for row, line in enumerate(drawn):
+        text = ""
+        if row == 0:
+            text = number(scale.high, digits=3)
+        elif row == len(drawn) - 1:
+            text = number(scale.low, digits=3)
+        lines.append([(fit(text, width - 1).rjust(width - 1) + " ", "rule"), *line])
+    return lines
+
+
+def _strip_source(name: str, board: Board) -> tuple[Trace, Scale, str, str]:
+    """Trace, scale, style and the present value in words."""
+    if name == "loss":
+        scale = scale_for(_loss_bounds(board, []))
+        return board.smoothed, scale, "loss", number(board.last.loss if board.last else None)
+    if name == "heard":
+        value = number(board.last.heard if board.last else None)
+        return board.heard, scale_for(board.heard.robust_bounds()), "heard", value
+    if name == "scalar":
+        scale = scale_for(board.scalar.bounds(), symmetric=True)
+        return board.scalar, scale, "scalar", number(board.scalar.last, signed=True)
+    if name == "trust":
+        return board.trust, Scale(-1.0, 1.0), "trust", number(board.trust.last, signed=True)
+    scale = scale_for(board.pulse.bounds(), log=True)
+    return board.pulse, scale, "pulse", f"{board.pulse.last:.2e}"
+
+
+def strip_line(name: str, board: Board, width: int, look: Look) -> Line:
+    """Label, value and the curve in one line."""
+    trace, scale, style, value = _strip_source(name, board)
+    head: Line = [(f"{name:<8} ", "label"), (f"{value:>9} ", style)]
+    room = width - LABEL
+    if room < 4:
+        return crop([(f"{name} ", "label"), (value, style)], width)
+    return [*head, (sparkline(trace, room, scale, ascii_only=look.ascii), style)]
+
+
+def strip(name: str, board: Board, width: int, rows: int, look: Look) -> list[Line]:
+    """Label and value at the left of a curve of several rows."""
+    trace, scale, style, value = _strip_source(name, board)
+    span = width - LABEL
+    drawn = _curve(trace, scale, style, span, rows, look)
+    heads: list[Line] = [[(f"{name:<8} ", "label"), (f"{value:>9} ", style)]]
+    return [[*pad(heads[0] if row == 0 else [], LABEL), *line] for row, line in enumerate(drawn)]
+
+
+def strip_title(name: str, board: Board, width: int, look: Look) -> Line:
+    """Label and value above a curve."""
+    _, _, style, value = _strip_source(name, board)
+    return crop([(f"{name} ", "label"), (value, style)], width)
+
+
+def strip_chart(name: str, board: Board, width: int, rows: int, look: Look) -> list[Line]:
+    """A curve of several rows with its axis."""
+    if rows < 1:
+        return []
+    trace, scale, style, _ = _strip_source(name, board)
+    drawn = _curve(trace, scale, style, width - AXIS, rows, look)
+    return _with_axis(drawn, scale, AXIS)
+
+
+def _curve(
+    trace: Trace, scale: Scale, style: str, span: int, rows: int, look: Look
+) -> list[Line]:
+    curves = [curve_of(trace, span, style, ascii_only=look.ascii)]
+    return chart(curves, scale, span, rows, zero=True, ascii_only=look.ascii)
+
+
+def _detail(label: str, text: str, width: int, style: str = "") -> Line:
+    return [(f"{label:<{DETAIL}}", "label"), (fit(text, width - DETAIL), style)]
+
+
+def stop(board: Board, width: int, look: Look) -> Line:
+    """How far the stop rule is towards its decision."""
+    if board.last is None:
+        return []
+    share = board.last.stop_meter
+    tail: Line = [(f" {100.0 * share:3.0f}%", "value")]
+    if board.last.ready:
+        tail.append((" ready", "good"))
+    room = min(40, width - DETAIL - 11)
+    filled, empty = meter(share, room, ascii_only=look.ascii)
+    return crop([("stop".ljust(DETAIL), "label"), (filled, "stop"), (empty, "rule"), *tail], width)
+
+
+def probe(board: Board, width: int) -> Line:
+    """The last probe and the best one."""
+    event = board.probe
+    if event is None:
+        return []
+    items: list[Line] = [
+        [("probe".ljust(DETAIL), "label"), (number(event.loss), "probe")],
+        [
+            ("best ", "label"),
+            (number(event.best_loss), "value"),
+            (f" at step {event.best_step}", "label"),
+        ],
+        [("base ", "label"), (number(event.base_loss), "")],
+        [("scalar ", "label"), (number(event.scalar, signed=True), "")],
+    ]
+    if event.drift is not None:
+        items.append([("drift ", "label"), (number(event.drift), "")])
+    return join(items, width)
+
+
+def samples(board: Board, width: int) -> Line:
+    """The last sheet of samples."""
+    if board.samples is None:
+        return []
+    step = f"step {board.samples.step} "
+    path = fit_path(short_path(board.samples.sheet), width - DETAIL - len(step))
+    return [("samples".ljust(DETAIL), "label"), (step, ""), (path, "path")]
+
+
+def saved(board: Board, width: int) -> Line:
+    """The last file that was saved."""
+    if board.saved is None:
+        return []
+    step = f"step {board.saved.step} " + ("best " if board.saved.best else "")
+    path = fit_path(short_path(board.saved.path), width - DETAIL - len(step))
+    return [("saved".ljust(DETAIL), "label"), (step, ""), (path, "")]
+
+
+def folder(board: Board, width: int) -> Line:
+    """The run folder."""
+    path = board.run_dir()
+    if path is None:
+        return []
+    return _detail("run", fit_path(short_path(path), width - DETAIL), width)
+
+
+def last_notice(board: Board, width: int) -> Line:
+    """The last warning; without one the last notice."""
+    if not board.notices:
+        return []
+    warnings = [notice for notice in board.notices if notice[1] == "warning"]
+    return _notice(*(warnings or list(board.notices))[-1], width)
+
+
+def notices(board: Board, width: int, most: int) -> list[Line]:
+    """The last notices, oldest first."""
+    return [_notice(*notice, width) for notice in list(board.notices)[-most:]]
+
+
+def _notice(step: int, level: str, message: str, width: int) -> Line:
+    if level == "warning":
+        return crop([("warning".ljust(DETAIL), "warning"), (message, "")], width)
+    return crop([("note".ljust(DETAIL), "label"), (message, "")], width)
+
+
+def facts(board: Board, width: int) -> list[Line]:
+    """What is known about the run before its first step."""
+    start = board.start
+    if start is None:
+        return []
+    size = f"{start.num_images} pictures, {start.steps_per_epoch:g} steps an epoch"
+    network = f"{start.num_modules} modules, {start.num_parameters / 1e6:.2f} M parameters"
+    rows = [("data", size), ("network", network), ("steps", f"at most {start.max_steps}")]
+    if start.start_step:
+        rows.append(("resumed", f"after step {start.start_step}"))
+    rows.extend((clean(label), clean(value)) for label, value in start.facts)
+    rows.append(("run", fit_path(short_path(start.run_dir), width - 12)))
+    lines: list[Line] = []
+    for label, value in rows:
+        shown = fit(label, 10)
+        lines.append(crop([*pad([(shown, "label")], 12), (value, "")], width))
+    return lines
+
+
+def phase_lines(board: Board, width: int, look: Look) -> list[Line]:
+    """Phases so far: done ones with their time, the present one with a bar where its length is known."""
+    lines: list[Line] = []
+    for phase in board.phases:
+        seconds = (phase.ended if phase.ended is not None else board.clock()) - phase.began
+        if phase.ended is not None:
+            tick = "+" if look.ascii else "✓"
+            tail: Line = [(duration(seconds), "label")]
+            lines.append(spread([(f"{tick} ", "good"), (phase.name, "")], tail, width))
+            continue
+        lines.append(_phase_now(phase, seconds, width, look))
+    return lines
+
+
+def _phase_now(phase: PhaseLine, seconds: float, width: int, look: Look) -> Line:
+    left: Line = [("> ", "bar"), (_phase_words(phase), "title")]
+    right: Line = [(duration(seconds), "value")]
+    if phase.total and phase.done:
+        left_s = seconds / phase.done * (phase.total - phase.done)
+        right = [("ETA ", "label"), (duration(left_s), "value"), ("  ", ""), *right]
+    if phase.total:
+        room = min(30, width // 3)
+        filled, empty = meter(phase.done / phase.total, room, ascii_only=look.ascii)
+        right = [(filled, "bar"), (empty, "rule"), ("  ", ""), *right]
+    return spread(left, right, width)
+
+
+def _phase_words(phase: PhaseLine) -> str:
+    return f"{phase.name} {phase.done}/{phase.total}" if phase.total else phase.name

@@ -1,0 +1,230 @@
+"""A frame at the bottom of a terminal, drawn in place: only lines that changed are sent.
+
+No alternate screen, no hidden cursor between two frames: a process that is killed leaves a sane terminal. Lines are
+drawn with automatic wrapping off, so that a character whose width the terminal sees otherwise cannot break a frame.
+After the terminal got narrower the visible part is cleared, because terminals then fold the lines of the last frame.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import IO
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from emotrain.observers.charts import Line
+
+STYLES: Mapping[str, str] = {
+    "": "",
+    "title": "bold",
+    "label": "dim",
+    "value": "bold",
+    "rule": "dim",
+    "raw": "dim cyan",
+    "loss": "bright_cyan",
+    "heard": "blue",
+    "probe": "bright_magenta",
+    "scalar": "green",
+    "trust": "blue",
+    "pulse": "yellow",
+    "bar": "green",
+    "stop": "magenta",
+    "good": "bold green",
+    "warning": "bold yellow",
+    "bad": "bold red",
+    "path": "underline",
+}
+
+_BEGIN = "\x1b[?2026h\x1b[?25l\x1b[?7l"  # one update, cursor away, no wrapping
+_END = "\x1b[?7h\x1b[?25h\x1b[?2026l"
+
+
+@lru_cache(maxsize=256)
+def _codes(style: str, color_system: str | None, plain: bool) -> tuple[str, str]:
+    """What goes before and after a text of that style."""
+    if not style or color_system is None:
+        return "", ""
+    parsed = Style.parse(STYLES[style])
+    if plain:
+        parsed = parsed.without_color
+    from rich.color import ColorSystem
+
+    systems = {
+        "standard": ColorSystem.STANDARD,
+        "256": ColorSystem.EIGHT_BIT,
+        "truecolor": ColorSystem.TRUECOLOR,
+        "windows": ColorSystem.WINDOWS,
+    }
+    drawn = parsed.render("\0", color_system=systems.get(color_system, ColorSystem.STANDARD))
+    before, _, after = drawn.partition("\0")
+    return before, after
+
+
+def to_text(lines: Sequence[Line]) -> Text:
+    """Lines as a rich Text, for pictures and tests."""
+    text = Text(no_wrap=True, overflow="crop", end="")
+    for number, line in enumerate(lines):
+        if number:
+            text.append("\n")
+        for part, style in line:
+            text.append(part, STYLES[style] or None)
+    return text
+
+
+def to_plain(lines: Sequence[Line]) -> list[str]:
+    """Lines without styles."""
+    return ["".join(part for part, _ in line) for line in lines]
+
+
+class Screen:
+    """Draws frames on the terminal of a rich console; goes silent when the terminal is gone.
+
+    Args:
+        console: says size, colours and encoding; the text goes to its file.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.RLock()
+        self._shown: list[str] = []
+        self._size = (0, 0)
+        self.closed = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows as they are now; COLUMNS and LINES have no say where there is a terminal."""
+        try:
+            found = os.get_terminal_size(self._console.file.fileno())
+        except (OSError, ValueError):
+            return self._console.width, self._console.height
+        if found.columns > 0 and found.lines > 0:
+            return found.columns, found.lines
+        return self._console.width, self._console.height
+
+    def encode(self, line: Line) -> str:
+        """One line with its escape codes."""
+        console = self._console
+        parts: list[str] = []
+        for text, style in line:
+            before, after = _codes(style, console.color_system, console.no_color)
+            parts.append(f"{before}{text}{after}")
+        return "".join(parts)
+
+    def draw(self, lines: Sequence[Line], size: tuple[int, int]) -> None:
+        """Show a frame that was made for `size`; it must be at least one row lower than the terminal."""
+        encoded = [self.encode(line) for line in lines]
+        with self._lock:
+            if self.closed:
+                return
+            parts = [_BEGIN]
+            old = self._shown
+            if old and (size[0] < self._size[0] or size[1] <= len(old)):
+                parts.append("\x1b[H\x1b[J")
+                old = []
+            elif old:
+                parts.append(f"\x1b[{len(old)}A\r")
+            if size != self._size:
+                old = [""] * len(old)
+            for number, line in enumerate(encoded):
+                same = number < len(old) and old[number] == line
+                parts.append("\r\n" if same else f"\r{line}\x1b[K\r\n")
+            parts.append("\x1b[J" + _END)
+            self._shown, self._size = encoded, size
+            self._send("".join(parts))
+
+    def print_above(self, lines: Sequence[Line]) -> None:
+        """Put lines above the frame for good."""
+        with self._lock:
+            parts = [_BEGIN]
+            if self._shown:
+                parts.append(f"\x1b[{len(self._shown)}A\r")
+            parts.extend(f"{self.encode(line)}\x1b[K\r\n" for line in lines)
+            parts.extend(f"{line}\x1b[K\r\n" for line in self._shown)
+            parts.append("\x1b[J" + _END)
+            self._send("".join(parts))
+
+    def finish(self, lines: Sequence[Line] | None) -> None:
+        """Replace the frame by `lines` (None: leave it), and draw no more."""
+        with self._lock:
+            if lines is not None:
+                self.draw(lines, self.size)
+            self._send(_END)
+            self._shown = []
+            self.closed = True
+
+    def _send(self, text: str) -> None:
+        if self.closed:
+            return
+        file: IO[str] = self._console.file
+        try:
+            file.write(text)
+            file.flush()
+        except UnicodeEncodeError:
+            encoding = file.encoding or "ascii"
+            file.write(text.encode(encoding, errors="replace").decode(encoding))
+            file.flush()
+        except (OSError, ValueError):  # the terminal is gone
+            self.closed = True
+
+
+class StrayLines:
+    """Takes the place of stderr while a frame is shown: whole lines go above it, unfinished ones wait.
+
+    Progress bars that rewrite their line leave only its last form. After `release`, and in child processes, everything
+    goes straight to the real stream, since libraries keep the object that they found at import.
+    """
+
+    def __init__(self, screen: Screen, real: IO[str]) -> None:
+        self._screen = screen
+        self._real = real
+        self._owner = os.getpid()
+        self._held = ""
+        self._released = False
+        self.encoding = getattr(real, "encoding", "utf-8")
+        self.errors = getattr(real, "errors", "replace")
+
+    def write(self, text: str) -> int:
+        """Keep text until its line is whole."""
+        if self._released or os.getpid() != self._owner:
+            return self._real.write(text)
+        self._held += text
+        if "\n" in self._held:
+            *whole, self._held = self._held.split("\n")
+            self._show(whole)
+        return len(text)
+
+    def _show(self, whole: Sequence[str]) -> None:
+        from emotrain.observers.text import clean, fit
+
+        width = self._screen.size[0] - 1
+        shown = [clean(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in whole]
+        self._screen.print_above([[(fit(line, width), "")] for line in shown if line.strip()])
+
+    def flush(self) -> None:
+        """Nothing to do before a line is whole."""
+        if self._released:
+            self._real.flush()
+
+    def isatty(self) -> bool:
+        """No: nobody else may move the cursor."""
+        return self._released and self._real.isatty()
+
+    def fileno(self) -> int:
+        """The real stream's descriptor (for subprocesses)."""
+        return self._real.fileno()
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def release(self) -> None:
+        """Let go: an unfinished line is shown, then the real stream is used."""
+        if not self._released and self._held.strip():
+            self._show([self._held])
+        self._held = ""
+        self._released = True
