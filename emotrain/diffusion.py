@@ -84,7 +84,10 @@ def shift_for(num_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
     """
     if not scheduler_config.get("use_dynamic_shifting", False):
         return float(scheduler_config.get("shift", 1.0))
-    low, high = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
+    low, high = (
+        scheduler_config.get("base_image_seq_len", 256),
+        scheduler_config.get("max_image_seq_len", 4096),
+    )
     base, top = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
     mu = base + (top - base) * (num_tokens - low) / (high - low)
     return float(mu if scheduler_config.get("time_shift_type") == "linear" else math.exp(mu))
@@ -109,7 +112,9 @@ def betas_of(scheduler_config: Mapping[str, Any]) -> Tensor:
         edge = torch.linspace(0, 1, count + 1, dtype=torch.float64)
         level = torch.cos((edge + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - level[1:] / level[:-1]).clamp(max=0.999).float()
-    raise ModelError(f"the model's scheduler has the beta schedule `{kind}`, which is not known here")
+    raise ModelError(
+        f"the model's scheduler has the beta schedule `{kind}`, which is not known here"
+    )
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -149,7 +154,9 @@ class DiffusionObjective:
 
     def noise(self, latents: Tensor, generator_noise: Tensor) -> Tensor:
         """See `Objective.noise`."""
-        return add_offset(generator_noise, self.noise_offset) if self.noise_offset else generator_noise
+        return (
+            add_offset(generator_noise, self.noise_offset) if self.noise_offset else generator_noise
+        )
 
     def _mix(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at `timesteps`, each [B, 1, 1, 1]."""
@@ -186,7 +193,7 @@ class DiffusionObjective:
         return snr.clamp(max=self.min_snr_gamma) / (snr + 1)
 
     def position(self, timesteps: Tensor) -> Tensor:
-        """timestep / T."""
+        """Timestep / T."""
         return timesteps.float() / len(self.alphas_cumprod)
 
 
@@ -255,15 +262,23 @@ def build_objective(
         raise ValueError(f"timesteps must be auto, uniform or logit-normal, got {timesteps!r}")
     if prediction == "flow":
         if min_snr_gamma is not None or noise_offset:
-            raise ValueError("min_snr_gamma and noise_offset are for diffusion models, not for flow models")
+            raise ValueError(
+                "min_snr_gamma and noise_offset are for diffusion models, not for flow models"
+            )
         density: Density = "uniform" if timesteps == "uniform" else "logit-normal"
-        return FlowObjective(dict(scheduler_config), density, None if shift == "auto" else float(shift))
+        return FlowObjective(
+            dict(scheduler_config), density, None if shift == "auto" else float(shift)
+        )
     if shift != "auto":
         raise ValueError("shift is for flow models, not for diffusion models")
     betas = betas_of(scheduler_config)
     if scheduler_config.get("rescale_betas_zero_snr", False):
-        if prediction == "epsilon":  # at pure noise epsilon says nothing about the picture: Lin et al. 2024, 3.2
-            raise ModelError("the model's scheduler asks for zero terminal SNR, which cannot be had with epsilon prediction")
+        if (
+            prediction == "epsilon"
+        ):  # at pure noise epsilon says nothing about the picture: Lin et al. 2024, 3.2
+            raise ModelError(
+                "the model's scheduler asks for zero terminal SNR, which cannot be had with epsilon prediction"
+            )
         betas = rescale_zero_terminal_snr(betas)
     alphas_cumprod = (1.0 - betas).cumprod(0)
     density = "logit-normal" if timesteps == "logit-normal" else "uniform"

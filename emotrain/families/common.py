@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
 
-SAMPLED_VALUES = 65_536  # per tensor, evenly spread: enough to notice any retrained or merged tensor
+SAMPLED_VALUES = (
+    65_536  # per tensor, evenly spread: enough to notice any retrained or merged tensor
+)
 
 
 @dataclass
@@ -119,13 +121,21 @@ class LoadedFamily(ABC):
     # ------------------------------------------------------------ the denoiser
 
     @abstractmethod
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
+    ) -> Tensor:
         """The denoiser's output, float32 [B, C, H, W]; see `Family.predict`."""
 
-    def _inputs(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds) -> tuple[Tensor, Tensor, TextEmbeds]:
+    def _inputs(
+        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds
+    ) -> tuple[Tensor, Tensor, TextEmbeds]:
         """To the device; latents and embeddings in the denoiser's dtype, timesteps in float32."""
         moved = {key: value.to(self.device, self.dtype) for key, value in text.items()}
-        return noisy_latents.to(self.device, self.dtype), timesteps.to(self.device, torch.float32), moved
+        return (
+            noisy_latents.to(self.device, self.dtype),
+            timesteps.to(self.device, torch.float32),
+            moved,
+        )
 
     # ------------------------------------------------------------ memory
 
@@ -167,7 +177,9 @@ class LoadedFamily(ABC):
         """A diffusers pipeline around the live modules; freed encoders are None in it."""
 
     @abstractmethod
-    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+    def pipeline_words(
+        self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None
+    ) -> dict[str, Any]:
         """Arguments of the pipeline's call for these embeddings; `guidance` None is the model's usual one."""
 
     def unpack_sampled(self, latents: Tensor, width: int, height: int) -> Tensor:
@@ -181,6 +193,12 @@ class LoadedFamily(ABC):
 
 def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:
     """Token ids int64 [B, S], padded and cut to the encoder's `max_tokens`."""
-    batch = part.tokenizer(texts, padding="max_length", max_length=part.max_tokens, truncation=True, return_tensors="pt")
+    batch = part.tokenizer(
+        texts,
+        padding="max_length",
+        max_length=part.max_tokens,
+        truncation=True,
+        return_tensors="pt",
+    )
     ids: Tensor = batch.input_ids
     return ids.to(next(part.encoder.parameters()).device)

@@ -41,23 +41,38 @@ def refuse_unreadable(path: Path) -> None:
         ModelError: missing, pickled, an LFS pointer, a web page, or another format.
     """
     if not path.exists():
-        raise ModelError(f"`{path}` does not exist", "check the path; relative paths start at the preset's folder")
+        raise ModelError(
+            f"`{path}` does not exist",
+            "check the path; relative paths start at the preset's folder",
+        )
     if path.suffix.lower() in PICKLES:
         raise ModelError(
             f"`{path}` is a pickled file, which can run code when it is opened; only .safetensors is read",
             "download its .safetensors version, or convert it with a tool that you trust to open it",
         )
     if path.suffix.lower() == ".gguf":
-        raise ModelError(f"`{path}` is a GGUF file, which holds quantised weights for inference only", "use the .safetensors version")
+        raise ModelError(
+            f"`{path}` is a GGUF file, which holds quantised weights for inference only",
+            "use the .safetensors version",
+        )
     with path.open("rb") as file:
         start = file.read(512)
     head = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise ModelError(f"`{path}` is a Git LFS pointer, not the model itself", "run `git lfs pull` in its folder, or download the file again")
+        raise ModelError(
+            f"`{path}` is a Git LFS pointer, not the model itself",
+            "run `git lfs pull` in its folder, or download the file again",
+        )
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ModelError(f"`{path}` is a web page, not a model", "the download needs a login or another link; download the file again")
+        raise ModelError(
+            f"`{path}` is a web page, not a model",
+            "the download needs a login or another link; download the file again",
+        )
     if start.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")):
-        raise ModelError(f"`{path}` is a pickled or zipped file with another name; only .safetensors is read", "download its .safetensors version")
+        raise ModelError(
+            f"`{path}` is a pickled or zipped file with another name; only .safetensors is read",
+            "download its .safetensors version",
+        )
 
 
 def read_header(path: Path) -> Header:
@@ -71,18 +86,26 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size):
-            raise ModelError(f"`{path}` is not a safetensors file, or only its beginning", "download the file again")
+            raise ModelError(
+                f"`{path}` is not a safetensors file, or only its beginning",
+                "download the file again",
+            )
         raw = file.read(length)
     try:
         entries: dict[str, Any] = json.loads(raw)
         metadata = {str(k): str(v) for k, v in (entries.pop("__metadata__", None) or {}).items()}
-        shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
+        shapes = {
+            name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()
+        }
         dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"`{path}` has a damaged header", "download the file again") from error
     if 8 + length + end > size:
-        raise ModelError(f"`{path}` is cut off: {size:,} of {8 + length + end:,} bytes", "download the file again")
+        raise ModelError(
+            f"`{path}` is cut off: {size:,} of {8 + length + end:,} bytes",
+            "download the file again",
+        )
     return Header(shapes, dtypes, metadata)
 
 
@@ -93,14 +116,23 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: missing, a pointer or web page, or not a JSON object.
     """
     if not path.is_file():
-        raise ModelError(f"`{path}` is missing", "the model's folder is not complete; download it again")
+        raise ModelError(
+            f"`{path}` is missing", "the model's folder is not complete; download it again"
+        )
     text = path.read_text(encoding="utf-8", errors="replace")
     if text.startswith("version https://git-lfs"):
-        raise ModelError(f"`{path}` is a Git LFS pointer, not the file itself", "run `git lfs pull` in its folder")
+        raise ModelError(
+            f"`{path}` is a Git LFS pointer, not the file itself",
+            "run `git lfs pull` in its folder",
+        )
     try:
         loaded = json.loads(text)
     except ValueError as error:
-        raise ModelError(f"`{path}` is not valid JSON", "the download is damaged; download it again") from error
+        raise ModelError(
+            f"`{path}` is not valid JSON", "the download is damaged; download it again"
+        ) from error
     if not isinstance(loaded, dict):
-        raise ModelError(f"`{path}` is not a JSON object", "the download is damaged; download it again")
+        raise ModelError(
+            f"`{path}` is not a JSON object", "the download is damaged; download it again"
+        )
     return loaded

@@ -35,15 +35,37 @@ def hub_error(where: str, error: BaseException) -> ModelError | None:
         cause = cause.__cause__ or cause.__context__
     for link in chain:
         if isinstance(link, errors.GatedRepoError):
-            return ModelError(f"`{where}` is gated on the hub", "accept its licence on its page, then run `hf auth login`")
+            return ModelError(
+                f"`{where}` is gated on the hub",
+                "accept its licence on its page, then run `hf auth login`",
+            )
         if isinstance(link, errors.RevisionNotFoundError):
-            return ModelError(f"`{where}` has no such revision on the hub", "leave model.revision out, or use a branch, tag or commit that exists")
-        if isinstance(link, errors.EntryNotFoundError) and not isinstance(link, errors.LocalEntryNotFoundError):
-            return ModelError(f"`{where}` on the hub is not a diffusers model: a file is missing there", "use a repository with model_index.json, or download its .safetensors file")
+            return ModelError(
+                f"`{where}` has no such revision on the hub",
+                "leave model.revision out, or use a branch, tag or commit that exists",
+            )
+        if isinstance(link, errors.EntryNotFoundError) and not isinstance(
+            link, errors.LocalEntryNotFoundError
+        ):
+            return ModelError(
+                f"`{where}` on the hub is not a diffusers model: a file is missing there",
+                "use a repository with model_index.json, or download its .safetensors file",
+            )
         if isinstance(link, errors.RepositoryNotFoundError):
-            return ModelError(f"`{where}` is not on the hub, or private", "check the spelling; for a private one run `hf auth login`")
+            return ModelError(
+                f"`{where}` is not on the hub, or private",
+                "check the spelling; for a private one run `hf auth login`",
+            )
         if isinstance(link, errors.HFValidationError):
-            return ModelError(f"`{where}` is neither a path that exists nor a hub id", "a hub id has the form `owner/name`")
-        if isinstance(link, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
-            return ModelError(f"`{where}` is not in the local cache and the hub cannot be reached", "go online once, or give the path of a folder or file that you have")
+            return ModelError(
+                f"`{where}` is neither a path that exists nor a hub id",
+                "a hub id has the form `owner/name`",
+            )
+        if isinstance(
+            link, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError
+        ):
+            return ModelError(
+                f"`{where}` is not in the local cache and the hub cannot be reached",
+                "go online once, or give the path of a folder or file that you have",
+            )
     return None

@@ -29,7 +29,10 @@ def choose_device(device: str) -> torch.device:
     if kind not in ("cuda", "mps", "cpu"):
         raise ConfigError(f"device `{device}` is not known", "one of auto, cuda, mps, cpu")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("device `cuda` was asked for, but torch sees no GPU", "`emotrain doctor` says what torch sees")
+        raise ResourceError(
+            "device `cuda` was asked for, but torch sees no GPU",
+            "`emotrain doctor` says what torch sees",
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ResourceError("device `mps` was asked for, but torch sees none", "use `cpu`")
     return torch.device(device)
@@ -48,7 +51,9 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16
         return torch.float16
     if dtype not in DTYPES:
-        raise ConfigError(f"model.dtype `{dtype}` is not known", f"one of auto, {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"model.dtype `{dtype}` is not known", f"one of auto, {', '.join(DTYPES)}"
+        )
     return DTYPES[dtype]
 
 
@@ -97,7 +102,9 @@ def load(
     return built
 
 
-def _parts(found: Sniffed, pieces: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Parts:
+def _parts(
+    found: Sniffed, pieces: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Parts:
     from emotrain.families.pieces import text_parts
 
     return Parts(

@@ -48,10 +48,18 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     pieces: dict[str, Any] = {
         "denoiser": load_one(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
         "vae": load_one(diffusers.AutoencoderKL, where, "vae", revision, torch_dtype=torch.float32),
-        "scheduler": _guard(where, "scheduler", lambda: getattr(diffusers, index["scheduler"][1]).from_pretrained(where, subfolder="scheduler", revision=revision)),
+        "scheduler": _guard(
+            where,
+            "scheduler",
+            lambda: getattr(diffusers, index["scheduler"][1]).from_pretrained(
+                where, subfolder="scheduler", revision=revision
+            ),
+        ),
     }
     for name in info.text_encoders:
-        pieces[name], pieces[name.replace("text_encoder", "tokenizer")] = load_encoder(where, index, name, dtype, revision)
+        pieces[name], pieces[name.replace("text_encoder", "tokenizer")] = load_encoder(
+            where, index, name, dtype, revision
+        )
     return pieces
 
 
@@ -63,7 +71,9 @@ def _index(found: Sniffed, revision: str | None) -> dict[str, Any]:
     return read_json(Path(found.path) / "model_index.json")
 
 
-def load_encoder(where: str, index: dict[str, Any], name: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
+def load_encoder(
+    where: str, index: dict[str, Any], name: str, dtype: torch.dtype, revision: str | None
+) -> tuple[Any, Any]:
     """One text encoder and its tokenizer; (None, None) where the model was saved without it."""
     import transformers
 
@@ -72,7 +82,11 @@ def load_encoder(where: str, index: dict[str, Any], name: str, dtype: torch.dtyp
         return None, None
     encoder = load_one(getattr(transformers, index[name][1]), where, name, revision, dtype=dtype)
     tokenizer_class = getattr(transformers, index[tokenizer_name][1])
-    tokenizer = _guard(where, tokenizer_name, lambda: tokenizer_class.from_pretrained(where, subfolder=tokenizer_name, revision=revision))
+    tokenizer = _guard(
+        where,
+        tokenizer_name,
+        lambda: tokenizer_class.from_pretrained(where, subfolder=tokenizer_name, revision=revision),
+    )
     return encoder, tokenizer
 
 
@@ -89,12 +103,21 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
             pickles = sorted(folder.glob("*.bin"))
             if pickles:
                 refuse_unreadable(pickles[0])
-            raise ModelError(f"`{folder}` holds no .safetensors file", "the model's folder is not complete; download it again")
+            raise ModelError(
+                f"`{folder}` holds no .safetensors file",
+                "the model's folder is not complete; download it again",
+            )
         for file in files:
             refuse_unreadable(file)
         if all(".fp16." in file.name for file in files):
             words["variant"] = "fp16"
-    return _guard(where, part, lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **words))
+    return _guard(
+        where,
+        part,
+        lambda: cls.from_pretrained(
+            where, subfolder=part, revision=revision, use_safetensors=True, **words
+        ),
+    )
 
 
 def _guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
@@ -109,7 +132,10 @@ def _guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
         if (known := hub_error(where, error)) is not None:
             raise known from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"`{os.path.join(where, part)}` cannot be loaded: {first}", "the download may be damaged or not complete") from error
+        raise ModelError(
+            f"`{os.path.join(where, part)}` cannot be loaded: {first}",
+            "the download may be damaged or not complete",
+        ) from error
 
 
 def load_vae(vae: str, found: Sniffed) -> Any:
@@ -126,9 +152,17 @@ def load_vae(vae: str, found: Sniffed) -> Any:
 
         loaded = load_vae_file(path, found)
     elif (path / "vae").is_dir():
-        loaded = load_one(diffusers.AutoencoderKL, str(path), "vae", None, torch_dtype=torch.float32)
+        loaded = load_one(
+            diffusers.AutoencoderKL, str(path), "vae", None, torch_dtype=torch.float32
+        )
     else:
-        loaded = _guard(vae, "", lambda: diffusers.AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True))
+        loaded = _guard(
+            vae,
+            "",
+            lambda: diffusers.AutoencoderKL.from_pretrained(
+                vae, torch_dtype=torch.float32, use_safetensors=True
+            ),
+        )
     if loaded.config.latent_channels != found.latent_channels:
         raise ModelError(
             f"model.vae `{vae}` has {loaded.config.latent_channels} latent channels, but the model needs {found.latent_channels}",
@@ -144,6 +178,9 @@ def text_parts(found: Sniffed, pieces: dict[str, Any]) -> list[TextEncoderPart]:
         encoder, tokenizer = pieces[name], pieces[name.replace("text_encoder", "tokenizer")]
         if encoder is None:
             continue
-        limit = min(int(tokenizer.model_max_length), T5_LIMIT.get(found.family, 77) if "T5" in type(encoder).__name__ else 77)
+        limit = min(
+            int(tokenizer.model_max_length),
+            T5_LIMIT.get(found.family, 77) if "T5" in type(encoder).__name__ else 77,
+        )
         parts.append(TextEncoderPart(name, encoder, tokenizer, limit))
     return parts

@@ -42,7 +42,10 @@ def resolve_base(base: str) -> str | Path:
             raise ConfigError(f"`{base}` is not a built-in model", hint)
         folder = ASSETS / name
         if not (folder / "model_index.json").is_file():
-            raise ModelError(f"`{base}` is missing from this installation", "install emotrain again; its wheel holds the model")
+            raise ModelError(
+                f"`{base}` is missing from this installation",
+                "install emotrain again; its wheel holds the model",
+            )
         return folder
     if is_hub_id(base):
         return base
@@ -70,7 +73,9 @@ def sniff(base: str | Path, family: str = "auto", revision: str | None = None) -
         ModelError: missing, unreadable, not known, or of another family than `family`.
     """
     if family != "auto" and family not in FAMILIES:
-        raise ConfigError(f"model.family `{family}` is not known", f"one of auto, {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"model.family `{family}` is not known", f"one of auto, {', '.join(FAMILIES)}"
+        )
     where = resolve_base(str(base))
     if isinstance(where, str):
         found = sniff_hub(where, revision)

@@ -25,7 +25,10 @@ def words_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizers(words_dir: Path) -> dict[str, Any]:
     """`clip` (32 tokens) and `t5` (24 tokens)."""
-    return {"clip": maker.make_clip_tokenizer(words_dir, 700), "t5": maker.make_t5_tokenizer(words_dir, 300)}
+    return {
+        "clip": maker.make_clip_tokenizer(words_dir, 700),
+        "t5": maker.make_t5_tokenizer(words_dir, 300),
+    }
 
 
 def scaled_vae() -> Any:
