@@ -1,0 +1,369 @@
+"""What all emo optimizers share: the loss goes in, the emotion sets the step length, one update
+rule a file.
+
+The method is muooon's (EmoNavi and EmoSens repositories, Apache-2.0). Here the loss is an argument:
+nothing is patched, and it is the mean loss of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from emotrain.optim.batches import Batch, Length, gather, state_dtype
+from emotrain.optim.state import check_state, emotion_to_dict, load_tensors, reading_from_dict
+from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import (
+    SENSORS,
+    Sensor,
+    Watch,
+    canonical_generation,
+    feel,
+    pulse_at,
+    start,
+    state_from_dict,
+    tensor_pulses,
+)
+
+LOG = logging.getLogger("emotrain.optim")
+
+
+class Writer(Protocol):
+    """A TensorBoard SummaryWriter, or what looks like one."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Note one number."""
+
+
+class EmoOptimizer(torch.optim.Optimizer):
+    """Base of the emo optimizers; a subclass gives the names below and `_update`.
+
+    Args:
+        params: parameters or groups of them; a group's own `lr` scales its pulse.
+        lr: scales the pulse, 1.0 (generation 3.6: the learning rate itself, 1e-3).
+        eps: added to the root of the second moment.
+        betas: decay of the moments.
+        weight_decay: share of the weights that decay takes, times the step length.
+        use_shadow: keep a slow copy of the weights that pulls them back when the emotion is high.
+        stopcoef: 3.9: the loss below which the stop signal may be lit.
+        notify: log "READY TO STOP" when the stop signal turns on.
+        writer: a TensorBoard-like object; gets `emoLR/*` and `emostate/*` once per step.
+        generation: one of the class's `generations`, the first by default; "3.7" means 3.7.6.
+        sensor: "faithful" or "intent", see `emotrain.pulse.signal.listen`.
+
+    Raises:
+        ValueError: a word out of its range.
+    """
+
+    name: ClassVar[str] = ""
+    generations: ClassVar[tuple[str, ...]] = ("3.9",)
+    watch: ClassVar[Watch] = "scalar"
+    chunk_elements: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | None = None,
+        eps: float = 1e-8,
+        betas: tuple[float, float] | None = None,
+        weight_decay: float = 0.01,
+        use_shadow: bool = False,
+        *,
+        stopcoef: float = 0.04,
+        notify: bool = True,
+        writer: Writer | None = None,
+        generation: str | None = None,
+        sensor: Sensor = "faithful",
+    ) -> None:
+        self.generation = self._choose(generation)
+        if sensor not in SENSORS:
+            raise ValueError(f"sensor must be one of {', '.join(SENSORS)}, got {sensor!r}")
+        if not stopcoef > 0.0:
+            raise ValueError(f"stopcoef must be positive, got {stopcoef}")
+        self.use_shadow = use_shadow
+        self.stopcoef = stopcoef
+        self.sensor = sensor
+        self.notify = notify
+        self.writer = writer
+        self.reading: Reading | None = None
+        self._emotion = start(self.generation)
+        self._heard = False
+        lr = (1e-3 if self.generation == "3.6" else 1.0) if lr is None else lr
+        betas = (0.9, 0.995) if betas is None else betas
+        super().__init__(
+            params, {"lr": lr, "eps": eps, "betas": tuple(betas), "weight_decay": weight_decay}
+        )
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the stop signal is lit. It is a signal: whether a run ends is decided
+        elsewhere."""
+        return self._emotion.ready
+
+    def observe(self, loss: float | Tensor) -> Reading:
+        """Tell the optimizer the loss, once per optimizer step and before `step`.
+
+        Args:
+            loss: mean loss of the whole step: over all micro-batches and ranks, before any division
+                for accumulation and any GradScaler factor. A tensor must have one element; reading
+                it waits for the device.
+
+        Returns:
+            What the optimizer felt (also in `reading`); `pulse` is the first group's.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; nothing has changed.
+        """
+        was_ready = self._emotion.ready
+        self._emotion, self.reading, ready = feel(
+            self._emotion,
+            float(loss),
+            scope=_scope(self.param_groups[0], self.generation),
+            sensor=self.sensor,
+            stopcoef=self.stopcoef,
+            watch=self.watch,
+            num_tensors=0,
+        )
+        self._heard = True
+        if ready and not was_ready:
+            self._turned_on()
+            if self.notify:
+                LOG.warning("READY TO STOP: %s at step %d", type(self).__name__, self._emotion.step)
+        return self.reading
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have gradients.
+
+        Args:
+            closure: computes the loss and its gradients; its loss is observed unless `observe` was
+                called for this step.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            RuntimeError: no loss was observed for this step, or a gradient is sparse.
+            NonFiniteLossError: the closure's loss is NaN or infinite; nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if not self._heard:
+                self.observe(loss)
+        if not self._heard:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() was called before observe(loss): call observe(mean_loss) once before "
+                "each step(), or pass a closure: step(closure)"
+            )
+        members = [
+            [p for p in group["params"] if p.grad is not None] for group in self.param_groups
+        ]
+        self._refuse_sparse(members)
+        self._heard = False
+        lengths = self._lengths(members)
+        self._prepare(members)
+        for group, params, (eta, decay) in zip(self.param_groups, members, lengths, strict=True):
+            for originals, batch in gather(params, eta, decay, self.chunk_elements):
+                self._fill(originals, batch)
+                if self.use_shadow:
+                    self._follow_shadow(batch)
+                self._update(batch, group)
+                batch.write_back()
+        self._write()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; a group's own `lr` becomes its scope, and `lr` shows the pulse from then
+        on."""
+        words = {**self.defaults, **param_group}
+        lr, eps, decay, (beta1, beta2) = (words[k] for k in ("lr", "eps", "weight_decay", "betas"))
+        if not lr > 0.0:
+            raise ValueError(f"lr must be positive, got {lr}")
+        if not eps > 0.0:
+            raise ValueError(f"eps must be positive, got {eps}")
+        if not decay >= 0.0:
+            raise ValueError(f"weight_decay must not be negative, got {decay}")
+        if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+            raise ValueError(f"betas must be in [0, 1), got {(beta1, beta2)}")
+        super().add_param_group({**param_group, "scope": float(lr), "lr": float(lr)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: tensors are copied, and the emotion is in it as plain numbers."""
+        packed = super().state_dict()
+        packed["state"] = {
+            index: {slot: value.detach().clone() for slot, value in slots.items()}
+            for index, slots in packed["state"].items()
+        }
+        packed["emotion"] = emotion_to_dict(
+            self.name, self._emotion, self.reading, self._heard, self._memory()
+        )
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on exactly from `state_dict`, which is not touched.
+
+        Raises:
+            WrongStateError: it belongs to another optimizer, generation or set of parameters.
+        """
+        check_state(self, state_dict)
+        super().load_state_dict({**state_dict, "state": {}})
+        load_tensors(self, state_dict)
+        emotion = state_dict["emotion"]
+        self._emotion = state_from_dict(emotion["state"])
+        self.reading = reading_from_dict(emotion["reading"])
+        self._heard = bool(emotion["heard"])
+        self._recall(emotion["memory"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the writer, so that a copied optimizer feels on."""
+        own = (
+            "generation",
+            "use_shadow",
+            "stopcoef",
+            "sensor",
+            "notify",
+            "reading",
+            "_emotion",
+            "_heard",
+        )
+        return {
+            **super().__getstate__(),
+            **{key: getattr(self, key) for key in own},
+            "writer": None,
+        }
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Nothing to do: the parameters are always the ones to look at."""
+        yield
+
+    @contextmanager
+    def train_mode(self) -> Iterator[None]:
+        """Nothing to do."""
+        yield
+
+    # What a subclass gives.
+
+    def _slots(self) -> tuple[str, ...]:
+        """Names of the state tensors that each parameter has (all zero at first)."""
+        return ()
+
+    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
+        """The update rule, in place on `batch`."""
+        raise NotImplementedError
+
+    def _prepare(self, members: list[list[Tensor]]) -> None:
+        """Called once per step before the updates, with each group's parameters that have
+        gradients."""
+
+    def _turned_on(self) -> None:
+        """Called when the stop signal turns on."""
+
+    def _memory(self) -> dict[str, float]:
+        """Numbers besides the emotion that a resumed run needs."""
+        return {}
+
+    def _recall(self, memory: dict[str, float]) -> None:
+        """The inverse of `_memory`."""
+
+    # The parts of a step.
+
+    @classmethod
+    def _choose(cls, generation: str | None) -> str:
+        if generation is None:
+            return cls.generations[0]
+        try:
+            name = canonical_generation(generation)
+        except ValueError:
+            name = ""
+        if name not in cls.generations:
+            known = ", ".join(cls.generations)
+            raise ValueError(f"{cls.__name__} has generation {known}, got {generation!r}")
+        return name
+
+    @staticmethod
+    def _refuse_sparse(members: list[list[Tensor]]) -> None:
+        if any(p.grad is not None and p.grad.is_sparse for params in members for p in params):
+            raise RuntimeError(
+                "the emo optimizers cannot use sparse gradients: make the embedding with sparse=False"
+            )
+
+    def _lengths(self, members: list[list[Tensor]]) -> list[tuple[Length, Length]]:
+        """Step length and decay of each group; `param_group["lr"]` shows the pulse."""
+        reading, state = self.reading, self._emotion
+        assert reading is not None
+        lengths: list[tuple[Length, Length]] = []
+        for group, params in zip(self.param_groups, members, strict=True):
+            scope, weight_decay = _scope(group, self.generation), group["weight_decay"]
+            if self.generation == "3.7.0":
+                pulses, state = tensor_pulses(state, reading.trust, [scope] * len(params))
+                lengths.append(
+                    ([x * reading.drive for x in pulses], [x * weight_decay for x in pulses])
+                )
+                pulse = pulses[-1] if pulses else group["lr"]
+            else:
+                pulse = scope if self.generation == "3.6" else pulse_at(state, scope)
+                lengths.append((pulse * reading.drive, pulse * weight_decay))
+            group["lr"] = pulse
+        if self.generation == "3.7.0":
+            self._emotion = state
+            pulse = self.param_groups[-1]["lr"] if any(members) else reading.pulse
+            self.reading = replace(
+                reading, pulse=pulse, noise_est=state.noise_est, d_est=state.d_est
+            )
+        return lengths
+
+    def _fill(self, originals: list[Tensor], batch: Batch) -> None:
+        slots = self._slots()
+        if not slots and not self.use_shadow:
+            return
+        states = [self.state[p] for p in originals]
+        for state, param, linear in zip(states, originals, batch.params, strict=True):
+            for slot in slots:
+                if slot not in state:
+                    state[slot] = torch.zeros_like(linear, dtype=state_dtype(param))
+            if self.use_shadow and "shadow" not in state:
+                state["shadow"] = linear.detach().clone()
+        wanted = (*slots, "shadow") if self.use_shadow else slots
+        batch.state = {slot: [state[slot] for state in states] for slot in wanted}
+
+    def _follow_shadow(self, batch: Batch) -> None:
+        """Above |scalar| 0.625 the shadow pulls the weights back, below it follows them."""
+        reading = self.reading
+        assert reading is not None
+        shadows, trust = batch.state["shadow"], abs(reading.trust)
+        if abs(reading.scalar) > 0.625:
+            torch._foreach_mul_(batch.params, 1.0 - (1.0 - abs(reading.scalar)))
+            torch._foreach_add_(batch.params, torch._foreach_mul(shadows, trust))
+        else:
+            torch._foreach_lerp_(shadows, batch.params, 0.1 * trust)
+
+    def _write(self) -> None:
+        if self.writer is None:
+            return
+        reading = self.reading
+        assert reading is not None
+        numbers = {
+            "emoLR/base": reading.pulse,
+            "emoLR/Turbo": reading.pulse * reading.drive,
+            "emostate/emoDrive": reading.drive,
+            "emostate/scalar": reading.scalar,
+            "emostate/trust": reading.trust,
+            "emostate/stop": float(self.should_stop),
+        }
+        for tag, number in numbers.items():
+            self.writer.add_scalar(tag, number, self._emotion.step)
+
+
+def _scope(group: dict[str, Any], generation: str) -> float:
+    """The learning rate given by the user. In 3.6 `lr` stays it, so that a scheduler can move
+    it."""
+    return float(group["lr"] if generation == "3.6" else group["scope"])

@@ -1,0 +1,96 @@
+"""Parameters of one group brought together for list kernels: same device, same dtype, chunks that
+fit a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+Length = float | list[float]  # one for the whole batch, or one per tensor
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Batch:
+    """Tensors that are updated together.
+
+    `params` are what the update rule writes to: the parameters, or float32 copies of half-precision
+    ones (then `targets` holds the parameters). `state` holds one list per slot. `eta` is the step
+    length, `decay` the share of the weights that decay takes. `linear`: all tensors are contiguous,
+    so torch's fused kernels may be used.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    eta: Length
+    decay: Length
+    linear: bool
+    targets: list[Tensor] | None = None
+    state: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def write_back(self) -> None:
+        """Round float32 copies back into the half-precision parameters."""
+        if self.targets is not None:
+            torch._foreach_copy_(self.targets, self.params)
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Optimizer state is float32 for half-precision parameters, else the parameter's own dtype."""
+    return torch.float32 if param.dtype in HALF_DTYPES else param.dtype
+
+
+def gather(
+    params: Sequence[Tensor], eta: Length, decay: Length, chunk_elements: int | None
+) -> Iterator[tuple[list[Tensor], Batch]]:
+    """Batches of parameters that have gradients.
+
+    Args:
+        params: parameters of one group, each with a dense gradient.
+        eta: step length, one or one per parameter.
+        decay: share taken by weight decay, one or one per parameter.
+        chunk_elements: largest number of elements in a batch on the CPU (a batch holds one tensor
+            at least); None: no limit. On other devices a batch is always whole: launches cost more
+            than memory traffic there.
+
+    Yields:
+        The parameters of the batch, and the batch without its state.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    for index, param in enumerate(params):
+        grad = param.grad
+        assert grad is not None
+        linear = param.is_contiguous() and grad.is_contiguous()
+        kinds.setdefault((param.device, param.dtype, linear), []).append(index)
+    for (device, dtype, linear), indices in kinds.items():
+        limit = chunk_elements if device.type == "cpu" else None
+        for chunk in _chunks([params[i].numel() for i in indices], limit):
+            members = indices[chunk]
+            originals = [params[i] for i in members]
+            batch = Batch(
+                params=originals,
+                grads=[params[i].grad for i in members],  # type: ignore[misc]
+                eta=[eta[i] for i in members] if isinstance(eta, list) else eta,
+                decay=[decay[i] for i in members] if isinstance(decay, list) else decay,
+                linear=linear,
+            )
+            if dtype in HALF_DTYPES:
+                batch.targets = originals
+                batch.params = [p.detach().to(torch.float32) for p in originals]
+                batch.grads = [g.to(torch.float32) for g in batch.grads]
+            yield originals, batch
+
+
+def _chunks(sizes: list[int], limit: int | None) -> Iterator[slice]:
+    if limit is None:
+        yield slice(0, len(sizes))
+        return
+    first, total = 0, 0
+    for index, end in enumerate(accumulate(sizes)):
+        if index > first and end - total > limit:
+            yield slice(first, index)
+            first, total = index, end - sizes[index]
+    yield slice(first, len(sizes))

@@ -1,0 +1,36 @@
+"""EmoCats: Lion at the emotion's step length."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from emotrain.optim.base import EmoOptimizer
+from emotrain.optim.batches import Batch
+from emotrain.optim.kernels import descend
+
+
+class EmoCats(EmoOptimizer):
+    """EmoCats, generations 3.9, 3.7.6 ("3.7") and 3.7.0; after muooon's EmoCats (Apache-2.0).
+
+    The rule is Lion's (Chen et al. 2023, arXiv:2302.06675):
+
+    u = sign(b1 m + (1-b1) g);  p -= pulse wd p;  p -= eta u;  m = b2 m + (1-b2) g
+
+    State: once the parameters.
+    """
+
+    name: ClassVar[str] = "emocats"
+    generations: ClassVar[tuple[str, ...]] = ("3.9", "3.7.6", "3.7.0")
+    chunk_elements: ClassVar[int | None] = 1 << 16
+
+    def _slots(self) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
+        m, (beta1, beta2) = batch.state["exp_avg"], group["betas"]
+        direction = torch._foreach_lerp(m, batch.grads, 1.0 - beta1)
+        torch._foreach_sign_(direction)
+        descend(batch, direction)
+        torch._foreach_lerp_(m, batch.grads, 1.0 - beta2)

@@ -1,0 +1,38 @@
+"""EmoSens: AdamW without bias correction at the emotion's step length."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from emotrain.optim.base import EmoOptimizer
+from emotrain.optim.batches import Batch
+from emotrain.optim.kernels import descend, momentum_descent
+from emotrain.pulse.signal import Watch
+
+
+class EmoSens(EmoOptimizer):
+    """EmoSens, generations 3.9, 3.7.6 ("3.7") and 3.7.0; after muooon's EmoSens (Apache-2.0).
+
+    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= pulse wd p;  p -= eta m / (sqrt(v) + eps)
+
+    3.7.0 moves by sign(m) instead, so it holds no v; its pulse differs from tensor to tensor.
+    State: twice the parameters (3.7.0: once). Not bit-exact with the source: torch's fused AdamW
+    kernel does it in one pass, with differences of one rounding.
+    """
+
+    name: ClassVar[str] = "emosens"
+    generations: ClassVar[tuple[str, ...]] = ("3.9", "3.7.6", "3.7.0")
+    watch: ClassVar[Watch] = "long"
+
+    def _slots(self) -> tuple[str, ...]:
+        return ("exp_avg",) if self.generation == "3.7.0" else ("exp_avg", "exp_avg_sq")
+
+    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
+        if self.generation != "3.7.0":
+            momentum_descent(batch, betas=group["betas"], eps=group["eps"])
+            return
+        m = batch.state["exp_avg"]
+        torch._foreach_lerp_(m, batch.grads, 1.0 - group["betas"][0])
+        descend(batch, torch._foreach_sign(m))

@@ -1,0 +1,136 @@
+"""List kernels of the update rules: torch's fused kernels where they can do it, foreach operations
+elsewhere.
+
+The fused kernels are private functions of torch: each call is guarded, and has a fallback that a
+test compares it with. They read memory linearly, so they are used for contiguous tensors only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from emotrain.optim.batches import Batch, Length
+
+_FAR = 1e12  # a step so late that AdamW's bias corrections 1 - beta**step are exactly 1
+_REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError)
+
+
+def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) -> None:
+    """AdamW without bias correction (EmoNavi; EmoSens 3.7.6 and 3.9), in place.
+
+    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= decay p;  p -= eta m / (sqrt(v) + eps)
+
+    Args:
+        batch: with state "exp_avg" (m) and "exp_avg_sq" (v) and single numbers for eta and decay.
+        betas: b1, b2.
+        eps: added to the root.
+    """
+    assert isinstance(batch.eta, float)
+    assert isinstance(batch.decay, float)
+    m, v = batch.state["exp_avg"], batch.state["exp_avg_sq"]
+    device = batch.params[0].device
+    if batch.linear and batch.eta > 0.0 and has_fused_adamw(device.type):
+        torch._fused_adamw_(
+            batch.params,
+            batch.grads,
+            m,
+            v,
+            [],
+            [_far_step(device)] * len(m),
+            amsgrad=False,
+            lr=batch.eta,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=batch.decay / batch.eta,
+            eps=eps,
+            maximize=False,
+        )
+        return
+    torch._foreach_lerp_(m, batch.grads, 1.0 - betas[0])
+    torch._foreach_mul_(v, betas[1])
+    torch._foreach_addcmul_(v, batch.grads, batch.grads, 1.0 - betas[1])
+    root = torch._foreach_sqrt(v)
+    torch._foreach_add_(root, eps)
+    torch._foreach_mul_(batch.params, 1.0 - batch.decay)
+    torch._foreach_addcdiv_(batch.params, m, root, -batch.eta)
+
+
+def descend(batch: Batch, directions: list[Tensor]) -> None:
+    """Move along directions, in place: p -= decay p;  p -= eta direction.
+
+    `directions` are scratch: they may be overwritten.
+    """
+    eta, decay = batch.eta, batch.decay
+    if isinstance(eta, list):
+        assert isinstance(decay, list)
+        if any(decay):
+            torch._foreach_mul_(batch.params, [1.0 - share for share in decay])
+        torch._foreach_mul_(directions, [-length for length in eta])
+        torch._foreach_add_(batch.params, directions)
+        return
+    assert isinstance(decay, float)
+    if batch.linear and eta > 0.0 and has_fused_sgd(batch.params[0].device.type):
+        torch._fused_sgd_(
+            batch.params,
+            directions,
+            [],
+            weight_decay=decay / eta,
+            momentum=0.0,
+            lr=eta,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+        return
+    if decay:
+        torch._foreach_mul_(batch.params, 1.0 - decay)
+    torch._foreach_add_(batch.params, directions, alpha=-eta)
+
+
+def scaled(length: Length, factor: float) -> Length:
+    """A length, or each of a list of lengths, times a factor."""
+    return [x * factor for x in length] if isinstance(length, list) else length * factor
+
+
+@cache
+def has_fused_adamw(device_type: str) -> bool:
+    """Whether this torch has the fused AdamW kernel, in the form that is called here."""
+    one = torch.zeros(1, device=device_type)
+    lists = [[one.clone()] for _ in range(4)]
+    words = {"amsgrad": False, "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1.0}
+    try:
+        torch._fused_adamw_(*lists, [], [one + _FAR], weight_decay=0.0, maximize=False, **words)
+    except _REFUSALS:
+        return False
+    return True
+
+
+@cache
+def has_fused_sgd(device_type: str) -> bool:
+    """Whether this torch has the fused SGD kernel, in the form that is called here."""
+    lists = [[torch.zeros(1, device=device_type)] for _ in range(2)]
+    words = {"momentum": 0.0, "lr": 0.1, "dampening": 0.0, "weight_decay": 0.0}
+    flags = {"nesterov": False, "maximize": False, "is_first_step": False}
+    try:
+        torch._fused_sgd_(*lists, [], **words, **flags)
+    except _REFUSALS:
+        return False
+    return True
+
+
+@cache
+def _far_step(device: torch.device) -> Tensor:
+    return torch.full((), _FAR, dtype=torch.float32, device=device)
+
+
+def l1_norm(params: list[Tensor]) -> Tensor:
+    """Sum of the L1 norms, a float32 number on the first tensor's device."""
+    device = params[0].device
+    norms = torch._foreach_norm(params, 1, dtype=torch.float32)
+    if any(p.device != device for p in params):
+        norms = [norm.to(device) for norm in norms]
+    return torch.stack(list(norms)).sum()

@@ -1,0 +1,115 @@
+"""An emo optimizer's state as plain numbers and tensors, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emotrain.errors import CheckpointError
+from emotrain.optim.batches import state_dtype
+from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import EmotionState, state_to_dict
+
+if TYPE_CHECKING:
+    from emotrain.optim.base import EmoOptimizer
+
+
+class WrongStateError(CheckpointError, ValueError):
+    """A state that belongs to another optimizer, generation or set of parameters; nothing has
+    changed."""
+
+
+def emotion_to_dict(
+    name: str,
+    state: EmotionState,
+    reading: Reading | None,
+    heard: bool,
+    memory: Mapping[str, float],
+) -> dict[str, Any]:
+    """The part of the state that is no tensor, ready for JSON."""
+    return {
+        "optimizer": name,
+        "state": state_to_dict(state),
+        "reading": {} if reading is None else asdict(reading),
+        "heard": heard,
+        "memory": dict(memory),
+    }
+
+
+def reading_from_dict(plain: Mapping[str, float]) -> Reading | None:
+    """The last reading, None where there was none."""
+    return Reading(**plain) if plain else None
+
+
+def check_state(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state that does not fit, before anything is changed.
+
+    Raises:
+        WrongStateError: with a sentence that says what it belongs to.
+    """
+    here = type(optimizer).__name__
+    emotion = state_dict.get("emotion")
+    if not isinstance(emotion, Mapping):
+        raise WrongStateError(
+            f"this state holds no emotion, so it is not of {here}",
+            "load it into the optimizer that saved it",
+        )
+    if emotion["optimizer"] != optimizer.name:
+        raise WrongStateError(
+            f"this state is of the optimizer `{emotion['optimizer']}` and cannot go on in `{optimizer.name}`",
+            f"build `{emotion['optimizer']}`, or start `{optimizer.name}` without a state",
+        )
+    generation = emotion["state"]["generation"]
+    if generation != optimizer.generation:
+        raise WrongStateError(
+            f"this state is of {here} generation {generation} and cannot go on in {optimizer.generation}",
+            f'pass generation="{generation}", or start without a state',
+        )
+    _check_groups(optimizer, state_dict)
+
+
+def _check_groups(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    there = [len(group["params"]) for group in state_dict["param_groups"]]
+    if here != there:
+        raise WrongStateError(
+            f"this state is of parameter groups of {there} tensors, this optimizer has {here}",
+            "build the optimizer on the same parameters in the same order",
+        )
+    for param, slots in _pairs(optimizer, state_dict["param_groups"], state_dict["state"]):
+        for slot, value in slots.items():
+            if value.shape != param.shape:
+                raise WrongStateError(
+                    f"this state has a `{slot}` of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(param.shape)}",
+                    "build the optimizer on the same parameters in the same order",
+                )
+
+
+def load_tensors(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Copy the tensors in, in the state's dtype (not the parameter's) and on the parameter's
+    device."""
+    for param, slots in _pairs(optimizer, state_dict["param_groups"], state_dict["state"]):
+        optimizer.state[param] = {
+            slot: torch.empty_like(param, dtype=state_dtype(param), requires_grad=False).copy_(
+                value
+            )
+            for slot, value in slots.items()
+        }
+
+
+def _pairs(
+    optimizer: EmoOptimizer,
+    groups: list[dict[str, Any]],
+    state: Mapping[int, Mapping[str, torch.Tensor]],
+) -> list[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    indices = [index for group in groups for index in group["params"]]
+    return [
+        (param, state[index])
+        for param, index in zip(params, indices, strict=True)
+        if index in state
+    ]
