@@ -118,6 +118,15 @@ class LoadedFamily(ABC):
         """The text encoder `name`, or None where it is absent or freed."""
         return next((part for part in self.text_encoders if part.name == name), None)
 
+    def encoder_words(self, *names: str) -> dict[str, Any]:
+        """Encoders and tokenizers as a pipeline takes them; None for those that are not there."""
+        words: dict[str, Any] = {}
+        for name in names:
+            part = self.part(name)
+            words[name] = part.encoder if part else None
+            words[name.replace("text_encoder", "tokenizer")] = part.tokenizer if part else None
+        return words
+
     # ------------------------------------------------------------ the denoiser
 
     @abstractmethod

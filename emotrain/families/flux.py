@@ -88,12 +88,8 @@ class Flux(LoadedFamily):
         """FluxPipeline."""
         from diffusers import FluxPipeline
 
-        clip, t5 = self.part("text_encoder"), self.part("text_encoder_2")
-        built = {
-            "vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler(),
-            "text_encoder": clip.encoder if clip else None, "tokenizer": clip.tokenizer if clip else None,
-            "text_encoder_2": t5.encoder if t5 else None, "tokenizer_2": t5.tokenizer if t5 else None,
-        }  # fmt: skip
+        built = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler()}
+        built |= self.encoder_words("text_encoder", "text_encoder_2")
         return FluxPipeline(**{**built, **parts})
 
     def pipeline_words(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,6 +121,22 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
     )
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of diffusers and transformers on the terminal; their setting is put back."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    switches = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in switches:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in switches:
+            log.enable_progress_bar()
+
+
 def _guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
     """Run a loader of diffusers or transformers; its complaints about files become a ModelError."""
     from safetensors import SafetensorError
@@ -127,7 +144,8 @@ def _guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
     from emotrain.families.hub import hub_error
 
     try:
-        return load()
+        with quiet():
+            return load()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if (known := hub_error(where, error)) is not None:
             raise known from error

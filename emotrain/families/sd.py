@@ -40,12 +40,9 @@ class StableDiffusion(LoadedFamily):
         """StableDiffusionPipeline."""
         from diffusers import StableDiffusionPipeline
 
-        clip = self.part("text_encoder")
-        built = {
-            "vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler(),
-            "text_encoder": clip.encoder if clip else None, "tokenizer": clip.tokenizer if clip else None,
-            "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
-        }  # fmt: skip
+        built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
+        built |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        built |= {"requires_safety_checker": False, **self.encoder_words("text_encoder")}
         return StableDiffusionPipeline(**{**built, **parts})
 
     def pipeline_words(

@@ -1,0 +1,78 @@
+"""Stable Diffusion XL: a UNet, two CLIP text encoders, sizes as conditioning (arXiv:2307.01952)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.families.base import Conditioning, TextEmbeds
+from emotrain.families.common import LoadedFamily, ids_of
+from emotrain.families.sizes import FAMILIES
+
+
+def time_ids(conditioning: Conditioning) -> Tensor:
+    """[B, 6]: original height, width; crop top, left; target height, width (section 2.2)."""
+    sizes = (conditioning.original_sizes, conditioning.crop_top_lefts, conditioning.target_sizes)
+    return torch.cat(sizes, dim=1)
+
+
+class StableDiffusionXL(LoadedFamily):
+    """SDXL and its many children, epsilon or v."""
+
+    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+        """prompt_embeds [B, S, D + D']: both penultimate layers; pooled of the second encoder."""
+        hidden, pooled = [], None
+        for part in self.text_encoders:
+            output = part.encoder(ids_of(part, texts), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled = output[0]
+        assert pooled is not None
+        return {"prompt_embeds": torch.cat(hidden, dim=-1), "pooled_prompt_embeds": pooled}
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> TextEmbeds:
+        """prompt_embeds float32 [B, S, D + D'], pooled_prompt_embeds float32 [B, D'], on the CPU.
+
+        An empty caption is encoded like any other text; the stock pipeline's zeros stand in only
+        where no negative prompt is given at all.
+        """
+        return self.to_rows(self.encode_with_grad(texts))
+
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
+    ) -> Tensor:
+        """Epsilon or v, float32 [B, C, H, W]."""
+        latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
+        added = {
+            "text_embeds": text["pooled_prompt_embeds"],
+            "time_ids": time_ids(conditioning).to(self.device, self.dtype),
+        }
+        output: Tensor = self.denoiser(
+            latents,
+            timesteps.long(),
+            encoder_hidden_states=text["prompt_embeds"],
+            added_cond_kwargs=added,
+        ).sample
+        return output.float()
+
+    def pipeline(self, **parts: Any) -> Any:
+        """StableDiffusionXLPipeline, without the watermark."""
+        from diffusers import StableDiffusionXLPipeline
+
+        built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
+        built |= self.encoder_words("text_encoder", "text_encoder_2")
+        return StableDiffusionXLPipeline(**{**built, "add_watermarker": False, **parts})
+
+    def pipeline_words(
+        self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None
+    ) -> dict[str, Any]:
+        """Classifier-free guidance."""
+        return {
+            "prompt_embeds": text["prompt_embeds"],
+            "pooled_prompt_embeds": text["pooled_prompt_embeds"],
+            "negative_prompt_embeds": negative["prompt_embeds"],
+            "negative_pooled_prompt_embeds": negative["pooled_prompt_embeds"],
+            "guidance_scale": FAMILIES["sdxl"].guidance if guidance is None else guidance,
+        }
