@@ -1,19 +1,32 @@
-"""The preset: frozen, strict, described. Paths in it are absolute once `load_preset` has resolved them (no torch)."""
+"""The preset: frozen, strict, described (no torch). The paths in a loaded one are absolute."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StrictBool, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import StrictBool as Bool
+from pydantic import StrictStr as Str
 
-Auto = Literal["auto"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-FamilyName = Literal["sd15", "sd21", "sdxl", "sd3", "flux"]
-OPTIMIZERS = (
-    "emosens", "emoairy", "emocats", "emonavi", "emofact", "emolynx", "emotion", "emovoid",
-    "adamw", "lion", "prodigy", "schedulefree", "adafactor",
-)  # fmt: skip
-EMO_OPTIMIZERS = OPTIMIZERS[:8]
+from emotrain.config.values import (
+    EMO_OPTIMIZERS,
+    OPTIMIZERS,
+    Auto,
+    Count,
+    Extension,
+    FamilyName,
+    Fraction,
+    Name,
+    OptimizerName,
+    Part,
+    Pattern,
+    Pixels,
+    Seed,
+    Shard,
+    Text,
+)
+
+__all__ = ["EMO_OPTIMIZERS", "OPTIMIZERS", "FamilyName", "Preset"]
 
 
 class Section(BaseModel):
@@ -25,129 +38,202 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model is trained on, and how it is held in memory."""
 
-    base: StrictStr = Field(description="a .safetensors file, a diffusers folder, a hub id, or builtin:tiny-sd | builtin:tiny-flux")
-    family: Auto | FamilyName = Field("auto", description="recognised from the files; set it only to be told when it is another one")
-    vae: StrictStr | None = Field(None, description="another VAE: a diffusers folder, a hub id or a file")
-    revision: StrictStr | None = Field(None, description="a hub id's branch, tag or commit")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the frozen base; the LoRA is always float32")
-    quantize: Literal["none", "int8", "nf4", "fp8"] = Field("none", description="of the frozen base")
-    memory: Literal["auto", "24gb", "16gb", "12gb", "8gb"] = Field("auto", description="the GPU to fit into")
+    base: Text = Field(
+        description="a .safetensors file, a diffusers folder, a hub id, or builtin:tiny-sd or "
+        "builtin:tiny-flux"
+    )
+    family: Auto | FamilyName = Field(
+        "auto",
+        description="recognised from the files; set it only to be told when it is another one",
+    )
+    vae: Str | None = Field(None, description="another VAE: a diffusers folder, a hub id or a file")
+    revision: Str | None = Field(None, description="a hub id's branch, tag or commit")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="of the frozen base; the LoRA is always float32"
+    )
+    quantize: Literal["none", "int8", "nf4", "fp8"] = Field(
+        "none", description="of the frozen base"
+    )
+    memory: Literal["auto", "24gb", "16gb", "12gb", "8gb"] = Field(
+        "auto", description="the GPU to fit into"
+    )
 
 
 class Buckets(Section):
     """The sizes that pictures are brought to, in pixels."""
 
-    step: PositiveInt | None = Field(None, description="sides are multiples of this (default: the family's, 64)")
-    min: PositiveInt | None = Field(None, description="shortest side (default: half the resolution)")
-    max: PositiveInt | None = Field(None, description="longest side (default: one and a half times the resolution)")
-    upscale: StrictBool = Field(False, description="enlarge pictures that are smaller than their bucket")
+    step: Pixels | None = Field(
+        None, description="sides are multiples of this (default: the family's, 64)"
+    )
+    min: Pixels | None = Field(None, description="shortest side (default: half the resolution)")
+    max: Pixels | None = Field(
+        None, description="longest side (default: one and a half times the resolution)"
+    )
+    upscale: Bool = Field(False, description="enlarge pictures that are smaller than their bucket")
 
 
 class Captions(Section):
     """How a caption becomes the text that the model sees."""
 
-    extension: StrictStr = Field(".txt", description="of the same-stem caption files")
-    default: StrictStr | None = Field(None, description="caption of pictures that have none")
-    shuffle: StrictBool = Field(False, description="shuffle the comma-separated tags")
-    keep_tokens: Annotated[int, Field(ge=0)] = Field(0, description="first tags that shuffle and tag_dropout leave alone (the trigger always is)")
+    extension: Extension = Field(".txt", description="of the same-stem caption files")
+    default: Str | None = Field(None, description="caption of pictures that have none")
+    shuffle: Bool = Field(False, description="shuffle the comma-separated tags")
+    keep_tokens: Count = Field(
+        0, description="first tags that shuffle and tag_dropout leave alone (the trigger always is)"
+    )
     dropout: Fraction = Field(0.05, description="share of samples trained without a caption")
     tag_dropout: Fraction = Field(0.0, description="share of tags left out")
-    variants: PositiveInt = Field(8, description="texts encoded ahead per caption where shuffle, tag_dropout or wildcards vary it")
-    prefix: StrictStr = Field("", description="put before every caption, after the trigger")
-    suffix: StrictStr = Field("", description="put after every caption")
+    variants: PositiveInt = Field(
+        8, description="texts encoded ahead per caption where shuffle or tag_dropout vary it"
+    )
+    prefix: Str = Field("", description="put before every caption, after the trigger")
+    suffix: Str = Field("", description="put after every caption")
 
 
 class Folder(Section):
     """One folder of pictures."""
 
-    path: StrictStr = Field(description="the folder, or builtin:example")
+    path: Text = Field(description="the folder, or builtin:example")
     repeats: PositiveInt = Field(1, description="how often an epoch sees each picture")
-    flip: StrictBool = Field(False, description="mirror half of the samples")
-    mask: StrictStr | None = Field(None, description="a folder of same-stem masks, or `alpha`; white is learned")
-    prior: PositiveFloat | None = Field(None, description="regularisation pictures: their loss weight")
-    caption: StrictStr | None = Field(None, description="one caption for all pictures of this folder")
+    flip: Bool = Field(False, description="mirror half of the samples")
+    mask: Str | None = Field(
+        None, description="a folder of same-stem masks, or `alpha`; white is learned"
+    )
+    prior: PositiveFloat | None = Field(
+        None, description="regularisation pictures: their loss weight"
+    )
+    caption: Str | None = Field(None, description="one caption for all pictures of this folder")
 
 
 class DatasetSection(Section):
     """The pictures and captions."""
 
-    folders: Annotated[tuple[Folder, ...], Field(min_length=1)]
-    trigger: StrictStr | None = Field(None, description="word that calls the LoRA: put first, never dropped or shuffled; [trigger] in prompts")
-    resolution: tuple[PositiveInt, ...] = Field((), description="one or several, in pixels (default: the model's)")
+    folders: Annotated[tuple[Folder, ...], Field(min_length=1)] = Field(
+        description="where the pictures are"
+    )
+    trigger: Str | None = Field(
+        None,
+        description="word that calls the LoRA: put first, never shuffled; [trigger] in prompts",
+    )
+    resolution: tuple[Pixels, ...] = Field(
+        (), description="one or several, in pixels (default: the model's)"
+    )
     buckets: Buckets = Buckets()
     captions: Captions = Captions()
-    background: StrictStr = Field("white", description="behind transparent pictures: a colour name or #rrggbb")
-    shard: Annotated[str, Field(pattern=r"^\d+/\d+$")] | None = Field(None, description='"1/2": this machine\'s part of the data set')
+    background: Str = Field(
+        "white", description="behind transparent pictures: a colour name or #rrggbb"
+    )
+    shard: Shard | None = Field(None, description='"1/2": this machine\'s part of the data set')
 
 
 class NetworkSection(Section):
     """The LoRA."""
 
-    type: Literal["lora"] = "lora"
+    type: Literal["lora"] = Field("lora", description="the only kind so far")
     rank: PositiveInt = Field(16, description="rank r of the update matrices")
-    alpha: PositiveFloat | None = Field(None, description="strength is alpha / rank (default: rank)")
-    targets: Literal["attn", "attn-mlp", "all"] | tuple[StrictStr, ...] = Field("attn-mlp", description="a named set, or regular expressions of module names")
-    rank_pattern: dict[StrictStr, PositiveInt] = Field({}, description="rank of the modules whose name matches a regular expression")
-    conv_rank: Annotated[int, Field(ge=0)] = Field(0, description="rank of the 3x3 convolutions where the targets hold them; 0 = rank")
-    text_encoder: StrictBool = Field(False, description="train the CLIP text encoders too (captions are then not cached)")
+    alpha: PositiveFloat | None = Field(
+        None, description="strength is alpha / rank (default: rank)"
+    )
+    targets: Literal["attn", "attn-mlp", "all"] | tuple[Pattern, ...] = Field(
+        "attn-mlp", description="a named set, or regular expressions of module names"
+    )
+    rank_pattern: dict[Pattern, PositiveInt] = Field(
+        {}, description="rank of the modules whose name matches a regular expression"
+    )
+    conv_rank: Count = Field(
+        0, description="rank of the 3x3 convolutions where the targets hold them; 0 = rank"
+    )
+    text_encoder: Bool = Field(
+        False, description="train the CLIP text encoders too (captions are then not cached)"
+    )
 
 
 class StackItem(Section):
     """An earlier LoRA that lies frozen under the new one."""
 
-    path: StrictStr
-    weight: float = 1.0
+    path: Text = Field(description="a LoRA file")
+    weight: float = Field(1.0, description="how strongly it is applied")
 
 
 class StartFrom(Section):
     """Earlier LoRAs to build on."""
 
-    continue_: StrictStr | None = Field(None, alias="continue", description="a LoRA file or run: its weights are where this run starts")
-    stack: tuple[StackItem, ...] = Field((), description="LoRA files applied to the base and frozen; a new one is trained on top")
+    continue_: Str | None = Field(
+        None,
+        alias="continue",
+        description="a LoRA file or run: its weights are where this run starts",
+    )
+    stack: tuple[StackItem, ...] = Field(
+        (), description="LoRA files applied to the base and frozen; a new one is trained on top"
+    )
 
 
 class OptimizerSection(Section):
-    """An emo optimizer and its words; a bare name is enough."""
+    """An optimizer and its words; a bare name in place of this section is enough."""
 
-    name: StrictStr = "emosens"
-    generation: Literal["3.6", "3.7", "3.7.0", "3.7.6", "3.9"] | None = None
-    use_shadow: StrictBool = False
-    eps: PositiveFloat = 1e-8
-    betas: tuple[Fraction, Fraction] | None = None
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    stopcoef: PositiveFloat = 0.04
-    sensor: Literal["faithful", "intent"] = "faithful"
-    notify: StrictBool = True
+    name: OptimizerName = Field("emosens", description=f"one of {', '.join(OPTIMIZERS)}")
+    generation: Literal["3.6", "3.7", "3.7.0", "3.7.6", "3.9"] | None = Field(
+        None, description="of the emo mechanism (default: 3.9)"
+    )
+    use_shadow: Bool = Field(False, description="emo: pull back towards a slow copy")
+    eps: PositiveFloat = Field(1e-8, description="kept away from zero in divisions")
+    betas: tuple[Part, Part] | None = Field(
+        None, description="decay of the moments (default: the optimizer's own)"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.01, description="decoupled")
+    stopcoef: PositiveFloat = Field(0.04, description="emo: threshold of the stop signal")
+    sensor: Literal["faithful", "intent"] = Field(
+        "faithful", description="emo: as published, or as its text says it is meant"
+    )
+    notify: Bool = Field(True, description="emo: say so when the stop signal lights")
 
 
 class LossSection(Section):
     """What the loss is, and where on the noise scale it is taken."""
 
-    min_snr_gamma: PositiveFloat | None = Field(None, description="Hang et al. 2023; SD models only")
-    noise_offset: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.0, description="SD models only")
-    timesteps: Literal["auto", "uniform", "logit-normal"] = Field("auto", description="density of the timesteps; auto: SD uniform, flow logit-normal")
-    shift: Auto | PositiveFloat = Field("auto", description="flow models: shift of the timesteps; auto: by the resolution")
-    ear: Literal["auto", "raw", "corrected"] = Field("auto", description="what the emotion hears: the raw loss, or the loss corrected for its timesteps")
+    min_snr_gamma: PositiveFloat | None = Field(
+        None, description="Hang et al. 2023; SD models only"
+    )
+    noise_offset: Fraction = Field(0.0, description="SD models only")
+    timesteps: Literal["auto", "uniform", "logit-normal"] = Field(
+        "auto", description="density of the timesteps; auto: SD uniform, flow logit-normal"
+    )
+    shift: Auto | PositiveFloat = Field(
+        "auto", description="flow models: shift of the timesteps; auto: by the resolution"
+    )
+    ear: Literal["auto", "raw", "corrected"] = Field(
+        "auto",
+        description="what the emotion hears: the raw loss, or the loss corrected for its timesteps",
+    )
 
 
 class TrainSection(Section):
     """The loop."""
 
     optimizer: OptimizerSection = OptimizerSection()
-    lr: PositiveFloat | None = Field(None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required")
-    micro_batch_size: PositiveInt = 1
-    gradient_accumulation_steps: PositiveInt = 1
+    lr: PositiveFloat | None = Field(
+        None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required"
+    )
+    micro_batch_size: PositiveInt = Field(1, description="pictures in one forward pass")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="forward passes in one optimizer step"
+    )
     max_steps: PositiveInt = Field(3000, description="a ceiling, not a target")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
-    gradient_checkpointing: Auto | StrictBool = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    gradient_checkpointing: Auto | Bool = Field(
+        "auto", description="less memory for a slower step; auto: where it does not fit"
+    )
+    seed: Seed = Field(42, description="the same seed on the same machine gives the same bytes")
     loss: LossSection = LossSection()
 
 
 class StopSection(Section):
     """When the run ends by itself."""
 
-    mode: Literal["off", "signal", "trusted"] = Field("trusted", description="off: max_steps; signal: the published signals; trusted: signals and probe")
+    mode: Literal["off", "signal", "trusted"] = Field(
+        "trusted",
+        description="off: max_steps; signal: the published signals; trusted: signals and probe",
+    )
     min_steps: Auto | PositiveInt = Field("auto", description="never before this step")
 
 
@@ -156,42 +242,57 @@ class ValidateSection(Section):
 
     every: PositiveInt = Field(50, description="steps between two probes")
     probe_images: PositiveInt = Field(4, description="pictures in the probe")
-    folder: StrictStr | None = Field(None, description="a held-out folder of your own")
-    fraction: Auto | Fraction = Field("auto", description="share of the pictures held out; auto: 3 where there are at least 12; 0: none")
+    folder: Str | None = Field(None, description="a held-out folder of your own")
+    fraction: Auto | Part = Field(
+        "auto",
+        description="share of the pictures held out; auto: 3 where there are at least 12; 0: none",
+    )
 
 
 class SampleSection(Section):
     """Pictures drawn during the run."""
 
-    every: Annotated[int, Field(ge=0)] = Field(250, description="steps between two sheets; 0: none")
-    at_start: StrictBool = True
-    seed: Annotated[int, Field(ge=0)] = 42
-    steps: PositiveInt = 20
-    guidance: Auto | Annotated[float, Field(ge=0.0)] = "auto"
-    size: PositiveInt | None = Field(None, description="of the pictures, in pixels (default: the first resolution)")
-    prompts: tuple[StrictStr, ...] = ("[trigger]",)
+    every: Count = Field(250, description="steps between two sheets; 0: none")
+    at_start: Bool = Field(True, description="also before the first step")
+    seed: Seed = Field(42, description="of the pictures' noise, the same for every sheet")
+    steps: PositiveInt = Field(20, description="denoising steps of one picture")
+    guidance: Auto | Annotated[float, Field(ge=0.0)] = Field(
+        "auto", description="classifier-free guidance (auto: the family's)"
+    )
+    size: Pixels | None = Field(
+        None, description="of the pictures, in pixels (default: the first resolution)"
+    )
+    prompts: tuple[Str, ...] = Field(
+        ("[trigger]",), description="one picture each; [trigger] is replaced"
+    )
 
 
 class SaveSection(Section):
     """Checkpoints and the LoRA file."""
 
     every: PositiveInt = Field(250, description="steps between two checkpoints")
-    keep_last: Annotated[int, Field(ge=2)] = Field(3, description="checkpoints kept besides the best")
-    format: Literal["auto", "kohya", "diffusers"] = "auto"
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    keep_last: Annotated[int, Field(ge=2)] = Field(
+        3, description="checkpoints kept besides the best"
+    )
+    format: Literal["auto", "kohya", "diffusers"] = Field(
+        "auto", description="the key layout; auto: the one that every reader of the family loads"
+    )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field(
+        "fp16", description="of the LoRA file; checkpoints hold float32"
+    )
 
 
 class LogSection(Section):
     """Logs besides metrics.jsonl."""
 
-    tensorboard: StrictBool = True
+    tensorboard: Bool = Field(True, description="write event files for TensorBoard")
     every: PositiveInt = Field(10, description="steps between two plain lines")
 
 
 class Preset(Section):
     """A whole run. `model` and `dataset` are enough."""
 
-    name: StrictStr = "run"
+    name: Name = Field("run", description="of the run (default: the preset's file name)")
     model: ModelSection
     dataset: DatasetSection
     network: NetworkSection = NetworkSection()

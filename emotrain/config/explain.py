@@ -1,0 +1,258 @@
+"""pydantic's errors -> problems with file:line, the value, and the likely word."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from emotrain.config.aliases import INSIDE, TOP
+from emotrain.config.guess import likely, nearest
+from emotrain.config.schema import Preset
+from emotrain.config.source import Node, Scalar, resolve_scalar
+from emotrain.config.words import as_mapping
+from emotrain.errors import Problem
+
+Loc = tuple[int | str, ...]
+
+_NEEDLESS = {
+    **dict.fromkeys(
+        ("lr_scheduler", "lr_scheduler_type", "scheduler", "lr_warmup_steps", "warmup_steps"),
+        "leave it out: there is no schedule, an emo optimizer finds its own pace",
+    ),
+    **dict.fromkeys(
+        ("epochs", "num_epochs", "max_train_epochs", "num_train_epochs"),
+        "leave it out: the run ends by itself, and `train.max_steps` is the ceiling",
+    ),
+    **dict.fromkeys(
+        ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"),
+        "leave it out: latents and text are always cached",
+    ),
+    "<<": "merge keys are not read here; share settings through `extends:`",
+}  # fmt: skip
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "`true` or `false`",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (`key: value` lines)",
+    "model_type": "a mapping (`key: value` lines)",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def explain(error: ValidationError, root: Node) -> list[Problem]:
+    """One problem for each place that is wrong, in the order of the lines.
+
+    Args:
+        error: of `Preset.model_validate`.
+        root: the tree that the validated values came from.
+    """
+    places: dict[Loc, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        loc = _place(detail, root)
+        if detail["type"] == "too_short" and _node_at(root, loc).value:
+            continue  # the list is filled; its items are wrong, and have their own errors
+        places.setdefault(loc, []).append(detail)
+    found = [(_node_at(root, loc), _explain_place(loc, details, root))
+             for loc, details in places.items()]  # fmt: skip
+    found.sort(key=lambda pair: (pair[0].source, pair[0].line or 0))
+    return [problem for _, problem in found]
+
+
+def show(loc: Loc) -> str:
+    """`("dataset", "folders", 0, "path")` -> `dataset.folders[0].path`."""
+    if loc[:3] == ("train", "optimizer", "name"):
+        return "train.optimizer"
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _walk(root: Node, loc: Loc) -> Iterator[Node]:
+    node = root
+    yield node
+    for part in loc:
+        if isinstance(node.value, dict) and part in node.value:
+            node = node.value[str(part)]
+        elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+        else:
+            return
+        yield node
+
+
+def _node_at(root: Node, loc: Loc) -> Node:
+    """The node at `loc`, or the nearest above it that has a line."""
+    return list(_walk(root, loc))[-1]
+
+
+def _place(detail: ErrorDetails, root: Node) -> Loc:
+    """The error's place without the parts that name a branch of a union."""
+    loc = detail["loc"]
+    depth = len(list(_walk(root, loc))) - 1
+    return loc[: depth + 1] if detail["type"] == "missing" else loc[:depth]
+
+
+def _explain_place(loc: Loc, details: list[ErrorDetails], root: Node) -> Problem:
+    node = _node_at(root, loc)
+    kinds = {detail["type"] for detail in details}
+    if "missing" in kinds:
+        hint = None
+        if loc in (("model",), ("dataset",)):
+            hint = "two keys are enough: `model:` and `dataset:`"
+        return Problem(f"{node.where}: {show(loc)} is missing", hint)
+    if "extra_forbidden" in kinds:
+        return _explain_extra(loc, node)
+    value = _written(node)
+    for detail in details:
+        if detail["type"] == "value_error":
+            reason, _, hint = str(detail["ctx"]["error"]).partition("|")
+            what = f"{show(loc)} is {value}"
+            if detail["loc"][-1] == "[key]":
+                what = f"{show(loc[:-1])} has the key `{loc[-1]}`"
+            return Problem(f"{node.where}: {what}, {reason}", hint or None)
+    expected, words = _expected(details)
+    hint = _type_hint(node, words, kinds)
+    if kinds <= set(_WANTED) and len(kinds) == 1:
+        return Problem(f"{node.where}: {show(loc)} is {value}, which is not {expected}", hint)
+    return Problem(f"{node.where}: {show(loc)} is {value}, but must be {expected}", hint)
+
+
+def _expected(details: list[ErrorDetails]) -> tuple[str, list[str]]:
+    """What would have been right, as the end of a sentence; and the words among it."""
+    phrases: list[str] = []
+    words: list[str] = []
+    for detail in details:
+        kind, context = detail["type"], detail.get("ctx", {})
+        if kind == "literal_error":
+            words += str(context["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+        elif kind in _BOUNDS:
+            key, word = _BOUNDS[kind]
+            phrases.append(f"{word} {context[key]:g}")
+        elif kind == "too_short":
+            phrases.append(f"a list of at least {context['min_length']}")
+        else:
+            phrases.append(_WANTED.get(kind, detail["msg"]))
+    if words:
+        phrases.insert(
+            0, ("one of " if len(words) > 1 else "") + ", ".join(f"`{w}`" for w in words)
+        )
+    return " or ".join(dict.fromkeys(phrases)), words
+
+
+def _type_hint(node: Node, words: list[str], kinds: set[str]) -> str | None:
+    value = node.value
+    if not isinstance(value, str):
+        if value is None:
+            return "leave the line out to get the default"
+        return None
+    if "bool_type" in kinds and value.casefold() in ("yes", "on", "no", "off"):
+        return f"write `{'true' if value.casefold() in ('yes', 'on') else 'false'}`"
+    if kinds & {"int_type", "float_type"} and node.text is None:
+        unquoted: Scalar = resolve_scalar(value)
+        if isinstance(unquoted, int | float) and not isinstance(unquoted, bool):
+            return "leave the quotes out"
+    return likely(value, words) if words else None
+
+
+def _written(node: Node) -> str:
+    """The value as the preset has it, short enough for one line."""
+    if isinstance(node.value, dict):
+        return "a mapping" if node.value else "an empty mapping"
+    if isinstance(node.value, list):
+        return "a list" if node.value else "an empty list"
+    if node.value is None:
+        return "empty"
+    text = node.text if node.text is not None else str(node.value)
+    return f"`{text[:60]}{'...' if len(text) > 60 else ''}`"
+
+
+def _explain_extra(loc: Loc, node: Node) -> Problem:
+    key = str(loc[-1])
+    section = section_at(loc[:-1])
+    inside = f"of `{show(loc[:-1])}`" if len(loc) > 1 else "of a preset"
+    got = f" (got {_written(node)})" if not isinstance(node.value, dict | list) else ""
+    message = f"{node.where}: `{key}` is not a key {inside}{got}"
+    return Problem(message, _key_hint(key, loc, section))
+
+
+def _key_hint(key: str, loc: Loc, section: type[BaseModel] | None) -> str | None:
+    if key in _NEEDLESS:
+        return _NEEDLESS[key]
+    if "." in key and len(loc) == 1:
+        first, _, rest = key.partition(".")
+        if first in field_names(Preset):
+            return f"write `{first}:` and, indented below it, `{rest}:`"
+    own = field_names(section) if section else ()
+    found = nearest(key, own)
+    if found:
+        return f"did you mean `{found}`?"
+    elsewhere = [path for path in _all_keys() if path.split(".")[-1] == key]
+    if elsewhere:
+        return f"did you mean `{elsewhere[0]}`?"
+    foreign: Mapping[str, str] = TOP if len(loc) == 1 else INSIDE.get(str(loc[0]), {})
+    word = nearest(key, foreign)
+    if word:
+        return f"did you mean `{foreign[word]}`?"
+    return likely(key, _all_keys()) or (f"it has {', '.join(own)}" if own else None)
+
+
+def field_names(section: type[BaseModel]) -> tuple[str, ...]:
+    """The keys of a section as a preset writes them."""
+    return tuple(field.alias or name for name, field in section.model_fields.items())
+
+
+def section_at(loc: Loc) -> type[BaseModel] | None:
+    """The section that lies at a place of the preset, None where there is a plain value."""
+    section: type[BaseModel] | None = Preset
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if section is None:
+            return None
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        section = _section_in(fields[part].annotation) if part in fields else None
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (tuple, Union, types.UnionType):
+        for one in get_args(annotation):
+            if found := _section_in(one):
+                return found
+    return None
+
+
+def _all_keys(section: type[BaseModel] = Preset, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + (field.alias or name))
+        inner = _section_in(field.annotation)
+        if inner:
+            keys += _all_keys(inner, f"{keys[-1]}.")
+    return keys
+
+
+def leaf(root: Node, dotted: str) -> Node | None:
+    """The node at `section.key`, None if the preset does not set it."""
+    node: Node | None = root
+    for part in dotted.split("."):
+        node = as_mapping(node).get(part)
+    return node

@@ -1,0 +1,291 @@
+"""A preset's file or name, and overrides -> a frozen `Preset`, or every error at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from emotrain.config import source
+from emotrain.config.builtin import find_preset, shipped_presets
+from emotrain.config.explain import explain, leaf
+from emotrain.config.names import name_from_file
+from emotrain.config.paths import absolute, resolve_paths
+from emotrain.config.rules import check_rules
+from emotrain.config.schema import Preset
+from emotrain.config.source import MAX_PROBLEMS, Node
+from emotrain.config.text import read_text
+from emotrain.config.words import as_mapping, normalise
+from emotrain.errors import ConfigError, Problem
+
+MAX_EXTENDS = 16
+MAX_PROBLEMS = 25
+
+
+@dataclass(frozen=True)
+class LoadedPreset:
+    """A preset, what was noted while it was read, and where its values came from."""
+
+    preset: Preset
+    notes: tuple[str, ...]
+    path: Path
+    _root: Node
+
+    def where(self, dotted: str) -> str:
+        """`network.rank` -> `presets/a.yaml:12`; the file alone where the value is a default."""
+        node: Node | None = self._root
+        for part in dotted.split("."):
+            value = node.value if node is not None else None
+            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+                node = value[int(part)]
+            else:
+                node = as_mapping(node).get(part)
+        return node.where if node is not None else self._root.source
+
+
+@dataclass
+class _Found:
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_preset(
+    path_or_name: str | Path,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    notes: list[str] | None = None,
+) -> Preset:
+    """Load a preset.
+
+    Args:
+        path_or_name: a YAML file, or the name of a shipped preset.
+        overrides: `section.key=value` each; paths in them are relative to the current folder.
+        name: of the run, in place of the preset's own.
+        notes: lines about translated words and settings without effect are appended to it.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    loaded = load(path_or_name, overrides, name)
+    if notes is not None:
+        notes.extend(loaded.notes)
+    return loaded.preset
+
+
+def load(
+    path_or_name: str | Path, overrides: Sequence[str] = (), name: str | None = None
+) -> LoadedPreset:
+    """As `load_preset`, with the notes and the origin of every value."""
+    path = find_preset(str(path_or_name))
+    found = _Found()
+    shown = _shown(path) if str(path_or_name) in shipped_presets() else str(path_or_name)
+    root = _read_file(path, shown, (), found)
+    for override in overrides:
+        root = merge(root, _read_override(override, found))
+        root = _set_item(root, override, found)
+    if name is not None:
+        root = merge(root, Node({"name": Node(name, "--name")}, "--name"))
+    preset = _validate(root, path, found)
+    if preset is None or found.problems:
+        raise _as_error(found.problems)
+    return LoadedPreset(preset, tuple(found.notes), path, root)
+
+
+def merge(base: Node, over: Node) -> Node:
+    """`over` on top of `base`: mappings key by key, everything else as a whole."""
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        return over
+    merged = dict(base.value)
+    for key, node in over.value.items():
+        merged[key] = merge(merged[key], node) if key in merged else node
+    return replace(over, value=merged, source=over.source if over.value else base.source)
+
+
+def _shown(path: Path) -> str:
+    """A file's name in messages: short where it lies under the current folder."""
+    relative = os.path.relpath(path) if path.drive == Path.cwd().drive else str(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _read_file(path: Path, shown: str, chain: tuple[Path, ...], found: _Found) -> Node:
+    """One file's tree on top of the tree that it extends, with all paths absolute."""
+    root, notes = source.parse(read_text(path, shown), shown)
+    if not isinstance(root.value, dict):
+        kind = "a list" if isinstance(root.value, list) else "a single value"
+        raise ConfigError(f"{shown}: {kind} is not a preset", "a preset has keys: `model: ...`")
+    if not root.value:
+        raise ConfigError(
+            f"{shown}: an empty file is not a preset",
+            "two keys are enough: `model:` and `dataset:`",
+        )
+    found.notes.extend(notes)
+    root = replace(root, line=None)
+    extends = as_mapping(root).pop("extends", None)
+    tree, problems, words = normalise(root)
+    found.problems.extend(problems)
+    found.notes.extend(words)
+    resolve_paths(tree, path.absolute().parent)
+    if extends is None or extends.value is None:
+        return tree
+    base = _read_extended(extends, path, (*chain, path.resolve()), found)
+    return _on_top(base, tree)
+
+
+def _read_extended(extends: Node, path: Path, chain: tuple[Path, ...], found: _Found) -> Node:
+    """The tree behind `extends:`, without the run's name."""
+    empty = Node({}, extends.source)
+    word = extends.value
+    if not isinstance(word, str):
+        hint = "it takes one name or path"
+        found.problems.append(Problem(f"{extends.where}: extends is not a preset's name", hint))
+        return empty
+    try:
+        beside = Path(absolute(word, path.absolute().parent))
+        target = beside if beside.is_file() else find_preset(word)
+    except ConfigError as error:
+        found.problems.append(Problem(f"{extends.where}: {error.message}", error.hint))
+        return empty
+    if not target.is_file():
+        found.problems.append(Problem(f"{extends.where}: extends `{word}`, which does not exist"))
+        return empty
+    if target.resolve() in chain or len(chain) > MAX_EXTENDS:
+        what = "which extends it again" if target.resolve() in chain else "one of too many"
+        found.problems.append(Problem(f"{extends.where}: extends `{word}`, {what}"))
+        return empty
+    try:
+        tree = _read_file(target, _shown(target), chain, found)
+    except ConfigError as error:
+        found.problems.extend(error.problems)
+        return empty
+    as_mapping(tree).pop("name", None)
+    return tree
+
+
+def _on_top(base: Node, over: Node) -> Node:
+    """`merge`, but another optimizer brings neither the old one's words nor its lr."""
+    new, old = leaf(over, "train.optimizer.name"), leaf(base, "train.optimizer.name")
+    train = as_mapping(as_mapping(base).get("train"))
+    if new is not None and new.value != (old.value if old is not None else "emosens"):
+        train.pop("optimizer", None)
+        train.pop("lr", None)
+    return merge(base, over)
+
+
+def _read_override(override: str, found: _Found) -> Node:
+    """`train.lr=0.5` -> a tree; keys that point into a list are left to `_set_item`."""
+    key, value = _split_override(override)
+    origin = f"--set {key}"
+    if not value or any(part.isdigit() for part in key.split(".")):
+        return Node({}, origin)
+    node = value[0]
+    for part in reversed(key.split(".")):
+        node = Node({part: node}, origin)
+    tree, problems, notes = normalise(node)
+    found.problems.extend(problems)
+    found.notes.extend(notes)
+    resolve_paths(tree, Path.cwd())
+    return tree
+
+
+def _split_override(override: str) -> tuple[str, list[Node]]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"--set {override}: this is not key=value", "e.g. `--set network.rank=8`")
+    if key == "extends":
+        raise ConfigError("--set extends: only a file can extend a preset")
+    origin = f"--set {key}"
+    text = text.strip()
+    if text.startswith(("[", "{", '"', "'")):
+        try:
+            return key, [replace(source.parse(text, origin)[0], line=None)]
+        except source.SourceError:
+            pass  # such as `[trigger], portrait`: it is text
+    return key, [Node(source.resolve_scalar(text), origin, None, text)]
+
+
+def _set_item(root: Node, override: str, found: _Found) -> Node:
+    """`dataset.folders.0.repeats=2` on a tree: the list must hold that item already."""
+    key, (node,) = _split_override(override)
+    parts = key.split(".")
+    if not any(part.isdigit() for part in parts):
+        return root
+    at = root
+    for part in parts[:-1]:
+        inner: Node | None = as_mapping(at).get(part)
+        if isinstance(at.value, list) and part.isdigit() and int(part) < len(at.value):
+            inner = at.value[int(part)]
+        if inner is None:
+            found.problems.append(Problem(f"--set {key}: the preset has no such list or item"))
+            return root
+        at = inner
+    if isinstance(at.value, dict):
+        at.value[parts[-1]] = node
+    elif isinstance(at.value, list) and parts[-1].isdigit() and int(parts[-1]) < len(at.value):
+        at.value[int(parts[-1])] = node
+    else:
+        found.problems.append(Problem(f"--set {key}: the preset has no such list or item"))
+    resolve_paths(root, Path.cwd())  # the others are absolute already
+    return root
+
+
+def _validate(root: Node, path: Path, found: _Found) -> Preset | None:
+    """The preset; None where problems were added to `found`."""
+    if "name" not in as_mapping(root):
+        as_mapping(root)["name"] = Node(name_from_file(path), root.source)
+    problems, notes = check_rules(root)
+    found.notes.extend(notes)
+    try:
+        preset: Preset | None = Preset.model_validate(_strict(root.plain()))
+    except ValidationError as error:
+        preset = _validate_as_text(error, root, found)
+    found.problems.extend(problems)
+    return preset
+
+
+def _validate_as_text(error: ValidationError, root: Node, found: _Found) -> Preset | None:
+    """Once more, with plain scalars as they were written where text is wanted: `trigger: 007`."""
+    values = root.plain()
+    for detail in error.errors(include_url=False):
+        if detail["type"] in ("string_type", "literal_error"):
+            _write_as_text(values, root, detail["loc"])
+    try:
+        return Preset.model_validate(_strict(values))
+    except ValidationError as left:
+        found.problems.extend(explain(left, root))
+        return None
+
+
+def _write_as_text(values: Any, root: Node, loc: tuple[int | str, ...]) -> None:
+    node = root
+    for part in loc:
+        children: Any = node.value
+        in_mapping = isinstance(children, dict) and part in children
+        if not in_mapping and not (isinstance(children, list) and part in range(len(children))):
+            return
+        node = children[part]
+        if node.text is not None and node.value is not None:
+            values[part] = node.text
+            return
+        values = values[part]
+
+
+def _strict(values: Any) -> Any:
+    """Lists as tuples, which is what the frozen sections hold."""
+    if isinstance(values, dict):
+        return {key: _strict(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return tuple(_strict(value) for value in values)
+    return values
+
+
+def _as_error(problems: list[Problem]) -> ConfigError:
+    shown = list(dict.fromkeys(problems))
+    if len(shown) > MAX_PROBLEMS:
+        more = len(shown) - MAX_PROBLEMS
+        shown = [*shown[:MAX_PROBLEMS], Problem(f"and {more} more problems of this kind")]
+    return ConfigError(shown[0].message, shown[0].hint, problems=tuple(shown))

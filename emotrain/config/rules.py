@@ -1,0 +1,112 @@
+"""What has to fit together across keys, beyond the kind of each value."""
+
+from __future__ import annotations
+
+from emotrain.config import builtin
+from emotrain.config.explain import leaf
+from emotrain.config.schema import EMO_OPTIMIZERS, OPTIMIZERS
+from emotrain.config.source import Node
+from emotrain.config.words import as_mapping
+from emotrain.errors import ConfigError, Problem
+
+_USUAL_LR = {
+    "adamw": "1e-4",
+    "lion": "2e-5",
+    "adafactor": "1e-4",
+    "prodigy": "1.0",
+    "schedulefree": "1e-3",
+}
+_EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "notify")
+
+
+def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
+    """Look at a merged tree whose values may still be wrong one by one.
+
+    Returns:
+        Problems, and notes on settings without effect.
+    """
+    problems = [*_optimizer(root), *_buckets(root), *_builtin_names(root)]
+    return problems, [*_no_effect(root), *_bare_trigger(root)]
+
+
+def _optimizer(root: Node) -> list[Problem]:
+    name = leaf(root, "train.optimizer.name")
+    if name is None or name.value in EMO_OPTIMIZERS or name.value not in OPTIMIZERS:
+        return []
+    problems = []
+    lr = leaf(root, "train.lr")
+    if lr is None or lr.value is None:
+        usual = _USUAL_LR[str(name.value)]
+        problems.append(
+            Problem(
+                f"{name.where}: train.lr is missing, and only the emo optimizers do without: "
+                f"`{name.value}` needs one",
+                f"a usual one for a LoRA is `lr: {usual}`",
+            )
+        )
+    mode = leaf(root, "stop.mode")
+    if mode is not None and mode.value == "signal":
+        problems.append(
+            Problem(
+                f"{mode.where}: stop.mode is `signal`, which `{name.value}` does not give",
+                "`trusted` watches the probe, `off` goes to train.max_steps",
+            )
+        )
+    return problems
+
+
+def _buckets(root: Node) -> list[Problem]:
+    low, high = leaf(root, "dataset.buckets.min"), leaf(root, "dataset.buckets.max")
+    if low is None or high is None:
+        return []
+    if isinstance(low.value, int) and isinstance(high.value, int) and low.value > high.value:
+        return [
+            Problem(
+                f"{low.where}: dataset.buckets.min is {low.value}, which is above "
+                f"dataset.buckets.max, {high.value}"
+            )
+        ]
+    return []
+
+
+def _builtin_names(root: Node) -> list[Problem]:
+    places: list[tuple[Node | None, tuple[str, ...], str]] = [
+        (leaf(root, "model.base"), builtin.MODELS, "model"),
+        (leaf(root, "validate.folder"), builtin.DATASETS, "data set"),
+    ]
+    folders = leaf(root, "dataset.folders")
+    if folders is not None and isinstance(folders.value, list):
+        for item in folders.value:
+            places.append((as_mapping(item).get("path"), builtin.DATASETS, "data set"))
+    problems = []
+    for node, known, kind in places:
+        if node is not None and isinstance(node.value, str) and builtin.is_builtin(node.value):
+            try:
+                builtin.check_name(node.value, known, kind)
+            except ConfigError as error:
+                problems.append(Problem(f"{node.where}: {error.message}", error.hint))
+    return problems
+
+
+def _no_effect(root: Node) -> list[str]:
+    name = leaf(root, "train.optimizer.name")
+    if name is None or name.value in EMO_OPTIMIZERS or name.value not in OPTIMIZERS:
+        return []
+    words = as_mapping(leaf(root, "train.optimizer"))
+    return [
+        f"{words[word].where}: train.optimizer.{word} has no effect on `{name.value}`"
+        for word in _EMO_WORDS
+        if word in words
+    ]
+
+
+def _bare_trigger(root: Node) -> list[str]:
+    """`prompts: [trigger]` is a YAML list with the word `trigger` in it."""
+    prompts = leaf(root, "sample.prompts")
+    if prompts is None or not isinstance(prompts.value, list):
+        return []
+    return [
+        f'{node.where}: a prompt is the bare word `trigger`; quotes keep the brackets: "[trigger]"'
+        for node in prompts.value
+        if node.value == "trigger"
+    ]

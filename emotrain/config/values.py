@@ -1,0 +1,68 @@
+"""The kinds of value that a preset holds, each with its limits."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from emotrain.config.guess import nearest
+from emotrain.config.names import check_run_name
+
+Auto = Literal["auto"]
+FamilyName = Literal["sd15", "sd21", "sdxl", "sd3", "flux"]
+OPTIMIZERS = (
+    "emosens", "emoairy", "emocats", "emonavi", "emofact", "emolynx", "emotion", "emovoid",
+    "adamw", "lion", "prodigy", "schedulefree", "adafactor",
+)  # fmt: skip
+EMO_OPTIMIZERS = OPTIMIZERS[:8]
+
+
+def _optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        found = nearest(name, OPTIMIZERS)
+        raise ValueError("which is not an optimizer" + (f"|did you mean `{found}`?" if found else
+                         f"|one of {', '.join(OPTIMIZERS)}"))  # fmt: skip
+    return name
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"which is not a regular expression: {error}") from error
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("which is empty")
+    return text
+
+
+def _shard(text: str) -> str:
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError('which is not a part such as "1/2"')
+    return text
+
+
+def _extension(text: str) -> str:
+    if not re.fullmatch(r"\.[\w.-]+", text):
+        raise ValueError('which is not an ending such as ".txt"')
+    return text
+
+
+# Why a value is refused is the end of a sentence; what follows a `|` is the hint.
+Name = Annotated[str, AfterValidator(check_run_name)]
+Shard = Annotated[str, AfterValidator(_shard)]
+Extension = Annotated[str, AfterValidator(_extension)]
+OptimizerName = Annotated[str, AfterValidator(_optimizer)]
+Text = Annotated[str, AfterValidator(_filled)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Part = Annotated[float, Field(ge=0.0, lt=1.0)]
+Pixels = Annotated[int, Field(ge=8, le=8192)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=0)]
