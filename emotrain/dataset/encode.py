@@ -1,0 +1,261 @@
+"""Every picture and text through the frozen encoders once, by way of the cache.
+
+One picture or text at a time: what an encoder gives for it then depends on it alone, and not on its neighbours in a
+batch. Reading and decoding run ahead in two threads.
+
+Shape letters: C latent channels, h w latent height and width, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from emotrain.dataset.buckets import Placement
+from emotrain.dataset.cache import Cache, Tensors, content_key, narrow
+from emotrain.dataset.examples import Example
+from emotrain.dataset.images import (
+    MAX_FILE_BYTES,
+    Picture,
+    decode_picture,
+    load_picture,
+    parse_background,
+)
+from emotrain.dataset.pixels import to_mask, to_pixels
+from emotrain.dataset.textfile import FileProblem, printable, read_bytes
+from emotrain.errors import DatasetError, ModelError, Problem
+
+Progress = Callable[[str, int, int], None]  # phase ("pictures" or "captions"), done, total
+AHEAD = 4  # pictures decoded before they are needed
+
+
+class Encoder(Protocol):
+    """What this room needs of a model family."""
+
+    vae_scale: int
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] in -1..1 -> latents float32 [B, C, h, w]."""
+
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Texts -> named embeddings, one row per text."""
+
+    def vae_identity(self) -> str:
+        """A digest of all that encode_images depends on."""
+
+    def text_identity(self) -> str:
+        """A digest of all that encode_texts depends on."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture at one placement, encoded. Latents float32 [C, h, w], mask float32 [1, h, w]; on the CPU."""
+
+    example: Example
+    placement: Placement
+    latents: Tensor
+    mirrored: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def key(self) -> str:
+        """Distinguishes the placements of one picture."""
+        return f"{self.example.id}@{self.placement.bucket_w}x{self.placement.bucket_h}"
+
+
+@dataclass
+class _Job:
+    """One placement with what the cache knew of it; `None` is still to be made."""
+
+    example: Example
+    placement: Placement
+    keys: dict[bool, str]  # mirrored or not -> entry
+    found: dict[bool, Tensor | None]
+    mask: Tensor | None
+    pixels: Tensor | None = None
+
+
+def encode_pictures(
+    encoder: Encoder,
+    work: Sequence[tuple[Example, tuple[Placement, ...]]],
+    *,
+    mirror: Collection[str],
+    background: str,
+    cache: Cache,
+    progress: Progress,
+) -> list[Item]:
+    """All placements of all pictures, in order; those with `flip`, and those in `mirror`, mirrored as well.
+
+    Raises:
+        DatasetError: pictures that cannot be decoded or have changed since the scan; `problems` names all.
+        ModelError: the VAE gives numbers that are not finite.
+    """
+    reader = _Reader(
+        encoder.vae_scale, encoder.vae_identity(), frozenset(mirror), background, cache
+    )
+    items: list[Item] = []
+    problems: list[Problem] = []
+    for done, future in enumerate(_run_ahead(reader.read, work), start=1):
+        try:
+            jobs = future.result()
+        except FileProblem as problem:
+            problems.append(Problem(problem.message, problem.hint))
+            jobs = []
+        items += [_finish(encoder, job, cache) for job in jobs if not problems]
+        progress("pictures", done, len(work))
+    if problems:
+        raise DatasetError(problems[0].message, problems[0].hint, problems=tuple(problems))
+    return items
+
+
+def encode_texts(
+    encoder: Encoder, texts: Iterable[str], *, cache: Cache, progress: Progress
+) -> dict[str, Tensors]:
+    """Embeddings per text, without the batch axis; 16-bit where that loses nothing.
+
+    Raises:
+        ModelError: a text encoder gives numbers that are not finite.
+    """
+    identity = encoder.text_identity()
+    unique = sorted(set(texts))
+    rows: dict[str, Tensors] = {}
+    for done, text in enumerate(unique, start=1):
+        key = content_key(text=text, encoder=identity)
+        rows[text] = cache.lookup("texts", key, lambda text=text: _encode_text(encoder, text))
+        progress("captions", done, len(unique))
+    return rows
+
+
+def _encode_text(encoder: Encoder, text: str) -> Tensors:
+    with torch.no_grad():
+        embeds = encoder.encode_texts([text])
+    rows = {name: narrow(rows[0].detach().cpu().clone()) for name, rows in embeds.items()}
+    if not all(bool(row.isfinite().all()) for row in rows.values() if row.is_floating_point()):
+        hint = "set model.dtype to fp32"
+        raise ModelError(
+            f"text encoder gives numbers that are not finite for `{printable(text)}`", hint
+        )
+    return rows
+
+
+def _finish(encoder: Encoder, job: _Job, cache: Cache) -> Item:
+    for mirrored, found in job.found.items():
+        if found is None:
+            assert job.pixels is not None
+            pixels = job.pixels.flip(-1) if mirrored else job.pixels
+            with torch.no_grad():
+                latents = encoder.encode_images(pixels[None])[0].detach().cpu().float().clone()
+            if not bool(latents.isfinite().all()):
+                hint = "set model.dtype to fp32, or model.vae to one made for fp16"
+                raise ModelError(
+                    f"VAE gives numbers that are not finite for {job.example.id}", hint
+                )
+            cache.put("latents", job.keys[mirrored], {"latents": latents})
+            job.found[mirrored] = latents
+    latents, mask = job.found[False], job.mask
+    assert latents is not None
+    if mask is not None and bool((mask == 1.0).all()):
+        mask = None
+    return Item(job.example, job.placement, latents, job.found.get(True), mask)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Looks a picture up in the cache, and decodes it where anything is missing."""
+
+    vae_scale: int
+    vae_identity: str
+    mirror: frozenset[str]
+    background: str
+    cache: Cache
+
+    def read(self, example: Example, placements: Sequence[Placement]) -> list[_Job]:
+        sides = [False, True] if example.flip or example.id in self.mirror else [False]
+        jobs = []
+        picture: Picture | None = None
+        for placement in placements:
+            keys = {side: self._latents_key(example, placement, side) for side in sides}
+            found = {
+                side: _only(self.cache.get("latents", key), "latents") for side, key in keys.items()
+            }
+            job = _Job(example, placement, keys, found, None)
+            mask_key = self._mask_key(example, placement)
+            if mask_key is not None:
+                job.mask = _only(self.cache.get("masks", mask_key), "mask")
+            if None in found.values() or (mask_key is not None and job.mask is None):
+                picture = picture or self._decode(example)
+                job.pixels = to_pixels(picture.image, placement)
+            if mask_key is not None and job.mask is None and picture is not None:
+                job.mask = self._make_mask(example, placement, picture)
+                self.cache.put("masks", mask_key, {"mask": job.mask})
+            jobs.append(job)
+        return jobs
+
+    def _decode(self, example: Example) -> Picture:
+        data = read_bytes(example.path, limit=MAX_FILE_BYTES)
+        if hashlib.sha256(data).hexdigest() != example.sha256:
+            reason = "has changed since the data set was read"
+            raise FileProblem("changed", example.path, reason, "start again")
+        return decode_picture(data, background=self.background, path=example.path)
+
+    def _make_mask(self, example: Example, placement: Placement, picture: Picture) -> Tensor:
+        if example.mask == "alpha":
+            mask = picture.alpha or Image.new("L", picture.image.size, 255)
+        else:
+            assert example.mask is not None
+            mask = load_picture(example.mask, "black").image
+        return to_mask(mask, placement, self.vae_scale)
+
+    def _latents_key(self, example: Example, placement: Placement, mirrored: bool) -> str:
+        return content_key(
+            picture=example.sha256,
+            place=_numbers(placement),
+            mirrored=mirrored,
+            background=parse_background(self.background),
+            vae=self.vae_identity,
+        )
+
+    def _mask_key(self, example: Example, placement: Placement) -> str | None:
+        if example.mask is None:
+            return None
+        source = "alpha"
+        if example.mask != "alpha":
+            source = hashlib.sha256(read_bytes(example.mask, limit=MAX_FILE_BYTES)).hexdigest()
+        place = _numbers(placement)
+        return content_key(
+            picture=example.sha256, mask=source, place=place, vae_scale=self.vae_scale
+        )
+
+
+def _numbers(placement: Placement) -> list[int]:
+    place = placement
+    return [
+        place.bucket_w, place.bucket_h, place.resize_w, place.resize_h, place.crop_left, place.crop_top
+    ]  # fmt: skip
+
+
+def _only(entry: Tensors | None, name: str) -> Tensor | None:
+    return None if entry is None else entry.get(name)
+
+
+def _run_ahead(
+    read: Callable[[Example, Sequence[Placement]], list[_Job]],
+    work: Sequence[tuple[Example, tuple[Placement, ...]]],
+) -> Iterator[Future[list[_Job]]]:
+    """Results in order, a few of them worked on before they are asked for."""
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="emotrain-read") as pool:
+        pending: deque[Future[list[_Job]]] = deque()
+        for example, placements in work:
+            pending.append(pool.submit(read, example, placements))
+            if len(pending) > AHEAD:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()

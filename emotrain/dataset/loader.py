@@ -1,0 +1,349 @@
+"""A data set in memory, encoded: batches are a pure function of (seed, micro-step).
+
+Order, flips and captions are computed from the seed, the epoch and the picture's id, never drawn from a random state
+that moves; so there is nothing to save, and a resumed run sees what the first one would have seen. No picture is
+dropped: where a bucket does not fill its last batch, that batch is smaller.
+
+Shape letters: B samples, C latent channels, H W latent height and width, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emotrain.config.schema import DatasetSection
+from emotrain.dataset.buckets import BucketRules, Placement, place
+from emotrain.dataset.cache import Cache, Tensors
+from emotrain.dataset.captions import EMPTY, pick, uniform, variants
+from emotrain.dataset.encode import Encoder, Item, encode_pictures, encode_texts
+from emotrain.dataset.examples import Example
+from emotrain.dataset.split import fingerprint, take_shard
+from emotrain.errors import ConfigError, DatasetError
+
+KEPT_PLANS = 4  # epochs whose order is remembered
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Sizes that some families are told (SDXL, arXiv:2307.01952 2.2), in pixels: int64 [B, 2] each, (height, width) or (top, left)."""
+
+    original_sizes: Tensor
+    crop_top_lefts: Tensor
+    target_sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one bucket size, on the CPU."""
+
+    latents: Tensor  # float32 [B, C, H, W]
+    text: dict[str, Tensor]  # float32, one row a sample; {} where texts are not encoded ahead
+    conditioning: Conditioning
+    weights: Tensor  # float32 [B]: 1, or the prior weight of regularisation pictures
+    masks: Tensor | None  # float32 [B, 1, H, W] in 0..1
+    ids: tuple[str, ...]
+    epoch: int
+    texts: tuple[str, ...] = ()  # what each sample is trained with
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """The words of the preset's `dataset` section that the loader goes by."""
+
+    rules: BucketRules
+    micro_batch_size: int = 1
+    seed: int = 42
+    background: str = "white"
+    trigger: str | None = None
+    shuffle: bool = False
+    keep_tokens: int = 0
+    dropout: float = 0.05
+    tag_dropout: float = 0.0
+    variants: int = 8
+    prefix: str = ""
+    suffix: str = ""
+    shard: str | None = None
+    encode_texts: bool = True  # False where the text encoders are trained
+
+    def texts(self, example: Example) -> tuple[str, ...]:
+        """All texts of an example; the first is its plain caption."""
+        return variants(
+            example.captions,
+            trigger=self.trigger,
+            shuffle=self.shuffle,
+            keep_tokens=self.keep_tokens,
+            tag_dropout=self.tag_dropout,
+            prefix=self.prefix,
+            suffix=self.suffix,
+            count=self.variants,
+            seed=self.seed,
+        )
+
+
+def settings_from(
+    section: DatasetSection,
+    *,
+    resolution: int,
+    step: int,
+    micro_batch_size: int = 1,
+    seed: int = 42,
+    encode_texts: bool = True,
+) -> LoaderSettings:
+    """Settings of a preset's section; `resolution` and `step` are the family's, used where the section names none.
+
+    Raises:
+        ConfigError: bucket sizes that contradict each other.
+    """
+    buckets, words = section.buckets, section.captions
+    try:
+        rules = BucketRules(
+            section.resolution or (resolution,),
+            buckets.step or step,
+            buckets.min,
+            buckets.max,
+            buckets.upscale,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"dataset.buckets cannot be made: {error}", "leave min and max out"
+        ) from error
+    if rules.step % step:
+        reason = f"dataset.buckets.step is {rules.step}, which is not a multiple of {step}"
+        raise ConfigError(reason, f"the model takes sides that are multiples of {step}")
+    return LoaderSettings(
+        rules=rules,
+        micro_batch_size=micro_batch_size,
+        seed=seed,
+        background=section.background,
+        trigger=section.trigger,
+        shuffle=words.shuffle,
+        keep_tokens=words.keep_tokens,
+        dropout=words.dropout,
+        tag_dropout=words.tag_dropout,
+        variants=words.variants,
+        prefix=words.prefix,
+        suffix=words.suffix,
+        shard=section.shard,
+        encode_texts=encode_texts,
+    )
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def prepare(
+    family: Encoder,
+    examples: Sequence[Example],
+    settings: LoaderSettings,
+    cache: Cache | None = None,
+    progress: Callable[[str, int, int], None] = _silent,
+    *,
+    mirror: Collection[str] = (),
+) -> CachedDataset:
+    """Encode what the cache does not hold, and keep all of it in memory.
+
+    Args:
+        family: the encoders; not needed any more afterwards.
+        examples: of `scan`; with `settings.shard`, only this machine's part is taken.
+        settings: sizes, captions, batch size, seed.
+        cache: default: `Cache()`.
+        progress: told `(phase, done, total)`; phases are "pictures" and "captions".
+        mirror: ids that are encoded mirrored as well, besides those with `flip`.
+
+    Raises:
+        DatasetError: nothing to learn, or pictures that cannot be decoded or have changed.
+        ModelError: an encoder gives numbers that are not finite.
+    """
+    cache = Cache() if cache is None else cache
+    chosen = take_shard(examples, settings.shard)
+    if not chosen:
+        raise DatasetError("data set holds no pictures", "`emotrain lint` says what is in a folder")
+    work = [
+        (example, place(example.width, example.height, settings.rules))
+        for example in sorted(chosen, key=lambda example: example.id)
+    ]
+    items = encode_pictures(
+        family, work, mirror=mirror, background=settings.background, cache=cache, progress=progress
+    )
+    texts = {example.id: settings.texts(example) for example in chosen}
+    rows: dict[str, Tensors] = {}
+    if settings.encode_texts:
+        every = {"", *(text for several in texts.values() for text in several)}
+        rows = encode_texts(family, every, cache=cache, progress=progress)
+    return CachedDataset(items, texts, rows, settings)
+
+
+class CachedDataset:
+    """Encoded pictures and texts, and the order they come in.
+
+    Args:
+        items: pictures at their placements.
+        texts: per id all texts it is trained with, the plain one first.
+        rows: embeddings per text, with one for "" (or {} where texts are not encoded ahead).
+        settings: batch size, seed and caption dropout.
+
+    Raises:
+        DatasetError: no items.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        texts: dict[str, tuple[str, ...]],
+        rows: dict[str, Tensors],
+        settings: LoaderSettings,
+    ) -> None:
+        if not items:
+            raise DatasetError("data set holds no pictures to train on", "hold fewer of them out")
+        self.items = tuple(items)
+        self.settings = settings
+        self._texts = texts
+        self._rows = rows
+        self._plans: dict[int, list[list[tuple[int, int]]]] = {}
+        self._buckets: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for index, item in enumerate(self.items):
+            showings = [(index, repeat) for repeat in range(item.example.repeats)]
+            self._buckets.setdefault(item.placement.size, []).extend(showings)
+        self.examples = tuple({item.example.id: item.example for item in self.items}.values())
+        self.num_images = len(self.examples)
+        self.samples_per_epoch = sum(len(showings) for showings in self._buckets.values())
+        size = settings.micro_batch_size
+        self.batches_per_epoch = sum(-(-len(group) // size) for group in self._buckets.values())
+        self.fingerprint = fingerprint(self.examples)
+
+    def batch(self, micro_step: int) -> Batch:
+        """The micro-batch of that number (from 0): a pure function of it and the seed.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if micro_step < 0:
+            raise ValueError(f"micro_step is {micro_step}")
+        epoch, number = divmod(micro_step, self.batches_per_epoch)
+        seed = self.settings.seed
+        samples = []
+        for index, repeat in self._plan(epoch)[number]:
+            item = self.items[index]
+            visit = epoch * item.example.repeats + repeat
+            texts = self._texts[item.example.id]
+            chosen = pick(seed, visit, item.key, len(texts), self.settings.dropout)
+            mirrored = item.example.flip and uniform(f"flip/{seed}/{visit}/{item.key}") < 0.5
+            samples.append((item, "" if chosen == EMPTY else texts[chosen], mirrored))
+        return self._collate(samples, epoch)
+
+    def fixed(self, ids: Iterable[str], flip: bool = False) -> list[Batch]:
+        """These pictures with their own plain captions, at their first placement; one batch per bucket size.
+
+        Raises:
+            KeyError: an id that is not in the data set.
+            ValueError: `flip` of a picture that was not encoded mirrored.
+        """
+        first: dict[str, Item] = {}
+        for item in self.items:
+            first.setdefault(item.example.id, item)
+        groups: dict[tuple[int, int], list[Item]] = {}
+        for name in dict.fromkeys(ids):
+            groups.setdefault(first[name].placement.size, []).append(first[name])
+        return [
+            self._collate([(item, self._texts[item.example.id][0], flip) for item in group], 0)
+            for group in groups.values()
+        ]
+
+    def without(self, ids: Iterable[str]) -> CachedDataset:
+        """The data set less these pictures; tensors are shared.
+
+        Raises:
+            DatasetError: nothing is left.
+        """
+        gone = set(ids)
+        items = [item for item in self.items if item.example.id not in gone]
+        return CachedDataset(items, self._texts, self._rows, self.settings)
+
+    def placements(self) -> tuple[Placement, ...]:
+        """All placements, for the table of buckets."""
+        return tuple(item.placement for item in self.items)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held in memory."""
+        tensors = [t for i in self.items for t in (i.latents, i.mirrored, i.mask) if t is not None]
+        tensors += [tensor for row in self._rows.values() for tensor in row.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """(item, repeat) of every batch of an epoch: buckets shuffled within, then the batches among each other."""
+        if epoch not in self._plans:
+            rng = random.Random(f"order/{self.settings.seed}/{epoch}")
+            size = self.settings.micro_batch_size
+            batches = []
+            for _, group in sorted(self._buckets.items()):
+                showings = rng.sample(group, len(group))
+                batches += [showings[i : i + size] for i in range(0, len(showings), size)]
+            rng.shuffle(batches)
+            while len(self._plans) >= KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[epoch] = batches
+        return self._plans[epoch]
+
+    def _collate(self, samples: Sequence[tuple[Item, str, bool]], epoch: int) -> Batch:
+        latents = torch.stack([_side(item, mirrored) for item, _, mirrored in samples])
+        text: dict[str, Tensor] = {}
+        if self._rows:
+            names = self._rows[samples[0][1]]
+            text = {
+                name: torch.stack([_widen(self._rows[said][name]) for _, said, _ in samples])
+                for name in names
+            }
+        masks = None
+        if any(item.mask is not None for item, _, _ in samples):
+            masks = torch.stack([_mask(item, mirrored) for item, _, mirrored in samples])
+        return Batch(
+            latents=latents,
+            text=text,
+            conditioning=_conditioning(samples),
+            weights=torch.tensor(
+                [item.example.weight for item, _, _ in samples], dtype=torch.float32
+            ),
+            masks=masks,
+            ids=tuple(item.example.id for item, _, _ in samples),
+            epoch=epoch,
+            texts=tuple(said for _, said, _ in samples),
+        )
+
+
+def _side(item: Item, mirrored: bool) -> Tensor:
+    if not mirrored:
+        return item.latents
+    if item.mirrored is None:
+        raise ValueError(
+            f"{item.example.id} was not encoded mirrored: name it in prepare(mirror=...)"
+        )
+    return item.mirrored
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _mask(item: Item, mirrored: bool) -> Tensor:
+    if item.mask is None:
+        return torch.ones((1, *item.latents.shape[-2:]))
+    return item.mask.flip(-1) if mirrored else item.mask
+
+
+def _conditioning(samples: Sequence[tuple[Item, str, bool]]) -> Conditioning:
+    original, crops, target = [], [], []
+    for item, _, mirrored in samples:
+        placed = item.placement
+        left = (
+            placed.resize_w - placed.bucket_w - placed.crop_left if mirrored else placed.crop_left
+        )
+        original.append((item.example.height, item.example.width))
+        crops.append((placed.crop_top, left))
+        target.append((placed.bucket_h, placed.bucket_w))
+    return Conditioning(torch.tensor(original), torch.tensor(crops), torch.tensor(target))
