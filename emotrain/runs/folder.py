@@ -1,0 +1,291 @@
+"""A run's folder: made once, never over another, one trainer at a time (no torch)."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emotrain import __version__
+from emotrain.errors import CheckpointError, ConfigError, EmotrainError, ResourceError
+from emotrain.runs.lock import hold
+from emotrain.train.durable import (
+    decode_json,
+    encode_json,
+    fsync_folder,
+    replace_synced,
+    write_synced,
+)
+
+RUNS_DIR = Path("runs")  # under the working directory, unless --runs-dir says otherwise
+INFO = "run.json"
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
+)  # fmt: skip
+_RESERVED = {"CON", "PRN", "AUX", "NUL", "CLOCK$"} | {
+    f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789\u00b9\u00b2\u00b3"
+}
+_FORBIDDEN = re.compile(
+    r"[\x00-\x1f\x7f<>:\"/\\|?*\u0080-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]"
+)
+_MAX_BYTES = 200
+
+
+def safe_name(name: str) -> str:
+    """`name`, once it is one that stays inside its folder on every system.
+
+    Raises:
+        ConfigError: it has a separator, drive, control or direction character, is a reserved
+            Windows name, starts with a dot or dash, ends with a dot or space, or is longer than
+            200 bytes.
+    """
+    if not name or name != name.strip():
+        why = "is empty or has spaces around it"
+    elif _FORBIDDEN.search(name):
+        why = "has a character that file names cannot have on every system"
+    elif name[0] in ".-" or name.endswith("."):
+        why = "starts with a dot or dash, or ends with a dot"
+    elif name.split(".")[0].rstrip().upper() in _RESERVED:
+        why = "is reserved on Windows"
+    elif len(name.encode("utf-8", "surrogatepass")) > _MAX_BYTES:
+        why = f"is longer than {_MAX_BYTES} bytes"
+    else:
+        return name
+    raise ConfigError(
+        f"name {ascii(name[:60])} {why}", "use letters, digits, `_`, `-` and single dots"
+    )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps its files. Nothing in it names its own place, so it can be moved."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def preset_path(self) -> Path:
+        """The resolved preset."""
+        return self.path / "preset.yaml"
+
+    @property
+    def info_path(self) -> Path:
+        """`run.json`."""
+        return self.path / INFO
+
+    @property
+    def metrics_path(self) -> Path:
+        """A JSON line per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """What resume reads."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples_dir(self) -> Path:
+        """Pictures drawn during the run."""
+        return self.path / "samples"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def lora_path(self) -> Path:
+        """The best LoRA."""
+        return self.path / "lora.safetensors"
+
+    @property
+    def lora_last_path(self) -> Path:
+        """The LoRA of the last step."""
+        return self.path / "lora-last.safetensors"
+
+    @property
+    def traceback_path(self) -> Path:
+        """Where a bug of ours leaves its traceback."""
+        return self.path / "traceback.txt"
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the run for this process.
+
+        Raises:
+            ResourceError: another process trains in it (exit 6); a dead one's lock is taken over.
+        """
+        return hold(self.path / ".lock", f"run `{self.name}`")
+
+    def info(self) -> dict[str, Any]:
+        """What `run.json` says.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        try:
+            info = decode_json(self.info_path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.info_path} cannot be read: {error}") from error
+        if not isinstance(info, dict):
+            raise CheckpointError(f"{self.info_path} is not a run's description")
+        return info
+
+    def update_info(self, **fields: Any) -> None:
+        """Set fields of `run.json` in one atomic write.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+            ResourceError: the disk is full or read-only; the file is as it was.
+            ValueError: a NaN, or a value that JSON cannot hold.
+        """
+        content = encode_json(self.info() | fields)
+        try:
+            replace_synced(self.info_path, content)
+        except OSError as error:
+            raise ResourceError(f"{self.info_path} cannot be written: {error.strerror}") from error
+
+
+def create_run(
+    runs_dir: Path,
+    name: str,
+    preset: Mapping[str, Any],
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+    base_sha256: str | None = None,
+    dataset_sha256: str | None = None,
+    parents: tuple[Mapping[str, Any], ...] = (),
+    **fields: Any,
+) -> RunFolder:
+    """Make a new run's folder with its resolved preset and `run.json`, or leave nothing.
+
+    Args:
+        runs_dir: holds all runs; made if need be. Nothing is written outside of it.
+        name: of the run and its folder.
+        preset: resolved, plain values.
+        seed: of the run.
+        device: it trains on.
+        base_sha256: digest of the base model, if known yet.
+        dataset_sha256: digest of the data set, if known yet.
+        parents: what the run builds on, each `{"kind": "continue" | "stack", "run": name or None,
+            "path", "sha256", "weight"}`.
+        fields: further ones for `run.json`.
+
+    Raises:
+        ConfigError: the name cannot be a folder's (exit 2).
+        CheckpointError: the folder exists (exit 5).
+        ResourceError: it cannot be made (exit 6).
+    """
+    target = runs_dir / safe_name(name)
+    info = {
+        **{"name": name, "emotrain": __version__, "python": sys.version.split()[0]},
+        **{"libraries": library_versions(), "seed": seed, "device": device},
+        **{"started": now(), "finished": None, "steps": 0, "stop_reason": None},
+        **{"best_step": None, "best_loss": None, "lora": None},
+        **{"base_sha256": base_sha256, "dataset_sha256": dataset_sha256},
+        **{"parents": [dict(parent) for parent in parents], **fields},
+    }
+    text = yaml.safe_dump(dict(preset), sort_keys=False, allow_unicode=True, width=120)
+    temporary = runs_dir / f".new-{name[:50]}-{os.getpid()}"
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target):
+            raise _exists(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_synced(temporary / "preset.yaml", text.encode())
+        write_synced(temporary / INFO, encode_json(info))
+        fsync_folder(temporary)
+        temporary.rename(target)
+        fsync_folder(runs_dir)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.lexists(target):
+            raise _exists(target) from error
+        raise ResourceError(f"{target} cannot be made: {error.strerror}") from error
+    return RunFolder(target)
+
+
+def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
+    """The run at a path, or of that name in `runs_dir`.
+
+    Raises:
+        CheckpointError: there is none (exit 5).
+    """
+    for path in (Path(path_or_name), runs_dir / path_or_name):
+        if (path / INFO).is_file():
+            return RunFolder(path.absolute() if path.name in ("", "..") else path)
+    names = [run.name for run in list_runs(runs_dir)]
+    close = difflib.get_close_matches(str(path_or_name), names, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else "`emotrain runs list` lists them"
+    raise CheckpointError(f"no run `{path_or_name}` here or in {runs_dir}", hint)
+
+
+def list_runs(runs_dir: Path = RUNS_DIR) -> list[RunFolder]:
+    """All runs in `runs_dir`, the earliest first; those with a damaged `run.json` come last."""
+    if not runs_dir.is_dir():
+        return []
+    found = [RunFolder(path) for path in runs_dir.iterdir() if _is_run(path)]
+    return sorted(found, key=lambda run: (_started(run), run.name))
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that a result depends on."""
+    versions = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[library] = metadata.version(library)
+    return versions
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second: `2026-11-22T09:16:19+00:00`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _is_run(path: Path) -> bool:
+    return not path.name.startswith(".") and not path.is_symlink() and (path / INFO).is_file()
+
+
+def _started(run: RunFolder) -> str:
+    try:
+        return str(run.info().get("started"))
+    except EmotrainError:
+        return "~"
+
+
+def _exists(target: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{target} exists already",
+        f"choose another --name, or go on with `emotrain resume {target.name}`",
+    )
+
+
+def chain(run: RunFolder, known: Mapping[str, RunFolder]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The run's ancestors, nearest first, as (depth, parent entry); `known`: folders by name."""
+    yield from _ancestors(run, known, 1, {run.name})
+
+
+def _ancestors(
+    run: RunFolder, known: Mapping[str, RunFolder], depth: int, seen: set[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for parent in run.info().get("parents", []):
+        yield depth, parent
+        name = str(parent.get("run"))
+        if name in known and name not in seen:
+            yield from _ancestors(known[name], known, depth + 1, seen | {name})
