@@ -1,0 +1,261 @@
+"""Reading anyone's LoRA: recognise dialect and family from the names, and bring all to the canonical layout.
+
+Known: kohya, diffusers (three generations), ComfyUI (`diffusion_model.`), OneTrainer (`lora_transformer_`), raw peft. What cannot be
+applied exactly (LoHa, LoKr, Tucker, DoRA and others) is refused by its name, never dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emotrain.errors import ModelError
+from emotrain.lora import names
+from emotrain.lora.formats import halves_swap
+from emotrain.lora.fused import Pair, split, swap_halves
+from emotrain.lora.origin import Place, detect_family, peft_alpha
+from emotrain.lora.originals import Group, dotted, family_of_original, from_original
+from emotrain.lora.targets import part_of
+
+_REFUSED = (
+    (r"\.hada_w", "a LoHa"),
+    (r"\.lokr_", "a LoKr"),
+    (r"\.lora_mid\.", "a LoCon with Tucker decomposition (lora_mid)"),
+    (r"\.dora_scale$|\.lora_magnitude_vector", "a DoRA"),
+    (r"\.oft_|\.boft_|oft_blocks", "an OFT"),
+    (r"\.(?:a1|a2|b1|b2)\.weight$", "a GLoRA"),
+    (r"\.(?:q_layer|p_layer|lambda_layer)", "a T-LoRA"),
+    (r"\.on_input$", "an IA3"),
+    (r"\.processor\.(?:qkv|proj)_lora[12]\.", "an XLabs LoRA"),
+    (r"\.lora_[AB]\.(?:\w+\.)?bias$", "a LoRA with biases"),
+    (r"\.diff(?:_b)?$|\.[wb]_norm$", "a LoRA with full differences (diff, norms)"),
+    (r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.", "a whole model"),
+    (r"^emb_params$|^clip_[lg]$|^string_to_param", "a textual-inversion embedding"),
+    (r"^text_encoders\.t5xxl\.|^lora_te3_|^text_encoder_3\.", "a LoRA of the T5 text encoder too"),
+)
+_ROLES = (
+    (".lora_down.weight", "down"),
+    (".lora_up.weight", "up"),
+    (".lora_A.weight", "down"),
+    (".lora_B.weight", "up"),
+    (".lora_A.default.weight", "down"),
+    (".lora_B.default.weight", "up"),
+    (".lora_linear_layer.down.weight", "down"),
+    (".lora_linear_layer.up.weight", "up"),
+    (".lora.down.weight", "down"),
+    (".lora.up.weight", "up"),
+    ("_lora.down.weight", "down"),
+    ("_lora.up.weight", "up"),
+    (".alpha", "alpha"),
+)
+# prefix, part ("" is the denoiser), dialect, whether dots are underscores
+_PREFIXES = (
+    ("lora_unet_", "", "kohya", True),
+    ("lora_te1_", "text_encoder", "kohya", True),
+    ("lora_te2_", "text_encoder_2", "kohya", True),
+    ("lora_te_", "text_encoder", "kohya", True),
+    ("lora_transformer_", "", "onetrainer", True),
+    ("lycoris_", "", "lycoris", True),
+    ("diffusion_model.", "", "comfyui", False),
+    ("text_encoders.clip_l.transformer.", "text_encoder", "comfyui", False),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2", "comfyui", False),
+    ("unet.", "", "diffusers", False),
+    ("transformer.", "", "diffusers", False),
+    ("text_encoder.", "text_encoder", "diffusers", False),
+    ("text_encoder_2.", "text_encoder_2", "diffusers", False),
+)
+_OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A LoRA in the canonical layout.
+
+    Attributes:
+        state: "<part>.<diffusers path>.lora_A.weight" [rank, in, ...] and ".lora_B.weight" [out, rank, ...].
+        alphas: "<part>.<diffusers path>" -> alpha; strength is alpha / rank.
+        family: sd15, sd21, sdxl, sd3 or flux.
+        dialect: kohya, diffusers, comfyui, onetrainer, lycoris or peft.
+        notes: what was assumed.
+        ignored: keys that no module belongs to; only where that was allowed.
+    """
+
+    state: dict[str, Tensor]
+    alphas: dict[str, float]
+    family: str
+    dialect: str
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_partial: bool = False) -> Parsed:
+    """Any known dialect -> canonical layout.
+
+    Raises:
+        ModelError: another kind of network, no known key at all, unknown keys (unless `allow_partial`), a half without its
+            other half, shapes that do not fit, or an alpha that is not a positive number.
+    """
+    refuse_other_networks(tensors)
+    halves, alphas, unknown = _sorted_by_place(tensors)
+    if not halves:
+        some = next(iter(tensors), "nothing")
+        raise ModelError(f"no LoRA weights in it: {len(tensors)} tensors, none of a known name, such as `{some}`")
+    family = detect_family(halves, metadata)
+    state: dict[str, Tensor] = {}
+    own_alphas: dict[str, float] = {}
+    notes: list[str] = []
+    missing = 0
+    for place, found in halves.items():
+        down, up = found.get("down"), found.get("up")
+        if down is None or up is None:
+            raise ModelError(f"`{place.stem}` has only one half: {'up' if down is None else 'down'} is there alone")
+        alpha, stated = _alpha(place, alphas.pop(place, None), down, metadata)
+        missing += not stated and place.dialect != "diffusers"
+        group = _group(place, family)
+        if group is None:
+            unknown += [place.stem + suffix for suffix in place.suffixes(tensors)]
+            continue
+        for path, pair in _unfused(group, _checked(place, down, up, alpha)).items():
+            if path + names.DOWN in state:
+                raise ModelError(f"two sets of weights for `{path}`")
+            state[path + names.DOWN], state[path + names.UP], own_alphas[path] = pair.down, pair.up, pair.alpha
+    unknown += [f"{place.stem}.alpha" for place in alphas]
+    if missing:
+        notes.append(f"{missing} modules have no alpha: taken as their rank")
+    _refuse_unmatched(unknown, len(own_alphas), family, allow_partial)
+    return Parsed(state, own_alphas, family, _dialect(halves), tuple(notes), tuple(unknown))
+
+
+def detect(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """(dialect, family) of a file's tensors.
+
+    Raises:
+        ModelError: no LoRA weights of a known name.
+    """
+    parsed = parse(tensors, metadata, allow_partial=True)
+    return parsed.dialect, parsed.family
+
+
+def refuse_other_networks(keys: Mapping[str, object]) -> None:
+    """Raise a ModelError that names the kind of network, where it is one that cannot be applied as a LoRA."""
+    for pattern, kind in _REFUSED:
+        rule = re.compile(pattern)
+        found = next((key for key in keys if rule.search(key)), None)
+        if found is not None:
+            raise ModelError(f"it is {kind}, which is not supported: `{found}`", "only plain LoRA files can be used")
+
+
+def _sorted_by_place(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[Place, dict[str, Tensor]], dict[Place, Tensor], list[str]]:
+    halves: dict[Place, dict[str, Tensor]] = {}
+    alphas: dict[Place, Tensor] = {}
+    unknown: list[str] = []
+    for key, value in tensors.items():
+        role = next(((suffix, role) for suffix, role in _ROLES if key.endswith(suffix)), None)
+        place = None if role is None else _place(key.removesuffix(role[0]), old=role[0].startswith("_lora"))
+        if role is None or place is None:
+            unknown.append(key)
+        elif role[1] == "alpha":
+            alphas[place] = value
+        elif role[1] in halves.setdefault(place, {}):
+            raise ModelError(f"two sets of weights for `{place.stem}`")
+        else:
+            halves[place][role[1]] = value
+    return halves, alphas, unknown
+
+
+def _place(stem: str, *, old: bool) -> Place | None:
+    path = stem
+    for raw in ("base_model.model.", "transformer.base_model.model.", "unet.base_model.model."):
+        path = path.removeprefix(raw)
+    peft = path != stem
+    for prefix, part, dialect, underscores in _PREFIXES:
+        if path.startswith(prefix):
+            path = path.removeprefix(prefix)
+            path = dotted(path) if underscores else path
+            break
+    else:
+        part, dialect = "", "peft" if peft else "diffusers"
+        if "." not in path:
+            return None
+    if old:
+        path = path.replace(".processor.", ".")
+        head, _, last = path.rpartition(".")
+        path = f"{head}.{_OLD_PROJECTIONS[last]}" if part and last in _OLD_PROJECTIONS else path
+    path = f"{path}.0" if not part and path.endswith(".to_out") else path
+    return Place(part, names.local(path, part) if part else path, stem, dialect)
+
+
+def _group(place: Place, family: str) -> Group | None:
+    """The canonical modules of a place; None where the family has no such module."""
+    if place.part:
+        known = re.fullmatch(
+            r"text_model\.(?:encoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12]))", place.path
+        )
+        return Group(place.path, (f"{place.part}.{place.path}",)) if known else None
+    prefix = part_of(family)
+    if family_of_original(place.path) is not None or place.path.startswith("final_layer."):
+        group = from_original(place.path, family)
+        if group is None:
+            return None
+        return Group(group.name, tuple(f"{prefix}.{part}" for part in group.parts), group.swaps)
+    if place.path == "context_embedder" or _is_diffusers_path(place.path, prefix):
+        return Group(place.path, (f"{prefix}.{place.path}",))
+    return None
+
+
+def _is_diffusers_path(path: str, prefix: str) -> bool:
+    heads = {
+        "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
+        "transformer": (
+            "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "proj_out", "norm_out.", "time_text_embed.",
+        ),
+    }  # fmt: skip
+    return path.startswith(heads[prefix])
+
+
+def _alpha(place: Place, value: Tensor | None, down: Tensor, metadata: Mapping[str, str]) -> tuple[float, bool]:
+    if value is None:
+        stated = peft_alpha(metadata, place, int(down.shape[0])) if place.dialect == "diffusers" else None
+        return (float(down.shape[0]), False) if stated is None else (stated, True)
+    alpha = float(value.to(torch.float32).flatten()[0]) if value.numel() == 1 else float("nan")
+    if not 0.0 < alpha < float("inf"):
+        raise ModelError(f"alpha of `{place.stem}` is {alpha}")
+    return alpha, True
+
+
+def _checked(place: Place, down: Tensor, up: Tensor, alpha: float) -> Pair:
+    names.modules({place.stem + names.DOWN: down, place.stem + names.UP: up})
+    return Pair(down, up, alpha)
+
+
+def _unfused(group: Group, pair: Pair) -> dict[str, Pair]:
+    if len(group.parts) == 1:
+        if group.swaps and halves_swap(group.name, pair.down, pair.up):
+            pair = Pair(pair.down, swap_halves(pair.up), pair.alpha)
+        return {group.parts[0]: pair}
+    rows, width = int(pair.up.shape[0]), int(pair.down.shape[1])
+    widths = [rows // 3] * 3 if len(group.parts) == 3 else [width, width, width, rows - 3 * width]
+    if min(widths) <= 0:
+        raise ModelError(f"`{group.name}` has {rows} output rows for an input of {width}")
+    parts = zip(group.parts, split(pair, widths), strict=True)
+    return {path: part for path, part in parts if part is not None}
+
+
+def _refuse_unmatched(unknown: list[str], matched: int, family: str, allow_partial: bool) -> None:
+    if matched == 0:
+        raise ModelError(f"none of its weights belong to a {family} model, such as `{unknown[0]}`")
+    if unknown and not allow_partial:
+        listed = ", ".join(f"`{key}`" for key in sorted(unknown)[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise ModelError(f"{len(unknown)} of its keys belong to no module of {family}: {listed}{more}")
+
+
+def _dialect(halves: Mapping[Place, object]) -> str:
+    found = [place.dialect for place in halves]
+    return max(sorted(set(found)), key=found.count)

@@ -1,0 +1,207 @@
+"""LoRA files: written so that every reader applies them at the trained strength, read with distrust, checked after each save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emotrain.errors import ModelError
+from emotrain.lora import container, names
+from emotrain.lora.check import compare, read_as_diffusers
+from emotrain.lora.dialects import parse, refuse_other_networks
+from emotrain.lora.formats import Layout, layout_of, to_layout
+from emotrain.lora.metadata import with_hashes
+from emotrain.lora.targets import part_of
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA read from a file, in the canonical layout and in float32.
+
+    Attributes:
+        path: where it was.
+        state: "<part>.<diffusers path>.lora_A.weight" [rank, in, ...], ".lora_B.weight" [out, rank, ...].
+        alphas: "<part>.<diffusers path>" -> alpha; strength is alpha / rank.
+        family: sd15, sd21, sdxl, sd3 or flux.
+        format: kohya, diffusers, comfyui, onetrainer, lycoris or peft.
+        dtype: of the stored weights: fp16, bf16, fp32, fp64, fp8, or "mixed".
+        metadata: the header's strings.
+        sha256: of the file.
+        notes: what was assumed, one line each.
+        ignored: keys that no module belongs to; only where `allow_partial` let them pass.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    alphas: dict[str, float]
+    family: str
+    format: str
+    dtype: str
+    metadata: dict[str, str]
+    sha256: str
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts it has weights for: unet or transformer, text_encoder, text_encoder_2."""
+        return tuple(dict.fromkeys(key.split(".", 1)[0] for key in self.alphas))
+
+    def of_part(self, part: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """State and alphas of one part."""
+        return (
+            {key: value for key, value in self.state.items() if key.startswith(f"{part}.")},
+            {key: value for key, value in self.alphas.items() if key.startswith(f"{part}.")},
+        )
+
+
+def save_lora(
+    path: Path | str,
+    state: Mapping[str, Tensor],
+    *,
+    alphas: Mapping[str, float],
+    family: str,
+    format: str = "auto",
+    dtype: str = "fp16",
+    metadata: Mapping[str, str],
+) -> str:
+    """Write a LoRA file: as a whole or not at all, and the same bytes for the same input.
+
+    Args:
+        path: the .safetensors file; one that is there is replaced.
+        state: canonical names, or plain ones of the denoiser ("<module path>.lora_A.weight").
+        alphas: alpha per module path, canonical or plain.
+        family: sd15, sd21, sdxl, sd3 or flux.
+        format: auto, kohya or diffusers.
+        dtype: fp16, bf16 or fp32.
+        metadata: strings; `build_metadata` makes them. The hashes of the weights are added here.
+
+    Returns:
+        sha256 of the file.
+
+    Raises:
+        ModelError: weights that are not finite (before or after rounding), or a module that the format has no name for.
+        ResourceError: the disk is full.
+    """
+    tensors = file_tensors(state, alphas=alphas, family=family, layout=layout_of(family, format), dtype=dtype)
+    return container.write(Path(path), tensors, with_hashes(tensors, {**metadata, "emotrain.family": family}))
+
+
+def file_tensors(
+    state: Mapping[str, Tensor], *, alphas: Mapping[str, float], family: str, layout: Layout, dtype: str
+) -> dict[str, Tensor]:
+    """The tensors of a file: names of the layout, rounded to the dtype, finite.
+
+    Raises:
+        ModelError: as `save_lora`.
+    """
+    own, own_alphas = canonical(state, alphas, family)
+    bad = next((key for key, value in own.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise ModelError(f"`{bad}` has numbers that are not finite: no file is written")
+    balanced = _balanced(own) if dtype == "fp16" else own
+    tensors = {key: _rounded(key, value, DTYPES[dtype]) for key, value in to_layout(balanced, own_alphas, family, layout).items()}
+    bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise ModelError(f"`{bad}` is too large for {dtype}", "save.dtype: fp32 or bf16 can hold it")
+    return tensors
+
+
+def canonical(
+    state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """State in float32 and alphas under canonical names; plain names are the denoiser's."""
+    part = part_of(family)
+    return (
+        {names.canonical(key, part): value.detach().to("cpu", torch.float32) for key, value in state.items()},
+        {names.canonical(key, part): float(value) for key, value in alphas.items()},
+    )
+
+
+def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
+    """Read anyone's LoRA file.
+
+    Args:
+        path: a .safetensors file.
+        allow_partial: let keys pass that belong to no module of the family; they are listed in `ignored`.
+
+    Raises:
+        ModelError: missing, not safetensors, damaged, another kind of network, of no known family, or with weights that are not
+            finite, not paired, or left over.
+    """
+    path = Path(path)
+    entries, _ = container.read_header(path)
+    try:
+        refuse_other_networks(entries)
+        tensors, metadata = container.read(path)
+        wide = {key: value.to(torch.float32) for key, value in tensors.items()}
+        bad = next((key for key, value in wide.items() if not torch.isfinite(value).all()), None)
+        if bad is not None and not bad.endswith(".alpha"):
+            raise ModelError(f"`{bad}` has numbers that are not finite")
+        parsed = parse(wide, metadata, allow_partial=allow_partial)
+    except ModelError as error:
+        message = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
+        raise ModelError(message, error.hint) from error
+    return LoraFile(
+        path, parsed.state, parsed.alphas, parsed.family, parsed.dialect, _dtype_name(tensors), metadata,
+        container.sha256_of(path), parsed.notes, parsed.ignored,
+    )  # fmt: skip
+
+
+def self_check(path: Path | str, adapter_state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str) -> None:
+    """Read a saved file back, by our own reader and by diffusers', and hold every module against the live weights.
+
+    Both must have exactly the live modules, and alpha / rank B A of each within the rounding of the file's dtype.
+
+    Args:
+        path: the file.
+        adapter_state: the live weights, canonical or plain names.
+        alphas: the live alphas.
+        family: the family it was saved for.
+
+    Raises:
+        ModelError: the file says something else than the live weights.
+    """
+    path = Path(path)
+    state, own_alphas = canonical(adapter_state, alphas, family)
+    lora = read_lora(path)
+    if lora.family != family:
+        raise ModelError(f"{path}: it reads as a LoRA for {lora.family}, it was saved for {family}")
+    compare(path, "read back", (state, own_alphas), (lora.state, lora.alphas), lora.dtype)
+    seen = read_as_diffusers(path, lora)
+    if seen is not None:
+        compare(path, "in diffusers", (state, own_alphas), seen, lora.dtype)
+
+
+def _balanced(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shift powers of two from A to B where B is so small that float16 would lose it; B A stays exactly the same."""
+    balanced = dict(state)
+    for path, (down, up) in names.modules(state).items():
+        high_down, high_up = float(down.abs().max()), float(up.abs().max())
+        if 0.0 < high_up < 2.0**-9 < high_down:
+            shift = round(0.5 * float(torch.log2(torch.tensor(high_down / high_up))))
+            balanced[path + names.DOWN] = down * 2.0**-shift
+            balanced[path + names.UP] = up * 2.0**shift
+    return balanced
+
+
+def _rounded(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = value.to(dtype).contiguous()
+    if key.endswith(".alpha") and float(rounded) != float(value):
+        return value.to(torch.float32)  # an alpha that the dtype cannot hold would change the strength
+    return rounded
+
+
+def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    found = {value.dtype for key, value in tensors.items() if not key.endswith(".alpha")}
+    if len(found) != 1:
+        return "mixed"
+    dtype = found.pop()
+    known = {**{v: k for k, v in DTYPES.items()}, torch.float64: "fp64"}
+    return known.get(dtype, "fp8")
