@@ -37,7 +37,7 @@ _RESERVED = {"CON", "PRN", "AUX", "NUL", "CLOCK$"} | {
     f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789\u00b9\u00b2\u00b3"
 }
 _FORBIDDEN = re.compile(
-    r"[\x00-\x1f\x7f<>:\"/\\|?*\u0080-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]"
+    r"[\x00-\x1f\x7f-\x9f<>:\"/\\|?*\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _MAX_BYTES = 200
 

@@ -1,0 +1,263 @@
+"""Run folders: made once, inside their place, one trainer at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from emotrain.errors import CheckpointError, ConfigError, ExitCode, ResourceError
+from emotrain.runs import folder, lock
+from emotrain.runs.folder import RunFolder, create_run, list_runs, open_run, safe_name
+from emotrain.train.durable import encode_json, process_birth, process_lives
+
+PRESET = {"name": "mika", "model": {"base": "builtin:tiny-sd"}, "note": "caf\u00e9: yes"}
+
+BAD_NAMES = (
+    "", " ", ".", "..", "../x", "a/b", "a\\b", "/etc/x", "C:\\x", "C:x", "nul", "CON", "com1.txt",
+    "LPT\u00b9", "a\0b", "a\nb", "\x1b[31m", "a.", "a ", " a", ".hidden", "-rf", "a*", "a?",
+    "x" * 201, "\u00e9" * 101, "a\u202eb", "a\u200bb", "\ud800",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_could_leave_its_folder_or_break_a_screen_is_refused(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_run(tmp_path / "runs", name, PRESET)
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert caught.value.message.isascii()
+    assert caught.value.message.isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["mika_v1", "a.b-c 2", "\u30df\u30ab", "console", "x" * 200])
+def test_a_harmless_name_is_taken_as_it_is(name: str) -> None:
+    assert safe_name(name) == name
+
+
+def test_a_new_run_has_its_preset_and_its_description(tmp_path: Path) -> None:
+    parent = {"kind": "continue", "run": "old", "path": "old/lora.safetensors", "sha256": "ab"}
+    run = create_run(
+        tmp_path / "runs", "mika", PRESET, seed=42, device="cpu", parents=(parent,), extra=[1]
+    )
+    assert sorted(path.name for path in run.path.iterdir()) == ["preset.yaml", "run.json"]
+    assert "caf\u00e9" in run.preset_path.read_text(encoding="utf-8")
+    info = run.info()
+    assert (info["name"], info["seed"], info["device"], info["extra"]) == ("mika", 42, "cpu", [1])
+    assert info["parents"] == [parent]
+    assert info["finished"] is None
+    assert info["started"].endswith("+00:00")
+    assert {"torch", "safetensors"} <= info["libraries"].keys()
+    assert str(tmp_path) not in run.info_path.read_text()
+
+
+@pytest.mark.parametrize("kind", ["run", "empty folder", "file", "dangling link"])
+def test_nothing_that_exists_is_written_over(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "mika"
+    if kind == "run":
+        create_run(tmp_path, "mika", PRESET)
+    elif kind == "empty folder":
+        target.mkdir()
+    elif kind == "file":
+        target.write_text("mine")
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    before = os.lstat(target)
+    with pytest.raises(CheckpointError, match="exists already") as caught:
+        create_run(tmp_path, "mika", {})
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert "--name" in (caught.value.hint or "")
+    assert "`emotrain resume mika`" in (caught.value.hint or "")
+    assert os.lstat(target).st_mtime_ns == before.st_mtime_ns
+    assert [path.name for path in tmp_path.iterdir()] == ["mika"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ResourceError, match="cannot be made"):
+        create_run(tmp_path / "runs", "mika", PRESET)
+
+
+def test_a_run_that_fails_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "fsync_folder", refuse)
+    with pytest.raises(ResourceError, match="No space left"):
+        create_run(tmp_path, "mika", PRESET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_description_changes_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run(tmp_path, "mika", PRESET, seed=1)
+    run.update_info(steps=250, best_loss=0.1 + 0.2)
+    assert (run.info()["steps"], run.info()["best_loss"], run.info()["seed"]) == (250, 0.1 + 0.2, 1)
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(ResourceError, match="No space left"):
+        run.update_info(steps=500)
+    assert run.info()["steps"] == 250
+    assert sorted(path.name for path in run.path.iterdir()) == ["preset.yaml", "run.json"]
+
+
+def test_a_run_is_found_by_name_and_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run(tmp_path / "runs", "mika", PRESET)
+    assert open_run("mika", tmp_path / "runs").path == run.path
+    assert open_run(run.path, tmp_path / "other").path == run.path
+    monkeypatch.chdir(run.path)
+    assert open_run(".", tmp_path / "other").name == "mika"
+    monkeypatch.chdir(tmp_path)
+    assert open_run("mika").path == Path("runs/mika")
+
+
+def test_a_run_that_is_not_there_is_named_with_the_likely_one(tmp_path: Path) -> None:
+    create_run(tmp_path, "mika_v1", PRESET)
+    with pytest.raises(CheckpointError, match="no run `mika_v2`") as caught:
+        open_run("mika_v2", tmp_path)
+    assert caught.value.hint == "did you mean `mika_v1`?"
+
+
+def test_runs_are_listed_in_the_order_they_started_and_other_things_are_not(tmp_path: Path) -> None:
+    for name, started in (("b", "2026-01-02"), ("a", "2026-01-03"), ("c", "2026-01-01")):
+        create_run(tmp_path, name, PRESET).update_info(started=started)
+    create_run(tmp_path, "broken", PRESET).info_path.write_text("{")
+    (tmp_path / "not-a-run").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / ".new-x-1").mkdir()
+    (tmp_path / ".new-x-1" / "run.json").write_text("{}")
+    assert [run.name for run in list_runs(tmp_path)] == ["c", "b", "a", "broken"]
+    assert list_runs(tmp_path / "nowhere") == []
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
+        open_run("broken", tmp_path).info()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return create_run(tmp_path, "mika", PRESET)
+
+
+def child(work: Callable[[], object]) -> int:
+    """Fork; the child works and then waits to be killed. Returns its pid once it has worked."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os.write(writing, b"x")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)
+    return pid
+
+
+def test_a_live_process_keeps_its_run_and_a_killed_one_gives_it_back(run: RunFolder) -> None:
+    held = run.lock()
+    pid = child(held.__enter__)
+    try:
+        with pytest.raises(ResourceError, match=f"`mika` is in use by process {pid}") as caught:
+            run.lock().__enter__()
+        assert caught.value.exit_code == ExitCode.RESOURCES
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with run.lock():
+        assert (run.path / ".lock").exists()
+    assert not (run.path / ".lock").exists()
+
+
+def test_one_process_cannot_take_a_run_twice(run: RunFolder) -> None:
+    with run.lock(), pytest.raises(ResourceError, match="in use"):
+        run.lock().__enter__()
+    with run.lock():
+        pass
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_the_lock_file_alone_tells_the_living_from_the_dead(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, system: bool
+) -> None:
+    if not system:
+        monkeypatch.setattr(lock, "fcntl", None)
+    host = lock.socket.gethostname()
+    path = run.path / ".lock"
+    dead = child(lambda: None)
+    os.kill(dead, signal.SIGKILL)
+    os.waitpid(dead, 0)
+    alive = os.getppid()
+    taken_over = (
+        {"pid": dead, "host": host, "birth": None},
+        {"pid": alive, "host": host, "birth": "another boot/123"},  # the number was given anew
+        {},
+        {"pid": "x", "host": host},
+    )
+    for holder in taken_over:
+        path.write_bytes(encode_json(holder))
+        with run.lock():
+            pass
+    path.write_bytes(b'{"pi')  # cut off while it was written
+    with run.lock():
+        pass
+    respected = (
+        {"pid": alive, "host": host, "birth": process_birth(alive)},
+        {"pid": alive, "host": host, "birth": None},
+        {"pid": dead, "host": "another-machine", "birth": None},
+    )
+    for holder in respected:
+        path.write_bytes(encode_json(holder))
+        with pytest.raises(ResourceError, match="in use by process") as caught:
+            run.lock().__enter__()
+        assert str(path) in (caught.value.hint or "")
+        assert path.exists()
+
+
+def test_the_lock_goes_when_the_run_fails(run: RunFolder) -> None:
+    with pytest.raises(KeyError), run.lock():
+        raise KeyError
+    assert not (run.path / ".lock").exists()
+
+
+def test_of_many_that_start_at_once_one_gets_the_run(run: RunFolder) -> None:
+    (run.path / ".lock").write_bytes(encode_json({"pid": 2**22 + 1, "host": "", "birth": None}))
+    (run.path / ".lock").write_bytes(b"")  # left by a dead one
+    children = []
+    for _ in range(12):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                with run.lock():
+                    time.sleep(0.5)
+                code = 0
+            except ResourceError:
+                code = 6
+            finally:
+                os._exit(code)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    assert sorted(codes) == [0] + 11 * [6]
+
+
+def test_asking_whether_a_process_lives_does_not_disturb_it() -> None:
+    assert process_lives(os.getpid())
+    assert not process_lives(0)
+    assert not process_lives(-1)
+    assert not process_lives(2**70)
