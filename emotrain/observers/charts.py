@@ -1,7 +1,7 @@
 """Curves and meters out of characters: braille or block elements, plain ASCII where those cannot be shown.
 
-A line is a list of spans (text, style name); nothing here knows about colours or terminals. H and W are counted in
-character cells; a braille cell holds 4 x 2 dots.
+A line is a list of spans (text, style name); nothing here knows about colours or terminals. H and W
+are counted in character cells; a braille cell holds 4 x 2 dots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from emotrain.observers.trace import Floats, Trace
 Span = tuple[str, str]
 Line = list[Span]
 
-_DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.uint32)  # [4, 2]
+_DOTS = np.array(
+    [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.uint32
+)  # [4, 2]
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = " _.-=+*%#"
 _BAR_PARTS = " ▏▎▍▌▋▊▉█"
@@ -26,11 +28,12 @@ _BAR_PARTS = " ▏▎▍▌▋▊▉█"
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of a chart. `points` are single marks at a share of the width instead of a line."""
+    """One curve of a chart: a joined line, or `dots` at the lowest and highest value of each column."""
 
     style: str
     low: Floats
     high: Floats
+    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Scale:
         if self.log:
             values = np.log10(np.maximum(values, 1e-12))
             low, high = math.log10(max(low, 1e-12)), math.log10(max(high, 1e-12))
-        return np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
+        heights = (values - low) * (1.0 / max(high - low, 1e-12))
+        return np.minimum(np.maximum(heights, 0.0), 1.0)
 
 
 def scale_for(
@@ -98,64 +102,86 @@ def chart(
         ascii_only: no braille.
     """
     dots_y, dots_x = (1, 1) if ascii_only else (4, 2)
+    dots_y = 1 if ascii_only else 4
     codes = np.zeros((height, width), dtype=np.uint32)
     owners = np.zeros((height, width), dtype=np.uint8)
     for number, curve in enumerate(curves, start=1):
         filled = _fill(curve, scale, height * dots_y)  # [H*4, W*2]
-        if ascii_only:
-            cells = filled.astype(np.uint32)
-        else:
-            blocks = filled.reshape(height, 4, width, 2)
-            cells = np.einsum("hyxc,yc->hx", blocks.astype(np.uint32), _DOTS)
+        cells = filled if ascii_only else _braille(filled)
         owners[cells > 0] = number
         codes |= cells
-    signs = np.where(codes > 0, ord("*") if ascii_only else 0x2800 + codes, ord(" "))
+    sign, offset = (ord("*"), 0) if ascii_only else (0, 0x2800)
+    signs = np.where(codes > 0, sign or codes + offset, ord(" "))
     styles = ["rule", *(curve.style for curve in curves)]
     if zero and scale.low < 0.0 < scale.high:
-        row = _row(0.0, scale, height)
-        empty = signs[row] == ord(" ")
+        row = int(_rows(np.zeros(1), scale, height)[0])
+        empty = codes[row] == 0
         signs[row][empty] = ord("-") if ascii_only else ord("╌")
-    for mark in marks:
-        column = min(width - 1, max(0, round(mark.x * (width - 1))))
-        row = _row(mark.value, scale, height)
-        signs[row, column] = ord("o") if ascii_only else ord("◆")
-        if mark.style not in styles:
-            styles.append(mark.style)
-        owners[row, column] = styles.index(mark.style)
-    return [_spans(signs[row], owners[row], styles) for row in range(height)]
+    if marks:
+        styles.append(marks[0].style)
+        columns = np.array([mark.x for mark in marks]) * (width - 1)
+        where = np.minimum(np.maximum(np.round(columns), 0), width - 1).astype(int)
+        rows = _rows(np.array([mark.value for mark in marks]), scale, height)
+        signs[rows, where] = ord("o") if ascii_only else ord("◆")
+        owners[rows, where] = len(styles) - 1
+    return _spans(signs, owners, styles)
+
+
+def _braille(filled: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """Dots [H*4, W*2] as the code of each cell [H, W]."""
+    codes = np.zeros((filled.shape[0] // 4, filled.shape[1] // 2), dtype=np.uint32)
+    for y in range(4):
+        for x in range(2):
+            codes += filled[y::4, x::2] * _DOTS[y, x]
+    return codes
 
 
 def _fill(curve: Curve, scale: Scale, height: int) -> NDArray[np.bool_]:
-    """Dots [height, columns] of a curve; neighbouring columns are joined."""
+    """Dots [height, columns] of a curve; neighbouring columns of a line are joined."""
+    rows = np.arange(height)[:, None]
+    same = curve.low is curve.high
     bottom = np.round((1.0 - scale.heights(curve.low)) * (height - 1))  # rows count from the top
-    top = np.round((1.0 - scale.heights(curve.high)) * (height - 1))
+    top = bottom if same else np.round((1.0 - scale.heights(curve.high)) * (height - 1))
+    if curve.dots:
+        return (rows == top) | (rows == bottom)
     # Reach towards the previous column, so that a steep curve has no holes.
     above, below = top.copy(), bottom.copy()
     above[1:] = np.fmin(top[1:], np.where(bottom[:-1] < top[1:], bottom[:-1] + 1, top[1:]))
     below[1:] = np.fmax(bottom[1:], np.where(top[:-1] > bottom[1:], top[:-1] - 1, bottom[1:]))
-    rows = np.arange(height)[:, None]
     return (rows >= above) & (rows <= below)  # comparisons with NaN are False
 
 
-def _row(value: float, scale: Scale, height: int) -> int:
-    place = float(scale.heights(np.array([value]))[0])
-    return min(height - 1, int((1.0 - place) * height)) if math.isfinite(place) else height - 1
+def _rows(values: Floats, scale: Scale, height: int) -> NDArray[np.int64]:
+    """The rows of values [N] in a chart of `height` lines; what is not finite is at the bottom."""
+    rows = np.nan_to_num((1.0 - scale.heights(values)) * height, nan=height)
+    return np.minimum(rows.astype(np.int64), height - 1)
 
 
-def _spans(signs: NDArray[np.uint32], owners: NDArray[np.uint8], styles: Sequence[str]) -> Line:
-    """One row of character codes [W] as spans of equal style."""
+def _spans(
+    signs: NDArray[np.uint32], owners: NDArray[np.uint8], styles: Sequence[str]
+) -> list[Line]:
+    """Character codes [H, W] as lines of spans of equal style."""
+    height, width = signs.shape
+    # A blank cell takes the style before it, which saves spans.
+    places = np.where(signs == ord(" "), 0, np.arange(width))
+    owners = np.take_along_axis(owners, np.maximum.accumulate(places, axis=1), axis=1)
     text = signs.astype("<u4").tobytes().decode("utf-32-le")
-    cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(text)]
-    return [
-        (text[start:end], styles[owners[start]])
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    changes = np.ones((height, width), dtype=bool)  # where a span begins
+    changes[:, 1:] = owners[:, 1:] != owners[:, :-1]
+    starts = np.flatnonzero(changes).tolist()
+    kinds = owners.reshape(-1)[starts].tolist()
+    lines: list[Line] = [[] for _ in range(height)]
+    for start, end, kind in zip(starts, [*starts[1:], height * width], kinds, strict=True):
+        lines[start // width].append((text[start:end], styles[kind]))
+    return lines
 
 
-def curve_of(trace: Trace, width: int, style: str, *, ascii_only: bool = False) -> Curve:
+def curve_of(
+    trace: Trace, width: int, style: str, *, dots: bool = False, ascii_only: bool = False
+) -> Curve:
     """A trace over `width` cells."""
     low, high = trace.columns(width if ascii_only else 2 * width)
-    return Curve(style, low, high)
+    return Curve(style, low, high, dots)
 
 
 def sparkline(trace: Trace, width: int, scale: Scale, *, ascii_only: bool = False) -> str:

@@ -18,22 +18,22 @@ from emotrain.observers.summary import summarise
 from emotrain.train.events import Event
 
 SHARE = 0.003  # of the processor's time that drawing may take
-FASTEST_S, SLOWEST_S = 0.125, 1.0
+FASTEST_S, SLOWEST_S = 0.125, 2.0
 LOOK_S = 0.05  # how often the terminal is asked for its size
 
 
 class Dashboard:
     """Shows a run on one screen.
 
-    `handle` only writes figures down (microseconds). A thread draws 1 to 8 times a second, as often as it may within
-    0.3% of one core, and at once when the terminal has another size. A terminal that is stopped (Ctrl-S) or gone does
-    not hold up the training. No random numbers are used.
+    `handle` only writes figures down (microseconds). A thread draws 1 to 8 times a second, as often
+    as it may within 0.3% of one core, and at once when the terminal has another size. A terminal
+    that is stopped (Ctrl-S) or gone does not hold up the training. No random numbers are used.
 
     Args:
-        console: the terminal (default: stderr). Whether it is one is the caller's question.
-        clock: seconds of a steady clock.
-        thread: draw by itself; otherwise only `refresh` draws.
-        capture_stderr: lines that others write to `sys.stderr` go above the frame while it is shown.
+        console: the terminal (default: stderr). Whether it is one is the caller's question. clock:
+        seconds of a steady clock. thread: draw by itself; otherwise only `refresh` draws.
+        capture_stderr: lines that others write to `sys.stderr` go above the frame while it is
+        shown.
     """
 
     def __init__(

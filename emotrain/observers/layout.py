@@ -1,7 +1,7 @@
 """The dashboard's frame for a board and a size: every line fits, and the important ones come first.
 
-Three forms: compact (small terminals: one line a curve), standard (one column), wide (curves beside each other).
-Whatever the size, loss, scalar, trust and emoPulse are kept before everything else.
+Three forms: compact (small terminals: one line a curve), standard (one column), wide (curves beside
+each other). Whatever the size, loss, scalar, trust and emoPulse are kept before everything else.
 """
 
 from __future__ import annotations

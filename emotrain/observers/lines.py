@@ -12,11 +12,14 @@ from emotrain.observers.text import fit
 
 def width_of(line: Line) -> int:
     """Terminal cells of a line."""
-    return sum(cell_len(text) for text, _ in line)
+    text = "".join([text for text, _ in line])
+    return len(text) if text.isascii() else cell_len(text)
 
 
 def crop(line: Line, width: int) -> Line:
     """The line cut to `width` cells."""
+    if width_of(line) <= width:
+        return line
     kept: Line = []
     room = width
     for text, style in line:
@@ -66,7 +69,7 @@ def beside(left: Sequence[Line], right: Sequence[Line], left_width: int, width: 
     for number in range(height):
         first = left[number] if number < len(left) else []
         second = right[number] if number < len(right) else []
-        rows.append(crop([*pad(first, left_width), ("  ", ""), *second], width))
+        rows.append([*pad(first, left_width), ("  ", ""), *crop(second, width - left_width - 2)])
     return rows
 
 

@@ -20,8 +20,8 @@ MAX_WAITING = 200  # lines that may wait for a full disk to get room before the 
 class MetricsLog:
     """Appends to the logs of a run folder; every line is on its way to the disk when `handle` returns.
 
-    At `RunStart` everything after `start_step` is cut off, also a half line that a crash has left. While the disk
-    refuses lines they wait and are tried again with the next one.
+    At `RunStart` everything after `start_step` is cut off, also a half line that a crash has left.
+    While the disk refuses lines they wait and are tried again with the next one.
 
     Raises:
         ResourceError: a log could not be written for 200 lines (from `handle`).

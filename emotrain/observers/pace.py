@@ -14,8 +14,8 @@ RECENT_STEPS = 50
 class Pace:
     """Median of the recent pure step times; a range for the time that is left.
 
-    Probes, samples and saves between two steps do not touch the speed. They lengthen the late end of the range, in
-    the proportion in which they have lengthened this run so far.
+    Probes, samples and saves between two steps do not touch the speed. They lengthen the late end
+    of the range, in the proportion in which they have lengthened this run so far.
     """
 
     def __init__(self, max_steps: int) -> None:

@@ -65,7 +65,7 @@ def status(board: Board, width: int, look: Look) -> Line:
         [("step ", "label"), (f"{last.step}", "value"), (f"/{board.max_steps}", "label")],
         [("epoch ", "label"), (f"{last.epoch:.2f}", "value")],
         [(speed(board.pace.step_s), "value")],
-        _eta(board, look),
+        *_eta(board, look),
     ]
     phase = board.phase
     if phase is not None:
@@ -78,15 +78,17 @@ def status(board: Board, width: int, look: Look) -> Line:
     return join(items, width)
 
 
-def _eta(board: Board, look: Look) -> Line:
+def _eta(board: Board, look: Look) -> list[Line]:
+    """The range of time, and the steps it stands for."""
     early, late = board.pace.last_step
-    where = f" (step {early}{look.dash}{late})" if early != late else " at most"
-    return [("ETA ", "label"), (board.pace.eta(look.dash), "value"), (where, "label")]
+    where = f"to step {early}{look.dash}{late}" if early != late else f"at most to step {late}"
+    value = board.pace.eta(look.dash)
+    return [[("ETA ", "label"), (value, "value")], [(where, "label")]]
 
 
 def timing(board: Board, width: int, look: Look) -> Line:
     """Speed and the time that is left, for small terminals."""
-    return join([[(speed(board.pace.step_s), "value")], _eta(board, look)], width)
+    return join([[(speed(board.pace.step_s), "value")], *_eta(board, look)], width)
 
 
 def loss_legend(board: Board, width: int) -> Line:
@@ -111,7 +113,7 @@ def loss_chart(board: Board, width: int, rows: int, look: Look) -> list[Line]:
     span = width - AXIS
     marks = [Mark(x, value, "probe") for x, value in board.probe_marks()]
     scale = scale_for(_loss_bounds(board, [mark.value for mark in marks]))
-    curves = [curve_of(board.loss, span, "raw", ascii_only=look.ascii)]
+    curves = [curve_of(board.loss, span, "raw", dots=True, ascii_only=look.ascii)]
     if board.hears_other:
         curves.append(curve_of(board.heard, span, "heard", ascii_only=look.ascii))
     curves.append(curve_of(board.smoothed, span, "loss", ascii_only=look.ascii))
@@ -197,9 +199,7 @@ def strip_chart(name: str, board: Board, width: int, rows: int, look: Look) -> l
     return _with_axis(drawn, scale, AXIS)
 
 
-def _curve(
-    trace: Trace, scale: Scale, style: str, span: int, rows: int, look: Look
-) -> list[Line]:
+def _curve(trace: Trace, scale: Scale, style: str, span: int, rows: int, look: Look) -> list[Line]:
     curves = [curve_of(trace, span, style, ascii_only=look.ascii)]
     return chart(curves, scale, span, rows, zero=True, ascii_only=look.ascii)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from emotrain.observers.metrics_log import PROBE_FILE
 from emotrain.pulse.reading import Reading
-from emotrain.train.events import Event, ProbeEnd, RunStart, StepEnd
+from emotrain.train.events import Event, ProbeEnd, RunStart, SamplesDrawn, Saved, StepEnd
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -40,6 +40,19 @@ def play_back(metrics: Path, *, start: RunStart | None = None) -> Iterator[Event
         yield step_event(row)
         if row["step"] in probes:
             yield probe_event(probes[row["step"]])
+
+
+def read_extras(metrics: Path) -> list[SamplesDrawn | Saved]:
+    """The last sheet and the last checkpoint that lie in the run folder."""
+    folder = metrics.parent
+    last = max((row["step"] for row in read_rows(metrics)), default=0)
+    found: list[SamplesDrawn | Saved] = []
+    sheets = sorted((folder / "samples").glob("*sheet*.png"))
+    if sheets:
+        found.append(SamplesDrawn(last, (), (), sheets[-1]))
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*"))[-1:]:
+        found.append(Saved(int(checkpoint.name.rsplit("-", 1)[-1]), checkpoint))
+    return found
 
 
 def _start(metrics: Path, steps: list[dict[str, Any]]) -> RunStart:

@@ -1,8 +1,9 @@
 """A frame at the bottom of a terminal, drawn in place: only lines that changed are sent.
 
-No alternate screen, no hidden cursor between two frames: a process that is killed leaves a sane terminal. Lines are
-drawn with automatic wrapping off, so that a character whose width the terminal sees otherwise cannot break a frame.
-After the terminal got narrower the visible part is cleared, because terminals then fold the lines of the last frame.
+No alternate screen, no hidden cursor between two frames: a process that is killed leaves a sane
+terminal. Lines are drawn with automatic wrapping off, so that a character whose width the terminal
+sees otherwise cannot break a frame. After the terminal got narrower the visible part is cleared,
+because terminals then fold the lines of the last frame.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import IO
 
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -44,25 +45,21 @@ _BEGIN = "\x1b[?2026h\x1b[?25l\x1b[?7l"  # one update, cursor away, no wrapping
 _END = "\x1b[?7h\x1b[?25h\x1b[?2026l"
 
 
-@lru_cache(maxsize=256)
-def _codes(style: str, color_system: str | None, plain: bool) -> tuple[str, str]:
-    """What goes before and after a text of that style."""
-    if not style or color_system is None:
-        return "", ""
-    parsed = Style.parse(STYLES[style])
-    if plain:
-        parsed = parsed.without_color
-    from rich.color import ColorSystem
-
-    systems = {
-        "standard": ColorSystem.STANDARD,
-        "256": ColorSystem.EIGHT_BIT,
-        "truecolor": ColorSystem.TRUECOLOR,
-        "windows": ColorSystem.WINDOWS,
-    }
-    drawn = parsed.render("\0", color_system=systems.get(color_system, ColorSystem.STANDARD))
-    before, _, after = drawn.partition("\0")
-    return before, after
+def _codes(console: Console) -> dict[str, tuple[str, str]]:
+    """For each style what goes before and after a text, as far as the terminal has colours and may show them."""
+    systems = {"256": ColorSystem.EIGHT_BIT, "truecolor": ColorSystem.TRUECOLOR}
+    codes: dict[str, tuple[str, str]] = {}
+    for name, definition in STYLES.items():
+        style = Style.parse(definition)
+        if console.no_color:
+            style = style.without_color
+        if console.color_system is None or not style:
+            codes[name] = ("", "")
+            continue
+        system = systems.get(console.color_system, ColorSystem.STANDARD)
+        before, _, after = style.render("\0", color_system=system).partition("\0")
+        codes[name] = (before, after)
+    return codes
 
 
 def to_text(lines: Sequence[Line]) -> Text:
@@ -90,6 +87,7 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._codes = _codes(console)
         self._lock = threading.RLock()
         self._shown: list[str] = []
         self._size = (0, 0)
@@ -108,11 +106,10 @@ class Screen:
 
     def encode(self, line: Line) -> str:
         """One line with its escape codes."""
-        console = self._console
         parts: list[str] = []
         for text, style in line:
-            before, after = _codes(style, console.color_system, console.no_color)
-            parts.append(f"{before}{text}{after}")
+            before, after = self._codes[style]
+            parts += (before, text, after)
         return "".join(parts)
 
     def draw(self, lines: Sequence[Line], size: tuple[int, int]) -> None:
@@ -129,7 +126,7 @@ class Screen:
             elif old:
                 parts.append(f"\x1b[{len(old)}A\r")
             if size != self._size:
-                old = [""] * len(old)
+                old = []  # every line anew
             for number, line in enumerate(encoded):
                 same = number < len(old) and old[number] == line
                 parts.append("\r\n" if same else f"\r{line}\x1b[K\r\n")
@@ -175,8 +172,9 @@ class Screen:
 class StrayLines:
     """Takes the place of stderr while a frame is shown: whole lines go above it, unfinished ones wait.
 
-    Progress bars that rewrite their line leave only its last form. After `release`, and in child processes, everything
-    goes straight to the real stream, since libraries keep the object that they found at import.
+    Progress bars that rewrite their line leave only its last form. After `release`, and in child
+    processes, everything goes straight to the real stream, since libraries keep the object that
+    they found at import.
     """
 
     def __init__(self, screen: Screen, real: IO[str]) -> None:

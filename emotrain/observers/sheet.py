@@ -43,9 +43,10 @@ def make_sheet(
 ) -> Image.Image:
     """Draw the sheet.
 
-    Pictures of less than 128 pixels are enlarged by a whole factor without smoothing, larger ones than 256 reduced.
-    A picture that is missing or cannot be read leaves a grey cell. Above `max_columns` steps, evenly spaced ones
-    are shown; the first, the last and the best are always among them.
+    Pictures of less than 128 pixels are enlarged by a whole factor without smoothing, larger ones
+    than 256 reduced. A picture that is missing or cannot be read leaves a grey cell. Above
+    `max_columns` steps, evenly spaced ones are shown; the first, the last and the best are always
+    among them.
 
     Args:
         columns: for each step the paths of its pictures, in the order of `prompts`.
@@ -166,9 +167,7 @@ def _paste(
     sheet.paste(picture, (left + shift_x, top + shift_y))
 
 
-def _draw_step(
-    draw: ImageDraw.ImageDraw, step: int, left: int, cell_w: int, *, best: bool
-) -> None:
+def _draw_step(draw: ImageDraw.ImageDraw, step: int, left: int, cell_w: int, *, best: bool) -> None:
     label = f"step {step}" + (" (best)" if best else "")
     font = _font(label)
     text = _shorten(draw, label, cell_w, font)
@@ -188,9 +187,7 @@ def _draw_prompt(draw: ImageDraw.ImageDraw, prompt: str, top: int, cell_h: int) 
         y += line_h
 
 
-def _wrap(
-    draw: ImageDraw.ImageDraw, text: str, width: int, font: Font, most: int
-) -> list[str]:
+def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Font, most: int) -> list[str]:
     """Lines of at most `width` pixels, broken at spaces where there are any; the last one may end in `...`."""
     lines: list[str] = []
     rest = text

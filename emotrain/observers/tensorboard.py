@@ -30,10 +30,10 @@ FLUSH_S = 20
 class TensorBoard:
     """Scalars, sample sheets and the run's facts.
 
-    Tags: `loss`, `loss/heard`, `emo/scalar`, `emo/trust`, `emo/pulse`, `emo/stop_meter`, `grad_norm`,
-    `guard/skipped`, `step_s`, `probe/loss`, `probe/scalar`, `probe/best_loss`, `probe/drift`, `samples`, `run`.
-    A resumed run writes a second file whose first event tells TensorBoard to drop the steps after `start_step`
-    (what `purge_step` of other writers does).
+    Tags: `loss`, `loss/heard`, `emo/scalar`, `emo/trust`, `emo/pulse`, `emo/stop_meter`,
+    `grad_norm`, `guard/skipped`, `step_s`, `probe/loss`, `probe/scalar`, `probe/best_loss`,
+    `probe/drift`, `samples`, `run`. A resumed run writes a second file whose first event tells
+    TensorBoard to drop the steps after `start_step` (what `purge_step` of other writers does).
 
     Args:
         log_dir: folder of the event files; made at `RunStart`.

@@ -15,8 +15,8 @@ Floats = NDArray[np.float64]
 class Trace:
     """Lowest and highest value of each bucket; when all buckets are full, pairs are joined.
 
-    So a curve of any length keeps at most `capacity` buckets and loses no peak. Values that are not finite are left
-    out of the curve, but still take their place in time.
+    So a curve of any length keeps at most `capacity` buckets and loses no peak. Values that are not
+    finite are left out of the curve, but still take their place in time.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:

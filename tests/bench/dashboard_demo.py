@@ -1,9 +1,11 @@
 """Look at the dashboard without a model: plays a made-up run, or a recorded one.
 
-    python tests/bench/dashboard_demo.py [--log METRICS.jsonl] [--steps 400] [--step-s 0.05] [--plain | --json]
+    python tests/bench/dashboard_demo.py [--log METRICS.jsonl] [--steps 400] [--step-s 0.05]
+    [--plain | --json]
         [--hostile] [--ear] [--cost]
 
-`--cost` plays 20,000 steps without waiting and prints the processor time that an event and a frame take.
+`--cost` plays 20,000 steps without waiting and prints the processor time that an event and a frame
+take.
 """
 
 from __future__ import annotations
