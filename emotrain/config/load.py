@@ -23,7 +23,6 @@ from emotrain.config.words import as_mapping, normalise
 from emotrain.errors import ConfigError, Problem
 
 MAX_EXTENDS = 16
-MAX_PROBLEMS = 25
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,10 @@ def load(
     """As `load_preset`, with the notes and the origin of every value."""
     path = find_preset(str(path_or_name))
     found = _Found()
-    shown = _shown(path) if str(path_or_name) in shipped_presets() else str(path_or_name)
-    root = _read_file(path, shown, (), found)
+    if str(path_or_name) in shipped_presets():
+        root = _read_file(path, _shown(path), Path.cwd(), (), found)
+    else:
+        root = _read_file(path, str(path_or_name), path.absolute().parent, (), found)
     for override in overrides:
         root = merge(root, _read_override(override, found))
         root = _set_item(root, override, found)
@@ -111,8 +112,10 @@ def _shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _read_file(path: Path, shown: str, chain: tuple[Path, ...], found: _Found) -> Node:
-    """One file's tree on top of the tree that it extends, with all paths absolute."""
+def _read_file(
+    path: Path, shown: str, folder: Path, chain: tuple[Path, ...], found: _Found
+) -> Node:
+    """One file's tree on top of the tree that it extends; its paths are relative to `folder`."""
     root, notes = source.parse(read_text(path, shown), shown)
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else "a single value"
@@ -128,15 +131,19 @@ def _read_file(path: Path, shown: str, chain: tuple[Path, ...], found: _Found) -
     tree, problems, words = normalise(root)
     found.problems.extend(problems)
     found.notes.extend(words)
-    resolve_paths(tree, path.absolute().parent)
+    resolve_paths(tree, folder)
     if extends is None or extends.value is None:
         return tree
-    base = _read_extended(extends, path, (*chain, path.resolve()), found)
+    base = _read_extended(extends, folder, (*chain, path.resolve()), found)
     return _on_top(base, tree)
 
 
-def _read_extended(extends: Node, path: Path, chain: tuple[Path, ...], found: _Found) -> Node:
-    """The tree behind `extends:`, without the run's name."""
+def _read_extended(extends: Node, folder: Path, chain: tuple[Path, ...], found: _Found) -> Node:
+    """The tree behind `extends:`, without the run's name.
+
+    A shipped preset has no folder of its own: its paths are relative to the file that extends it,
+    or to the current folder where it is named on the command line.
+    """
     empty = Node({}, extends.source)
     word = extends.value
     if not isinstance(word, str):
@@ -144,7 +151,7 @@ def _read_extended(extends: Node, path: Path, chain: tuple[Path, ...], found: _F
         found.problems.append(Problem(f"{extends.where}: extends is not a preset's name", hint))
         return empty
     try:
-        beside = Path(absolute(word, path.absolute().parent))
+        beside = Path(absolute(word, folder))
         target = beside if beside.is_file() else find_preset(word)
     except ConfigError as error:
         found.problems.append(Problem(f"{extends.where}: {error.message}", error.hint))
@@ -157,7 +164,9 @@ def _read_extended(extends: Node, path: Path, chain: tuple[Path, ...], found: _F
         found.problems.append(Problem(f"{extends.where}: extends `{word}`, {what}"))
         return empty
     try:
-        tree = _read_file(target, _shown(target), chain, found)
+        is_shipped = target in shipped_presets().values()
+        own_folder = folder if is_shipped else target.absolute().parent
+        tree = _read_file(target, _shown(target), own_folder, chain, found)
     except ConfigError as error:
         found.problems.extend(error.problems)
         return empty

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic import StrictBool as Bool
 from pydantic import StrictStr as Str
 
@@ -21,6 +21,7 @@ from emotrain.config.values import (
     Part,
     Pattern,
     Pixels,
+    Section,
     Seed,
     Shard,
     Text,
@@ -29,41 +30,27 @@ from emotrain.config.values import (
 __all__ = ["EMO_OPTIMIZERS", "OPTIMIZERS", "FamilyName", "Preset"]
 
 
-class Section(BaseModel):
-    """Base of all sections: no unknown key, nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class ModelSection(Section):
     """Which model is trained on, and how it is held in memory."""
 
-    base: Text = Field(
-        description="a .safetensors file, a diffusers folder, a hub id, or builtin:tiny-sd or "
-        "builtin:tiny-flux"
-    )
+    base: Text = Field(description="a .safetensors file, diffusers folder, hub id or builtin: name")
     family: Auto | FamilyName = Field(
-        "auto",
-        description="recognised from the files; set it only to be told when it is another one",
+        "auto", description="recognised from the files; set it to insist"
     )
     vae: Str | None = Field(None, description="another VAE: a diffusers folder, a hub id or a file")
     revision: Str | None = Field(None, description="a hub id's branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="of the frozen base; the LoRA is always float32"
+        "auto", description="of the frozen base; the LoRA itself is always float32"
     )
-    quantize: Literal["none", "int8", "nf4", "fp8"] = Field(
-        "none", description="of the frozen base"
-    )
-    memory: Literal["auto", "24gb", "16gb", "12gb", "8gb"] = Field(
-        "auto", description="the GPU to fit into"
-    )
+    quantize: Literal["none", "int8", "nf4", "fp8"] = Field("none", description="of the base")
+    memory: Literal["auto", "24gb", "16gb", "12gb", "8gb"] = Field("auto", description="to fit in")
 
 
 class Buckets(Section):
     """The sizes that pictures are brought to, in pixels."""
 
     step: Pixels | None = Field(
-        None, description="sides are multiples of this (default: the family's, 64)"
+        None, description="sides are multiples of this (default: the model's, mostly 64)"
     )
     min: Pixels | None = Field(None, description="shortest side (default: half the resolution)")
     max: Pixels | None = Field(

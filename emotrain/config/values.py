@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from emotrain.config.guess import nearest
 from emotrain.config.names import check_run_name
@@ -66,3 +66,9 @@ Part = Annotated[float, Field(ge=0.0, lt=1.0)]
 Pixels = Annotated[int, Field(ge=8, le=8192)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown key, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
