@@ -1,4 +1,4 @@
-"""What the dashboard knows about a run: filled by events, bounded in memory, without any drawing."""
+"""What the dashboard knows about a run: filled by events, bounded in memory, nothing drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves and meters out of characters: braille or block elements, plain ASCII where those cannot be shown.
+"""Curves and meters out of characters: braille and blocks, or plain ASCII.
 
 A line is a list of spans (text, style name); nothing here knows about colours or terminals. H and W
 are counted in character cells; a braille cell holds 4 x 2 dots.
@@ -28,7 +28,7 @@ _BAR_PARTS = " ▏▎▍▌▋▊▉█"
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of a chart: a joined line, or `dots` at the lowest and highest value of each column."""
+    """One curve of a chart: a joined line, or `dots` at the two values of each column."""
 
     style: str
     low: Floats
@@ -47,7 +47,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scale:
-    """How values become heights: linear or logarithmic from `low` at the bottom to `high` at the top."""
+    """How values become heights, linear or logarithmic: `low` at the bottom, `high` on top."""
 
     low: float
     high: float
@@ -143,12 +143,12 @@ def _fill(curve: Curve, scale: Scale, height: int) -> NDArray[np.bool_]:
     bottom = np.round((1.0 - scale.heights(curve.low)) * (height - 1))  # rows count from the top
     top = bottom if same else np.round((1.0 - scale.heights(curve.high)) * (height - 1))
     if curve.dots:
-        return (rows == top) | (rows == bottom)
+        return np.asarray((rows == top) | (rows == bottom))
     # Reach towards the previous column, so that a steep curve has no holes.
     above, below = top.copy(), bottom.copy()
     above[1:] = np.fmin(top[1:], np.where(bottom[:-1] < top[1:], bottom[:-1] + 1, top[1:]))
     below[1:] = np.fmax(bottom[1:], np.where(top[:-1] > bottom[1:], top[:-1] - 1, bottom[1:]))
-    return (rows >= above) & (rows <= below)  # comparisons with NaN are False
+    return np.asarray((rows >= above) & (rows <= below))  # comparisons with NaN are False
 
 
 def _rows(values: Floats, scale: Scale, height: int) -> NDArray[np.int64]:
@@ -185,7 +185,7 @@ def curve_of(
 
 
 def sparkline(trace: Trace, width: int, scale: Scale, *, ascii_only: bool = False) -> str:
-    """A curve in one line of `width` cells: the middle of each column as a block of eight heights."""
+    """A curve in one line of `width` cells: each column's middle as one of eight heights."""
     low, high = trace.columns(width)
     levels = scale.heights(0.5 * (low + high)) * 7.0 + 1.0
     signs = _ASCII_BLOCKS if ascii_only else _BLOCKS

@@ -19,7 +19,7 @@ def choose_display(
     stream: TextIO | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Display:
-    """What to show: `--json` goes before all, the dashboard needs a terminal that can move its cursor.
+    """What to show: `--json` goes before all; the dashboard needs a real terminal.
 
     Only the stream itself is asked whether it is a terminal; FORCE_COLOR and the like have no say.
     """

@@ -26,7 +26,7 @@ PHASE_PAUSE_S = 10.0
 
 
 class ConsoleLines:
-    """One line every `every` steps and one for everything else; no control codes, nothing is rewritten.
+    """A line every `every` steps and one for everything else; no control codes.
 
     Args:
         every: steps between two lines; the first and the last step of a run always have one.

@@ -77,7 +77,7 @@ class Dashboard:
         self._screen.draw(frame, size)
 
     def close(self) -> None:
-        """Stop drawing; the summary of the run takes the frame's place (without a `RunEnd` the last frame stays)."""
+        """Stop drawing and leave the summary, or without a `RunEnd` the last frame."""
         if self._closed:
             return
         self._closed = True
@@ -92,7 +92,7 @@ class Dashboard:
         self._screen.finish(lines or frame)
 
     def _run(self) -> None:
-        """Draw when something changed and the last drawing is paid for, or when the size is another one."""
+        """Draw once the last drawing is paid for, and when the size is another one."""
         due, size = 0.0, (0, 0)
         while not self._wake.wait(LOOK_S):
             now = time.monotonic()

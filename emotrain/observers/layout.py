@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from emotrain.observers import parts
+from emotrain.observers import curves, parts
 from emotrain.observers.board import Board
 from emotrain.observers.charts import Line
 from emotrain.observers.lines import beside, crop
-from emotrain.observers.parts import Look
+from emotrain.observers.look import Look
 from emotrain.observers.text import ascii_only
 
 WIDE_COLUMNS, WIDE_ROWS = 116, 26
@@ -55,15 +55,15 @@ def _waiting(board: Board, width: int, height: int, look: Look) -> list[Line]:
 
 
 def _compact(board: Board, width: int, height: int, look: Look) -> list[Line]:
-    """One line each, the most important first; what has no room is left out, the order on screen stays."""
+    """One line each; what has no room is left out, the least important first."""
     blocks: list[tuple[int, Callable[[], Line]]] = [
         (8, lambda: parts.header(board, width, look)),
         (4, lambda: parts.status(board, width, look)),
         (9, lambda: parts.progress(board, width, look)),
-        (0, lambda: parts.strip_line("loss", board, width, look)),
-        (1, lambda: parts.strip_line("scalar", board, width, look)),
-        (2, lambda: parts.strip_line("trust", board, width, look)),
-        (3, lambda: parts.strip_line("emoPulse", board, width, look)),
+        (0, lambda: curves.strip_line("loss", board, width, look)),
+        (1, lambda: curves.strip_line("scalar", board, width, look)),
+        (2, lambda: curves.strip_line("trust", board, width, look)),
+        (3, lambda: curves.strip_line("emoPulse", board, width, look)),
         (5, lambda: parts.stop(board, width, look)),
         (6, lambda: parts.timing(board, width, look)),
         (7, lambda: parts.last_notice(board, width)),
@@ -99,8 +99,8 @@ def _standard(board: Board, width: int, height: int, look: Look) -> list[Line]:
     return [
         *head,
         *gap,
-        parts.loss_legend(board, width),
-        *parts.loss_chart(board, width, loss_rows, look),
+        curves.loss_legend(board, width),
+        *curves.loss_chart(board, width, loss_rows, look),
         *_strips(board, width, strip_rows, look),
         *foot,
     ]
@@ -131,14 +131,14 @@ def _wide(board: Board, width: int, height: int, look: Look) -> list[Line]:
     names = ["scalar", "trust", "emoPulse", *(["heard"] if board.hears_other else [])]
     room = min(height - len(head) - len(foot) - 1, MAX_LOSS_ROWS + 6)
     loss = [
-        parts.loss_legend(board, left_width),
-        *parts.loss_chart(board, left_width, room - 1, look),
+        curves.loss_legend(board, left_width),
+        *curves.loss_chart(board, left_width, room - 1, look),
     ]
     each = room // len(names)
     right: list[Line] = []
     for name in names:
-        right.append(parts.strip_title(name, board, right_width, look))
-        right.extend(parts.strip_chart(name, board, right_width, each - 1, look))
+        right.append(curves.strip_title(name, board, right_width, look))
+        right.extend(curves.strip_chart(name, board, right_width, each - 1, look))
     return [*head, *beside(loss, right, left_width, width), [], *foot]
 
 
@@ -146,9 +146,9 @@ def _strips(board: Board, width: int, rows: int, look: Look) -> list[Line]:
     lines: list[Line] = []
     for name in ("scalar", "trust", "emoPulse"):
         if rows == 1:
-            lines.append(parts.strip_line(name, board, width, look))
+            lines.append(curves.strip_line(name, board, width, look))
         else:
-            lines.extend(parts.strip(name, board, width, rows, look))
+            lines.extend(curves.strip(name, board, width, rows, look))
     return lines
 
 

@@ -42,7 +42,7 @@ def pad(line: Line, width: int) -> Line:
 
 
 def spread(left: Line, right: Line, width: int) -> Line:
-    """One line at the left edge, one at the right edge; the right one goes where there is no room."""
+    """One line at the left edge and one at the right, which goes where there is no room."""
     gap = width - width_of(left) - width_of(right)
     if gap < 1:
         return crop(left, width)

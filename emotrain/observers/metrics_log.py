@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step; probe.jsonl: a line a probe. A resumed run continues both without a double line."""
+"""metrics.jsonl: a line a step; probe.jsonl: a line a probe. Both go on exactly at a resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_WAITING = 200  # lines that may wait for a full disk to get room before the 
 
 
 class MetricsLog:
-    """Appends to the logs of a run folder; every line is on its way to the disk when `handle` returns.
+    """Appends to the logs of a run folder; `handle` returns when the system has the line.
 
     At `RunStart` everything after `start_step` is cut off, also a half line that a crash has left.
     While the disk refuses lines they wait and are tried again with the next one.

@@ -60,7 +60,7 @@ class Pace:
         return min(early, late), late
 
     def remaining_s(self) -> tuple[float, float] | None:
-        """Seconds left: to the first step it may end at at full speed, and to the last one with pauses."""
+        """Seconds left: to the earliest end without pauses, and to the latest one with them."""
         step_s = self.step_s
         if step_s is None:
             return None

@@ -77,7 +77,7 @@ def _start(metrics: Path, steps: list[dict[str, Any]]) -> RunStart:
 
 
 def step_event(row: Mapping[str, Any]) -> StepEnd:
-    """The step of a line of metrics.jsonl; fields that are missing or null become NaN or their default."""
+    """The step of a line of metrics.jsonl; what is missing or null becomes NaN."""
     names = ("scalar", "trust", "pulse", "drive", "short", "medium", "long", "noise_est", "d_est")
     reading = Reading(**{name: _float(row, name) for name in names})
     end = row.get("expected_end")

@@ -46,7 +46,7 @@ _END = "\x1b[?7h\x1b[?25h\x1b[?2026l"
 
 
 def _codes(console: Console) -> dict[str, tuple[str, str]]:
-    """For each style what goes before and after a text, as far as the terminal has colours and may show them."""
+    """For each style the codes before and after a text, as far as colours are allowed."""
     systems = {"256": ColorSystem.EIGHT_BIT, "truecolor": ColorSystem.TRUECOLOR}
     codes: dict[str, tuple[str, str]] = {}
     for name, definition in STYLES.items():
@@ -95,7 +95,7 @@ class Screen:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and rows as they are now; COLUMNS and LINES have no say where there is a terminal."""
+        """Columns and rows as they are now, whatever COLUMNS and LINES say."""
         try:
             found = os.get_terminal_size(self._console.file.fileno())
         except (OSError, ValueError):
@@ -113,7 +113,7 @@ class Screen:
         return "".join(parts)
 
     def draw(self, lines: Sequence[Line], size: tuple[int, int]) -> None:
-        """Show a frame that was made for `size`; it must be at least one row lower than the terminal."""
+        """Show a frame that was made for `size`, at least one row lower than that."""
         encoded = [self.encode(line) for line in lines]
         with self._lock:
             if self.closed:
@@ -162,7 +162,7 @@ class Screen:
             file.write(text)
             file.flush()
         except UnicodeEncodeError:
-            encoding = file.encoding or "ascii"
+            encoding = getattr(file, "encoding", None) or "ascii"
             file.write(text.encode(encoding, errors="replace").decode(encoding))
             file.flush()
         except (OSError, ValueError):  # the terminal is gone
@@ -170,7 +170,7 @@ class Screen:
 
 
 class StrayLines:
-    """Takes the place of stderr while a frame is shown: whole lines go above it, unfinished ones wait.
+    """Stands in for stderr while a frame is shown: whole lines go above the frame.
 
     Progress bars that rewrite their line leave only its last form. After `release`, and in child
     processes, everything goes straight to the real stream, since libraries keep the object that

@@ -88,7 +88,7 @@ def save_sheet(
     *,
     best_step: int | None = None,
 ) -> Path:
-    """Draw the sheet and put it at `path` (PNG) in one move, so that a viewer never sees half of it."""
+    """Draw the sheet and put it at `path` (PNG) in one move: nobody sees half of it."""
     sheet = make_sheet(columns, prompts, best_step=best_step)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -108,10 +108,10 @@ def choose_steps(steps: Sequence[int], most: int, best_step: int | None = None) 
         raise ValueError(f"a sheet needs at least 2 columns, got {most}")
     places = {round(i * (len(steps) - 1) / (most - 1)) for i in range(most)}
     chosen = sorted(steps[place] for place in places)
-    if best_step in steps and best_step not in chosen:
-        nearest = min(chosen[1:-1], key=lambda step: abs(step - best_step), default=None)
-        if nearest is not None:
-            chosen[chosen.index(nearest)] = best_step
+    if best_step is not None and best_step in steps and best_step not in chosen:
+        gaps = [abs(step - best_step) for step in chosen[1:-1]]
+        if gaps:
+            chosen[1 + gaps.index(min(gaps))] = best_step
             chosen.sort()
     return chosen
 
@@ -188,7 +188,7 @@ def _draw_prompt(draw: ImageDraw.ImageDraw, prompt: str, top: int, cell_h: int) 
 
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Font, most: int) -> list[str]:
-    """Lines of at most `width` pixels, broken at spaces where there are any; the last one may end in `...`."""
+    """Lines of at most `width` pixels, broken at spaces; the last one may end in `...`."""
     lines: list[str] = []
     rest = text
     while rest and len(lines) < most:
@@ -228,7 +228,7 @@ def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: Font) -> st
 
 
 def _font(text: str) -> Font:
-    """The font that comes with Pillow; for other scripts one of the system's, where there is one."""
+    """The font that comes with Pillow; for other scripts one of the system's, if any."""
     if all(ord(char) < 0x250 for char in text):
         return ImageFont.load_default(FONT_PX)
     for name in _WIDE_FONTS:

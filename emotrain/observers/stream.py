@@ -7,7 +7,7 @@ from typing import TextIO
 
 
 class LineWriter:
-    """Writes and flushes lines; goes silent once nobody reads them any more (`| head`, a closed ssh).
+    """Writes and flushes lines; goes silent once nobody reads them (`| head`, closed ssh).
 
     Training goes on then: an observer's reader must not be able to end a run.
     """

@@ -19,7 +19,7 @@ _HEADLINES = {
 
 
 def summarise(board: Board, columns: int, *, ascii: bool = False) -> list[Line]:
-    """The lines for a terminal of `columns`; paths are broken rather than cut, so that they stay whole.
+    """The lines for a terminal of `columns`; long paths are broken, never cut.
 
     Nothing without a `RunEnd` on the board.
     """

@@ -1,4 +1,4 @@
-"""TensorBoard event files, written with tensorboard's own writer: one event a step, no torch in between."""
+"""TensorBoard event files from tensorboard's own writer: one event a step, no torch."""
 
 from __future__ import annotations
 

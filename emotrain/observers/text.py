@@ -1,4 +1,4 @@
-"""Text that is safe to show: no control characters, measured in terminal cells, never longer than asked."""
+"""Text that is safe to show: no control characters, measured in terminal cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run's curve in bounded memory: neighbouring values share a bucket once there are too many."""
+"""A whole run's curve in bounded memory: neighbours share a bucket once it is long."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Trace:
         self._stride *= 2
 
     def columns(self, width: int) -> tuple[Floats, Floats]:
-        """The curve over `width` columns: lowest and highest value of each [width], NaN where there is none."""
+        """Lowest and highest value in each of `width` columns [width]; NaN where there is none."""
         num = len(self)
         if num == 0 or width < 1:
             empty = np.full(max(width, 0), np.nan)

@@ -1,4 +1,6 @@
-"""Draw the dashboard as it stood in a recorded run: python tests/bench/dashboard_picture.py METRICS.jsonl OUT.svg
+"""Draw the dashboard as it stood in a recorded run.
+
+    python tests/bench/dashboard_picture.py METRICS.jsonl OUT.svg [--columns 120 --rows 32]
 
 The log is played into the dashboard's own code and its last frame is written as an SVG file.
 """
@@ -20,17 +22,16 @@ from emotrain.train.events import StepEnd
 
 
 def draw(metrics: Path, columns: int, rows: int, last_step: int | None) -> str:
-    """The SVG of the frame after `last_step` (default: the last one) for a terminal of that size."""
+    """The SVG of the frame after `last_step`, for a terminal of that size."""
     now = 0.0
     board = Board(lambda: now)
-    extras = read_extras(metrics)
     for event in play_back(metrics):
         if isinstance(event, StepEnd):
             if last_step is not None and event.step > last_step:
                 break
             now += event.step_s
         board.note(event)
-    for event in extras:
+    for event in read_extras(metrics):
         if last_step is None or event.step <= last_step:
             board.note(event)
     console = Console(
