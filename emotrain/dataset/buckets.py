@@ -1,8 +1,8 @@
-"""The size each picture is brought to: nearest aspect, never enlarged unless asked, none dropped (no torch).
+"""The size each picture is brought to: nearest aspect, not enlarged, none dropped (no torch).
 
-A bucket has about the area of the resolution and sides that are multiples of `step`. A picture is scaled until it
-covers its bucket, and what stands out is cut off evenly on both sides. A picture too small for that gets a smaller
-bucket of its own, its size rounded down to the step.
+A bucket has about the area of the resolution and sides that are multiples of `step`. A picture is
+scaled until it covers its bucket, and what stands out is cut off evenly on both sides. A picture
+too small for that gets a smaller bucket of its own, its size rounded down to the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FILLS = 0.75  # share of a resolution's area that a picture needs for being trai
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture goes: scaled to `resize`, then cut to the bucket at (left, top). All in pixels."""
+    """Where a picture goes: scaled to `resize`, cut to the bucket at (left, top); in pixels."""
 
     bucket_w: int
     bucket_h: int
@@ -42,7 +42,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class BucketRules:
-    """How buckets are made; `None` takes half and one and a half times the resolution, as the preset says."""
+    """How buckets are made; `None` takes half, and one and a half times, the resolution."""
 
     resolutions: tuple[int, ...]
     step: int = 64
@@ -65,7 +65,7 @@ class BucketRules:
 
 
 def make_buckets(resolution: int, step: int, min_side: int, max_side: int) -> tuple[Size, ...]:
-    """All sizes of at most resolution^2 pixels with sides in min_side..max_side that are multiples of `step`.
+    """All sizes of at most resolution^2 pixels, sides multiples of `step` in min_side..max_side.
 
     For every width the largest such height, both ways round, and the square.
 
@@ -87,7 +87,7 @@ def make_buckets(resolution: int, step: int, min_side: int, max_side: int) -> tu
 
 
 def assign(width: int, height: int, rules: BucketRules, resolution: int | None = None) -> Placement:
-    """The placement of a picture of `width` x `height` pixels at one resolution (default: the first).
+    """The placement of a picture of `width` x `height` pixels at one resolution (or the first).
 
     Raises:
         ValueError: a side that is not positive.
@@ -119,7 +119,7 @@ def place(width: int, height: int, rules: BucketRules) -> tuple[Placement, ...]:
 
 
 def _own_bucket(width: int, height: int, rules: BucketRules, resolution: int) -> Size:
-    """The picture's own size, shrunk to the area and longest side where it must be, rounded down to the step."""
+    """The picture's own size, shrunk to area and longest side, rounded down to the step."""
     longest = rules.limits(resolution)[1]
     shrink = min(1.0, resolution / math.sqrt(width * height), longest / max(width, height))
     w, h = (

@@ -1,8 +1,9 @@
 """Tensors kept by content: an entry's key is a digest of all that its value depends on.
 
-A picture that is renamed or moved finds its entry again; one that is edited does not. Entries carry a
-checksum, so that a damaged one is noticed and made again, and are put in place by a rename, so that a
-reader never sees half of one. The cache lies outside the data folders; nothing is written into those.
+A picture that is renamed or moved finds its entry again; one that is edited does not. Entries carry
+a checksum, so that a damaged one is noticed and made again, and are put in place by a rename, so
+that a reader never sees half of one. The cache lies outside the data folders; nothing is written
+into those.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def narrow(tensor: Tensor) -> Tensor:
 def _pack(tensors: Tensors, key: str) -> bytes:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _checksum(plain)
-    return save(plain, metadata={"key": key, "sha256": checksum})
+    data: bytes = save(plain, metadata={"key": key, "sha256": checksum})
+    return data
 
 
 def _unpack(data: bytes, key: str) -> Tensors | None:
@@ -129,5 +131,5 @@ def _checksum(tensors: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

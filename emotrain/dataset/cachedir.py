@@ -1,7 +1,7 @@
 """Where the cache lies, how large it is, and how to empty it (no torch).
 
-Entries are `v1/<kind>/<first two letters>/<key>.safetensors` below the cache folder. Only files of this
-form are ever counted or removed, so a folder named by mistake keeps everything else in it.
+Entries are `v1/<kind>/<first two letters>/<key>.safetensors` below the cache folder. Only files of
+this form are ever counted or removed, so a folder named by mistake keeps everything else in it.
 """
 
 from __future__ import annotations

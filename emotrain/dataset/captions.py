@@ -1,19 +1,21 @@
 """From a caption to the texts a model sees: pure functions of text and seed (no torch).
 
-A caption is a list of tags between commas; a sentence is one long tag. Its parts, in the order they come out:
+A caption is a list of tags between commas; a sentence is one long tag. Its parts, in the order they
+come out:
 
     trigger, prefix, kept tags, free tags, kept tail, suffix
 
-  * The trigger comes first and is never dropped or shuffled. It is not put twice: where a tag of the
-    caption is the trigger, that tag moves to the front, and a sentence that begins with it has it
-    already. A caption that says `[trigger]` gets it there and nowhere else.
+  * The trigger comes first and is never dropped or shuffled. It is not put twice: where a tag of
+    the caption is the trigger, that tag moves to the front, and a sentence that begins with it has
+    it already. A caption that says `[trigger]` gets it there and nowhere else.
   * `|||` ends the kept tags and, the second time, begins the kept tail; without it the first
     `keep_tokens` tags (not counting the trigger) are kept.
   * Free tags are shuffled, and each is left out with the probability `tag_dropout`.
   * `{a|b|c}` takes one of its words.
   * Prefix and suffix are joined with a space: write your own comma where you want one.
 
-All of it is drawn ahead, into `variants`, so that text embeddings can be cached; a step only picks one.
+All of it is drawn ahead, into `variants`, so that text embeddings can be cached; a step only picks
+one.
 """
 
 from __future__ import annotations
@@ -55,9 +57,10 @@ def variants(
 ) -> tuple[str, ...]:
     """All texts that a picture with these captions is trained with.
 
-    One text a caption where nothing varies; else `count` texts for each of them, so that every caption has
-    the same share. The first one of each is the plain one: nothing shuffled or dropped, first words of the
-    wildcards. The texts depend on the captions and the seed, not on the picture's name.
+    One text a caption where nothing varies; else `count` texts for each of them, so that every
+    caption has the same share. The first one of each is the plain one: nothing shuffled or dropped,
+    first words of the wildcards. The texts depend on the captions and the seed, not on the
+    picture's name.
 
     Raises:
         ValueError: `count` below 1, `keep_tokens` below 0 or `tag_dropout` outside 0..1.
@@ -98,10 +101,10 @@ def fill_trigger(prompt: str, trigger: str | None) -> str:
 
 
 def pick(seed: int, visit: int, example_id: str, n_variants: int, dropout: float = 0.0) -> int:
-    """Which variant a picture is shown with at its `visit`-th showing (the epoch, where it has no repeats).
+    """Which variant a picture is shown with at its `visit`-th showing (without repeats, the epoch).
 
-    Variants take turns, from a start that depends on (seed, example_id), so all are seen equally often;
-    `EMPTY` (-1) with the probability `dropout`. A pure function.
+    Variants take turns, from a start that depends on (seed, example_id), so all are seen equally
+    often; `EMPTY` (-1) with the probability `dropout`. A pure function.
 
     Raises:
         ValueError: no variants, or `dropout` outside 0..1.
@@ -121,7 +124,7 @@ def uniform(name: str) -> float:
 
 
 def split_tags(text: str) -> tuple[str, ...]:
-    """The tags of a caption: what lies between commas, without empty ones; `1,000` is one number."""
+    """The tags of a caption: what lies between commas, none empty; `1,000` is one number."""
     return tuple(tag for part in COMMA.split(text) if (tag := " ".join(part.split())))
 
 

@@ -1,7 +1,7 @@
 """Every picture and text through the frozen encoders once, by way of the cache.
 
-One picture or text at a time: what an encoder gives for it then depends on it alone, and not on its neighbours in a
-batch. Reading and decoding run ahead in two threads.
+One picture or text at a time: what an encoder gives for it then depends on it alone, and not on its
+neighbours in a batch. Reading and decoding run ahead in two threads.
 
 Shape letters: C latent channels, h w latent height and width, S tokens, D width.
 """
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -57,7 +58,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """One picture at one placement, encoded. Latents float32 [C, h, w], mask float32 [1, h, w]; on the CPU."""
+    """A picture at a placement: latents float32 [C, h, w], mask float32 [1, h, w], on the CPU."""
 
     example: Example
     placement: Placement
@@ -92,10 +93,11 @@ def encode_pictures(
     cache: Cache,
     progress: Progress,
 ) -> list[Item]:
-    """All placements of all pictures, in order; those with `flip`, and those in `mirror`, mirrored as well.
+    """All placements of all pictures, in order; with `flip` or in `mirror`, mirrored as well.
 
     Raises:
-        DatasetError: pictures that cannot be decoded or have changed since the scan; `problems` names all.
+        DatasetError: pictures that cannot be decoded or have changed since the scan; `problems`
+            names all.
         ModelError: the VAE gives numbers that are not finite.
     """
     reader = _Reader(
@@ -129,7 +131,7 @@ def encode_texts(
     rows: dict[str, Tensors] = {}
     for done, text in enumerate(unique, start=1):
         key = content_key(text=text, encoder=identity)
-        rows[text] = cache.lookup("texts", key, lambda text=text: _encode_text(encoder, text))
+        rows[text] = cache.lookup("texts", key, partial(_encode_text, encoder, text))
         progress("captions", done, len(unique))
     return rows
 
@@ -147,8 +149,8 @@ def _encode_text(encoder: Encoder, text: str) -> Tensors:
 
 
 def _finish(encoder: Encoder, job: _Job, cache: Cache) -> Item:
-    for mirrored, found in job.found.items():
-        if found is None:
+    for mirrored, known in job.found.items():
+        if known is None:
             assert job.pixels is not None
             pixels = job.pixels.flip(-1) if mirrored else job.pixels
             with torch.no_grad():
@@ -160,11 +162,11 @@ def _finish(encoder: Encoder, job: _Job, cache: Cache) -> Item:
                 )
             cache.put("latents", job.keys[mirrored], {"latents": latents})
             job.found[mirrored] = latents
-    latents, mask = job.found[False], job.mask
-    assert latents is not None
+    upright, mask = job.found[False], job.mask
+    assert upright is not None
     if mask is not None and bool((mask == 1.0).all()):
         mask = None
-    return Item(job.example, job.placement, latents, job.found.get(True), mask)
+    return Item(job.example, job.placement, upright, job.found.get(True), mask)
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ class _Reader:
 def _numbers(placement: Placement) -> list[int]:
     place = placement
     return [
-        place.bucket_w, place.bucket_h, place.resize_w, place.resize_h, place.crop_left, place.crop_top
+        place.bucket_w, place.bucket_h, place.resize_w, place.resize_h,
+        place.crop_left, place.crop_top,
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ CaptionSource = Literal["file", "metadata", "folder", "default", "none"]
 
 @dataclass(frozen=True)
 class Example:
-    """One picture to learn. Sides in pixels as displayed; `id` is stable and unique: folder name / path below it."""
+    """One picture to learn; sides in pixels as displayed. `id` (unique): folder name / path."""
 
     id: str
     path: Path
@@ -49,7 +49,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Scan:
-    """All files of the data folders. `files` counts every entry that was seen and is the sum of all the others."""
+    """All files of the data folders; `files` counts every entry seen, the sum of all others."""
 
     examples: tuple[Example, ...]
     skipped: tuple[Skipped, ...]

@@ -1,21 +1,21 @@
 """Pictures as a person sees them: any mode, rotation and colour space to 8-bit sRGB (no torch).
 
-Only the formats in `FORMATS` are tried, sizes are checked before anything is decoded, and nothing is ever written.
+Only the formats in `FORMATS` are tried, sizes are checked before anything is decoded, and nothing
+is ever written.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 import threading
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
+from PIL import Image, ImageColor, UnidentifiedImageError, features
 
+from emotrain.dataset.colour import Note as Note
+from emotrain.dataset.colour import split_alpha
 from emotrain.dataset.textfile import FileProblem, read_bytes
 from emotrain.errors import ConfigError
 
@@ -29,33 +29,35 @@ FORMATS = (
     *(("AVIF",) if features.check("avif") else ()),
 )
 SUFFIXES = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP",
-    ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
-}  # fmt: skip
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".avif": "AVIF",
+}
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_ASPECT = 32.0  # longest side over shortest
 MIN_SIDE = 8  # pixels
 ORIENTATION = 0x0112  # EXIF tag
 TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _WARNINGS = threading.Lock()  # `warnings.catch_warnings` is not made for threads
 MEND = "open it in an image editor and save it again, or take it out of the folder"
 
 
 @dataclass(frozen=True)
-class Note:
-    """Something worth knowing about a file that is used all the same. `code` is a short word, `message` one line."""
-
-    code: str
-    message: str
-
-
-@dataclass(frozen=True)
 class Header:
-    """What a picture says of itself before it is decoded; sides in pixels as displayed (EXIF rotation applied)."""
+    """What a picture says before it is decoded; sides in pixels as displayed (EXIF applied)."""
 
     format: str
     width: int
@@ -109,7 +111,8 @@ def read_header(data: bytes, *, path: str | Path) -> Header:
     """Format, displayed size and notes of a picture's bytes; nothing is decoded.
 
     Raises:
-        FileProblem: empty, not a picture, too large, too small or too long for one, or a kind that is refused.
+        FileProblem: empty, not a picture, too large, too small or too long for one, or a kind that
+            is refused.
     """
     with _opened(data, path) as image:
         return _header(image, data, path)
@@ -129,10 +132,10 @@ def decode_picture(data: bytes, *, background: str = "white", path: str | Path) 
             image.load()
             upright = _upright(image, header.format)
             notes: list[Note] = []
-            rgb, alpha = _split(upright, image.info, notes)
+            rgb, alpha = split_alpha(upright, image.info, notes)
         except FileProblem:
             raise
-        except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, MemoryError ...
+        except Exception as error:  # OSError, ValueError, SyntaxError, struct.error ...
             raise FileProblem(
                 "damaged", path, f"is truncated or damaged ({_first_line(error)})", MEND
             ) from error
@@ -272,64 +275,6 @@ def _orientation(image: Image.Image) -> tuple[int, list[Note]]:
 def _upright(image: Image.Image, name: str) -> Image.Image:
     turn = 1 if name == "TIFF" else _orientation(image)[0]
     return image.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else image
-
-
-def _split(
-    image: Image.Image, info: dict, notes: list[Note]
-) -> tuple[Image.Image, Image.Image | None]:
-    """RGB in sRGB, and the alpha channel where any pixel is not opaque."""
-    if image.mode.startswith("I"):
-        return _from_16_bit(image), None
-    alpha = None
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in info:
-        gray = image.mode in ("LA", "La")
-        image = image.convert("L").convert("RGBA") if image.mode == "1" else image.convert("RGBA")
-        alpha = image.getchannel("A")
-        if alpha.getextrema()[0] == 255:
-            alpha = None
-        image = image.convert("RGB").convert("L") if gray else image.convert("RGB")
-    elif image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    return _to_srgb(image, info.get("icc_profile"), notes), alpha
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Gray values 0..65535 divided by 257 and rounded: 65535 becomes 255 and nothing is clipped."""
-    values = np.asarray(image).astype(np.int64).clip(0, 65535)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
-def _to_srgb(image: Image.Image, icc: bytes | None, notes: list[Note]) -> Image.Image:
-    if not icc:
-        return image.convert("RGB")
-    try:
-        name, transform = _transform(icc, image.mode)
-        if transform and image.mode == "L" and transform.input_mode == "RGB":
-            image = image.convert("RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, struct.error):
-        notes.append(Note("icc-damaged", "has a colour profile that cannot be used: taken as sRGB"))
-        return image.convert("RGB")
-    if transform is None:
-        return image.convert("RGB")
-    notes.append(Note("icc", f"has the colour profile {name}: converted to sRGB"))
-    return transform.apply(image)
-
-
-@lru_cache(maxsize=32)
-def _transform(icc: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Name of a profile and the way from it to sRGB; None where it is sRGB already or of another kind of picture."""
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-    name = ImageCms.getProfileDescription(profile).strip()
-    space = profile.profile.xcolor_space.strip()
-    if mode == "L" and space == "RGB":
-        mode = "RGB"
-    if {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode] != space or "sRGB" in name:
-        return name, None
-    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-    srgb = ImageCms.createProfile("sRGB")
-    return name, ImageCms.buildTransform(
-        profile, srgb, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags
-    )
 
 
 def _first_line(error: BaseException) -> str:

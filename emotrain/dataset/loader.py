@@ -1,7 +1,8 @@
 """A data set in memory, encoded: batches are a pure function of (seed, micro-step).
 
-Order, flips and captions are computed from the seed, the epoch and the picture's id, never drawn from a random state
-that moves; so there is nothing to save, and a resumed run sees what the first one would have seen. No picture is
+Order, flips and captions are computed from the seed, the epoch and the picture's id, never drawn
+from a random state that moves; so there is nothing to save, and a resumed run sees what the first
+one would have seen. No picture is
 dropped: where a bucket does not fill its last batch, that batch is smaller.
 
 Shape letters: B samples, C latent channels, H W latent height and width, S tokens, D width.
@@ -16,21 +17,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emotrain.config.schema import DatasetSection
-from emotrain.dataset.buckets import BucketRules, Placement, place
+from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.cache import Cache, Tensors
-from emotrain.dataset.captions import EMPTY, pick, uniform, variants
+from emotrain.dataset.captions import EMPTY, pick, uniform
 from emotrain.dataset.encode import Encoder, Item, encode_pictures, encode_texts
 from emotrain.dataset.examples import Example
+from emotrain.dataset.settings import LoaderSettings as LoaderSettings
+from emotrain.dataset.settings import settings_from as settings_from
 from emotrain.dataset.split import fingerprint, take_shard
-from emotrain.errors import ConfigError, DatasetError
+from emotrain.errors import DatasetError
 
 KEPT_PLANS = 4  # epochs whose order is remembered
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Sizes that some families are told (SDXL, arXiv:2307.01952 2.2), in pixels: int64 [B, 2] each, (height, width) or (top, left)."""
+    """Sizes in pixels that some families are told (SDXL, arXiv:2307.01952 2.2).
+
+    Each tensor is int64 [B, 2]: (height, width), and (top, left) for the crop.
+    """
 
     original_sizes: Tensor
     crop_top_lefts: Tensor
@@ -49,88 +54,6 @@ class Batch:
     ids: tuple[str, ...]
     epoch: int
     texts: tuple[str, ...] = ()  # what each sample is trained with
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """The words of the preset's `dataset` section that the loader goes by."""
-
-    rules: BucketRules
-    micro_batch_size: int = 1
-    seed: int = 42
-    background: str = "white"
-    trigger: str | None = None
-    shuffle: bool = False
-    keep_tokens: int = 0
-    dropout: float = 0.05
-    tag_dropout: float = 0.0
-    variants: int = 8
-    prefix: str = ""
-    suffix: str = ""
-    shard: str | None = None
-    encode_texts: bool = True  # False where the text encoders are trained
-
-    def texts(self, example: Example) -> tuple[str, ...]:
-        """All texts of an example; the first is its plain caption."""
-        return variants(
-            example.captions,
-            trigger=self.trigger,
-            shuffle=self.shuffle,
-            keep_tokens=self.keep_tokens,
-            tag_dropout=self.tag_dropout,
-            prefix=self.prefix,
-            suffix=self.suffix,
-            count=self.variants,
-            seed=self.seed,
-        )
-
-
-def settings_from(
-    section: DatasetSection,
-    *,
-    resolution: int,
-    step: int,
-    micro_batch_size: int = 1,
-    seed: int = 42,
-    encode_texts: bool = True,
-) -> LoaderSettings:
-    """Settings of a preset's section; `resolution` and `step` are the family's, used where the section names none.
-
-    Raises:
-        ConfigError: bucket sizes that contradict each other.
-    """
-    buckets, words = section.buckets, section.captions
-    try:
-        rules = BucketRules(
-            section.resolution or (resolution,),
-            buckets.step or step,
-            buckets.min,
-            buckets.max,
-            buckets.upscale,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"dataset.buckets cannot be made: {error}", "leave min and max out"
-        ) from error
-    if rules.step % step:
-        reason = f"dataset.buckets.step is {rules.step}, which is not a multiple of {step}"
-        raise ConfigError(reason, f"the model takes sides that are multiples of {step}")
-    return LoaderSettings(
-        rules=rules,
-        micro_batch_size=micro_batch_size,
-        seed=seed,
-        background=section.background,
-        trigger=section.trigger,
-        shuffle=words.shuffle,
-        keep_tokens=words.keep_tokens,
-        dropout=words.dropout,
-        tag_dropout=words.tag_dropout,
-        variants=words.variants,
-        prefix=words.prefix,
-        suffix=words.suffix,
-        shard=section.shard,
-        encode_texts=encode_texts,
-    )
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -238,7 +161,7 @@ class CachedDataset:
         return self._collate(samples, epoch)
 
     def fixed(self, ids: Iterable[str], flip: bool = False) -> list[Batch]:
-        """These pictures with their own plain captions, at their first placement; one batch per bucket size.
+        """These pictures with their plain captions, at their first placement; a batch per bucket.
 
         Raises:
             KeyError: an id that is not in the data set.
@@ -276,7 +199,7 @@ class CachedDataset:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """(item, repeat) of every batch of an epoch: buckets shuffled within, then the batches among each other."""
+        """(item, repeat) of every batch of an epoch: buckets shuffled, then the batches."""
         if epoch not in self._plans:
             rng = random.Random(f"order/{self.settings.seed}/{epoch}")
             size = self.settings.micro_batch_size

@@ -1,4 +1,4 @@
-"""`metadata.jsonl` of a Hugging Face image folder: one JSON object a line with `file_name` and `text` (no torch)."""
+"""`metadata.jsonl` of an image folder: a JSON object a line, `file_name` and `text` (no torch)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ Listing = dict[tuple[str, ...], tuple[str, ...]]
 
 
 def read_listing(path: Path, above: tuple[str, ...]) -> Listing:
-    """Captions by the parts of the picture's name from the data folder down; `above` are the parts of the listing's own folder.
+    """Captions by the parts of the picture's path below the data folder.
 
-    `text` (or `caption`) is a string or a list of strings; lines without one name the picture and leave it without a caption.
+    `above` are the parts of the folder that the listing lies in.
+
+    `text` (or `caption`) is a string or a list of strings; lines without one name the picture and
+    leave it without a caption.
 
     Raises:
         FileProblem: unreadable, not UTF-8, or a line that is not such an object; the line is named.

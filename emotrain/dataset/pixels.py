@@ -22,7 +22,8 @@ def to_pixels(image: Image.Image, placement: Placement) -> Tensor:
 def to_mask(mask: Image.Image, placement: Placement, vae_scale: int) -> Tensor:
     """A gray mask of the whole picture as the weight of each latent: float32 [1, h, w] in 0..1.
 
-    The mask is stretched to the picture where their sizes differ; a latent's weight is the mean of its pixels.
+    The mask is stretched to the picture where their sizes differ; a latent's weight is the mean of
+    its pixels.
     """
     placed = _placed(mask.convert("L"), placement, Image.Resampling.BOX)
     size = (placement.bucket_w // vae_scale, placement.bucket_h // vae_scale)

@@ -1,4 +1,4 @@
-"""One data folder, entry by entry: each becomes an example, belongs to one, or is skipped with a reason (no torch)."""
+"""One data folder: each entry is an example, belongs to one, or is skipped (no torch)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from emotrain.dataset.textfile import FileProblem, clean_lines, printable, read_
 from emotrain.dataset.walk import UNREAD, Entry, inside, stem_key
 
 NOT_READ = frozenset(
-    ".heic .heif .jxl .jp2 .psd .psb .xcf .svg .eps .ai .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .tga .exr .hdr .ico .pdf"
-    " .mp4 .mov .webm .mkv .avi".split()
+    (
+        *(".heic", ".heif", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".svg", ".eps", ".ai", ".raw"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".tga", ".exr", ".hdr", ".ico"),
+        *(".pdf", ".mp4", ".mov", ".webm", ".mkv", ".avi"),
+    )
 )
 Key = tuple[str, ...]
 Found = tuple[tuple[str, ...], CaptionSource, Path | None, tuple[Note, ...]]
@@ -43,7 +46,7 @@ class FolderReader:
     listed_missing: list[Path] = field(default_factory=list)
 
     def read(self, entries: Sequence[Entry], tell: Callable[[], None]) -> None:
-        """Sort the entries into pictures, texts and the rest, then read every picture; `tell` is called after each."""
+        """Sort the entries, then read every picture; `tell` is called after each."""
         pictures, texts, listings = self._sort(entries)
         listing = self._read_listings(listings)
         by_key: dict[Key, list[Entry]] = defaultdict(list)
@@ -177,7 +180,8 @@ class FolderReader:
                     if problem.code.startswith("caption-")
                     else f"caption-{problem.code}"
                 )
-                reason = f"has a caption that cannot be used: {printable(text.path.name)} {problem.reason}"
+                name = printable(text.path.name)
+                reason = f"has a caption that cannot be used: {name} {problem.reason}"
                 raise FileProblem(code, entry.path, reason, problem.hint) from problem
             notes = (
                 ()
@@ -205,7 +209,7 @@ class FolderReader:
         return mask, () if mask else (Note("mask-missing", "has no mask: all of it is learned"),)
 
     def _refuse_foreign(self, entry: Entry) -> None:
-        """A caption is text that ends up in LoRA files, so a link must not fetch it from elsewhere."""
+        """Captions end up in LoRA files, so a link must not fetch them from elsewhere."""
         if entry.is_link and not inside(entry.path, self.root):
             raise FileProblem(
                 "caption-link",
@@ -226,7 +230,7 @@ class FolderReader:
 
 
 def name_in_words(caption: str, entry: Entry) -> str:
-    """`[name]` in `caption` becomes the file name in words: "red_car-02 (1).png" gives "red car"."""
+    """`[name]` becomes the file name in words: "red_car-02 (1).png" gives "red car"."""
     if "[name]" not in caption:
         return caption
     words = re.sub(r"[_\-\s]+", " ", entry.path.stem)

@@ -1,13 +1,15 @@
-"""What lies in the data folders: examples to learn, and every other file with the reason why not (no torch).
+"""What lies in the data folders: examples, and every other file with its reason (no torch).
 
 The rules:
-  * Folders are read with all their subfolders. A subfolder named `N_name` (N up to 999) sees its pictures N times an epoch, times the
-    folder's own `repeats`; the nearest such name counts.
+  * Folders are read with all their subfolders. A subfolder named `N_name` (N up to 999) sees its
+    pictures N times an epoch, times the folder's own `repeats`; the nearest such name counts.
   * A folder that is listed by itself, or holds masks, is not part of the folder around it.
-  * Hidden and system files are left out silently and counted. Links to folders are not followed; links to pictures are.
-  * A picture's caption is, first found: the same-stem `.txt` (or the configured extension), the same-stem `.caption`, its line in a
-    `metadata.jsonl` at or above it (`file_name`, `text`), the folder's `caption`, `captions.default`, nothing. Each line of a caption file
-    is a caption of its own. `[name]` in a folder's caption or in the default stands for the file name in words.
+  * Hidden and system files are left out silently and counted. Links to folders are not followed;
+    links to pictures are.
+  * A picture's caption is, first found: the same-stem `.txt` (or the configured extension), the
+    same-stem `.caption`, its line in a `metadata.jsonl` at or above it (`file_name`, `text`), the
+    folder's `caption`, `captions.default`, nothing. Each line of a caption file is a caption of its
+    own. `[name]` in a folder's caption or in the default stands for the file name in words.
   * Two pictures of one stem cannot share a caption file: neither is used.
 Nothing is written into the folders.
 """
@@ -33,7 +35,7 @@ BUILTIN = ("example", "example-heldout")
 
 
 def resolve_folder(path: str) -> Path:
-    """A folder's place on disk; `builtin:example` and `builtin:example-heldout` ship with the package.
+    """A folder's place on disk; `builtin:example` and `builtin:example-heldout` come with emotrain.
 
     Raises:
         ConfigError: an unknown `builtin:` name.
@@ -56,7 +58,9 @@ def scan(
     default_caption: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
-    """Read all folders; `progress(done, total)` is told of every picture. Nothing is decoded: damage further in shows in lint.
+    """Read all folders; `progress(done, total)` is told of every picture.
+
+    Only headers are read: damage further in shows when pictures are decoded, in lint or `prepare`.
 
     Raises:
         DatasetError: a folder is missing, no folder or listed twice; `problems` names all of these.
@@ -171,7 +175,7 @@ def _masks(folder: FolderSpec) -> dict[tuple[str, ...], Path] | Literal["alpha"]
 
 
 def _with_unique_ids(examples: Sequence[Example]) -> tuple[Example, ...]:
-    """Escaped names can meet (a name that is not UTF-8, and one that spells its escape): count them apart."""
+    """Escaped names can meet (bytes that are no UTF-8, and a name that spells their escape)."""
     seen: dict[str, int] = {}
     unique = []
     for example in examples:

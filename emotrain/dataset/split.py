@@ -20,9 +20,10 @@ def split_held_out(
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(train, held out): `count` pictures, or a `fraction` of them, set aside for the probe.
 
-    Spread over shapes: pictures are ordered by aspect and every n-th is taken, at random within its stretch.
-    Pictures of one content (same sha256) go together, and regularisation pictures are never held out. The
-    same examples and seed give the same split, whatever their order. At least one picture stays to train.
+    Spread over shapes: pictures are ordered by aspect and every n-th is taken, at random within its
+    stretch. Pictures of one content (same sha256) go together, and regularisation pictures are
+    never held out. The same examples and seed give the same split, whatever their order. At least
+    one picture stays to train.
 
     Raises:
         ValueError: not exactly one of `count` and `fraction`, or a negative one.
@@ -70,7 +71,7 @@ def take_shard(examples: Sequence[Example], shard: str | None) -> tuple[Example,
 
 
 def example_digests(examples: Iterable[Example]) -> dict[str, str]:
-    """Per id a digest of size, picture and captions: two of these show what was added, removed or changed."""
+    """Per id a digest of size, picture and captions; two of these show what has changed."""
     return {example.id: _digest(example) for example in sorted(examples, key=lambda item: item.id)}
 
 

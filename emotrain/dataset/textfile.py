@@ -1,4 +1,4 @@
-"""Files that strangers made, read without trusting them: bytes, text, and names that are safe to show (no torch)."""
+"""Files that strangers made: bytes, text, and names that are safe to show (no torch)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNSEEN_FORMATS = frozenset(
 
 
 class FileProblem(DatasetError):
-    """A file that cannot be used. `code` is a short word for reports, `reason` the message without the path."""
+    """A file that cannot be used: `code` a short word, `reason` the message without the path."""
 
     def __init__(self, code: str, path: str | Path, reason: str, hint: str | None = None) -> None:
         super().__init__(f"{printable(path)} {reason}", hint)
@@ -29,8 +29,8 @@ class FileProblem(DatasetError):
 def printable(text: str | Path) -> str:
     r"""A name or caption that any terminal, log or JSON file can take.
 
-    Control characters, directional marks, line ends and bytes that are not UTF-8 become `\x1b`, `\u202e`, `\udcff`;
-    all other characters stay.
+    Control characters, directional marks, line ends and bytes that are not UTF-8 become `\x1b`,
+    `\u202e`, `\udcff`; all other characters stay.
     """
     return "".join(
         c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in str(text)
@@ -46,7 +46,8 @@ def _is_plain(c: str) -> bool:
 def read_bytes(path: Path, *, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes.
 
-    A FIFO, socket or device is never waited for, even where it took a file's place after the folder was listed.
+    A FIFO, socket or device is never waited for, even where it took a file's place after the folder
+    was listed.
 
     Raises:
         FileProblem: missing, unreadable, not a regular file, or larger than `limit`.
@@ -69,7 +70,7 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
 
 
 def decode_text(data: bytes, path: Path) -> str:
-    """Text of UTF-8 bytes, or of UTF-16 and UTF-32 bytes that say so by their BOM; line ends become newlines.
+    """Text of UTF-8 bytes, or of UTF-16 and UTF-32 bytes with a BOM; line ends become newlines.
 
     Raises:
         FileProblem: another encoding (named by the offset of its first byte), or NUL characters.
@@ -79,7 +80,8 @@ def decode_text(data: bytes, path: Path) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        reason = f"is not {encoding.removesuffix('-sig').upper()}: byte {error.start} is 0x{data[error.start]:02x}"
+        name, at = encoding.removesuffix("-sig").upper(), error.start
+        reason = f"is not {name}: byte {at} is 0x{data[at]:02x}"
         raise FileProblem("caption-encoding", path, reason, hint) from error
     if "\0" in text:
         raise FileProblem(
@@ -97,7 +99,7 @@ def _encoding(data: bytes) -> str:
 
 
 def read_captions(path: Path) -> tuple[str, ...]:
-    """The captions of a caption file: one a line, blank lines left out; () where the file says nothing.
+    """The captions of a caption file: one a line, without blank ones; () where it says nothing.
 
     Control characters other than white space are taken out, and white space at both ends.
 

@@ -24,8 +24,8 @@ UNREAD = {
 class Entry:
     """One file below a folder, or why it is none.
 
-    `parts` are the names from the folder down; `repeats` comes from the nearest `N_name` subfolder (1 where none is);
-    `problem` is a key of `UNREAD`, or the system's own words for `unreadable`.
+    `parts` are the names from the folder down; `repeats` comes from the nearest `N_name` subfolder
+    (1 where none is); `problem` is a key of `UNREAD`, or the system's own words for `unreadable`.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass
 class Walk:
-    """What a walk has seen: `entries` files and entries that are none, and `hidden` ones left out silently."""
+    """What a walk has seen: entries, and how many hidden ones it left out."""
 
     entries: list[Entry]
     hidden: int = 0
@@ -47,8 +47,9 @@ class Walk:
 def walk(root: Path, *, leave_out: Iterable[Path] = ()) -> Walk:
     """All files below `root` in the order of their names, subfolders included.
 
-    Hidden and system entries (a leading dot, `Thumbs.db`, `__MACOSX`, ...) are counted and not opened. Folders in `leave_out`
-    are not entered. Links to folders are not followed, so no loop can be.
+    Hidden and system entries (a leading dot, `Thumbs.db`, `__MACOSX`, ...) are counted and not
+    opened. Folders in `leave_out` are not entered. Links to folders are not followed, so no loop
+    can be.
     """
     seen = Walk([])
     left_out = {_identity(path) for path in leave_out} - {None}
