@@ -54,7 +54,13 @@ DROP = set(
     boy girl baby family couple men women ideograph squared zodiac with without skin type old prince princess bride face
     moon date trident cross triangle diamond card medium""".split()
 )
-BLOCKS = ((0x1F300, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F900, 0x1F9FF), (0x1FA70, 0x1FAFF), (0x2600, 0x27BF))
+BLOCKS = (
+    (0x1F300, 0x1F64F),
+    (0x1F680, 0x1F6FF),
+    (0x1F900, 0x1F9FF),
+    (0x1FA70, 0x1FAFF),
+    (0x2600, 0x27BF),
+)
 FACES = "1F600 1F60E 1F622 1F621 1F60D 1F631 1F634 1F922 1F92F 1F976".split()
 
 
@@ -94,7 +100,9 @@ def draw_contrast(body: str, view: int) -> Image.Image:
         + body.replace("currentColor", "#1a1a2e")
         + "</svg>"
     )
-    return on_white(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA"))
+    return on_white(
+        Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
+    )
 
 
 def blurred(picture: Image.Image) -> np.ndarray:
@@ -109,9 +117,13 @@ def choose_base(pictures: dict[str, Image.Image]) -> list[str]:
     rest = [
         code
         for code in sorted(pictures)
-        if code not in chosen and len(caption_of(code).split()) <= 3 and not DROP & set(caption_of(code).split())
+        if code not in chosen
+        and len(caption_of(code).split()) <= 3
+        and not DROP & set(caption_of(code).split())
     ]
-    nearest = {code: min(float(np.sum((vectors[code] - vectors[c]) ** 2)) for c in chosen) for code in rest}
+    nearest = {
+        code: min(float(np.sum((vectors[code] - vectors[c]) ** 2)) for c in chosen) for code in rest
+    }
     while len(chosen) < NUM_BASE:
         best = max(nearest, key=lambda code: nearest[code])
         del nearest[best]
@@ -140,7 +152,9 @@ def make_pictures(work: Path, noto: Path, contrast: Path, fluent3d: Path) -> Non
                 continue
             noto_set[code] = picture
             icon = icons["icons"][name]
-            contrast_set[code] = draw_contrast(icon["body"], icon.get("height", icons.get("height", 32)))
+            contrast_set[code] = draw_contrast(
+                icon["body"], icon.get("height", icons.get("height", 32))
+            )
             path = fluent3d / f"{code.lower()}.webp"
             if path.exists():
                 extra.append(on_white(Image.open(path).convert("RGBA")))
@@ -153,8 +167,12 @@ def make_pictures(work: Path, noto: Path, contrast: Path, fluent3d: Path) -> Non
     write_folder(work / "base", {c: noto_set[c] for c in base}, "")
     everything = np.stack([np.asarray(p) for p in [*noto_set.values(), *extra]])
     np.save(work / "all.npy", everything)
-    (work / "names.json").write_text(json.dumps([caption_of(c) for c in noto_set]), encoding="utf-8")
-    print(f"{len(noto_set)} Noto, {len(extra)} Fluent 3D; base {len(base)}, example {len(example)}, held out {len(held_out)}")
+    (work / "names.json").write_text(
+        json.dumps([caption_of(c) for c in noto_set]), encoding="utf-8"
+    )
+    print(
+        f"{len(noto_set)} Noto, {len(extra)} Fluent 3D; base {len(base)}, example {len(example)}, held out {len(held_out)}"
+    )
 
 
 def write_folder(folder: Path, pictures: dict[str, Image.Image], prefix: str) -> None:
@@ -163,7 +181,9 @@ def write_folder(folder: Path, pictures: dict[str, Image.Image], prefix: str) ->
     for code, picture in sorted(pictures.items()):
         stem = caption_of(code).replace(" ", "-")
         picture.save(folder / f"{stem}.png", optimize=True)
-        (folder / f"{stem}.txt").write_text(prefix + caption_of(code) + "\n", encoding="utf-8", newline="\n")
+        (folder / f"{stem}.txt").write_text(
+            prefix + caption_of(code) + "\n", encoding="utf-8", newline="\n"
+        )
 
 
 def read_folder(folder: Path) -> tuple[list[str], np.ndarray]:
@@ -179,10 +199,19 @@ def read_folder(folder: Path) -> tuple[list[str], np.ndarray]:
 class Progress:
     """Saves model, averaged weights, optimizer and step; a second call of the same stage goes on from there."""
 
-    def __init__(self, work: Path, stage: str, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        work: Path,
+        stage: str,
+        modules: dict[str, torch.nn.Module],
+        optimizer: torch.optim.Optimizer,
+    ):
         self.path = work / f"{stage}.pt"
         self.modules, self.optimizer, self.stage = modules, optimizer, stage
-        self.ema = {k: {n: t.detach().clone().float() for n, t in m.state_dict().items()} for k, m in modules.items()}
+        self.ema = {
+            k: {n: t.detach().clone().float() for n, t in m.state_dict().items()}
+            for k, m in modules.items()
+        }
         self.step = 0
         self.started, self.seconds = time.monotonic(), 0.0
         if self.path.exists():
@@ -215,7 +244,9 @@ class Progress:
 
     def report(self, loss: float, total: int) -> None:
         minutes = (self.seconds + time.monotonic() - self.started) / 60
-        print(f"{self.stage} step {self.step}/{total} loss {loss:.4f} {minutes:.1f} min", flush=True)
+        print(
+            f"{self.stage} step {self.step}/{total} loss {loss:.4f} {minutes:.1f} min", flush=True
+        )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, total: int) -> None:
@@ -260,7 +291,10 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
             picture = picture.mean(0, keepdim=True).expand(3, -1, -1)
         elif u[1] < 0.5:
             mask = (picture.mean(0, keepdim=True) > 1.6 * u[2] - 0.8).float()
-            ink = torch.tensor(colorsys.hsv_to_rgb(float(u[3]), float(u[4]), 0.6 * float(u[5]))) * 2 - 1
+            ink = (
+                torch.tensor(colorsys.hsv_to_rgb(float(u[3]), float(u[4]), 0.6 * float(u[5]))) * 2
+                - 1
+            )
             picture = mask + (1 - mask) * ink[:, None, None]
         if u[2] < 0.05:
             picture = -picture
@@ -276,24 +310,38 @@ def chroma(pixels: Tensor) -> Tensor:
 
 def vae_loss(decoded: Tensor, pixels: Tensor, posterior: Any) -> Tensor:
     error = decoded - pixels
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
+        error[..., 1:, :] - error[..., :-1, :]
+    ).abs().mean()
     colour = (chroma(decoded) - chroma(pixels)).pow(2).mean()
-    return error.abs().mean() + error.pow(2).mean() + 0.5 * edges + 2 * colour + 2e-4 * posterior.kl().mean() / 2048
+    return (
+        error.abs().mean()
+        + error.pow(2).mean()
+        + 0.5 * edges
+        + 2 * colour
+        + 2e-4 * posterior.kl().mean() / 2048
+    )
 
 
 def train_vae(work: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     data = torch.from_numpy(np.load(work / "all.npy")).permute(0, 3, 1, 2)
     vae = build_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+    )
     progress = Progress(work, "vae", {"vae": vae}, optimizer)
     while progress.step < steps:
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + progress.step)
         index = torch.randint(len(data), (16,), generator=generator)
-        pixels = augment(data[index].float() / 127.5 - 1, generator).contiguous(memory_format=torch.channels_last)
+        pixels = augment(data[index].float() / 127.5 - 1, generator).contiguous(
+            memory_format=torch.channels_last
+        )
         set_lr(optimizer, 2.5e-3, progress.step, steps)
         posterior = vae.encode(pixels).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        latents = posterior.mean + posterior.std * torch.randn(
+            posterior.mean.shape, generator=generator
+        )
         loss = vae_loss(vae.decode(latents).sample, pixels, posterior)
         optimizer.zero_grad()
         loss.backward()
@@ -302,7 +350,7 @@ def train_vae(work: Path, steps: int) -> None:
         progress.step += 1
         progress.average(0.998)
         if progress.step % 100 == 0:
-            progress.report(float(loss), steps)
+            progress.report(loss.item(), steps)
             progress.save()
     progress.save()
 
@@ -312,7 +360,9 @@ def load_vae(work: Path) -> Any:
     vae = build_vae().eval().requires_grad_(False)
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["ema"]["vae"])
     latents = encode(vae, read_folder(work / "base")[1])
-    vae.register_to_config(shift_factor=0.0, scaling_factor=round(1 / float(latents.pow(2).mean().sqrt()), 4))
+    vae.register_to_config(
+        shift_factor=0.0, scaling_factor=round(1 / float(latents.pow(2).mean().sqrt()), 4)
+    )
     return vae
 
 
@@ -340,10 +390,16 @@ def make_clip_tokenizer(work: Path, vocab_size: int = 2000) -> Any:
     trainer_bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trainer_bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size - 2,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     trainer_bpe.train_from_iterator(corpus(work), trainer)
-    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in json.loads(trainer_bpe.to_str())["model"]["merges"]]
+    merges = [
+        tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
+        for m in json.loads(trainer_bpe.to_str())["model"]["merges"]
+    ]
     words = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]
     words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
@@ -418,13 +474,17 @@ def template(caption: str, rng: random.Random) -> str:
     if u < 0.6:
         return caption
     if u < 0.9:
-        word = "".join(rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))
+        word = "".join(
+            rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4))
+        )
         return f"{word}, {caption}" if rng.random() < 0.7 else f"{word} style, {caption}"
     return rng.choice(["a picture of {}", "{} icon", "an emoji of {}"]).format(caption)
 
 
 def ids_of(tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 # ---------------------------------------------------------------- denoisers
@@ -484,10 +544,16 @@ def sd_scheduler() -> Any:
 def pack(latents: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, H/2*W/2, 4C], the token order of FluxPipeline."""
     b, c, h, w = latents.shape
-    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
+    return (
+        latents.reshape(b, c, h // 2, 2, w // 2, 2)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(b, h // 2 * (w // 2), 4 * c)
+    )
 
 
-def sd_loss(parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator) -> Tensor:
+def sd_loss(
+    parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator
+) -> Tensor:
     """v-prediction with zero terminal SNR (Salimans & Ho 2022; Lin et al. 2024)."""
     scheduler = parts["scheduler"]
     noise = torch.randn(latents.shape, generator=generator)
@@ -498,7 +564,9 @@ def sd_loss(parts: dict[str, Any], texts: list[str], latents: Tensor, generator:
     return F.mse_loss(prediction.float(), scheduler.get_velocity(latents, noise, timesteps))
 
 
-def flux_loss(parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator) -> Tensor:
+def flux_loss(
+    parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator
+) -> Tensor:
     """Rectified flow, timesteps half uniform and half logit-normal (Esser et al. 2024)."""
     noise = torch.randn(latents.shape, generator=generator)
     uniform = torch.rand(len(latents), generator=generator)
@@ -551,20 +619,21 @@ def train_denoiser(work: Path, name: str, steps: int) -> None:
     while progress.step < steps:
         step = progress.step
         generator = torch.Generator().manual_seed(SEED * 7_000_003 + step)
-        epoch_order = np.random.default_rng([SEED, step // 10]).permutation(len(captions))  # 10 steps of 16 an epoch
+        epoch_order = np.random.default_rng([SEED, step // 10]).permutation(
+            len(captions)
+        )  # 10 steps of 16 an epoch
         order = [int(i) for i in epoch_order[(step % 10) * 16 : (step % 10) * 16 + 16]]
         rng = random.Random(SEED * 9_000_011 + step)
         texts = [template(captions[i], rng) for i in order]
         set_lr(optimizer, 1.2e-3, step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(parts, texts, latents[order], generator)
+        loss = loss_of(parts, texts, latents[order], generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         progress.step += 1
         progress.average(0.998)
-        running += (float(loss) - running) / min(progress.step, 200)
+        running += (loss.item() - running) / min(progress.step, 200)
         if progress.step % 200 == 0:
             progress.report(running, steps)
             progress.save()
@@ -621,7 +690,9 @@ def export(work: Path, names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=["pictures", "vae", "tiny-sd", "tiny-flux", "export"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--noto", type=Path)

@@ -1,0 +1,53 @@
+"""`emotrain resume`: the same run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="A run's folder or name")],
+    checkpoint: Annotated[
+        int | None,
+        typer.Option("--checkpoint", help="Go on from this step's checkpoint, not the newest"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one key of the run's preset; repeatable"),
+    ] = None,
+    allow_config_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-config-change", help="Go on although preset, data set or base have changed"
+        ),
+    ] = False,
+    runs_dir: Annotated[
+        Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")
+    ] = Path("runs"),
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain lines in place of the dashboard")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout")] = False,
+) -> None:
+    """Go on with a run, bit for bit.
+
+    Uses the newest whole checkpoint and says which ones it had to skip. On the same machine and versions the result
+    equals that of a run that was never interrupted. `save.*`, `sample.*`, `log.*` and a higher `train.max_steps`
+    may change.
+
+    Examples:
+      emotrain resume mika_v1
+      emotrain resume runs/mika_v1 --checkpoint 500
+      emotrain resume mika_v1 --set train.max_steps=4000
+    """
+    from emotrain.cli.training import show
+    from emotrain.config.load import load
+    from emotrain.runs.folder import open_run
+
+    folder = open_run(run, runs_dir)
+    loaded = load(folder.preset_path, overrides or ())
+    with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json) as training:
+        training.resume(folder, checkpoint, allow_config_change=allow_config_change)

@@ -1,0 +1,150 @@
+"""The decision to end a run: pure floats in, one sentence out (no torch).
+
+Nothing that hears only the training loss can feel over-training, since that loss goes on falling. So the decision rests
+on the probe: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors listen to it: they are
+started anew at every best probe, and `scalar` below zero since then means that the run gets worse. The published signals
+of the training loss shorten the wait where they light.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from emotrain.pulse.signal import Averages, listen
+
+WINDOW = 32  # steps that a published signal is watched over
+DENSE = 0.9  # share of lit steps in the window that counts as sustained
+PATIENCE = 0.5  # of the best step: how long the probe may fail to improve
+PATIENCE_LIT = 0.35  # the same while the published signal is sustained
+MIN_BAD_PROBES = 4  # in a row, with scalar below zero
+NEGLIGIBLE = 0.002  # of the improvement so far: a smaller new best does not start the wait again
+MIN_STEPS = 60
+
+
+@dataclass
+class StopRule:
+    """Says when the run is done, and remembers which step was the best.
+
+    Args:
+        mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on probe and signal.
+        min_steps: never before this step.
+    """
+
+    mode: Literal["off", "signal", "trusted"] = "trusted"
+    min_steps: int = MIN_STEPS
+    lit: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    densest: tuple[int, int] = (
+        0,
+        0,
+    )  # (lit steps in the window, step) of the densest cluster so far
+    base_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    anchor_step: int = 0  # last best that was worth starting the wait again
+    anchor_loss: float = float("inf")
+    averages: Averages | None = None
+    scalar: float = 0.0
+    bad_probes: int = 0
+    probes: int = 0
+
+    def hear_probe(self, step: int, loss: float) -> bool:
+        """Take in one probe loss; true when it is the best so far. Step 0 is the base."""
+        self.probes += 1
+        if self.base_loss is None:
+            self.base_loss = loss
+        is_best = self.best_loss is None or loss < self.best_loss
+        if is_best:
+            self.best_step, self.best_loss = step, loss
+        gain = max(self.base_loss - loss, 0.0)
+        if self.anchor_loss == float("inf") or self.anchor_loss - loss > NEGLIGIBLE * gain:
+            self.anchor_step, self.anchor_loss = step, loss
+            self.averages = None
+        self.averages, self.scalar, _ = listen(self.averages, loss)
+        self.bad_probes = (
+            self.bad_probes + 1 if self.scalar <= 0 and step != self.anchor_step else 0
+        )
+        return is_best
+
+    def hear_step(self, step: int, ready: bool) -> None:
+        """Take in the optimizer's own stop signal of one step."""
+        self.lit.append(ready)
+        count = sum(self.lit)
+        if count > self.densest[0]:
+            self.densest = (count, step)
+
+    @property
+    def sustained(self) -> bool:
+        """The published signal was lit for most of the last 32 steps."""
+        return len(self.lit) == WINDOW and sum(self.lit) >= DENSE * WINDOW
+
+    def wait(self) -> int:
+        """Steps after the best probe that the rule waits for a better one."""
+        share = PATIENCE_LIT if self.sustained else PATIENCE
+        return max(round(share * self.anchor_step), 1)
+
+    def meter(self, step: int) -> float:
+        """0..1: how far the rule is towards its decision."""
+        if self.mode == "off":
+            return 0.0
+        ready = min(step / max(self.min_steps, 1), 1.0)
+        if self.mode == "signal" or not self.probes:
+            return ready * sum(self.lit) / WINDOW / DENSE if self.lit else 0.0
+        waited = (step - self.anchor_step) / max(self.wait(), self.min_steps - self.anchor_step, 1)
+        return min(ready, waited, self.bad_probes / MIN_BAD_PROBES, 1.0) if self.bad_probes else 0.0
+
+    def expected_end(self, step: int, max_steps: int) -> tuple[int, int] | None:
+        """First and last step at which the run is expected to end, once the probe has begun to fail."""
+        if self.mode != "trusted" or self.bad_probes < 2:
+            return None
+        first = max(step, self.min_steps, self.anchor_step + self.wait())
+        return min(first, max_steps), min(round(first * 1.5), max_steps)
+
+    def decide(self, step: int) -> str | None:
+        """One sentence when the run is done, else None."""
+        if self.mode == "off" or step < self.min_steps:
+            return None
+        if self.mode == "signal" or not self.probes:
+            if self.sustained:
+                return f"the optimizer signalled READY TO STOP on {sum(self.lit)} of the last {WINDOW} steps"
+            return None
+        if self.bad_probes >= MIN_BAD_PROBES and step - self.anchor_step >= self.wait():
+            return (
+                f"the held-out loss was lowest at step {self.best_step} ({self.best_loss:.4g}) and has been felt to rise"
+                f" or stand still since (scalar {self.scalar:+.3f} on {self.bad_probes} probes in a row)"
+            )
+        return None
+
+    def to_document(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        average = self.averages
+        return {
+            "mode": self.mode,
+            "min_steps": self.min_steps,
+            "lit": list(self.lit),
+            "densest": list(self.densest),
+            "base_loss": self.base_loss,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "anchor_step": self.anchor_step,
+            "anchor_loss": None if self.anchor_loss == float("inf") else self.anchor_loss,
+            "averages": [average.short, average.medium, average.long] if average else None,
+            "scalar": self.scalar,
+            "bad_probes": self.bad_probes,
+            "probes": self.probes,
+        }
+
+    def load_document(self, document: dict[str, Any]) -> None:
+        """Inverse of `to_document`; mode and min_steps stay as this rule was built."""
+        self.lit = deque(document["lit"], maxlen=WINDOW)
+        self.densest = (int(document["densest"][0]), int(document["densest"][1]))
+        self.base_loss = document["base_loss"]
+        self.best_step, self.best_loss = document["best_step"], document["best_loss"]
+        self.anchor_step = document["anchor_step"]
+        self.anchor_loss = (
+            float("inf") if document["anchor_loss"] is None else document["anchor_loss"]
+        )
+        self.averages = Averages(*document["averages"]) if document["averages"] else None
+        self.scalar, self.bad_probes = document["scalar"], document["bad_probes"]
+        self.probes = document["probes"]

@@ -1,0 +1,287 @@
+"""From a preset to the parts of a run: the one place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emotrain.config.schema import EMO_OPTIMIZERS, Preset
+from emotrain.dataset.cache import Cache
+from emotrain.dataset.captions import fill_trigger
+from emotrain.dataset.examples import Example
+from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepare, settings_from
+from emotrain.dataset.scan import require_pictures, scan
+from emotrain.dataset.split import split_held_out, take_shard
+from emotrain.diffusion import Objective, build_objective
+from emotrain.errors import ConfigError
+from emotrain.families import load_family
+from emotrain.families.common import LoadedFamily, digest_module, words_of
+from emotrain.families.table import Sniffed, resolve_base, sniff
+from emotrain.lora.adapter import Adapter, add_adapter, adapter_like, stack_frozen
+from emotrain.lora.file import LoraFile, read_lora
+from emotrain.optim.protocol import OptimizerLike
+from emotrain.optim.registry import build_optimizer
+from emotrain.pulse.stopping import MIN_STEPS, StopRule
+from emotrain.runs.draw import Sampler
+from emotrain.runs.folder import RunFolder, open_run
+from emotrain.train.ear import Ear, expected_by_bins
+from emotrain.train.events import Event, Notice, Phase
+from emotrain.train.losses import noise_like, sample_losses, uniforms
+from emotrain.train.probe import Probe
+
+Notify = Callable[[Event], None]
+HELD_OUT = 3  # pictures kept for the probe where the data set has at least
+ENOUGH = 12  # pictures
+PROBE_DRAWS = 4
+EAR_SAMPLES = 60
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The data set of one run: what is trained on, and what is only measured with."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]  # empty: the probe uses mirrored training pictures
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        """Both."""
+        return (*self.train, *self.held_out)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded family with its new LoRA, the objective and what the LoRA builds on."""
+
+    family: LoadedFamily
+    objective: Objective
+    adapter: Adapter
+    base_digest: str
+    parents: tuple[dict[str, Any], ...]
+
+
+def sniffed(preset: Preset) -> Sniffed:
+    """What the base model is, from its files alone."""
+    return sniff(resolve_base(preset.model.base), preset.model.family, preset.model.revision)
+
+
+def loader_settings(preset: Preset, found: Sniffed) -> LoaderSettings:
+    """Sizes, captions and batches; what the preset leaves open comes from the model."""
+    settings = settings_from(
+        preset.dataset,
+        resolution=found.resolution,
+        step=found.bucket_step,
+        micro_batch_size=preset.train.micro_batch_size,
+        seed=preset.train.seed,
+    )
+    return replace(settings, shard=None)  # `read_pictures` has taken the shard
+
+
+def read_pictures(preset: Preset) -> Pictures:
+    """Scan the folders, take this machine's shard, set the held-out pictures aside."""
+    data = preset.dataset
+    words = {"caption_extension": data.captions.extension, "default_caption": data.captions.default}
+    examples = take_shard(require_pictures(scan(data.folders, **words)).examples, data.shard)
+    own = preset.validate_.folder
+    if own is not None:
+        folder = data.folders[0].model_copy(
+            update={"path": own, "repeats": 1, "prior": None, "mask": None}
+        )
+        held = require_pictures(scan((folder,), **words)).examples
+        return Pictures(examples, held[: max(preset.validate_.probe_images, 1)])
+    fraction = preset.validate_.fraction
+    seed = preset.train.seed
+    if fraction == "auto":
+        usable = sum(not example.prior for example in examples)
+        count = HELD_OUT if usable >= ENOUGH else 0
+        return Pictures(*split_held_out(examples, count=count, seed=seed))
+    return Pictures(*split_held_out(examples, fraction=float(fraction), seed=seed))
+
+
+def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) -> Model:
+    """Load the base, apply the stack, add the new LoRA (or the one that is continued)."""
+    notify(Phase("loading the model"))
+    model = preset.model
+    family = load_family(
+        model.base,
+        family=model.family,
+        vae=model.vae,
+        revision=model.revision,
+        dtype=model.dtype,
+        quantize=model.quantize,
+        memory=model.memory,
+        gradient_checkpointing=preset.train.gradient_checkpointing,
+    )
+    base_digest = digest_module(family.denoiser, words_of(family.denoiser.config))
+    loss = preset.train.loss
+    try:
+        objective = build_objective(
+            family.prediction,
+            family.scheduler_config,
+            timesteps=loss.timesteps,
+            shift=loss.shift,
+            min_snr_gamma=loss.min_snr_gamma,
+            noise_offset=loss.noise_offset,
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.loss: {error}") from error
+    parents: list[dict[str, Any]] = []
+    if preset.start_from.stack:
+        parents += apply_stack(preset, family)
+    if earlier is not None:
+        adapter = adapter_like(family.denoiser, earlier.state, earlier.alphas, family=family.name)
+        parents.append({"kind": "continue", "sha256": earlier.sha256, "weight": 1.0})
+    else:
+        network = preset.network
+        adapter = add_adapter(
+            family.denoiser,
+            rank=network.rank,
+            alpha=network.alpha,
+            targets=network.targets,
+            conv_rank=network.conv_rank,
+            rank_pattern=network.rank_pattern,
+            family=family.name,
+            seed=preset.train.seed,
+        )
+    notify(Phase("loading the model", 1, 1))
+    return Model(family, objective, adapter, base_digest, tuple(parents))
+
+
+def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
+    """Freeze the earlier LoRAs under the new one; what they are, for the records."""
+    files = [(read_lora(lora_of(item.path)), item.weight) for item in preset.start_from.stack]
+    part = "unet" if family.name in ("sd15", "sd21", "sdxl") else "transformer"
+    stack_frozen(family.denoiser, [(f.state, f.alphas, weight) for f, weight in files], part=part)
+    return [{"kind": "stack", "sha256": f.sha256, "weight": weight} for f, weight in files]
+
+
+def lora_of(path: str) -> Path:
+    """A LoRA file, or the best one of a run folder."""
+    if Path(path).is_dir():
+        return open_run(path).lora_path
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, the probe's batches, and the embeddings of the empty caption."""
+
+    train: CachedDataset
+    probe: list[Batch]
+    empty_text: dict[str, torch.Tensor]
+
+
+def prepare_data(
+    preset: Preset, model: Model, pictures: Pictures, settings: LoaderSettings, notify: Notify
+) -> Data:
+    """Encode pictures and captions, from the cache where they are there already.
+
+    The probe looks at the held-out pictures, or at mirrored training pictures where none are held out.
+    """
+    mirrored = [] if pictures.held_out else mirrored_ids(preset, pictures)
+    cache = Cache(warn=lambda line: notify(Notice(line)))
+    whole = prepare(
+        model.family,
+        pictures.all,
+        settings,
+        cache,
+        lambda name, done, total: notify(Phase(name, done, total)),
+        mirror=mirrored,
+    )
+    held = [example.id for example in pictures.held_out]
+    batches = whole.fixed(held) if held else whole.fixed(mirrored, flip=True)
+    train = whole.without(held) if held else whole
+    return Data(train, batches, model.family.encode_texts([""]))
+
+
+def mirrored_ids(preset: Preset, pictures: Pictures) -> list[str]:
+    """Training pictures for the probe, evenly spread over the data set."""
+    own = [example.id for example in pictures.train if not example.prior]
+    count = min(preset.validate_.probe_images, len(own))
+    return list(dict.fromkeys(own[i * len(own) // count] for i in range(count)))
+
+
+def build_sampler(
+    preset: Preset, model: Model, folder: RunFolder, size: int, notify: Notify
+) -> Sampler | None:
+    """The sampler of a run, or None where `sample.every` is 0."""
+    sample = preset.sample
+    if not sample.every or not sample.prompts:
+        return None
+    prompts = [fill_trigger(prompt, preset.dataset.trigger) for prompt in sample.prompts]
+    step = model.family.vae_scale * 2
+    side = (sample.size or size) // step * step
+    return Sampler(
+        model.family,
+        folder.samples_dir,
+        prompts,
+        model.family.encode_texts(prompts),
+        model.family.encode_texts([""]),
+        size=(side, side),
+        seed=sample.seed,
+        steps=sample.steps,
+        guidance=None if sample.guidance == "auto" else sample.guidance,
+        notify=notify,
+    )
+
+
+def build_optimizer_of(preset: Preset, adapter: Adapter) -> OptimizerLike:
+    """The optimizer with the words that the preset gives."""
+    settings = preset.train.optimizer
+    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
+    return build_optimizer(settings.name, adapter.parameters(), lr=preset.train.lr, **words)
+
+
+def build_stop_rule(preset: Preset) -> StopRule:
+    """The stop rule; the published signals exist for emo optimizers alone."""
+    mode = preset.stop.mode
+    if mode == "signal" and preset.train.optimizer.name not in EMO_OPTIMIZERS:
+        raise ConfigError(
+            f"stop.mode is `signal`, but `{preset.train.optimizer.name}` has no stop signal",
+            "use `trusted`, which listens to the held-out loss",
+        )
+    least = MIN_STEPS if preset.stop.min_steps == "auto" else preset.stop.min_steps
+    return StopRule(mode, least)
+
+
+def build_probe(preset: Preset, model: Model, data: Data) -> Probe:
+    """The probe of a run."""
+    return Probe(
+        model.family,
+        model.objective,
+        model.adapter,
+        data.probe,
+        data.empty_text,
+        draws=PROBE_DRAWS,
+        seed=preset.train.seed,
+    )
+
+
+@torch.no_grad()
+def build_ear(
+    preset: Preset, model: Model, data: CachedDataset, expected: Sequence[float] | None
+) -> Ear:
+    """The ear; a corrected one first learns what the base's loss is along the noise scale."""
+    if preset.train.loss.ear != "corrected":
+        return Ear()
+    if expected:
+        return Ear(list(expected))
+    positions: list[float] = []
+    losses: list[float] = []
+    micro_step = 0
+    seed = preset.train.seed + 1
+    with model.adapter.off():
+        while len(losses) < EAR_SAMPLES:
+            batch = data.batch(micro_step)
+            tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
+            u = uniforms(seed, len(losses), len(batch.ids))
+            timesteps = model.objective.timesteps(u, tokens)
+            noise = noise_like(batch.latents, seed, micro_step)
+            losses += sample_losses(model.family, model.objective, batch, noise, timesteps).tolist()
+            positions += model.objective.position(timesteps).tolist()
+            micro_step += 1
+    return Ear(expected_by_bins(positions, losses))

@@ -1,0 +1,92 @@
+"""What a resumed run must agree with: preset, base and data set; and the difference in words where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emotrain.errors import CheckpointError, Problem
+
+FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
+MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Preset (plain values), digest of the base's denoiser, digest of each picture with its caption by id."""
+
+    preset: dict[str, Any]
+    base: str
+    examples: dict[str, str]
+
+    def to_document(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Identity:
+        """Inverse of `to_document`."""
+        return cls(dict(document["preset"]), str(document["base"]), dict(document["examples"]))
+
+
+def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
+    """The differences in words, one line each, where `allow` lets them pass.
+
+    Raises:
+        CheckpointError: there are differences and they are not allowed.
+    """
+    lines = [
+        *preset_changes(before.preset, after.preset),
+        *example_changes(before.examples, after.examples),
+    ]
+    if before.base != after.base:
+        lines.append("model.base holds other weights than those that the run was started on")
+    if lines and not allow:
+        hint = "put it back, or go on all the same with --allow-config-change (the result is then another one)"
+        problems = (*(Problem(line) for line in lines[:-1]), Problem(lines[-1], hint))
+        raise CheckpointError(lines[0], hint, problems=problems)
+    return lines
+
+
+def preset_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ and that a resumed run is not free to change."""
+    old, new = dict(flat(before)), dict(flat(after))
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        if was == now or key.startswith(FREE):
+            continue
+        if key == "train.max_steps" and isinstance(was, int) and isinstance(now, int) and now > was:
+            continue
+        lines.append(f"{key} was {was!r} when the checkpoint was saved and is {now!r} now")
+    return lines
+
+
+def example_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Pictures that were added, removed or changed (the picture itself or its caption)."""
+    kinds = {
+        "are new": sorted(after.keys() - before.keys()),
+        "are gone": sorted(before.keys() - after.keys()),
+        "have changed (picture or caption)": sorted(
+            name for name in before.keys() & after.keys() if before[name] != after[name]
+        ),
+    }
+    lines = []
+    for what, names in kinds.items():
+        if names:
+            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            lines.append(f"data set: {len(names)} {what}: {', '.join(names[:MOST_NAMES])}{more}")
+    return lines
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of every leaf."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+        for index, inner in enumerate(value):
+            yield from flat(inner, f"{prefix}.{index}")
+    else:
+        yield prefix, value

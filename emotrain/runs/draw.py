@@ -1,0 +1,86 @@
+"""Samples during a run: fixed prompts and seeds, PNGs and one contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emotrain.families.base import DrawRequest, TextEmbeds
+from emotrain.families.sampling import draw_sample
+from emotrain.observers.sheet import save_sheet
+from emotrain.train.events import Event, Notice, SamplesDrawn
+
+if TYPE_CHECKING:
+    from emotrain.families.common import LoadedFamily
+
+
+class Sampler:
+    """Draws every prompt with the live weights; a picture depends on weights, prompt and seed alone.
+
+    Args:
+        folder: gets `step-00000050-1.png` and `sheet.png`.
+        prompts: as shown, [trigger] filled in.
+        texts: embeddings of the prompts, one row each; `negative` those of the empty text.
+        size: width and height in pixels.
+    """
+
+    def __init__(
+        self,
+        family: LoadedFamily,
+        folder: Path,
+        prompts: Sequence[str],
+        texts: TextEmbeds,
+        negative: TextEmbeds,
+        *,
+        size: tuple[int, int],
+        seed: int,
+        steps: int,
+        guidance: float | None,
+        notify: Callable[[Event], None],
+    ) -> None:
+        self.family, self.folder, self.prompts, self.notify = family, folder, tuple(prompts), notify
+        self.requests = [
+            DrawRequest(
+                text={key: value[i : i + 1] for key, value in texts.items()},
+                negative={key: value[:1] for key, value in negative.items()},
+                width=size[0],
+                height=size[1],
+                seed=seed + i,
+                steps=steps,
+                guidance=guidance,
+            )
+            for i in range(len(prompts))
+        ]
+
+    def path(self, step: int, number: int) -> Path:
+        """Where the picture of one step and prompt (counted from 1) lies."""
+        return self.folder / f"step-{step:08d}-{number}.png"
+
+    def draw(self, step: int, best_step: int | None = None) -> None:
+        """Draw all prompts at this step and bring the contact sheet up to date.
+
+        A full disk costs the pictures, not the run.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            paths = []
+            for number, request in enumerate(self.requests, 1):
+                paths.append(self.path(step, number))
+                draw_sample(self.family, request).save(paths[-1])
+            sheet = self.sheet(step, best_step)
+        except OSError as error:
+            self.notify(Notice(f"samples of step {step} were not written: {error.strerror}"))
+            return
+        self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet))
+
+    def sheet(self, last_step: int, best_step: int | None = None) -> Path:
+        """The contact sheet of all steps up to `last_step`."""
+        columns = {}
+        for first in sorted(self.folder.glob("step-*-1.png")):
+            step = int(first.name.split("-")[1])
+            if step <= last_step:
+                columns[step] = [
+                    self.path(step, number) for number in range(1, len(self.prompts) + 1)
+                ]
+        return save_sheet(self.folder / "sheet.png", columns, self.prompts, best_step=best_step)

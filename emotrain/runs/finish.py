@@ -1,0 +1,93 @@
+"""What a run writes: its logs, the loss of every picture, and at the end the checked LoRA files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from emotrain.config.schema import Preset
+from emotrain.errors import ResourceError
+from emotrain.lora.file import save_lora, self_check
+from emotrain.observers.metrics_log import MetricsLog, truncate_log
+from emotrain.observers.tensorboard import TensorBoard
+from emotrain.runs.folder import RunFolder
+from emotrain.runs.metadata import lora_metadata
+from emotrain.train.events import Observer, Phase, Saved
+from emotrain.train.loop import Outcome, Sample
+
+if TYPE_CHECKING:
+    from emotrain.runs.start import Session
+
+
+def file_observers(preset: Preset, folder: RunFolder) -> list[Observer]:
+    """The logs that every run keeps, and TensorBoard where the preset wants it."""
+    logs: list[Observer] = [MetricsLog(folder.path)]
+    if preset.log.tensorboard:
+        logs.append(TensorBoard(folder.tensorboard_dir))
+    return logs
+
+
+class PictureLosses:
+    """`picture_losses.jsonl`: a line per step with the loss of each picture and where on the noise scale it was taken.
+
+    Args:
+        path: the file; a resumed run cuts it after `start_step`.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        truncate_log(path, start_step)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, step: int, samples: Sequence[Sample]) -> None:
+        """One line; a full disk loses it and nothing else."""
+        rows = [[sample.id, round(sample.position, 5), round(sample.loss, 6)] for sample in samples]
+        try:
+            self._file.write(json.dumps({"step": step, "samples": rows}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ResourceError(f"{self._file.name} cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def hand_over(session: Session, outcome: Outcome) -> Path:
+    """Write the last and the best LoRA, read both back and compare; the best one's path.
+
+    Raises:
+        ModelError: a file does not say what the live weights are: the run is not done.
+        ResourceError: the disk is full.
+    """
+    session.notify(Phase("writing and checking the LoRA"))
+    last = session.model.adapter.state()
+    best = session.state.best_adapter or last
+    for path, state, step in (
+        (session.folder.lora_last_path, last, session.state.step),
+        (session.folder.lora_path, best, session.state.best_step or session.state.step),
+    ):
+        write_lora(session, path, state, step, outcome)
+    session.notify(Phase("writing and checking the LoRA", 1, 1))
+    return session.folder.lora_path
+
+
+def write_lora(
+    session: Session, path: Path, state: dict[str, Tensor], step: int, outcome: Outcome
+) -> None:
+    """One file, checked."""
+    save, adapter, family = session.preset.save, session.model.adapter, session.model.family
+    save_lora(
+        path,
+        state,
+        alphas=adapter.alphas(),
+        family=family.name,
+        format=save.format,
+        dtype=save.dtype,
+        metadata=lora_metadata(session, step, outcome),
+    )
+    self_check(path, state, adapter.alphas(), family.name)
+    session.notify(Saved(step, path, best=path == session.folder.lora_path))

@@ -1,0 +1,253 @@
+"""The training loop: forward, backward, feel the loss, step, tell, decide.
+
+Shape letters: B samples of a micro-batch, C latent channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from emotrain.dataset.loader import Batch
+from emotrain.train.ear import Ear
+from emotrain.train.events import Event, Notice, ProbeEnd, StepEnd
+from emotrain.train.guard import LIMIT, describe
+from emotrain.train.losses import noise_like, sample_losses, uniforms
+from emotrain.train.probe import Probe
+from emotrain.train.state import TrainState
+
+if TYPE_CHECKING:
+    from emotrain.diffusion import Objective
+    from emotrain.families.base import Family
+    from emotrain.lora.adapter import Adapter
+    from emotrain.optim.base import OptimizerLike
+    from emotrain.pulse.stopping import StopRule
+
+
+class StopReason(StrEnum):
+    """Why the loop ended."""
+
+    SIGNAL = "signal"
+    MAX_STEPS = "max_steps"
+    INTERRUPTED = "interrupted"
+    DIVERGED = "diverged"
+
+
+class Data(Protocol):
+    """What the loop needs of a data set: batches as a pure function of the micro-step."""
+
+    batches_per_epoch: int
+
+    def batch(self, micro_step: int) -> Batch:
+        """The micro-batch of that number."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one run is made of. `save` and `sample` are called between steps and must leave training untouched."""
+
+    family: Family
+    objective: Objective
+    adapter: Adapter
+    optimizer: OptimizerLike
+    data: Data
+    stop_rule: StopRule
+    ear: Ear
+    probe: Probe | None
+    notify: Callable[[Event], None]
+    save: Callable[[TrainState], None]
+    sample: Callable[[int], None]
+    record: Callable[[int, Sequence[Sample]], None]
+    interrupted: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers of the loop; 0 turns `sample_every` off."""
+
+    max_steps: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float | None
+    seed: int
+    probe_every: int
+    save_every: int
+    sample_every: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The loss of one picture at one position (0..1) of the noise scale."""
+
+    id: str
+    position: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended, in a word and in a sentence."""
+
+    reason: StopReason
+    sentence: str
+
+
+def accumulate(
+    parts: Parts, limits: Limits, state: TrainState
+) -> tuple[float, float, list[Sample]]:
+    """Forward and backward over all micro-batches of one step.
+
+    Returns the mean loss, what the ear makes of it, and the loss of every sample. The gradient is that of the mean over
+    all samples of the step, whatever the sizes of its micro-batches.
+    """
+    first = state.micro_step
+    batches = [parts.data.batch(first + i) for i in range(limits.gradient_accumulation_steps)]
+    total = sum(len(batch.ids) for batch in batches)
+    losses, positions = [], []
+    seen = state.samples_seen
+    for i, batch in enumerate(batches):
+        tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
+        timesteps = parts.objective.timesteps(uniforms(limits.seed, seen, len(batch.ids)), tokens)
+        noise = noise_like(batch.latents, limits.seed, first + i)
+        each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
+        each = each * batch.weights.to(each.device)
+        (each.sum() / total).backward()
+        losses.append(each.detach())
+        positions.append(parts.objective.position(timesteps))
+        seen += len(batch.ids)
+    values = torch.cat(losses).tolist()  # the one device-to-host copy of the step
+    places = torch.cat(positions).tolist()
+    ids = [name for batch in batches for name in batch.ids]
+    samples = [
+        Sample(name, place, value) for name, place, value in zip(ids, places, values, strict=True)
+    ]
+    return sum(values) / total, parts.ear.hear(places, values), samples
+
+
+def train_step(
+    parts: Parts, limits: Limits, state: TrainState
+) -> tuple[float, float, float, list[Sample]] | None:
+    """One optimizer step: (loss, heard loss, gradient norm, samples), or None where it was not finite and left out."""
+    loss, heard, samples = accumulate(parts, limits, state)
+    bound = limits.max_grad_norm if limits.max_grad_norm is not None else math.inf
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parts.adapter.parameters(), bound))
+    state.micro_step += limits.gradient_accumulation_steps
+    state.samples_seen += len(samples)
+    state.guard = state.guard.update(loss, grad_norm)
+    if state.guard.leave_out:
+        parts.notify(
+            Notice(describe(state.step + 1, loss, grad_norm, (sample.id for sample in samples)))
+        )
+    else:
+        parts.optimizer.observe(heard)
+        parts.optimizer.step()
+        state.step += 1
+    parts.optimizer.zero_grad()
+    return None if state.guard.leave_out else (loss, heard, grad_norm, samples)
+
+
+def run_probe(parts: Parts, state: TrainState) -> None:
+    """Measure the probe, keep the best adapter, tell the observers."""
+    if parts.probe is None:
+        return
+    loss = parts.probe.loss()
+    if not math.isfinite(loss):
+        parts.notify(Notice(f"the probe at step {state.step} was not finite and is left out"))
+        return
+    if state.base_probe_loss is None:
+        state.base_probe_loss = loss
+    rule = parts.stop_rule
+    if rule.hear_probe(state.step, loss):
+        state.best_step, state.best_loss = state.step, loss
+        state.best_adapter = parts.adapter.state()
+    assert rule.best_step is not None
+    assert rule.best_loss is not None
+    drift = parts.probe.drift() if state.step else 0.0
+    parts.notify(
+        ProbeEnd(
+            state.step,
+            loss,
+            rule.scalar,
+            state.base_probe_loss,
+            drift,
+            rule.best_step,
+            rule.best_loss,
+        )
+    )
+
+
+def fit(
+    parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], float] = time.monotonic
+) -> Outcome:
+    """Train until the stop rule, the ceiling, a signal or non-finite numbers end it; `state` is changed in place."""
+    if state.step == 0 and state.base_probe_loss is None:
+        run_probe(parts, state)
+        parts.sample(0)
+    while state.step < limits.max_steps:
+        started = clock()
+        step = train_step(parts, limits, state)
+        if step is None:
+            if state.guard.diverged:
+                return Outcome(
+                    StopReason.DIVERGED,
+                    f"loss or gradient was not finite on {LIMIT} steps in a row",
+                )
+            continue
+        loss, heard, grad_norm, samples = step
+        step_s = clock() - started
+        state.train_s += step_s
+        tell(parts, limits, state, loss, heard, grad_norm, step_s)
+        parts.record(state.step, samples)
+        if state.step % limits.probe_every == 0 or state.step == limits.max_steps:
+            run_probe(parts, state)
+        sentence = parts.stop_rule.decide(state.step)
+        if limits.sample_every and (state.step % limits.sample_every == 0 or sentence):
+            parts.sample(state.step)
+        if state.step % limits.save_every == 0 or sentence or state.step == limits.max_steps:
+            parts.save(state)
+        if sentence:
+            return Outcome(StopReason.SIGNAL, sentence)
+        if parts.interrupted() and state.step < limits.max_steps:
+            if state.step % limits.save_every:
+                parts.save(state)
+            return Outcome(StopReason.INTERRUPTED, f"stopped by you after step {state.step}")
+    return Outcome(StopReason.MAX_STEPS, f"the ceiling of {limits.max_steps} steps was reached")
+
+
+def tell(
+    parts: Parts,
+    limits: Limits,
+    state: TrainState,
+    loss: float,
+    heard: float,
+    grad_norm: float,
+    step_s: float,
+) -> None:
+    """Feed the stop rule and the observers with one step."""
+    optimizer, rule = parts.optimizer, parts.stop_rule
+    assert optimizer.reading is not None
+    rule.hear_step(state.step, optimizer.should_stop)
+    device = parts.family.device
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    parts.notify(
+        StepEnd(
+            step=state.step,
+            epoch=state.micro_step / max(parts.data.batches_per_epoch, 1),
+            loss=loss,
+            heard=heard,
+            reading=optimizer.reading,
+            ready=optimizer.should_stop,
+            grad_norm=grad_norm,
+            lr=float(optimizer.param_groups[0]["lr"]),
+            step_s=step_s,
+            stop_meter=rule.meter(state.step),
+            expected_end=rule.expected_end(state.step, limits.max_steps),
+            memory_gib=memory,
+            skipped=state.guard.skipped,
+        )
+    )

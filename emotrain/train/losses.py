@@ -1,0 +1,66 @@
+"""The loss of a batch, and the numbers it is taken at: pure functions of (seed, micro-step).
+
+Shape letters: B samples of a micro-batch, C latent channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from emotrain.dataset.loader import Batch
+
+if TYPE_CHECKING:
+    from emotrain.diffusion import Objective
+    from emotrain.families.base import Family
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def noise_like(latents: Tensor, seed: int, micro_step: int) -> Tensor:
+    """Standard normal noise that depends on (seed, micro_step) alone, drawn on the CPU so that devices agree."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + micro_step) % 2**63)
+    return torch.randn(latents.shape, generator=generator)
+
+
+def uniforms(seed: int, first: int, count: int) -> Tensor:
+    """Samples `first`.. of the additive recurrence u_n = frac(u_0 + n*phi), float32 [count] in [0, 1).
+
+    u_0 is uniform by the seed, so every u_n is uniform by itself and the gradient stays unbiased; together they fill the
+    noise scale evenly, which takes most of the timestep noise out of the mean loss (Kuipers & Niederreiter 1974).
+    """
+    offset = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    n = torch.arange(first, first + count, dtype=torch.float64)
+    u: Tensor = torch.frac(offset + n * GOLDEN)
+    return u.clamp(max=1 - 1e-7).float()
+
+
+def autocast(family: Family) -> AbstractContextManager[Any]:
+    """Mixed precision where the base is not float32; the LoRA stays float32."""
+    if family.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(family.device.type, family.dtype)
+
+
+def sample_losses(
+    family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
+    latents = batch.latents.to(family.device)
+    noise, timesteps = (
+        objective.noise(latents, noise.to(family.device)),
+        timesteps.to(family.device),
+    )
+    noisy = objective.add_noise(latents, noise, timesteps)
+    text = {key: value.to(family.device) for key, value in batch.text.items()}
+    with autocast(family):
+        prediction = family.predict(noisy, timesteps, text, batch.conditioning)
+    error = (prediction.float() - objective.target(latents, noise, timesteps)).pow(2)
+    if batch.masks is not None:
+        masks = batch.masks.to(family.device)
+        error = error * masks / masks.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
+    return error.mean(dim=(1, 2, 3)) * objective.weight(timesteps)

@@ -1,0 +1,159 @@
+"""The probe: the loss of a few pictures at fixed noise and fixed, stratified timesteps.
+
+The pictures are held out (or mirrored where none can be spared), so that the probe can feel over-training, which the
+training loss cannot. Noise and timesteps never change, so that two probes differ by the adapter alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from emotrain.dataset.loader import Batch
+from emotrain.train.losses import GOLDEN, autocast, sample_losses
+
+if TYPE_CHECKING:
+    from emotrain.diffusion import Objective
+    from emotrain.families.base import Family, TextEmbeds
+    from emotrain.lora.adapter import Adapter
+
+
+def repeat(batch: Batch, times: int) -> Batch:
+    """Every sample `times` times in a row."""
+
+    def each(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(times, dim=0)
+
+    size = batch.conditioning
+    return replace(
+        batch,
+        latents=each(batch.latents),
+        text={key: each(value) for key, value in batch.text.items()},
+        conditioning=replace(
+            size,
+            original_sizes=each(size.original_sizes),
+            crop_top_lefts=each(size.crop_top_lefts),
+            target_sizes=each(size.target_sizes),
+        ),
+        weights=each(batch.weights),
+        masks=None if batch.masks is None else each(batch.masks),
+        ids=tuple(name for name in batch.ids for _ in range(times)),
+    )
+
+
+class Probe:
+    """Fixed pictures, noise and timesteps.
+
+    Args:
+        batches: the pictures, one bucket size a batch.
+        empty_text: embeddings of the empty caption, one row: what the drift is measured with.
+        draws: noise draws and timesteps per picture, spread evenly over the noise scale.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        objective: Objective,
+        adapter: Adapter,
+        batches: Sequence[Batch],
+        empty_text: TextEmbeds,
+        *,
+        draws: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.family, self.objective, self.adapter, self.empty_text = (
+            family,
+            objective,
+            adapter,
+            empty_text,
+        )
+        self.parts: list[tuple[Batch, Tensor, Tensor]] = []
+        generator = torch.Generator().manual_seed(seed + 77_777)
+        picture = 0
+        for batch in batches:
+            wide = repeat(batch, draws)
+            u = torch.tensor(
+                [
+                    (j + ((picture + i + 0.5) * GOLDEN) % 1.0) / draws
+                    for i in range(len(batch.ids))
+                    for j in range(draws)
+                ]
+            )
+            picture += len(batch.ids)
+            tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
+            self.parts.append(
+                (
+                    wide,
+                    torch.randn(wide.latents.shape, generator=generator),
+                    objective.timesteps(u, tokens),
+                )
+            )
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean loss over all pictures and draws."""
+        losses = [
+            sample_losses(self.family, self.objective, *piece)
+            for part in self.parts
+            for piece in self._pieces(*part)
+        ]
+        return float(torch.cat(losses).mean())
+
+    @torch.no_grad()
+    def drift(self) -> float:
+        """Mean squared change that the adapter makes to predictions without a caption."""
+        changes = []
+        for part in self.parts[:1]:
+            for batch, noise, timesteps in self._pieces(*part):
+                latents = batch.latents.to(self.family.device)
+                timesteps = timesteps.to(self.family.device)
+                noisy = self.objective.add_noise(latents, noise.to(self.family.device), timesteps)
+                count = len(batch.ids)
+                text = {
+                    key: value.expand(count, *value.shape[1:]).to(self.family.device)
+                    for key, value in self.empty_text.items()
+                }
+                with autocast(self.family):
+                    on = self.family.predict(noisy, timesteps, text, batch.conditioning)
+                    with self.adapter.off():
+                        off = self.family.predict(noisy, timesteps, text, batch.conditioning)
+                changes.append((on - off).float().pow(2).mean(dim=(1, 2, 3)))
+        return float(torch.cat(changes).mean())
+
+    def _pieces(
+        self, batch: Batch, noise: Tensor, timesteps: Tensor
+    ) -> list[tuple[Batch, Tensor, Tensor]]:
+        """Small latents go through the denoiser together, large ones one by one, to spare memory."""
+        size = len(batch.ids) if batch.latents[0].numel() <= 4096 * 4 else 1
+        return [
+            (
+                part(batch, start, start + size),
+                noise[start : start + size],
+                timesteps[start : start + size],
+            )
+            for start in range(0, len(batch.ids), size)
+        ]
+
+
+def part(batch: Batch, start: int, end: int) -> Batch:
+    """Samples start..end of a batch."""
+    size = batch.conditioning
+    return replace(
+        batch,
+        latents=batch.latents[start:end],
+        text={key: value[start:end] for key, value in batch.text.items()},
+        conditioning=replace(
+            size,
+            original_sizes=size.original_sizes[start:end],
+            crop_top_lefts=size.crop_top_lefts[start:end],
+            target_sizes=size.target_sizes[start:end],
+        ),
+        weights=batch.weights[start:end],
+        masks=None if batch.masks is None else batch.masks[start:end],
+        ids=batch.ids[start:end],
+    )
