@@ -14,12 +14,13 @@ from emotrain.config import source
 from emotrain.config.builtin import find_preset, shipped_presets
 from emotrain.config.explain import explain, leaf
 from emotrain.config.names import name_from_file
+from emotrain.config.overrides import apply_override
 from emotrain.config.paths import absolute, resolve_paths
 from emotrain.config.rules import check_rules
 from emotrain.config.schema import Preset
 from emotrain.config.source import MAX_PROBLEMS, Node
 from emotrain.config.text import read_text
-from emotrain.config.words import as_mapping, normalise
+from emotrain.config.words import as_mapping, merge, normalise
 from emotrain.errors import ConfigError, Problem
 
 MAX_EXTENDS = 16
@@ -86,24 +87,15 @@ def load(
     else:
         root = _read_file(path, str(path_or_name), path.absolute().parent, (), found)
     for override in overrides:
-        root = merge(root, _read_override(override, found))
-        root = _set_item(root, override, found)
+        root, problems, noted = apply_override(root, override)
+        found.problems.extend(problems)
+        found.notes.extend(noted)
     if name is not None:
         root = merge(root, Node({"name": Node(name, "--name")}, "--name"))
     preset = _validate(root, path, found)
     if preset is None or found.problems:
         raise _as_error(found.problems)
     return LoadedPreset(preset, tuple(found.notes), path, root)
-
-
-def merge(base: Node, over: Node) -> Node:
-    """`over` on top of `base`: mappings key by key, everything else as a whole."""
-    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
-        return over
-    merged = dict(base.value)
-    for key, node in over.value.items():
-        merged[key] = merge(merged[key], node) if key in merged else node
-    return replace(over, value=merged, source=over.source if over.value else base.source)
 
 
 def _shown(path: Path) -> str:
@@ -182,64 +174,6 @@ def _on_top(base: Node, over: Node) -> Node:
         train.pop("optimizer", None)
         train.pop("lr", None)
     return merge(base, over)
-
-
-def _read_override(override: str, found: _Found) -> Node:
-    """`train.lr=0.5` -> a tree; keys that point into a list are left to `_set_item`."""
-    key, value = _split_override(override)
-    origin = f"--set {key}"
-    if not value or any(part.isdigit() for part in key.split(".")):
-        return Node({}, origin)
-    node = value[0]
-    for part in reversed(key.split(".")):
-        node = Node({part: node}, origin)
-    tree, problems, notes = normalise(node)
-    found.problems.extend(problems)
-    found.notes.extend(notes)
-    resolve_paths(tree, Path.cwd())
-    return tree
-
-
-def _split_override(override: str) -> tuple[str, list[Node]]:
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not key or not all(key.split(".")):
-        raise ConfigError(f"--set {override}: this is not key=value", "e.g. `--set network.rank=8`")
-    if key == "extends":
-        raise ConfigError("--set extends: only a file can extend a preset")
-    origin = f"--set {key}"
-    text = text.strip()
-    if text.startswith(("[", "{", '"', "'")):
-        try:
-            return key, [replace(source.parse(text, origin)[0], line=None)]
-        except source.SourceError:
-            pass  # such as `[trigger], portrait`: it is text
-    return key, [Node(source.resolve_scalar(text), origin, None, text)]
-
-
-def _set_item(root: Node, override: str, found: _Found) -> Node:
-    """`dataset.folders.0.repeats=2` on a tree: the list must hold that item already."""
-    key, (node,) = _split_override(override)
-    parts = key.split(".")
-    if not any(part.isdigit() for part in parts):
-        return root
-    at = root
-    for part in parts[:-1]:
-        inner: Node | None = as_mapping(at).get(part)
-        if isinstance(at.value, list) and part.isdigit() and int(part) < len(at.value):
-            inner = at.value[int(part)]
-        if inner is None:
-            found.problems.append(Problem(f"--set {key}: the preset has no such list or item"))
-            return root
-        at = inner
-    if isinstance(at.value, dict):
-        at.value[parts[-1]] = node
-    elif isinstance(at.value, list) and parts[-1].isdigit() and int(parts[-1]) < len(at.value):
-        at.value[int(parts[-1])] = node
-    else:
-        found.problems.append(Problem(f"--set {key}: the preset has no such list or item"))
-    resolve_paths(root, Path.cwd())  # the others are absolute already
-    return root
 
 
 def _validate(root: Node, path: Path, found: _Found) -> Preset | None:

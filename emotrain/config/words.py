@@ -83,6 +83,16 @@ def as_mapping(node: Node | None) -> dict[str, Node]:
     return node.value if node is not None and isinstance(node.value, dict) else {}
 
 
+def merge(base: Node, over: Node) -> Node:
+    """`over` on top of `base`: mappings key by key, everything else as a whole."""
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        return over
+    merged = dict(base.value)
+    for key, node in over.value.items():
+        merged[key] = merge(merged[key], node) if key in merged else node
+    return replace(over, value=merged, source=over.source if over.value else base.source)
+
+
 def _shown(path: Path) -> str:
     return ".".join(path).replace(".0.", "[0].")
 
