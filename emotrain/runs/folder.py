@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from emotrain import __version__
+from emotrain.config.dump import dump_values
+from emotrain.config.names import check_run_name
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError, ResourceError
 from emotrain.runs.lock import hold
 from emotrain.train.durable import (
@@ -33,38 +32,20 @@ INFO = "run.json"
 LIBRARIES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
 )  # fmt: skip
-_RESERVED = {"CON", "PRN", "AUX", "NUL", "CLOCK$"} | {
-    f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789\u00b9\u00b2\u00b3"
-}
-_FORBIDDEN = re.compile(
-    r"[\x00-\x1f\x7f-\x9f<>:\"/\\|?*\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-_MAX_BYTES = 200
 
 
 def safe_name(name: str) -> str:
     """`name`, once it is one that stays inside its folder on every system.
 
     Raises:
-        ConfigError: it has a separator, drive, control or direction character, is a reserved
-            Windows name, starts with a dot or dash, ends with a dot or space, or is longer than
-            200 bytes.
+        ConfigError: it is not; see `config.names`.
     """
-    if not name or name != name.strip():
-        why = "is empty or has spaces around it"
-    elif _FORBIDDEN.search(name):
-        why = "has a character that file names cannot have on every system"
-    elif name[0] in ".-" or name.endswith("."):
-        why = "starts with a dot or dash, or ends with a dot"
-    elif name.split(".")[0].rstrip().upper() in _RESERVED:
-        why = "is reserved on Windows"
-    elif len(name.encode("utf-8", "surrogatepass")) > _MAX_BYTES:
-        why = f"is longer than {_MAX_BYTES} bytes"
-    else:
-        return name
-    raise ConfigError(
-        f"name {ascii(name[:60])} {why}", "use letters, digits, `_`, `-` and single dots"
-    )
+    try:
+        return check_run_name(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"name is {ascii(name[:60])}, {error}", "use letters, digits, `_`, `-` and single dots"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -200,7 +181,7 @@ def create_run(
         **{"base_sha256": base_sha256, "dataset_sha256": dataset_sha256},
         **{"parents": [dict(parent) for parent in parents], **fields},
     }
-    text = yaml.safe_dump(dict(preset), sort_keys=False, allow_unicode=True, width=120)
+    text = dump_values(preset)
     temporary = runs_dir / f".new-{name[:50]}-{os.getpid()}"
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
@@ -274,18 +255,3 @@ def _exists(target: Path) -> CheckpointError:
         f"{target} exists already",
         f"choose another --name, or go on with `emotrain resume {target.name}`",
     )
-
-
-def chain(run: RunFolder, known: Mapping[str, RunFolder]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The run's ancestors, nearest first, as (depth, parent entry); `known`: folders by name."""
-    yield from _ancestors(run, known, 1, {run.name})
-
-
-def _ancestors(
-    run: RunFolder, known: Mapping[str, RunFolder], depth: int, seen: set[str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    for parent in run.info().get("parents", []):
-        yield depth, parent
-        name = str(parent.get("run"))
-        if name in known and name not in seen:
-            yield from _ancestors(known[name], known, depth + 1, seen | {name})

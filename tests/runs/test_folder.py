@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from emotrain.config.source import parse
 from emotrain.errors import CheckpointError, ConfigError, ExitCode, ResourceError
 from emotrain.runs import folder, lock
 from emotrain.runs.folder import RunFolder, create_run, list_runs, open_run, safe_name
@@ -25,9 +26,7 @@ BAD_NAMES = (
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_name_that_could_leave_its_folder_or_break_a_screen_is_refused(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_name_that_could_leave_its_folder_or_break_a_screen_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         create_run(tmp_path / "runs", name, PRESET)
     assert caught.value.exit_code == ExitCode.USAGE
@@ -43,9 +42,7 @@ def test_a_harmless_name_is_taken_as_it_is(name: str) -> None:
 
 def test_a_new_run_has_its_preset_and_its_description(tmp_path: Path) -> None:
     parent = {"kind": "continue", "run": "old", "path": "old/lora.safetensors", "sha256": "ab"}
-    run = create_run(
-        tmp_path / "runs", "mika", PRESET, seed=42, device="cpu", parents=(parent,), extra=[1]
-    )
+    run = create_run(tmp_path / "runs", "mika", PRESET, seed=42, device="cpu", parents=(parent,), extra=[1])
     assert sorted(path.name for path in run.path.iterdir()) == ["preset.yaml", "run.json"]
     assert "caf\u00e9" in run.preset_path.read_text(encoding="utf-8")
     info = run.info()
@@ -55,6 +52,13 @@ def test_a_new_run_has_its_preset_and_its_description(tmp_path: Path) -> None:
     assert info["started"].endswith("+00:00")
     assert {"torch", "safetensors"} <= info["libraries"].keys()
     assert str(tmp_path) not in run.info_path.read_text()
+
+
+def test_texts_that_look_like_numbers_come_back_as_texts(tmp_path: Path) -> None:
+    texts = ["1e4", "1e-4", "1.e5", "12:30", "no", "null", "", "007", "a\x85b", "a\u2028b", " a\n\nb\r "]
+    run = create_run(tmp_path, "mika", {"texts": texts, "numbers": [1e-8, 1e16, 3]})
+    node, _ = parse(run.preset_path.read_text(encoding="utf-8"), "preset.yaml")
+    assert node.plain() == {"texts": texts, "numbers": [1e-8, 1e16, 3]}
 
 
 @pytest.mark.parametrize("kind", ["run", "empty folder", "file", "dangling link"])
@@ -84,9 +88,7 @@ def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> Non
         create_run(tmp_path / "runs", "mika", PRESET)
 
 
-def test_a_run_that_fails_half_way_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
@@ -96,9 +98,7 @@ def test_a_run_that_fails_half_way_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_description_changes_in_one_piece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_description_changes_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_run(tmp_path, "mika", PRESET, seed=1)
     run.update_info(steps=250, best_loss=0.1 + 0.2)
     assert (run.info()["steps"], run.info()["best_loss"], run.info()["seed"]) == (250, 0.1 + 0.2, 1)
@@ -113,9 +113,7 @@ def test_its_description_changes_in_one_piece(
     assert sorted(path.name for path in run.path.iterdir()) == ["preset.yaml", "run.json"]
 
 
-def test_a_run_is_found_by_name_and_by_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_run(tmp_path / "runs", "mika", PRESET)
     assert open_run("mika", tmp_path / "runs").path == run.path
     assert open_run(run.path, tmp_path / "other").path == run.path
