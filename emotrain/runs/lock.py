@@ -40,6 +40,14 @@ def hold(path: Path, what: str) -> Iterator[None]:
         _release(descriptor, path)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process that may live holds the lock file `path`; looking does not touch it."""
+    try:
+        return _may_live(_holder(path))
+    except OSError:
+        return False
+
+
 def _release(descriptor: int, path: Path) -> None:
     with contextlib.suppress(OSError):
         mine = _same_file(descriptor, path)
