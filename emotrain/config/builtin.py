@@ -43,9 +43,7 @@ def check_name(name: str, known: tuple[str, ...], kind: str) -> None:
     if name.removeprefix(PREFIX) not in known:
         names = [PREFIX + one for one in known]
         listed = " and ".join(f"`{one}`" for one in names)
-        raise ConfigError(
-            f"`{name}` is not a built-in {kind}", likely(name, names) or f"there are {listed}"
-        )
+        raise ConfigError(f"`{name}` is not a built-in {kind}", likely(name, names) or f"there are {listed}")
 
 
 def presets_dir() -> Path:

@@ -149,9 +149,7 @@ def _expected(details: list[ErrorDetails]) -> tuple[str, list[str]]:
         else:
             phrases.append(_WANTED.get(kind, detail["msg"]))
     if words:
-        phrases.insert(
-            0, ("one of " if len(words) > 1 else "") + ", ".join(f"`{w}`" for w in words)
-        )
+        phrases.insert(0, ("one of " if len(words) > 1 else "") + ", ".join(f"`{w}`" for w in words))
     return " or ".join(dict.fromkeys(phrases)), words
 
 

@@ -76,9 +76,7 @@ def load_preset(
     return loaded.preset
 
 
-def load(
-    path_or_name: str | Path, overrides: Sequence[str] = (), name: str | None = None
-) -> LoadedPreset:
+def load(path_or_name: str | Path, overrides: Sequence[str] = (), name: str | None = None) -> LoadedPreset:
     """As `load_preset`, with the notes and the origin of every value."""
     path = find_preset(str(path_or_name))
     found = _Found()
@@ -104,9 +102,7 @@ def _shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _read_file(
-    path: Path, shown: str, folder: Path, chain: tuple[Path, ...], found: _Found
-) -> Node:
+def _read_file(path: Path, shown: str, folder: Path, chain: tuple[Path, ...], found: _Found) -> Node:
     """One file's tree on top of the tree that it extends; its paths are relative to `folder`."""
     root, notes = source.parse(read_text(path, shown), shown)
     if not isinstance(root.value, dict):

@@ -7,9 +7,7 @@ import unicodedata
 from pathlib import Path
 
 MAX_NAME_BYTES = 200
-_RESERVED = {"con", "prn", "aux", "nul"} | {
-    f"{device}{digit}" for device in ("com", "lpt") for digit in "123456789¹²³"
-}
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{device}{digit}" for device in ("com", "lpt") for digit in "123456789¹²³"}
 _FORBIDDEN = set('/\\:*?"<>|')
 
 

@@ -1,7 +1,6 @@
 """`--set section.key=value` on top of a preset's tree.
 
 The value is a plain scalar, or YAML where it starts with a bracket or a quote. Paths are relative
-to the
 current folder, as everywhere on a command line.
 """
 

@@ -39,8 +39,7 @@ def _optimizer(root: Node) -> list[Problem]:
         usual = _USUAL_LR[str(name.value)]
         problems.append(
             Problem(
-                f"{name.where}: train.lr is missing, and only the emo optimizers do without: "
-                f"`{name.value}` needs one",
+                f"{name.where}: train.lr is missing, and only the emo optimizers do without: `{name.value}` needs one",
                 f"a usual one for a LoRA is `lr: {usual}`",
             )
         )
@@ -62,8 +61,7 @@ def _buckets(root: Node) -> list[Problem]:
     if isinstance(low.value, int) and isinstance(high.value, int) and low.value > high.value:
         return [
             Problem(
-                f"{low.where}: dataset.buckets.min is {low.value}, which is above "
-                f"dataset.buckets.max, {high.value}"
+                f"{low.where}: dataset.buckets.min is {low.value}, which is above dataset.buckets.max, {high.value}"
             )
         ]
     return []

@@ -34,9 +34,7 @@ class ModelSection(Section):
     """Which model is trained on, and how it is held in memory."""
 
     base: Text = Field(description="a .safetensors file, diffusers folder, hub id or builtin: name")
-    family: Auto | FamilyName = Field(
-        "auto", description="recognised from the files; set it to insist"
-    )
+    family: Auto | FamilyName = Field("auto", description="recognised from the files; set it to insist")
     vae: Str | None = Field(None, description="another VAE: a diffusers folder, a hub id or a file")
     revision: Str | None = Field(None, description="a hub id's branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
@@ -49,13 +47,9 @@ class ModelSection(Section):
 class Buckets(Section):
     """The sizes that pictures are brought to, in pixels."""
 
-    step: Pixels | None = Field(
-        None, description="sides are multiples of this (default: the model's, mostly 64)"
-    )
+    step: Pixels | None = Field(None, description="sides are multiples of this (default: the model's, mostly 64)")
     min: Pixels | None = Field(None, description="shortest side (default: half the resolution)")
-    max: Pixels | None = Field(
-        None, description="longest side (default: one and a half times the resolution)"
-    )
+    max: Pixels | None = Field(None, description="longest side (default: one and a half times the resolution)")
     upscale: Bool = Field(False, description="enlarge pictures that are smaller than their bucket")
 
 
@@ -70,9 +64,7 @@ class Captions(Section):
     )
     dropout: Fraction = Field(0.05, description="share of samples trained without a caption")
     tag_dropout: Fraction = Field(0.0, description="share of tags left out")
-    variants: PositiveInt = Field(
-        8, description="texts encoded ahead per caption where shuffle or tag_dropout vary it"
-    )
+    variants: PositiveInt = Field(8, description="texts encoded ahead per caption where shuffle or tag_dropout vary it")
     prefix: Str = Field("", description="put before every caption, after the trigger")
     suffix: Str = Field("", description="put after every caption")
 
@@ -83,33 +75,23 @@ class Folder(Section):
     path: Text = Field(description="the folder, or builtin:example")
     repeats: PositiveInt = Field(1, description="how often an epoch sees each picture")
     flip: Bool = Field(False, description="mirror half of the samples")
-    mask: Str | None = Field(
-        None, description="a folder of same-stem masks, or `alpha`; white is learned"
-    )
-    prior: PositiveFloat | None = Field(
-        None, description="regularisation pictures: their loss weight"
-    )
+    mask: Str | None = Field(None, description="a folder of same-stem masks, or `alpha`; white is learned")
+    prior: PositiveFloat | None = Field(None, description="regularisation pictures: their loss weight")
     caption: Str | None = Field(None, description="one caption for all pictures of this folder")
 
 
 class DatasetSection(Section):
     """The pictures and captions."""
 
-    folders: Annotated[tuple[Folder, ...], Field(min_length=1)] = Field(
-        description="where the pictures are"
-    )
+    folders: Annotated[tuple[Folder, ...], Field(min_length=1)] = Field(description="where the pictures are")
     trigger: Str | None = Field(
         None,
         description="word that calls the LoRA: put first, never shuffled; [trigger] in prompts",
     )
-    resolution: tuple[Pixels, ...] = Field(
-        (), description="one or several, in pixels (default: the model's)"
-    )
+    resolution: tuple[Pixels, ...] = Field((), description="one or several, in pixels (default: the model's)")
     buckets: Buckets = Buckets()
     captions: Captions = Captions()
-    background: Str = Field(
-        "white", description="behind transparent pictures: a colour name or #rrggbb"
-    )
+    background: Str = Field("white", description="behind transparent pictures: a colour name or #rrggbb")
     shard: Shard | None = Field(None, description='"1/2": this machine\'s part of the data set')
 
 
@@ -118,21 +100,15 @@ class NetworkSection(Section):
 
     type: Literal["lora"] = Field("lora", description="the only kind so far")
     rank: PositiveInt = Field(16, description="rank r of the update matrices")
-    alpha: PositiveFloat | None = Field(
-        None, description="strength is alpha / rank (default: rank)"
-    )
+    alpha: PositiveFloat | None = Field(None, description="strength is alpha / rank (default: rank)")
     targets: Literal["attn", "attn-mlp", "all"] | tuple[Pattern, ...] = Field(
         "attn-mlp", description="a named set, or regular expressions of module names"
     )
     rank_pattern: dict[Pattern, PositiveInt] = Field(
         {}, description="rank of the modules whose name matches a regular expression"
     )
-    conv_rank: Count = Field(
-        0, description="rank of the 3x3 convolutions where the targets hold them; 0 = rank"
-    )
-    text_encoder: Bool = Field(
-        False, description="train the CLIP text encoders too (captions are then not cached)"
-    )
+    conv_rank: Count = Field(0, description="rank of the 3x3 convolutions where the targets hold them; 0 = rank")
+    text_encoder: Bool = Field(False, description="train the CLIP text encoders too (captions are then not cached)")
 
 
 class StackItem(Section):
@@ -164,9 +140,7 @@ class OptimizerSection(Section):
     )
     use_shadow: Bool = Field(False, description="emo: pull back towards a slow copy")
     eps: PositiveFloat = Field(1e-8, description="kept away from zero in divisions")
-    betas: tuple[Part, Part] | None = Field(
-        None, description="decay of the moments (default: the optimizer's own)"
-    )
+    betas: tuple[Part, Part] | None = Field(None, description="decay of the moments (default: the optimizer's own)")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.01, description="decoupled")
     stopcoef: PositiveFloat = Field(0.04, description="emo: threshold of the stop signal")
     sensor: Literal["faithful", "intent"] = Field(
@@ -178,9 +152,7 @@ class OptimizerSection(Section):
 class LossSection(Section):
     """What the loss is, and where on the noise scale it is taken."""
 
-    min_snr_gamma: PositiveFloat | None = Field(
-        None, description="Hang et al. 2023; SD models only"
-    )
+    min_snr_gamma: PositiveFloat | None = Field(None, description="Hang et al. 2023; SD models only")
     noise_offset: Fraction = Field(0.0, description="SD models only")
     timesteps: Literal["auto", "uniform", "logit-normal"] = Field(
         "auto", description="density of the timesteps; auto: SD uniform, flow logit-normal"
@@ -198,13 +170,9 @@ class TrainSection(Section):
     """The loop."""
 
     optimizer: OptimizerSection = OptimizerSection()
-    lr: PositiveFloat | None = Field(
-        None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required"
-    )
+    lr: PositiveFloat | None = Field(None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required")
     micro_batch_size: PositiveInt = Field(1, description="pictures in one forward pass")
-    gradient_accumulation_steps: PositiveInt = Field(
-        1, description="forward passes in one optimizer step"
-    )
+    gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes in one optimizer step")
     max_steps: PositiveInt = Field(3000, description="a ceiling, not a target")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
     gradient_checkpointing: Auto | Bool = Field(
@@ -246,27 +214,19 @@ class SampleSection(Section):
     guidance: Auto | Annotated[float, Field(ge=0.0)] = Field(
         "auto", description="classifier-free guidance (auto: the family's)"
     )
-    size: Pixels | None = Field(
-        None, description="of the pictures, in pixels (default: the first resolution)"
-    )
-    prompts: tuple[Str, ...] = Field(
-        ("[trigger]",), description="one picture each; [trigger] is replaced"
-    )
+    size: Pixels | None = Field(None, description="of the pictures, in pixels (default: the first resolution)")
+    prompts: tuple[Str, ...] = Field(("[trigger]",), description="one picture each; [trigger] is replaced")
 
 
 class SaveSection(Section):
     """Checkpoints and the LoRA file."""
 
     every: PositiveInt = Field(250, description="steps between two checkpoints")
-    keep_last: Annotated[int, Field(ge=2)] = Field(
-        3, description="checkpoints kept besides the best"
-    )
+    keep_last: Annotated[int, Field(ge=2)] = Field(3, description="checkpoints kept besides the best")
     format: Literal["auto", "kohya", "diffusers"] = Field(
         "auto", description="the key layout; auto: the one that every reader of the family loads"
     )
-    dtype: Literal["fp16", "bf16", "fp32"] = Field(
-        "fp16", description="of the LoRA file; checkpoints hold float32"
-    )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="of the LoRA file; checkpoints hold float32")
 
 
 class LogSection(Section):

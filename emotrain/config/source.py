@@ -90,9 +90,7 @@ def parse(text: str, source: str) -> tuple[Node, list[str]]:
         builder.problems.append(_explain_syntax(error, text, source))
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        builder.problems.append(
-            Problem(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML")
-        )
+        builder.problems.append(Problem(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML"))
     except _TooMuch as error:
         builder.problems.append(error.problem)
     else:
@@ -193,9 +191,7 @@ class _Builder:
             start, end = event.start_mark, event.end_mark
             written = self._text[start.index : end.index] if start and end else ""
             if _DRIVE.match(written) and any(ord(letter) < 32 for letter in event.value):
-                self.notes.append(
-                    f"{self._source}:{line}: {written} holds a tab or line break; {_QUOTE_HINT}"
-                )
+                self.notes.append(f"{self._source}:{line}: {written} holds a tab or line break; {_QUOTE_HINT}")
             return Node(event.value, self._source, line)
         text: str = event.value
         if _INT.fullmatch(text) and len(text) > MAX_DIGITS:

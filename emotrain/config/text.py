@@ -34,9 +34,7 @@ def read_text(path: Path, shown: str) -> str:
             raise ConfigError(f"{shown} is {size} long, which no preset is", "the limit is 1 MB")
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{shown} does not exist", "`emotrain presets list` shows the shipped ones"
-        ) from error
+        raise ConfigError(f"{shown} does not exist", "`emotrain presets list` shows the shipped ones") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{shown} cannot be read: {reason.lower()}") from error
@@ -59,6 +57,4 @@ def _decode(data: bytes, shown: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{shown}:{line}: byte 0x{data[error.start]:02x} is not UTF-8", hint
-        ) from error
+        raise ConfigError(f"{shown}:{line}: byte 0x{data[error.start]:02x} is not UTF-8", hint) from error

@@ -53,9 +53,7 @@ class _Tree:
         if foreign:
             self.notes.append(f"{node.where}: `{word}` is read as `{_shown(path)}`")
 
-    def _enter(
-        self, children: dict[str, Node] | None, part: str, node: Node
-    ) -> dict[str, Node] | None:
+    def _enter(self, children: dict[str, Node] | None, part: str, node: Node) -> dict[str, Node] | None:
         """The mapping under `part`, made if it is not there; None where something else stands."""
         if children is None or part == "0":
             return children

@@ -1,0 +1,8 @@
+"""`python -m emotrain`."""
+
+import sys
+
+from emotrain.cli.app import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The command line: which commands there are, how they fail, and with which exit code.
+
+Only the command that is asked for is imported, so that `--help` and completion stay quick; the others
+are stubs with their line of help.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import emotrain
+from emotrain.cli import output
+from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports no name for it
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of the help. A group's module holds `app`, another's a function of the command's name."""
+
+    name: str
+    panel: str
+    help: str
+    is_group: bool = False
+
+    @property
+    def module(self) -> str:
+        """Where the command lives."""
+        return f"emotrain.cli.{self.name.replace('-', '_')}"
+
+
+COMMANDS = (
+    Command("run", "Train", "Train a LoRA from a preset"),
+    Command("resume", "Train", "Go on with a run, bit for bit"),
+    Command("check", "Prepare", "Validate a preset, its data and files"),
+    Command("plan", "Prepare", "Say what a run needs before it starts"),
+    Command("lint", "Prepare", "Find what is wrong with pictures and captions"),
+    Command("presets", "Prepare", "List, show and copy presets", is_group=True),
+    Command("runs", "Inspect", "List, show and compare runs", is_group=True),
+    Command("images", "Inspect", "Show which pictures a run could not learn"),
+    Command("replay", "Inspect", "Replay a loss log through an emo optimizer"),
+    Command("verify-resume", "Inspect", "Prove that resume is exact on this machine"),
+    Command("doctor", "Inspect", "Report versions, devices and disk"),
+    Command("lora", "Files", "Inspect, convert and merge LoRA files", is_group=True),
+    Command("cache", "Files", "Show and clear the cache", is_group=True),
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        output.result(f"emotrain {emotrain.__version__}")
+        raise typer.Exit()
+
+
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version"),
+    ] = False,
+) -> None:
+    """Train LoRAs for text-to-image models: no learning rate, no schedule, an end by itself.
+
+    Start here: `emotrain run quickstart`
+    """
+
+
+def build_app(wanted: Sequence[str] | None = None) -> typer.Typer:
+    """The command line.
+
+    Args:
+        wanted: names of the commands that are imported, None for all; the others are stubs.
+    """
+    app = typer.Typer(
+        name="emotrain",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        pretty_exceptions_show_locals=False,
+        rich_markup_mode="markdown",
+        context_settings=_CONTEXT,
+    )
+    app.callback()(root)
+    for command in COMMANDS:
+        if importlib.util.find_spec(command.module) is None:
+            continue
+        if wanted is None or command.name in wanted:
+            _add(app, command)
+        else:
+            _add_stub(app, command)
+    return app
+
+
+def _add(app: typer.Typer, command: Command) -> None:
+    module = importlib.import_module(command.module)
+    panel = command.panel
+    if command.is_group:
+        settings = {**_CONTEXT, "max_content_width": 100}
+        app.add_typer(
+            module.app, name=command.name, help=command.help, rich_help_panel=panel,
+            no_args_is_help=True, context_settings=settings,
+        )  # fmt: skip
+    else:
+        function = getattr(module, command.name.replace("-", "_"))
+        app.command(command.name, rich_help_panel=panel, context_settings=_CONTEXT)(function)
+
+
+def _add_stub(app: typer.Typer, command: Command) -> None:
+    def stub() -> None:
+        raise AssertionError(f"{command.name} was called without having been imported")
+
+    app.command(command.name, help=command.help, rich_help_panel=command.panel)(stub)
+
+
+def _wanted(arguments: Sequence[str]) -> list[str] | None:
+    """The command that the arguments name; all of them for completion."""
+    if "_EMOTRAIN_COMPLETE" in os.environ:
+        words = os.environ.get("COMP_WORDS", "") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+        return words.split()[1:2]
+    return [argument for argument in arguments if not argument.startswith("-")][:1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: without the program's name; None takes them from the process.
+    """
+    output.prepare()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except EmotrainError as failure:
+        return _report(failure, as_json)
+    except _UsageError as failure:
+        return _report(_as_config_error(failure), as_json)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        output.reader_gone()
+    except SystemExit as ending:
+        return ending.code if isinstance(ending.code, int) else int(bool(ending.code))
+    except MemoryError:
+        return _report(_out_of_memory(), as_json)
+    except Exception as failure:
+        return _report_bug(failure, as_json)
+
+
+def _run(words: list[str]) -> int:
+    command = typer.main.get_command(build_app(_wanted(words)))
+    code = command.main(args=words, prog_name="emotrain", standalone_mode=False)
+    return code if isinstance(code, int) else ExitCode.OK
+
+
+def _report(failure: EmotrainError, as_json: bool) -> int:
+    output.error(failure.problems)
+    if as_json:
+        output.error_json(failure)
+    return failure.exit_code
+
+
+def _as_config_error(failure: Any) -> ConfigError:
+    """typer's usage errors in our shape: one line without full stop, and a hint."""
+    message, _, suggestion = failure.format_message().strip().partition(" Did you mean ")
+    context = getattr(failure, "ctx", None)
+    path = context.command_path if context else "emotrain"
+    hint = f"see `{path} --help`"
+    if suggestion:
+        words = suggestion.strip(" ?").replace("'", "`")
+        hint = f"did you mean {words}?"
+    message = message.strip().rstrip(".").replace("'", "`")
+    return ConfigError(message[:1].lower() + message[1:], hint)
+
+
+def _out_of_memory() -> EmotrainError:
+    from emotrain.errors import ResourceError
+
+    return ResourceError("out of memory", "close other programs, or make the run smaller")
+
+
+def _report_bug(failure: Exception, as_json: bool) -> int:
+    """An exception that nobody expected: the traceback goes to a file, one line to the user."""
+    resource = _resource_problem(failure)
+    if resource is not None:
+        return _report(resource, as_json)
+    path = _write_traceback(failure)
+    kind = type(failure).__name__
+    first = str(failure).strip().split("\n")[0]
+    bug = EmotrainError(
+        f"emotrain failed unexpectedly: {kind}{': ' + first if first else ''}",
+        f"this is our mistake; please report it with {path}",
+    )
+    return _report(bug, as_json)
+
+
+def _resource_problem(failure: Exception) -> EmotrainError | None:
+    """A full disk or a full GPU is no bug."""
+    import errno
+
+    from emotrain.errors import ResourceError
+
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("the disk is full", "free some space; finished files are intact")
+    if type(failure).__name__ == "OutOfMemoryError":
+        return ResourceError(
+            "the GPU is out of memory", "`emotrain plan PRESET` shows which settings save memory"
+        )
+    return None
+
+
+def _write_traceback(failure: Exception) -> Path:
+    """Into the run folder if the exception knows one (`run_dir`), else into a temporary file."""
+    text = "".join(traceback.format_exception(failure))
+    versions = f"emotrain {emotrain.__version__}, Python {sys.version.split()[0]}\n"
+    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    run_dir = getattr(failure, "run_dir", None)
+    if run_dir is not None:
+        path = Path(run_dir) / f"traceback-{stamp}.txt"
+        try:
+            path.write_text(versions + text, encoding="utf-8")
+            return path
+        except OSError:
+            pass  # the temporary folder is left
+    handle, name = tempfile.mkstemp(prefix=f"emotrain-{stamp}-", suffix=".txt")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(versions + text)
+    return Path(name)
+
+

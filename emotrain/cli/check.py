@@ -1,0 +1,59 @@
+"""`emotrain check`: validate a preset, its data and files."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from emotrain.cli import output
+from emotrain.cli.complete import preset_names
+
+
+def check(
+    preset: Annotated[
+        str,
+        typer.Argument(
+            help="A preset file, or the name of a shipped one", autocompletion=preset_names
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one key: section.key=value; repeatable"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+) -> None:
+    """Validate a preset, its data and files.
+
+    Everything that is wrong is told at once, each with file and line. Nothing is trained or written.
+
+    Examples:
+
+        emotrain check quickstart
+        emotrain check my.yaml --set network.rank=32
+    """
+    from emotrain.config.load import load
+    from emotrain.runs.preflight import preflight
+
+    loaded = load(preset, overrides or ())
+    found = preflight(loaded.preset, loaded.where)
+    if not as_json:
+        for line in loaded.notes:
+            output.note(f"note: {line}")
+        for line in found.warnings:
+            output.warning(line)
+    found.raise_first()
+    facts = [("preset", f"{loaded.path.name}: run `{loaded.preset.name}`"), *found.facts]
+    if as_json:
+        output.json_object(
+            {
+                "schema_version": output.SCHEMA_VERSION,
+                "preset": loaded.preset.to_dict(),
+                "facts": dict(facts),
+                "warnings": found.warnings,
+                "notes": list(loaded.notes),
+            }
+        )
+    else:
+        output.table(facts)
+        output.result("ok")

@@ -1,0 +1,154 @@
+"""The one place that prints: results on stdout, everything else on stderr.
+
+Captions, file names and presets may come from strangers: whatever is printed loses its control
+characters first, and nothing is read as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TextIO
+
+from emotrain.errors import EmotrainError, Problem
+
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+_JOINERS = "\u200c\u200d\ufe0f"  # zero-width joiners, which emoji and some scripts need
+SCHEMA_VERSION = 1
+
+
+def clean(text: str) -> str:
+    """Text without control, escape and direction characters; line breaks become spaces."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter in _JOINERS or unicodedata.category(letter) not in _INVISIBLE
+        else (" " if letter in "\n\r\t" else "\N{REPLACEMENT CHARACTER}")
+        for letter in text
+    )
+
+
+def result(text: str) -> None:
+    """One line of a command's result, on stdout."""
+    _write(sys.stdout, clean(text))
+
+
+def block(text: str) -> None:
+    """A result of several lines, such as a file's text, on stdout."""
+    for line in text.rstrip("\n").split("\n"):
+        result(line.replace("\t", "    "))
+
+
+def json_object(value: Any) -> None:
+    """A result for programs: one JSON value on stdout."""
+    _write(sys.stdout, json.dumps(value, ensure_ascii=True, indent=2, allow_nan=False))
+
+
+def json_line(value: Mapping[str, Any]) -> None:
+    """One event for programs: JSON on one line on stdout, flushed."""
+    _write(sys.stdout, json.dumps(value, ensure_ascii=True, allow_nan=False))
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A line that is not a result, on stderr."""
+    _write(sys.stderr, clean(text))
+
+
+def warning(text: str) -> None:
+    """What the user should know but need not mend, on stderr."""
+    _write(sys.stderr, f"{_paint('warning:', '33')} {clean(text)}")
+
+
+def error(problems: Sequence[Problem]) -> None:
+    """Problems in the shape `error: ...`, an empty line, `hint: ...`, on stderr."""
+    for index, problem in enumerate(problems):
+        if index:
+            _write(sys.stderr, "")
+        _write(sys.stderr, f"{_paint('error:', '31;1')} {clean(problem.message)}")
+        if problem.hint:
+            _write(sys.stderr, f"\n{_paint('hint:', '36')} {clean(problem.hint)}")
+
+
+def error_json(failure: EmotrainError) -> None:
+    """The same for programs: one JSON line on stdout."""
+    first, *more = failure.problems
+    body: dict[str, Any] = {"code": int(failure.exit_code), **_problem(first)}
+    if more:
+        body["more"] = [_problem(problem) for problem in more]
+    json_line({"schema_version": SCHEMA_VERSION, "error": body})
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
+    """Aligned columns on stdout; numbers to the right."""
+    lines = [[clean(str(cell)) for cell in row] for row in rows]
+    if header:
+        lines.insert(0, list(header))
+    if not lines:
+        return
+    widths = [max(_width(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = []
+        for text, width in zip(line, widths, strict=True):
+            space = " " * (width - _width(text))
+            cells.append(space + text if _is_number(text) else text + space)
+        result("  ".join(cells).rstrip())
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {"message": problem.message, "hint": problem.hint}
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: wide East Asian letters and emoji take two."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(letter) or letter in _JOINERS
+        else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in text
+    )  # fmt: skip
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "").replace(",", "").replace("%", "").removeprefix("-").isdigit()
+
+
+def _paint(text: str, code: str) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or not sys.stderr.isatty():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text + "\n")
+    except BrokenPipeError:
+        reader_gone()
+
+
+def reader_gone() -> NoReturn:
+    """The reader of a pipe has seen enough (`| head`): end quietly.
+
+    Raises:
+        SystemExit: with 0; nothing went wrong.
+    """
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (BrokenPipeError, ValueError):
+            os.dup2(devnull, stream.fileno())
+    raise SystemExit(0)
+
+
+def prepare() -> None:
+    """Let no letter that the console cannot show end the program (Windows code pages)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

@@ -1,0 +1,219 @@
+"""What can be found out about a preset before torch is loaded: model, sizes, data, earlier LoRAs.
+
+Nothing is trained and nothing written. `check` shows all of it; `run` stops at the failures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from emotrain.config.builtin import is_builtin
+from emotrain.config.schema import Folder, Preset
+from emotrain.dataset.scan import Scan, require_pictures, scan
+from emotrain.errors import ConfigError, EmotrainError, ModelError, Problem
+from emotrain.families.table import FAMILIES, Sniffed, sniff
+
+Where = Callable[[str], str]
+_PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}
+_QUANTIZERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes"}
+
+
+@dataclass
+class Preflight:
+    """What was found: facts as (label, value), warnings, and failures in the order of the steps."""
+
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failures: list[EmotrainError] = field(default_factory=list)
+    found: Sniffed | None = None
+    scan: Scan | None = None
+
+    def raise_first(self) -> None:
+        """Raise one error that holds the problems of all failures; its kind is the first one's.
+
+        Raises:
+            EmotrainError: if there is any failure.
+        """
+        if not self.failures:
+            return
+        problems = tuple(problem for failure in self.failures for problem in failure.problems)
+        first = self.failures[0]
+        raise type(first)(first.message, first.hint, problems=problems)
+
+
+def preflight(preset: Preset, where: Where | None = None) -> Preflight:
+    """Look at everything that a preset names.
+
+    Args:
+        preset: a loaded preset.
+        where: key -> file:line, for the messages (`LoadedPreset.where`).
+    """
+    result = Preflight()
+    at: Where = where or (lambda key: "preset")
+    _look_at_model(preset, result)
+    if result.found is not None:
+        steps = (_check_ranks, _check_sizes)
+        for step in steps:
+            problems = step(preset, result.found, at)
+            if problems:
+                first = problems[0]
+                result.failures.append(
+                    ConfigError(first.message, first.hint, problems=tuple(problems))
+                )
+    result.failures.extend(_missing_files(preset, at))
+    _look_at_data(preset, result)
+    result.warnings.extend(_missing_packages(preset))
+    _describe(preset, result)
+    return result
+
+
+def _look_at_model(preset: Preset, result: Preflight) -> None:
+    model = preset.model
+    try:
+        found = sniff(model.base, model.family, model.revision)
+    except EmotrainError as error:
+        result.failures.append(error)
+        return
+    result.found = found
+    size = f"{found.resolution} px"
+    title = FAMILIES[found.family].title
+    variant = f", {found.variant}" if found.variant not in (found.family, "custom") else ""
+    result.facts.append(("model", f"{model.base}: {title}{variant}, {found.prediction}, {size}"))
+
+
+def _check_ranks(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
+    network, most = preset.network, found.max_rank
+    reason = f"more than the {most} that the widest layer of the model has"
+    hint = "8 to 64 is usual"
+    problems = []
+    for key, rank in (("rank", network.rank), ("conv_rank", network.conv_rank)):
+        if rank > most:
+            message = f"{at(f'network.{key}')}: network.{key} is {rank}, {reason}"
+            problems.append(Problem(message, hint))
+    for pattern, rank in network.rank_pattern.items():
+        if rank > most:
+            message = f"{at('network.rank_pattern')}: the rank of `{pattern}` is {rank}, {reason}"
+            problems.append(Problem(message, hint))
+    return problems
+
+
+def _check_sizes(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
+    buckets = preset.dataset.buckets
+    step = buckets.step or found.bucket_step
+    least = least_step(found)
+    problems = []
+    if step % least:
+        problems.append(
+            Problem(
+                f"{at('dataset.buckets.step')}: dataset.buckets.step is {step}, and the model "
+                f"takes multiples of {least}",
+                _nearest(step, least),
+            )
+        )
+        step = math.lcm(step, least)
+    sizes = [("dataset.resolution", side, step) for side in preset.dataset.resolution]
+    sizes += [("dataset.buckets.min", buckets.min or step, step)]
+    sizes += [("dataset.buckets.max", buckets.max or step, step)]
+    sizes += [("sample.size", preset.sample.size or least, least)]
+    for key, side, multiple in sizes:
+        if side % multiple:
+            message = f"{at(key)}: {key} is {side}, which is not a multiple of {multiple}"
+            problems.append(Problem(message, _nearest(side, multiple)))
+    return problems
+
+
+def least_step(found: Sniffed) -> int:
+    """Pixels that the model's sides must be multiples of: its VAE's and its denoiser's halvings."""
+    levels = found.denoiser_config.get("block_out_channels")
+    return found.vae_scale * (2 ** (len(levels) - 1) if levels else 2)
+
+
+def _nearest(side: int, step: int) -> str:
+    below, above = side // step * step, -(-side // step) * step
+    return f"the nearest is {above}" if not below else f"the nearest are {below} and {above}"
+
+
+def _missing_files(preset: Preset, at: Where) -> list[EmotrainError]:
+    """Earlier LoRAs and another VAE that are not there."""
+    wanted = [
+        (f"start_from.stack.{index}.path", item.path)
+        for index, item in enumerate(preset.start_from.stack)
+    ]
+    start, vae = preset.start_from.continue_, preset.model.vae
+    if start is not None and Path(start).is_absolute():
+        wanted.append(("start_from.continue", start))
+    if vae is not None and Path(vae).is_absolute():
+        wanted.append(("model.vae", vae))
+    return [
+        ModelError(f"{at(key)}: {path} does not exist", "paths are relative to the preset's file")
+        for key, path in wanted
+        if not Path(path).exists()
+    ]
+
+
+def _look_at_data(preset: Preset, result: Preflight) -> None:
+    data = preset.dataset
+    try:
+        found = require_pictures(_scan(preset, data.folders))
+        result.scan = found
+        result.facts.append(("data", found.totals()))
+        result.facts.append(("epoch", _epoch(preset, found)))
+        for item in found.errors():
+            result.warnings.append(f"{item.path} is not used: it {item.reason}")
+        own = preset.validate_.folder
+        if own is not None:
+            held = require_pictures(_scan(preset, (Folder(path=own),)))
+            result.facts.append(("validate", held.totals()))
+    except EmotrainError as error:
+        result.failures.append(error)
+
+
+def _scan(preset: Preset, folders: tuple[Folder, ...]) -> Scan:
+    captions = preset.dataset.captions
+    return scan(folders, caption_extension=captions.extension, default_caption=captions.default)
+
+
+def _epoch(preset: Preset, found: Scan) -> str:
+    """The sum that everybody has to do in their head otherwise, in words."""
+    train = preset.train
+    samples = sum(example.repeats for example in found.examples)
+    repeated = f" seen {samples} times" if samples != len(found.examples) else ""
+    steps = math.ceil(samples / (train.micro_batch_size * train.gradient_accumulation_steps))
+    batch = f"batches of {train.micro_batch_size}"
+    if train.gradient_accumulation_steps > 1:
+        batch += f", {train.gradient_accumulation_steps} of them a step"
+    return (
+        f"{len(found.examples)} pictures{repeated} in {batch}: about {steps} steps an epoch, "
+        f"at most {train.max_steps} steps"
+    )
+
+
+def _missing_packages(preset: Preset) -> list[str]:
+    needed = [
+        ("train.optimizer", preset.train.optimizer.name, "optimizers", _PACKAGES),
+        ("model.quantize", preset.model.quantize, "quantize", _QUANTIZERS),
+    ]
+    return [
+        f"{key} `{value}` needs the package {packages[value]}: pip install 'emotrain[{extra}]'"
+        for key, value, extra, packages in needed
+        if value in packages and importlib.util.find_spec(packages[value]) is None
+    ]
+
+
+def _describe(preset: Preset, result: Preflight) -> None:
+    network, train = preset.network, preset.train
+    targets = network.targets if isinstance(network.targets, str) else ", ".join(network.targets)
+    alpha = network.alpha if network.alpha is not None else network.rank
+    result.facts.append(("network", f"LoRA of rank {network.rank}, alpha {alpha:g}, on {targets}"))
+    lr = "its own pace" if train.lr is None else f"lr {train.lr:g}"
+    result.facts.append(("optimizer", f"{train.optimizer.name}, {lr}, stop {preset.stop.mode}"))
+    if preset.dataset.trigger is None and any("[trigger]" in p for p in preset.sample.prompts):
+        result.warnings.append("sample.prompts use [trigger], but dataset.trigger is not set")
+    if is_builtin(preset.model.base):
+        return
+    if not preset.dataset.trigger:
+        result.warnings.append("no dataset.trigger: the LoRA will act on every prompt")
