@@ -1,5 +1,4 @@
-"""What all emo optimizers share: the loss goes in, the emotion sets the step length, one update
-rule a file.
+"""What all emo optimizers share: the loss goes in, the emotion sets the step length.
 
 The method is muooon's (EmoNavi and EmoSens repositories, Apache-2.0). Here the loss is an argument:
 nothing is patched, and it is the mean loss of the whole optimizer step.
@@ -11,13 +10,16 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from emotrain.optim.batches import Batch, Length, gather, state_dtype
+from emotrain.optim.batches import Batch, gather, state_dtype
+from emotrain.optim.lengths import scope_of, step_lengths
+from emotrain.optim.shadow import follow_shadow
 from emotrain.optim.state import check_state, emotion_to_dict, load_tensors, reading_from_dict
+from emotrain.optim.writer import Writer, write
 from emotrain.pulse.reading import Reading
 from emotrain.pulse.signal import (
     SENSORS,
@@ -25,20 +27,11 @@ from emotrain.pulse.signal import (
     Watch,
     canonical_generation,
     feel,
-    pulse_at,
     start,
     state_from_dict,
-    tensor_pulses,
 )
 
 LOG = logging.getLogger("emotrain.optim")
-
-
-class Writer(Protocol):
-    """A TensorBoard SummaryWriter, or what looks like one."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """Note one number."""
 
 
 class EmoOptimizer(torch.optim.Optimizer):
@@ -96,14 +89,11 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._heard = False
         lr = (1e-3 if self.generation == "3.6" else 1.0) if lr is None else lr
         betas = (0.9, 0.995) if betas is None else betas
-        super().__init__(
-            params, {"lr": lr, "eps": eps, "betas": tuple(betas), "weight_decay": weight_decay}
-        )
+        super().__init__(params, {"lr": lr, "eps": eps, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @property
     def should_stop(self) -> bool:
-        """Whether the stop signal is lit. It is a signal: whether a run ends is decided
-        elsewhere."""
+        """Whether the stop signal is lit; whether a run ends is decided elsewhere."""
         return self._emotion.ready
 
     def observe(self, loss: float | Tensor) -> Reading:
@@ -120,18 +110,21 @@ class EmoOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing has changed.
         """
-        was_ready = self._emotion.ready
-        self._emotion, self.reading, ready = feel(
-            self._emotion,
+        before = self._emotion
+        with_grad = sum(p.grad is not None for group in self.param_groups for p in group["params"])
+        felt, self.reading, ready = feel(
+            before,
             float(loss),
-            scope=_scope(self.param_groups[0], self.generation),
+            scope=scope_of(self.param_groups[0], self.generation),
             sensor=self.sensor,
             stopcoef=self.stopcoef,
             watch=self.watch,
-            num_tensors=0,
+            num_tensors=max(with_grad, 1),
         )
-        self._heard = True
-        if ready and not was_ready:
+        if self.generation == "3.7.0":  # its pulse moves on in `step`, tensor by tensor
+            felt = replace(felt, noise_est=before.noise_est, d_est=before.d_est)
+        self._emotion, self._heard = felt, True
+        if ready and not before.ready:
             self._turned_on()
             if self.notify:
                 LOG.warning("READY TO STOP: %s at step %d", type(self).__name__, self._emotion.step)
@@ -163,26 +156,26 @@ class EmoOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step() was called before observe(loss): call observe(mean_loss) once before "
                 "each step(), or pass a closure: step(closure)"
             )
-        members = [
-            [p for p in group["params"] if p.grad is not None] for group in self.param_groups
-        ]
+        members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         self._refuse_sparse(members)
         self._heard = False
-        lengths = self._lengths(members)
+        assert self.reading is not None
+        lengths, self._emotion, reading = step_lengths(self.param_groups, members, self._emotion, self.reading)
+        self.reading = reading
         self._prepare(members)
         for group, params, (eta, decay) in zip(self.param_groups, members, lengths, strict=True):
             for originals, batch in gather(params, eta, decay, self.chunk_elements):
                 self._fill(originals, batch)
                 if self.use_shadow:
-                    self._follow_shadow(batch)
+                    follow_shadow(batch, reading)
                 self._update(batch, group)
                 batch.write_back()
-        self._write()
+        if self.writer is not None:
+            write(self.writer, reading, self.should_stop, self._emotion.step)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; a group's own `lr` becomes its scope, and `lr` shows the pulse from then
-        on."""
+        """Add parameters; a group's own `lr` becomes its scope, then `lr` shows the pulse."""
         words = {**self.defaults, **param_group}
         lr, eps, decay, (beta1, beta2) = (words[k] for k in ("lr", "eps", "weight_decay", "betas"))
         if not lr > 0.0:
@@ -202,9 +195,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             index: {slot: value.detach().clone() for slot, value in slots.items()}
             for index, slots in packed["state"].items()
         }
-        packed["emotion"] = emotion_to_dict(
-            self.name, self._emotion, self.reading, self._heard, self._memory()
-        )
+        packed["emotion"] = emotion_to_dict(self.name, self._emotion, self.reading, self._heard, self._memory())
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -261,8 +252,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _prepare(self, members: list[list[Tensor]]) -> None:
-        """Called once per step before the updates, with each group's parameters that have
-        gradients."""
+        """Called once per step before the updates, with each group's tensors that have gradients."""
 
     def _turned_on(self) -> None:
         """Called when the stop signal turns on."""
@@ -292,34 +282,7 @@ class EmoOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _refuse_sparse(members: list[list[Tensor]]) -> None:
         if any(p.grad is not None and p.grad.is_sparse for params in members for p in params):
-            raise RuntimeError(
-                "the emo optimizers cannot use sparse gradients: make the embedding with sparse=False"
-            )
-
-    def _lengths(self, members: list[list[Tensor]]) -> list[tuple[Length, Length]]:
-        """Step length and decay of each group; `param_group["lr"]` shows the pulse."""
-        reading, state = self.reading, self._emotion
-        assert reading is not None
-        lengths: list[tuple[Length, Length]] = []
-        for group, params in zip(self.param_groups, members, strict=True):
-            scope, weight_decay = _scope(group, self.generation), group["weight_decay"]
-            if self.generation == "3.7.0":
-                pulses, state = tensor_pulses(state, reading.trust, [scope] * len(params))
-                lengths.append(
-                    ([x * reading.drive for x in pulses], [x * weight_decay for x in pulses])
-                )
-                pulse = pulses[-1] if pulses else group["lr"]
-            else:
-                pulse = scope if self.generation == "3.6" else pulse_at(state, scope)
-                lengths.append((pulse * reading.drive, pulse * weight_decay))
-            group["lr"] = pulse
-        if self.generation == "3.7.0":
-            self._emotion = state
-            pulse = self.param_groups[-1]["lr"] if any(members) else reading.pulse
-            self.reading = replace(
-                reading, pulse=pulse, noise_est=state.noise_est, d_est=state.d_est
-            )
-        return lengths
+            raise RuntimeError("the emo optimizers cannot use sparse gradients: make the embedding with sparse=False")
 
     def _fill(self, originals: list[Tensor], batch: Batch) -> None:
         slots = self._slots()
@@ -334,36 +297,3 @@ class EmoOptimizer(torch.optim.Optimizer):
                 state["shadow"] = linear.detach().clone()
         wanted = (*slots, "shadow") if self.use_shadow else slots
         batch.state = {slot: [state[slot] for state in states] for slot in wanted}
-
-    def _follow_shadow(self, batch: Batch) -> None:
-        """Above |scalar| 0.625 the shadow pulls the weights back, below it follows them."""
-        reading = self.reading
-        assert reading is not None
-        shadows, trust = batch.state["shadow"], abs(reading.trust)
-        if abs(reading.scalar) > 0.625:
-            torch._foreach_mul_(batch.params, 1.0 - (1.0 - abs(reading.scalar)))
-            torch._foreach_add_(batch.params, torch._foreach_mul(shadows, trust))
-        else:
-            torch._foreach_lerp_(shadows, batch.params, 0.1 * trust)
-
-    def _write(self) -> None:
-        if self.writer is None:
-            return
-        reading = self.reading
-        assert reading is not None
-        numbers = {
-            "emoLR/base": reading.pulse,
-            "emoLR/Turbo": reading.pulse * reading.drive,
-            "emostate/emoDrive": reading.drive,
-            "emostate/scalar": reading.scalar,
-            "emostate/trust": reading.trust,
-            "emostate/stop": float(self.should_stop),
-        }
-        for tag, number in numbers.items():
-            self.writer.add_scalar(tag, number, self._emotion.step)
-
-
-def _scope(group: dict[str, Any], generation: str) -> float:
-    """The learning rate given by the user. In 3.6 `lr` stays it, so that a scheduler can move
-    it."""
-    return float(group["lr"] if generation == "3.6" else group["scope"])

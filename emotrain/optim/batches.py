@@ -1,5 +1,4 @@
-"""Parameters of one group brought together for list kernels: same device, same dtype, chunks that
-fit a cache."""
+"""Parameters of one group brought together for list kernels, in chunks that fit a cache."""
 
 from __future__ import annotations
 

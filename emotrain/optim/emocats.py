@@ -31,6 +31,6 @@ class EmoCats(EmoOptimizer):
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
         m, (beta1, beta2) = batch.state["exp_avg"], group["betas"]
         direction = torch._foreach_lerp(m, batch.grads, 1.0 - beta1)
+        torch._foreach_lerp_(m, batch.grads, 1.0 - beta2)  # here, while m is in the cache
         torch._foreach_sign_(direction)
         descend(batch, direction)
-        torch._foreach_lerp_(m, batch.grads, 1.0 - beta2)

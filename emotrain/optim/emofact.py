@@ -8,8 +8,7 @@ from emotrain.optim.emoairy import EmoAiry
 
 
 class EmoFact(EmoAiry):
-    """EmoFact 3.6; after muooon's EmoFact (Apache-2.0). The rule of EmoAiry, and for the same
-    reason no state.
+    """EmoFact 3.6; after muooon's EmoFact (Apache-2.0). The rule of EmoAiry, and for the same reason no state.
 
     p -= lr wd p;  p -= lr drive sign(g)
     """

@@ -11,8 +11,7 @@ from emotrain.pulse.signal import Watch
 
 
 class EmoNavi(EmoOptimizer):
-    """EmoNavi 3.6; after muooon's EmoNavi (Apache-2.0). lr is a learning rate (1e-3), and
-    schedulers can move it.
+    """EmoNavi 3.6; after muooon's EmoNavi (Apache-2.0). lr is a learning rate (1e-3), and schedulers can move it.
 
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= lr wd p;  p -= lr drive m / (sqrt(v) + eps)
 

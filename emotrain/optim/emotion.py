@@ -13,8 +13,7 @@ from emotrain.optim.kernels import descend, l1_norm
 
 
 class EmoTion(EmoOptimizer):
-    """EmoTion 3.9; after muooon's EmoTion (Apache-2.0). Weight decay is not applied, as in the
-    source.
+    """EmoTion 3.9; after muooon's EmoTion (Apache-2.0); no weight decay, as in the source.
 
     G = sum of the L1 norms of the first group's tensors with gradients;  ratio = |G - prev| / (prev
     + 1e-8); fresh = max(tanh(ratio / 0.03), 1-b1), 1 at the first step;  a = (1-b1) fresh;

@@ -1,5 +1,4 @@
-"""List kernels of the update rules: torch's fused kernels where they can do it, foreach operations
-elsewhere.
+"""List kernels of the update rules: torch's fused kernels where they can do it, foreach operations elsewhere.
 
 The fused kernels are private functions of torch: each call is guarded, and has a fallback that a
 test compares it with. They read memory linearly, so they are used for contiguous tensors only.
@@ -58,7 +57,7 @@ def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) ->
     torch._foreach_addcdiv_(batch.params, m, root, -batch.eta)
 
 
-def descend(batch: Batch, directions: list[Tensor]) -> None:
+def descend(batch: Batch, directions: list[Tensor] | tuple[Tensor, ...]) -> None:
     """Move along directions, in place: p -= decay p;  p -= eta direction.
 
     `directions` are scratch: they may be overwritten.
@@ -75,7 +74,7 @@ def descend(batch: Batch, directions: list[Tensor]) -> None:
     if batch.linear and eta > 0.0 and has_fused_sgd(batch.params[0].device.type):
         torch._fused_sgd_(
             batch.params,
-            directions,
+            list(directions),
             [],
             weight_decay=decay / eta,
             momentum=0.0,
@@ -99,11 +98,23 @@ def scaled(length: Length, factor: float) -> Length:
 @cache
 def has_fused_adamw(device_type: str) -> bool:
     """Whether this torch has the fused AdamW kernel, in the form that is called here."""
-    one = torch.zeros(1, device=device_type)
-    lists = [[one.clone()] for _ in range(4)]
-    words = {"amsgrad": False, "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1.0}
+    p, g, m, v, far = (torch.zeros(1, device=device_type) for _ in range(5))
     try:
-        torch._fused_adamw_(*lists, [], [one + _FAR], weight_decay=0.0, maximize=False, **words)
+        torch._fused_adamw_(
+            [p],
+            [g],
+            [m],
+            [v],
+            [],
+            [far + _FAR],
+            amsgrad=False,
+            lr=0.1,
+            beta1=0.9,
+            beta2=0.9,
+            weight_decay=0.0,
+            eps=1.0,
+            maximize=False,
+        )
     except _REFUSALS:
         return False
     return True
@@ -112,11 +123,20 @@ def has_fused_adamw(device_type: str) -> bool:
 @cache
 def has_fused_sgd(device_type: str) -> bool:
     """Whether this torch has the fused SGD kernel, in the form that is called here."""
-    lists = [[torch.zeros(1, device=device_type)] for _ in range(2)]
-    words = {"momentum": 0.0, "lr": 0.1, "dampening": 0.0, "weight_decay": 0.0}
-    flags = {"nesterov": False, "maximize": False, "is_first_step": False}
+    p, g = (torch.zeros(1, device=device_type) for _ in range(2))
     try:
-        torch._fused_sgd_(*lists, [], **words, **flags)
+        torch._fused_sgd_(
+            [p],
+            [g],
+            [],
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=0.1,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
     except _REFUSALS:
         return False
     return True
@@ -131,6 +151,4 @@ def l1_norm(params: list[Tensor]) -> Tensor:
     """Sum of the L1 norms, a float32 number on the first tensor's device."""
     device = params[0].device
     norms = torch._foreach_norm(params, 1, dtype=torch.float32)
-    if any(p.device != device for p in params):
-        norms = [norm.to(device) for norm in norms]
-    return torch.stack(list(norms)).sum()
+    return torch.stack([norm.to(device) for norm in norms]).sum()

@@ -1,5 +1,4 @@
-"""Other optimizers behind the same interface, to compare with; their libraries are imported when
-asked for."""
+"""Other optimizers behind the same interface, to compare with; their libraries are imported when asked for."""
 
 from __future__ import annotations
 
@@ -34,9 +33,7 @@ class Partner:
         sensor: see `emotrain.pulse.signal.listen`.
     """
 
-    def __init__(
-        self, name: str, inner: torch.optim.Optimizer, sensor: Sensor = "faithful"
-    ) -> None:
+    def __init__(self, name: str, inner: torch.optim.Optimizer, sensor: Sensor = "faithful") -> None:
         self.name = name
         self.inner = inner
         self.sensor = sensor
@@ -93,16 +90,13 @@ class Partner:
                 f"`{self.name}`",
                 "load it into the optimizer that saved it",
             )
-        self.inner.load_state_dict(
-            {key: value for key, value in state_dict.items() if key != "emotion"}
-        )
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "emotion"})
         self._emotion = state_from_dict(emotion["state"])
         self.reading = reading_from_dict(emotion["reading"])
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Within it the parameters are the ones to look at and to save (schedule-free: the
-        average)."""
+        """Within it the parameters are the ones to look at and to save (schedule-free: the average)."""
         with self._mode("eval", "train"):
             yield
 
@@ -131,62 +125,44 @@ class Partner:
         return float(group.get("scheduled_lr") or group["lr"])
 
 
-def adamw(
-    params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float
-) -> torch.optim.Optimizer:
+def adamw(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), torch's own."""
-    return torch.optim.AdamW(
-        params, lr=lr, eps=eps, betas=betas or (0.9, 0.999), weight_decay=weight_decay
-    )
+    return torch.optim.AdamW(params, lr=lr, eps=eps, betas=betas or (0.9, 0.999), weight_decay=weight_decay)
 
 
-def adafactor(
-    params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), torch's own; eps and betas are its own
-    too."""
+def adafactor(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), torch's own; eps and betas are its own too."""
     return torch.optim.Adafactor(params, lr=lr, weight_decay=weight_decay)
 
 
-def lion(
-    params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float
-) -> torch.optim.Optimizer:
+def lion(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
     """Lion (Chen et al. 2023, arXiv:2302.06675); it has no eps."""
     return Lion(params, lr=lr, betas=betas or (0.9, 0.99), weight_decay=weight_decay)
 
 
-def prodigy(
-    params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float
-) -> torch.optim.Optimizer:
+def prodigy(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
     """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), from prodigyopt."""
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
-        raise ConfigError(
-            "train.optimizer `prodigy` needs the package prodigyopt", _INSTALL
-        ) from error
+        raise ConfigError("train.optimizer `prodigy` needs the package prodigyopt", _INSTALL) from error
     with redirect_stdout(io.StringIO()):  # its constructor prints
-        return Prodigy(
+        inner: torch.optim.Optimizer = Prodigy(
             params, lr=lr, eps=eps, betas=betas or (0.9, 0.999), weight_decay=weight_decay
         )
+    return inner
 
 
-def schedulefree(
-    params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682), from schedulefree; in its train
-    mode."""
+def schedulefree(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682), from schedulefree; in its train mode."""
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError as error:
-        raise ConfigError(
-            "train.optimizer `schedulefree` needs the package schedulefree", _INSTALL
-        ) from error
-    inner = AdamWScheduleFree(
-        params, lr=lr, eps=eps, betas=betas or (0.9, 0.999), weight_decay=weight_decay
-    )
+        raise ConfigError("train.optimizer `schedulefree` needs the package schedulefree", _INSTALL) from error
+    inner: Any = AdamWScheduleFree(params, lr=lr, eps=eps, betas=betas or (0.9, 0.999), weight_decay=weight_decay)
     inner.train()
-    return inner
+    optimizer: torch.optim.Optimizer = inner
+    return optimizer
 
 
 PARTNERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -37,8 +37,7 @@ class OptimizerLike(Protocol):
         """Go on from a state."""
 
     def eval_mode(self) -> AbstractContextManager[None]:
-        """Within it the parameters are the ones to look at and to save (schedule-free averages
-        them)."""
+        """Within it the parameters are the ones to look at and to save (schedule-free averages them)."""
 
     def train_mode(self) -> AbstractContextManager[None]:
         """Within it the parameters are the ones to train."""

@@ -19,8 +19,7 @@ from emotrain.optim.partners import PARTNERS, Partner
 from emotrain.optim.protocol import OptimizerLike
 
 EMO: dict[str, type[EmoOptimizer]] = {
-    cls.name: cls
-    for cls in (EmoSens, EmoAiry, EmoCats, EmoNavi, EmoFact, EmoLynx, EmoTion, EmoVoid)
+    cls.name: cls for cls in (EmoSens, EmoAiry, EmoCats, EmoNavi, EmoFact, EmoLynx, EmoTion, EmoVoid)
 }
 _PARTNER_WORDS = ("eps", "betas", "weight_decay")
 
@@ -30,9 +29,7 @@ def optimizer_names() -> tuple[str, ...]:
     return (*EMO, *PARTNERS)
 
 
-def build_optimizer(
-    name: str, params: Any, *, lr: float | None = None, **options: Any
-) -> OptimizerLike:
+def build_optimizer(name: str, params: Any, *, lr: float | None = None, **options: Any) -> OptimizerLike:
     """An optimizer by its name.
 
     Args:

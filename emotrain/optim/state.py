@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 class WrongStateError(CheckpointError, ValueError):
-    """A state that belongs to another optimizer, generation or set of parameters; nothing has
-    changed."""
+    """A state that belongs to another optimizer, generation or set of parameters; nothing has changed."""
 
 
 def emotion_to_dict(
@@ -90,13 +89,10 @@ def _check_groups(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> Non
 
 
 def load_tensors(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Copy the tensors in, in the state's dtype (not the parameter's) and on the parameter's
-    device."""
+    """Copy the tensors in, in the state's dtype (not the parameter's) and on the parameter's device."""
     for param, slots in _pairs(optimizer, state_dict["param_groups"], state_dict["state"]):
         optimizer.state[param] = {
-            slot: torch.empty_like(param, dtype=state_dtype(param), requires_grad=False).copy_(
-                value
-            )
+            slot: torch.empty_like(param, dtype=state_dtype(param), requires_grad=False).copy_(value)
             for slot, value in slots.items()
         }
 
@@ -108,8 +104,4 @@ def _pairs(
 ) -> list[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     indices = [index for group in groups for index in group["params"]]
-    return [
-        (param, state[index])
-        for param, index in zip(params, indices, strict=True)
-        if index in state
-    ]
+    return [(param, state[index]) for param, index in zip(params, indices, strict=True) if index in state]

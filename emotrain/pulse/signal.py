@@ -29,8 +29,7 @@ class NonFiniteLossError(DivergedError, ValueError):
 
 @dataclass(frozen=True)
 class Averages:
-    """Moving averages of the loss with the weights 0.30, 0.05 and 0.01; all start at the first
-    loss."""
+    """Moving averages of the loss with the weights 0.30, 0.05 and 0.01; all start at the first loss."""
 
     short: float
     medium: float
@@ -97,9 +96,7 @@ def start(generation: str = "3.9") -> EmotionState:
     return EmotionState(name)
 
 
-def listen(
-    averages: Averages | None, loss: float, sensor: Sensor = "faithful"
-) -> tuple[Averages, float, float]:
+def listen(averages: Averages | None, loss: float, sensor: Sensor = "faithful") -> tuple[Averages, float, float]:
     """The sensors: what one more loss says against its moving averages.
 
     Works for any series of losses: the optimizer's own, a validation probe's, a foreign log's.
@@ -182,8 +179,7 @@ def feel(
 
 
 def emo_drive(scalar: float, trust: float) -> float:
-    """The multiplier of 3.6 and 3.7.0: wakes up in the middle of the scale, calms down at its
-    end."""
+    """The multiplier of 3.6 and 3.7.0: wakes up in the middle of the scale, calms down at its end."""
     strength = abs(scalar)
     if 0.25 < strength < 0.5:
         return 8.0 * abs(trust) * (1.0 + 0.1 * trust)
@@ -191,17 +187,14 @@ def emo_drive(scalar: float, trust: float) -> float:
 
 
 def pulse_at(state: EmotionState, scope: float) -> float:
-    """EmoPulse of 3.7.6 and 3.9 for one scope (learning rate given by the user), within its
-    bounds."""
+    """EmoPulse of 3.7.6 and 3.9 for one scope (learning rate given by the user), within its bounds."""
     rhythm = RHYTHMS[state.generation]
     chain = max(math.pow(100.0, state.chain), 1e-2) if rhythm.chained else 1.0
     highest = scope * rhythm.highest if rhythm.scoped else rhythm.highest
     return max(rhythm.lowest, min(state.history * scope * chain * 1e-4, highest))
 
 
-def tensor_pulses(
-    state: EmotionState, trust: float, scopes: Sequence[float]
-) -> tuple[list[float], EmotionState]:
+def tensor_pulses(state: EmotionState, trust: float, scopes: Sequence[float]) -> tuple[list[float], EmotionState]:
     """EmoPulse of 3.7.0, which moves on once per parameter tensor with a gradient.
 
     Args:
@@ -266,11 +259,10 @@ def _scalar(averages: Averages, sensor: Sensor) -> float:
         raise ValueError(f"sensor must be one of {', '.join(SENSORS)}, got {sensor!r}")
     if abs(r_l) < 0.05:
         return _tanh(r_l)
-    if sensor == "faithful":
-        quiet = abs(r_m) * base_m < abs(r_l) * base_l  # equal up to rounding: the last bit decides
-    else:
-        quiet = abs(r_m) < abs(r_l)
-    return _tanh(r_m if quiet else r_l)
+    if sensor == "intent":
+        return _tanh(r_m if abs(r_m) < abs(r_l) else r_l)
+    # both sides are |diff| up to rounding: the last bit decides
+    return _tanh(r_m if abs(r_m) * base_m < abs(r_l) * base_l else r_l)
 
 
 def _long_scalar(averages: Averages) -> float:
