@@ -6,18 +6,17 @@ y = W x + (alpha / rank) B A x, Hu et al. 2021 (arXiv:2106.09685), A [rank, in],
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from emotrain.errors import ConfigError, ModelError
-from emotrain.lora import names, targets
+from emotrain.errors import ModelError
+from emotrain.lora import names
+from emotrain.lora import targets as rules
+from emotrain.lora.inject import activate, fitted, initialise, install, set_weights
 
 STACK = "stack"
 
@@ -115,11 +114,11 @@ class Adapter:
         active = {path: list(layer.active_adapters) for path, layer in self._layers.items()}
         try:
             for path, layer in self._layers.items():
-                _activate(layer, [name for name in active[path] if name != self.name], trained=None)
+                activate(layer, [name for name in active[path] if name != self.name], trained=None)
             yield
         finally:
             for path, layer in self._layers.items():
-                _activate(layer, active[path], trained=self.name)
+                activate(layer, active[path], trained=self.name)
 
 
 def add_adapter(
@@ -127,7 +126,7 @@ def add_adapter(
     *,
     rank: int,
     alpha: float | None = None,
-    targets: targets.Targets,
+    targets: rules.Targets,
     conv_rank: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
     family: str,
@@ -137,22 +136,23 @@ def add_adapter(
 ) -> Adapter:
     """Put a new LoRA on a denoiser (or, with `part="text_encoder"`, on a CLIP text encoder).
 
-    A starts as peft's does (uniform with bound 1/sqrt(fan_in)) from a generator of its own, B at zero, so that the model's
-    output is unchanged. Modules of another rank get an alpha in proportion: the strength alpha / rank is everywhere the same.
+    A starts as peft's does (uniform with bound 1/sqrt(fan_in)) from a generator of its own, B at zero, so that
+    the model's output is unchanged. Modules of another rank get an alpha in proportion: the strength
+    alpha / rank is everywhere the same.
 
     Raises:
         ConfigError: targets that match nothing, or a rank that the layers cannot hold.
     """
-    part = part or _targets.part_of(family)
+    part = part or rules.part_of(family)
     kind = family if part in ("unet", "transformer") else "clip"
     alpha = float(rank) if alpha is None else float(alpha)
-    paths = _targets.select(denoiser, targets, kind)
-    ranks = _targets.ranks_of(denoiser, paths, rank=rank, conv_rank=conv_rank, rank_pattern=dict(rank_pattern or {}))
+    paths = rules.select(denoiser, targets, kind)
+    ranks = rules.ranks_of(denoiser, paths, rank=rank, conv_rank=conv_rank, rank_pattern=dict(rank_pattern or {}))
     alphas = {path: alpha * r / rank for path, r in ranks.items()}
-    layers = _install(denoiser, ranks, alphas, name)
+    layers = install(denoiser, ranks, alphas, name)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
-        _initialise(layer, name, generator)
+        initialise(layer, name, generator)
     return Adapter(layers, name=name, part=part, family=family, rank=rank, alpha=alpha)
 
 
@@ -178,13 +178,13 @@ def adapter_like(
     Raises:
         ModelError: a module that the model does not have, or a shape that does not fit.
     """
-    part = part or _targets.part_of(family)
-    ranks, own_alphas, weights = _fitted(denoiser, state, alphas, part)
-    layers = _install(denoiser, ranks, own_alphas, name)
+    part = part or rules.part_of(family)
+    ranks, own_alphas, weights = fitted(denoiser, state, alphas, part)
+    layers = install(denoiser, ranks, own_alphas, name)
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     alpha = max(own_alphas[path] / ranks[path] for path in ranks) * rank
     for path, layer in layers.items():
-        _set_weights(layer, name, *weights[path])
+        set_weights(layer, name, *weights[path])
     return Adapter(layers, name=name, part=part, family=family, rank=rank, alpha=alpha)
 
 
@@ -196,8 +196,8 @@ def stack_frozen(
 ) -> tuple[str, ...]:
     """Apply earlier LoRAs to the base and freeze them: sum over k of weight_k (alpha_k / rank_k) B_k A_k, exactly.
 
-    Several LoRAs on one module become one of the ranks' sum (A stacked in rows, B in columns), so the result does not depend on
-    their order. Call it once, before `add_adapter`.
+    Several LoRAs on one module become one of the ranks' sum (A stacked in rows, B in columns), so the result does
+    not depend on their order. Call it once, before `add_adapter`.
 
     Args:
         denoiser: the model, or a text encoder.
@@ -219,117 +219,18 @@ def stack_frozen(
         if not math.isfinite(weight):
             raise ModelError(f"a stacked LoRA's weight is {weight}")
         own = {key: value for key, value in state.items() if names.part_of_key(key) in (part, None)}
+        if not own and part in ("unet", "transformer"):
+            raise ModelError(f"a stacked LoRA has no weights for this {part}")
         if weight == 0.0 or not own:
             continue
-        ranks, own_alphas, weights = _fitted(denoiser, own, alphas, part)
+        ranks, own_alphas, weights = fitted(denoiser, own, alphas, part)
         for path, (down, up) in weights.items():
             downs.setdefault(path, []).append(down)
             ups.setdefault(path, []).append(up * (weight * own_alphas[path] / ranks[path]))
     if not downs:
         return ()
     total = {path: sum(d.shape[0] for d in parts) for path, parts in downs.items()}
-    layers = _install(denoiser, total, {path: float(r) for path, r in total.items()}, STACK)
+    layers = install(denoiser, total, {path: float(r) for path, r in total.items()}, STACK, trained=False)
     for path, layer in layers.items():
-        _set_weights(layer, STACK, torch.cat(downs[path]), torch.cat(ups[path], dim=1))
-        _activate(layer, list(layer.active_adapters), trained=None)
+        set_weights(layer, STACK, torch.cat(downs[path]), torch.cat(ups[path], dim=1))
     return tuple(layers)
-
-
-_targets = targets  # the keyword of `add_adapter` has the module's name
-
-
-def _install(model: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float], name: str) -> dict[str, LoraLayer]:
-    """Inject empty peft layers of the given ranks and alphas; everything else of the model stays as it was."""
-    kept = list(getattr(model, "peft_config", {}))
-    if name in kept:
-        raise ValueError(f"the model has an adapter `{name}` already")
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r; a float is as good
-        rank_pattern=_grouped({path: r for path, r in ranks.items() if r != rank}),
-        alpha_pattern=_grouped({path: a for path, a in alphas.items() if a != alpha}),
-        target_modules="|".join(re.escape(path) for path in ranks),
-        init_lora_weights=False,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, model, adapter_name=name, low_cpu_mem_usage=True)
-    found = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    layers = {path: found[path] for path in ranks if path in found and name in found[path].lora_A}
-    if len(layers) != len(ranks):
-        lost = next(path for path in ranks if path not in layers)
-        raise ConfigError(f"`{lost}` cannot carry a LoRA ({len(ranks) - len(layers)} of {len(ranks)} modules)")
-    for layer in found.values():
-        own = [name] if name in layer.lora_A else []
-        _activate(layer, [n for n in kept if n in layer.lora_A] + own, trained=name if name != STACK else None)
-    return layers
-
-
-def _grouped(values: Mapping[str, float]) -> dict[str, float]:
-    """One exact pattern per distinct value, which peft matches against whole paths."""
-    groups: dict[float, list[str]] = {}
-    for path, value in values.items():
-        groups.setdefault(value, []).append(re.escape(path))
-    return {f"^(?:{'|'.join(paths)})": value for value, paths in groups.items()}
-
-
-def _activate(layer: LoraLayer, active: list[str], *, trained: str | None) -> None:
-    layer.set_adapter(active, inference_mode=True)
-    for holder in (layer.lora_A, layer.lora_B):
-        for key, module in holder.items():
-            if key == trained:
-                module.weight.requires_grad_(True)
-
-
-def _initialise(layer: LoraLayer, name: str, generator: torch.Generator) -> None:
-    """A uniform in +-1/sqrt(fan_in), which is kaiming-uniform with a = sqrt(5); B zero."""
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if _device(layer).type == "meta":
-        return
-    bound = 1.0 / math.sqrt(math.prod(down.shape[1:]))
-    values = torch.rand(down.shape, generator=generator) * (2.0 * bound) - bound
-    _set_weights(layer, name, values, torch.zeros(up.shape))
-
-
-def _set_weights(layer: LoraLayer, name: str, down: Tensor, up: Tensor) -> None:
-    device = _device(layer)
-    trained = layer.lora_A[name].weight.requires_grad
-    for holder, value in ((layer.lora_A[name], down), (layer.lora_B[name], up)):
-        weight = value.detach().to(device, torch.float32, copy=True).contiguous()
-        holder.weight = nn.Parameter(weight, requires_grad=trained)
-
-
-def _device(layer: LoraLayer) -> torch.device:
-    return next(layer.get_base_layer().parameters()).device
-
-
-def _fitted(
-    model: nn.Module, state: Mapping[str, Tensor], alphas: Mapping[str, float], part: str
-) -> tuple[dict[str, int], dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
-    """Ranks, alphas and (A, B) under the model's own paths; refuses what the model cannot hold."""
-    held = targets.layers(model)
-    own = {names.local(names.canonical(path, part), part): path for path in held}
-    modules = names.modules({names.local(key, part): value for key, value in state.items()})
-    strengths = {names.local(key, part): value for key, value in alphas.items()}
-    unknown = [path for path in modules if path not in own]
-    if unknown:
-        raise ModelError(
-            f"{len(unknown)} of the LoRA's {len(modules)} modules are not in this {part}, first `{unknown[0]}`",
-            "was it made for another model?",
-        )
-    ranks, own_alphas, weights = {}, {}, {}
-    for path, (down, up) in modules.items():
-        layer = held[own[path]]
-        out, inner = targets.shape_of(layer)
-        kernel = tuple(layer.kernel_size) if isinstance(layer, nn.Conv2d) else ()
-        down, up = names.as_layer(down, up, is_conv=bool(kernel))
-        if down.shape[1:] != (inner, *kernel) or up.shape[0] != out:
-            raise ModelError(
-                f"`{path}` is {tuple(down.shape)} and {tuple(up.shape)} in the LoRA, the model's layer is {out} x {inner}",
-                "was it made for another model?",
-            )
-        ranks[own[path]] = down.shape[0]
-        own_alphas[own[path]] = float(strengths.get(path, down.shape[0]))
-        weights[own[path]] = (down.to(torch.float32), up.to(torch.float32))
-    return ranks, own_alphas, weights

@@ -56,11 +56,11 @@ def compare(path: Path, how: str, live: Weights, seen: Weights, dtype: str) -> N
         raise ModelError(f"{path}: {how}, {len(odd)} of {len(ours)} modules are missing or too many, first `{odd[0]}`")
     for name, pair in ours.items():
         other = theirs[name]
-        size, error = distance(
-            (pair.down, pair.up * pair.strength), (other.down, other.up * other.strength)
-        )
+        size, error = distance((pair.down, pair.up * pair.strength), (other.down, other.up * other.strength))
         if error > _TOLERANCE.get(dtype, 1e-5) * size + 1e-12:
-            raise ModelError(f"{path}: {how}, `{name}` differs from the trained weights by {error / max(size, 1e-30):.1e}")
+            raise ModelError(
+                f"{path}: {how}, `{name}` differs from the trained weights by {error / max(size, 1e-30):.1e}"
+            )
 
 
 def distance(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -114,9 +114,15 @@ def _part(
     if part != part_of(lora.family):
         return _text_part(part, state, alphas, metadata)
     own, _ = lora.of_part(part)
-    model = _StandIn({path: pair for path, pair in names.modules(own).items()}, part)
-    model.load_lora_adapter(
-        state, prefix=part, network_alphas=alphas, metadata=metadata, adapter_name="check", low_cpu_mem_usage=True
+    model = _StandIn(names.modules(own), part)
+    PeftAdapterMixin.load_lora_adapter(
+        model,
+        state,
+        prefix=part,
+        network_alphas=alphas,
+        metadata=metadata,
+        adapter_name="check",
+        low_cpu_mem_usage=True,
     )
     seen: dict[str, Tensor] = {}
     strengths: dict[str, float] = {}
@@ -186,10 +192,16 @@ def _has_real_width(lora: LoraFile) -> bool:
     )
 
 
+def norm_of(down: Tensor, up: Tensor) -> Tensor:
+    """||B A|| in the Frobenius norm."""
+    return _norm(down.to(torch.float64).flatten(1), up.to(torch.float64).flatten(1))
+
+
 def _norm(down: Tensor, up: Tensor) -> Tensor:
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         return torch.tensor(float("inf"))
-    return torch.linalg.matrix_norm(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
+    size: Tensor = torch.linalg.matrix_norm(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
+    return size
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The safetensors container: bytes that depend on nothing but their content, written as a whole or not at all, read with distrust."""
+"""The safetensors container: the same bytes for the same content, written whole or not at all, read with distrust."""
 
 from __future__ import annotations
 
@@ -27,10 +27,22 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _WHOLE = {"I64", "I32", "I16", "I8", "U8"}
 _DISGUISES = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "download the file, for example with `git lfs pull`"),
-    (b"<!doctype", "a web page, not a safetensors file", "the download gave a page instead of the file: download it again"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file itself",
+        "download the file, for example with `git lfs pull`",
+    ),
+    (
+        b"<!doctype",
+        "a web page, not a safetensors file",
+        "the download gave a page instead of the file: download it again",
+    ),
     (b"<html", "a web page, not a safetensors file", "the download gave a page instead of the file: download it again"),
-    (b"pk\x03\x04", "a zip or .pt file, not a safetensors file", "convert it to safetensors with the tool that made it"),
+    (
+        b"pk\x03\x04",
+        "a zip or .pt file, not a safetensors file",
+        "convert it to safetensors with the tool that made it",
+    ),
     (b"\x80\x02", "a pickle, which is never opened", "convert it to safetensors with the tool that made it"),
     (b"\x80\x04", "a pickle, which is never opened", "convert it to safetensors with the tool that made it"),
     (b"gguf", "a GGUF file, not a safetensors file", None),
@@ -110,7 +122,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return load_file(path), metadata
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path}: damaged safetensors file ({_one_line(error)})", "download or copy it again") from error
+        raise ModelError(
+            f"{path}: damaged safetensors file ({_one_line(error)})", "download or copy it again"
+        ) from error
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -1,7 +1,7 @@
 """Reading anyone's LoRA: recognise dialect and family from the names, and bring all to the canonical layout.
 
-Known: kohya, diffusers (three generations), ComfyUI (`diffusion_model.`), OneTrainer (`lora_transformer_`), raw peft. What cannot be
-applied exactly (LoHa, LoKr, Tucker, DoRA and others) is refused by its name, never dropped.
+Known: kohya, diffusers (three generations), ComfyUI (`diffusion_model.`), OneTrainer (`lora_transformer_`), raw peft.
+What cannot be applied exactly (LoHa, LoKr, Tucker, DoRA and others) is refused by its name, never dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from emotrain.errors import ModelError
 from emotrain.lora import names
 from emotrain.lora.formats import halves_swap
 from emotrain.lora.fused import Pair, split, swap_halves
-from emotrain.lora.origin import Place, detect_family, peft_alpha
+from emotrain.lora.origin import TRANSFORMER_HEADS, UNET_HEADS, Place, detect_family, peft_alpha
 from emotrain.lora.originals import Group, dotted, family_of_original, from_original
 from emotrain.lora.targets import part_of
 
@@ -96,8 +96,8 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
     """Any known dialect -> canonical layout.
 
     Raises:
-        ModelError: another kind of network, no known key at all, unknown keys (unless `allow_partial`), a half without its
-            other half, shapes that do not fit, or an alpha that is not a positive number.
+        ModelError: another kind of network, no known key at all, unknown keys (unless `allow_partial`), a half without
+            its other half, shapes that do not fit, or an alpha that is not a positive number.
     """
     refuse_other_networks(tensors)
     halves, alphas, unknown = _sorted_by_place(tensors)
@@ -174,15 +174,12 @@ def _place(stem: str, *, old: bool) -> Place | None:
     for raw in ("base_model.model.", "transformer.base_model.model.", "unet.base_model.model."):
         path = path.removeprefix(raw)
     peft = path != stem
-    for prefix, part, dialect, underscores in _PREFIXES:
-        if path.startswith(prefix):
-            path = path.removeprefix(prefix)
-            path = dotted(path) if underscores else path
-            break
-    else:
-        part, dialect = "", "peft" if peft else "diffusers"
-        if "." not in path:
-            return None
+    known = next((row for row in _PREFIXES if path.startswith(row[0])), None)
+    if known is None and "." not in path:
+        return None
+    prefix, part, dialect, underscores = known or ("", "", "peft" if peft else "diffusers", False)
+    path = path.removeprefix(prefix)
+    path = dotted(path) if underscores else path
     if old:
         path = path.replace(".processor.", ".")
         head, _, last = path.rpartition(".")
@@ -210,13 +207,7 @@ def _group(place: Place, family: str) -> Group | None:
 
 
 def _is_diffusers_path(path: str, prefix: str) -> bool:
-    heads = {
-        "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
-        "transformer": (
-            "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "proj_out", "norm_out.", "time_text_embed.",
-        ),
-    }  # fmt: skip
-    return path.startswith(heads[prefix])
+    return path.startswith(UNET_HEADS if prefix == "unet" else TRANSFORMER_HEADS)
 
 
 def _alpha(place: Place, value: Tensor | None, down: Tensor, metadata: Mapping[str, str]) -> tuple[float, bool]:

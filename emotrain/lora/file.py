@@ -1,4 +1,4 @@
-"""LoRA files: written so that every reader applies them at the trained strength, read with distrust, checked after each save."""
+"""LoRA files: written so that every reader applies them at the trained strength, read with distrust, checked."""
 
 from __future__ import annotations
 
@@ -106,7 +106,10 @@ def file_tensors(
     if bad is not None:
         raise ModelError(f"`{bad}` has numbers that are not finite: no file is written")
     balanced = _balanced(own) if dtype == "fp16" else own
-    tensors = {key: _rounded(key, value, DTYPES[dtype]) for key, value in to_layout(balanced, own_alphas, family, layout).items()}
+    tensors = {
+        key: _rounded(key, value, DTYPES[dtype])
+        for key, value in to_layout(balanced, own_alphas, family, layout).items()
+    }
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
         raise ModelError(f"`{bad}` is too large for {dtype}", "save.dtype: fp32 or bf16 can hold it")
@@ -132,8 +135,8 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
         allow_partial: let keys pass that belong to no module of the family; they are listed in `ignored`.
 
     Raises:
-        ModelError: missing, not safetensors, damaged, another kind of network, of no known family, or with weights that are not
-            finite, not paired, or left over.
+        ModelError: missing, not safetensors, damaged, another kind of network, of no known family, or with weights that
+            are not finite, not paired, or left over.
     """
     path = Path(path)
     entries, _ = container.read_header(path)

@@ -1,7 +1,7 @@
 """The two layouts that we write: kohya (real alphas, original names) and diffusers (strength 1). Dict in, dict out.
 
-Why two: ComfyUI and A1111 ignore most of a diffusers-layout file of an SD or SDXL UNet, and diffusers ignores a kohya-layout file
-of SD3; each family's default is the one that all of them read at exactly the trained strength.
+Why two: ComfyUI and A1111 ignore most of a diffusers-layout file of an SD or SDXL UNet, and diffusers ignores a
+kohya-layout file of SD3; each family's default is the one that all of them read at exactly the trained strength.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def to_diffusers(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> di
 
 
 def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str) -> dict[str, Tensor]:
-    """kohya's names with `.alpha` scalars: SD on diffusers names, SDXL on SGM names, SD3 and FLUX fused as in the original.
+    """Kohya's names with `.alpha` scalars: SD on diffusers names, SDXL on SGM names, SD3 and FLUX fused as originally.
 
-    Within one part of a UNet file all modules get the same alpha (differences go into B): diffusers loses single attention
-    alphas when they differ.
+    Within one part of a UNet file all modules get the same alpha (differences go into B): diffusers loses single
+    attention alphas when they differ.
 
     Raises:
         ModelError: a module that the layout has no name for; nothing is left out silently.
@@ -81,7 +81,7 @@ def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float], family: s
 
 
 def _stems(own: Mapping[str, Pair], family: str) -> dict[str, Pair]:
-    """kohya's stem -> pair, fused where the original is."""
+    """Kohya's stem -> pair, fused where the original is."""
     stems: dict[str, Pair] = {}
     done: set[str] = set()
     for path, pair in own.items():
@@ -122,7 +122,7 @@ def _joined(group: Group, members: list[Pair | None]) -> Pair:
 
 
 def halves_swap(name: str, down: Tensor, up: Tensor) -> bool:
-    """Whether this modulation is a final one (2 x width: shift and scale alone), whose halves are the other way round."""
+    """Whether this modulation is a final one (2 x width: shift and scale alone), whose halves are swapped."""
     return name.startswith("final_layer") or up.shape[0] == 2 * down.shape[1]
 
 

@@ -1,6 +1,7 @@
 """q, k and v (and FLUX's mlp) as the one module that the original checkpoints have, and apart again: exact both ways.
 
-Apart -> fused: A stacked in rows, B block by block on the diagonal, alpha times the number of blocks, so that alpha / rank stays.
+Apart -> fused: A stacked in rows, B block by block on the diagonal, alpha times the number of blocks, so that
+alpha / rank stays.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def fuse(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
     if any(part.down.shape[1:] != first.down.shape[1:] for part in present):
         raise ModelError("q, k and v of one attention have inputs of different width")
     if any(part is not None and part.up.shape[0] != width for part, width in zip(parts, widths, strict=True)):
-        raise ModelError(f"outputs of {[p.up.shape[0] for p in present]} rows do not make a fused layer of {list(widths)}")
+        raise ModelError(
+            f"outputs of {[p.up.shape[0] for p in present]} rows do not make a fused layer of {list(widths)}"
+        )
     if len(present) == len(parts) and _one_down(present):
         return Pair(first.down, torch.cat([part.up for part in present]), first.alpha)
     if any(part.strength != first.strength for part in present):
@@ -111,12 +114,10 @@ def swap_halves(up: Tensor) -> Tensor:
 def _one_down(parts: Sequence[Pair]) -> bool:
     first = parts[0]
     return len(parts) > 1 and all(
-        part.rank == first.rank and part.alpha == first.alpha and torch.equal(part.down, first.down) for part in parts[1:]
+        part.rank == first.rank and part.alpha == first.alpha and torch.equal(part.down, first.down)
+        for part in parts[1:]
     )
 
 
 def _is_block_diagonal(ups: Sequence[Tensor], rank: int) -> bool:
-    for index, up in enumerate(ups):
-        if up[:, : index * rank].any() or up[:, (index + 1) * rank :].any():
-            return False
-    return True
+    return not any(up[:, : index * rank].any() or up[:, (index + 1) * rank :].any() for index, up in enumerate(ups))

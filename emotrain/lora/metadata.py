@@ -1,23 +1,139 @@
-"""The strings in a LoRA's header: what A1111, ComfyUI managers and model sites read, and emotrain's own record.
+"""The strings in a LoRA's header: what A1111, ComfyUI managers and model sites read, and our own.
 
-Strings only, nested values as JSON; no absolute path and no user name ever get in.
+Strings only, nested values as JSON. Absolute paths become their last part, so that neither a user
+name nor a folder of the machine gets out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
 from torch import Tensor
 
 from emotrain.lora import container
 
+_BASE_VERSIONS = {
+    "sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3", "flux": "flux1",
+}  # fmt: skip
+_ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1", "sd21": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base",
+    "sd3": "stable-diffusion-3-m", "flux": "flux-1-dev",
+    "sd35-medium": "stable-diffusion-3-5-medium", "sd35-large": "stable-diffusion-3-5-large",
+    "flux1-schnell": "flux-1-schnell",
+}  # fmt: skip
+_IMPLEMENTATIONS = {
+    "sdxl": "https://github.com/Stability-AI/generative-models",
+    "flux": "https://github.com/black-forest-labs/flux",
+}
+_ABSOLUTE = re.compile(r"^(?:file:|~|/|\\\\|[A-Za-z]:[\\/])")
+_HOMES = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:[\\/]Users[\\/])[^\s\"',;]*")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a LoRA file says of itself; everything but the family may be left out.
+
+    Attributes:
+        family: sd15, sd21, sdxl, sd3 or flux.
+        variant: of the base, as `sd35-large` or `flux1-schnell`.
+        name: the file's name without its end; web interfaces use it in prompts.
+        title: for people; the name where empty.
+        rank: of the LoRA.
+        alpha: of the LoRA; strength is alpha / rank.
+        network_args: further settings, such as targets and conv_rank.
+        base_name: the base model's file or folder name.
+        base_sha256: of the base model's file.
+        prediction: epsilon, v_prediction or flow.
+        trigger: the word that calls the LoRA.
+        tag_frequency: folder name -> tag -> how many pictures have it.
+        folders: folder name -> (repeats, pictures).
+        buckets: (width, height, pictures) each.
+        num_images: pictures trained on.
+        num_reg_images: pictures of regularisation folders among them.
+        resolution: (width, height) in pixels.
+        steps: optimizer steps behind these weights.
+        max_steps: the ceiling of the run.
+        epochs: passes over the pictures, whole or not.
+        micro_batch_size: pictures at once.
+        gradient_accumulation_steps: micro-batches per step.
+        seed: of the run.
+        optimizer: its name.
+        lr: the learning rate.
+        text_encoder: whether text encoders were trained.
+        dtype: of the base during training: bf16, fp16 or fp32.
+        min_snr_gamma: of the loss.
+        noise_offset: of the loss.
+        started_at: unix seconds.
+        finished_at: unix seconds.
+        preset: the whole preset.
+        dataset_sha256: digest of the data set.
+        parents: earlier LoRAs: kind, sha256, weight.
+        stop_reason: why the run ended.
+        best_step: the step of these weights, where the best was kept.
+        version: of emotrain.
+        extra: further `emotrain.*` values.
+    """
+
+    family: str
+    variant: str = ""
+    name: str = ""
+    title: str = ""
+    rank: int | None = None
+    alpha: float | None = None
+    network_args: Mapping[str, Any] = field(default_factory=dict)
+    base_name: str = ""
+    base_sha256: str = ""
+    prediction: str = ""
+    trigger: str | None = None
+    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    folders: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    buckets: Sequence[tuple[int, int, int]] = ()
+    num_images: int | None = None
+    num_reg_images: int | None = None
+    resolution: tuple[int, int] | None = None
+    steps: int | None = None
+    max_steps: int | None = None
+    epochs: float | None = None
+    micro_batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    seed: int | None = None
+    optimizer: str = ""
+    lr: float | None = None
+    text_encoder: bool = False
+    dtype: str = ""
+    min_snr_gamma: float | None = None
+    noise_offset: float | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    preset: Mapping[str, Any] | None = None
+    dataset_sha256: str = ""
+    parents: Sequence[Mapping[str, Any]] = ()
+    stop_reason: str = ""
+    best_step: int | None = None
+    version: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_metadata(about: About) -> dict[str, str]:
+    """The header of a LoRA file: `ss_*`, `modelspec.*` and `emotrain.*`, strings only, no path.
+
+    The hashes of the weights come in when the file is saved.
+    """
+    values = {**_kohya(about), **_modelspec(about), **_own(about)}
+    return {key: _text(value) for key, value in values.items() if value not in (None, "")}
+
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Add `sshs_model_hash` and `sshs_legacy_hash`, by which web interfaces recognise the weights.
 
-    The first is the sha256 of the tensors' bytes; the second the first 8 digits of the sha256 of 64 KiB at 1 MiB in a file that has
-    only the `ss_*` metadata.
+    The first is the sha256 of the tensors' bytes; the second the first 8 digits of the sha256 of
+    64 KiB at 1 MiB in a file that has only the `ss_*` metadata.
     """
     plain = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     whole, legacy = hashlib.sha256(), hashlib.sha256()
@@ -28,9 +144,141 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
         start, end = max(0x100000 - position, 0), max(0x110000 - position, 0)
         legacy.update(piece[start:end])
         position += len(piece)
+    hashes = {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    if "modelspec.architecture" in metadata:
+        hashes["modelspec.hash_sha256"] = f"0x{whole.hexdigest()}"
+    return {**metadata, "format": "pt", **hashes}
+
+
+def without_paths(value: Any) -> Any:
+    """The value with each absolute path in it cut down to its last part, through lists and dicts."""
+    if isinstance(value, Mapping):
+        return {without_paths(str(key)): without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if _ABSOLUTE.match(value) and "\n" not in value:
+        return _last_part(value)
+    return _HOMES.sub(lambda found: _last_part(found.group()), value)
+
+
+def _kohya(about: About) -> dict[str, Any]:
+    sizes = about.resolution or ()
+    batch, accumulation = about.micro_batch_size, about.gradient_accumulation_steps
+    total = None if batch is None else batch * (accumulation or 1)
     return {
-        **metadata,
-        "format": "pt",
-        "sshs_model_hash": whole.hexdigest(),
-        "sshs_legacy_hash": legacy.hexdigest()[:8],
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": about.rank,
+        "ss_network_alpha": about.alpha,
+        "ss_network_args": dict(about.network_args),
+        "ss_base_model_version": _BASE_VERSIONS[about.family],
+        "ss_v2": about.family == "sd21",
+        "ss_output_name": about.name,
+        "ss_sd_model_name": about.base_name,
+        "ss_sd_model_hash": about.base_sha256[:10],
+        "ss_new_sd_model_hash": about.base_sha256,
+        "ss_learning_rate": about.lr,
+        "ss_unet_lr": about.lr,
+        "ss_text_encoder_lr": about.lr if about.text_encoder else None,
+        "ss_optimizer": about.optimizer,
+        "ss_steps": about.steps,
+        "ss_max_train_steps": about.max_steps,
+        "ss_epoch": None if about.epochs is None else int(about.epochs),
+        "ss_num_epochs": None if about.epochs is None else -int(-about.epochs // 1),
+        "ss_num_train_images": about.num_images,
+        "ss_num_reg_images": about.num_reg_images,
+        "ss_batch_size_per_device": batch,
+        "ss_total_batch_size": total,
+        "ss_gradient_accumulation_steps": accumulation,
+        "ss_resolution": f"({sizes[0]}, {sizes[1]})" if sizes else None,
+        "ss_seed": about.seed,
+        "ss_mixed_precision": {"fp32": "no"}.get(about.dtype, about.dtype),
+        "ss_cache_latents": True,
+        "ss_min_snr_gamma": about.min_snr_gamma,
+        "ss_noise_offset": about.noise_offset or None,
+        "ss_tag_frequency": about.tag_frequency or None,
+        "ss_dataset_dirs": _folders(about),
+        "ss_bucket_info": _buckets(about),
+        "ss_training_started_at": about.started_at,
+        "ss_training_finished_at": about.finished_at,
+        "ss_session_id": _session(about),
+        "ss_training_comment": f"trigger: {about.trigger}" if about.trigger else None,
     }
+
+
+def _modelspec(about: About) -> dict[str, Any]:
+    base = _ARCHITECTURES.get(about.variant, _ARCHITECTURES[about.family])
+    moment = about.finished_at
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(about.prediction)
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{base}/lora",
+        "modelspec.implementation": _IMPLEMENTATIONS.get(about.family, "diffusers"),
+        "modelspec.title": about.title or about.name or "LoRA",
+        "modelspec.resolution": "x".join(map(str, about.resolution)) if about.resolution else None,
+        "modelspec.date": _date(moment),
+        "modelspec.trigger_phrase": about.trigger,
+        "modelspec.prediction_type": prediction,
+    }
+
+
+def _own(about: About) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "version": about.version,
+        "family": about.family,
+        "variant": about.variant,
+        "preset": about.preset,
+        "dataset_sha256": about.dataset_sha256,
+        "parents": list(about.parents) or None,
+        "stop_reason": about.stop_reason,
+        "best_step": about.best_step,
+        "step": about.steps,
+        **about.extra,
+    }
+    return {f"emotrain.{key}": value for key, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    clean = without_paths(value)
+    if isinstance(clean, str):
+        return clean
+    if isinstance(clean, bool):
+        return str(clean)  # "True", as A1111 compares it
+    if isinstance(clean, float) and clean.is_integer() and abs(clean) < 1e15:
+        return str(clean) if abs(clean) < 1e6 else str(int(clean))
+    return json.dumps(clean, ensure_ascii=False, sort_keys=True)
+
+
+def _folders(about: About) -> dict[str, dict[str, int]] | None:
+    return {
+        name: {"n_repeats": repeats, "img_count": count} for name, (repeats, count) in about.folders.items()
+    } or None
+
+
+def _buckets(about: About) -> dict[str, Any] | None:
+    if not about.buckets:
+        return None
+    listed = {
+        str(number): {"resolution": [width, height], "count": count}
+        for number, (width, height, count) in enumerate(about.buckets)
+    }
+    return {"buckets": listed}
+
+
+def _session(about: About) -> int | None:
+    """A number for the run that is the same for the same run."""
+    if about.started_at is None:
+        return None
+    text = f"{about.started_at} {about.seed} {about.name} {about.dataset_sha256}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def _date(moment: float | None) -> str | None:
+    if moment is None:
+        return None
+    return datetime.fromtimestamp(int(moment), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1].lstrip("~") or "folder"

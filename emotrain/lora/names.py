@@ -1,7 +1,7 @@
 """Canonical names: "<part>.<path in diffusers>.lora_A.weight", whatever a library calls its modules at run time.
 
-Parts are unet, transformer, text_encoder, text_encoder_2 and text_encoder_3. CLIP paths always carry `text_model.`, as files do
-everywhere: transformers 5 dropped it from `CLIPTextModel` and kept it in `CLIPTextModelWithProjection`.
+Parts are unet, transformer, text_encoder, text_encoder_2 and text_encoder_3. CLIP paths always carry `text_model.`,
+as files do everywhere: transformers 5 dropped it from `CLIPTextModel` and kept it in `CLIPTextModelWithProjection`.
 """
 
 from __future__ import annotations
@@ -62,15 +62,22 @@ def modules(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         if down is None or up is None:
             if path in state:
                 raise ModelError(f"`{path}` is not a LoRA tensor")
-            raise ModelError(f"`{path}` has only one half, {'A' if up is None else 'B'} without {'B' if up is None else 'A'}")
-        if down.ndim not in (2, 4) or up.ndim not in (2, 4) or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
+            raise ModelError(
+                f"`{path}` has only one half, {'A' if up is None else 'B'} without {'B' if up is None else 'A'}"
+            )
+        if (
+            down.ndim not in (2, 4)
+            or up.ndim not in (2, 4)
+            or down.shape[0] != up.shape[1]
+            or 0 in (*down.shape, *up.shape)
+        ):
             raise ModelError(f"the halves of `{path}` do not fit: A is {tuple(down.shape)}, B is {tuple(up.shape)}")
         found[path] = (down, up)
     return found
 
 
 def as_layer(down: Tensor, up: Tensor, *, is_conv: bool) -> tuple[Tensor, Tensor]:
-    """Bring A and B to the dimensions of a Linear or a convolution: 1x1 kernels come as 2-D or 4-D, meaning the same."""
+    """Bring A and B to the dimensions of a Linear or a convolution: 1x1 kernels come as 2-D or 4-D alike."""
     if is_conv:
         down = down if down.ndim == 4 else down[:, :, None, None]
         up = up if up.ndim == 4 else up[:, :, None, None]

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from emotrain.errors import ModelError
 from emotrain.lora.originals import family_of_original
-from emotrain.lora.targets import TRANSFORMER_FAMILIES, UNET_FAMILIES, part_of
+from emotrain.lora.targets import TRANSFORMER_FAMILIES, UNET_FAMILIES
 
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # of attn2.to_k in a UNet: the text encoders' outputs
-_UNET_HEADS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+UNET_HEADS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+TRANSFORMER_HEADS = (
+    "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "proj_out", "norm_out.",
+    "time_text_embed.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def detect_family(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mappin
         origin = family_of_original(path)
         if origin in TRANSFORMER_FAMILIES:
             return origin
-    if any(path.startswith(_UNET_HEADS) or family_of_original(path) == "unet" for path in paths):
+    if any(path.startswith(UNET_HEADS) or family_of_original(path) == "unet" for path in paths):
         return _unet_family(halves, metadata)
     return _transformer_family(halves, metadata)
 
@@ -61,9 +65,9 @@ def stated_family(metadata: Mapping[str, str]) -> str | None:
         return own
     told = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
     for word, family in (
-        ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"), ("flux", "flux"), ("sd3", "sd3"), ("stable-diffusion-3", "sd3"),
-        ("sd_v2", "sd21"), ("stable-diffusion-v2", "sd21"), ("sd_v1", "sd15"), ("sd_1.5", "sd15"),
-        ("stable-diffusion-v1", "sd15"),
+        ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"), ("flux", "flux"), ("sd3", "sd3"),
+        ("stable-diffusion-3", "sd3"), ("sd_v2", "sd21"), ("stable-diffusion-v2", "sd21"), ("sd_v1", "sd15"),
+        ("sd_1.5", "sd15"), ("stable-diffusion-v1", "sd15"),
     ):  # fmt: skip
         if word in told:
             return "sd21" if family == "sd15" and metadata.get("ss_v2") == "True" else family
@@ -138,7 +142,9 @@ def _transformer_family(halves: Mapping[Place, Mapping[str, Tensor]], metadata: 
     widths = {
         int(found["down"].shape[1])
         for place, found in halves.items()
-        if place.path.endswith((".to_q", ".to_k", ".to_v", ".add_q_proj")) and "down" in found and found["down"].ndim > 1
+        if place.path.endswith((".to_q", ".to_k", ".to_v", ".add_q_proj"))
+        and "down" in found
+        and found["down"].ndim > 1
     }
     return "flux" if 3072 in widths else "sd3"
 
@@ -151,6 +157,3 @@ def _text_only(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping[s
         return "sdxl"
     widths = {int(found["down"].shape[1]) for found in halves.values() if "down" in found and found["down"].ndim > 1}
     return "sd21" if 1024 in widths else "sd15"
-
-
-__all__ = ["Place", "detect_family", "part_of", "peft_alpha", "require_family", "stated_family"]

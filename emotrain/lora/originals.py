@@ -15,7 +15,7 @@ _ADD_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 @dataclass(frozen=True)
 class Group:
-    """One original module: its dotted name, diffusers' modules in the order of its output rows, and whether halves swap."""
+    """One original module: its dotted name, diffusers' modules in the order of its output rows, if halves swap."""
 
     name: str
     parts: tuple[str, ...]
@@ -74,7 +74,12 @@ _SD3: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 _TABLES = {"flux": _FLUX, "sd3": _SD3}
 
-_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 _TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -89,7 +94,7 @@ _SD3_HEADS = ("joint_blocks.", "t_embedder.", "y_embedder.")
 
 
 def group_of(path: str, family: str) -> Group | None:
-    """The original module that a diffusers path of a transformer belongs to; None where the original has no such layer."""
+    """The original module that a diffusers path of a transformer belongs to; None where there is no such layer."""
     for original, parts in _TABLES[family]:
         for part in parts:
             if found := _rule(part).fullmatch(path):
@@ -101,8 +106,8 @@ def group_of(path: str, family: str) -> Group | None:
 def from_original(path: str, family: str) -> Group | None:
     """The group of a dotted original name; None where it is not one."""
     if family not in _TABLES:
-        parts = from_sgm(path)
-        return None if parts is None else Group(path, (parts,))
+        ours = from_sgm(path)
+        return None if ours is None else Group(path, (ours,))
     for original, parts in _TABLES[family]:
         if found := _rule(original).fullmatch(path):
             return _filled(original, parts, found.group(1) if found.groups() else "")
@@ -189,16 +194,16 @@ def _rule(template: str) -> re.Pattern[str]:
 
 _WORDS = (
     # diffusers
-    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "single_transformer_blocks", "to_q", "to_k", "to_v",
-    "to_out", "to_add_out", "add_q_proj", "add_k_proj", "add_v_proj", "proj_in", "proj_out", "proj_mlp", "time_emb_proj",
-    "conv_shortcut", "conv_in", "conv_out", "time_embedding", "add_embedding", "linear_1", "linear_2", "ff_context",
-    "norm1_context", "norm_out", "context_embedder", "x_embedder", "time_text_embed", "timestep_embedder", "text_embedder",
-    "guidance_embedder",
+    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "single_transformer_blocks", "to_q", "to_k",
+    "to_v", "to_out", "to_add_out", "add_q_proj", "add_k_proj", "add_v_proj", "proj_in", "proj_out", "proj_mlp",
+    "time_emb_proj", "conv_shortcut", "conv_in", "conv_out", "time_embedding", "add_embedding", "linear_1",
+    "linear_2", "ff_context", "norm1_context", "norm_out", "context_embedder", "x_embedder", "time_text_embed",
+    "timestep_embedder", "text_embedder", "guidance_embedder",
     # originals
-    "input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers", "skip_connection", "time_embed",
-    "label_emb", "double_blocks", "single_blocks", "joint_blocks", "x_block", "context_block", "img_attn", "txt_attn",
-    "img_mlp", "txt_mlp", "img_mod", "txt_mod", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "in_layer",
-    "out_layer", "final_layer", "adaLN_modulation", "t_embedder", "y_embedder",
+    "input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers", "skip_connection",
+    "time_embed", "label_emb", "double_blocks", "single_blocks", "joint_blocks", "x_block", "context_block",
+    "img_attn", "txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "img_in", "txt_in", "time_in", "vector_in",
+    "guidance_in", "in_layer", "out_layer", "final_layer", "adaLN_modulation", "t_embedder", "y_embedder",
     # text encoders
     "text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
 )  # fmt: skip

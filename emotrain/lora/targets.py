@@ -55,19 +55,26 @@ _FLUX = {
         r"single_transformer_blocks\.\d+\.norm\.linear",
     ),
 }
-_CLIP = {
+_CLIP: dict[str, tuple[str, ...]] = {
     "attn": (r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.(?:[qkv]|out)_proj",),
     "mlp": (r"(?:text_model\.)?encoder\.layers\.\d+\.mlp\.fc[12]",),
     "rest": (),
 }
-_SETS = {"sd15": _UNET, "sd21": _UNET, "sdxl": _UNET, "sd3": _SD3, "flux": _FLUX, "clip": _CLIP}
+_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "sd15": _UNET,
+    "sd21": _UNET,
+    "sdxl": _UNET,
+    "sd3": _SD3,
+    "flux": _FLUX,
+    "clip": _CLIP,
+}
 _MEMBERS = {"attn": ("attn",), "attn-mlp": ("attn", "mlp"), "all": ("attn", "mlp", "rest")}
 
 
 def patterns(targets: Targets, family: str) -> tuple[str, ...]:
-    """The regular expressions of a named set, or the given ones made to match whole path segments.
+    r"""The regular expressions of a named set, or the given ones made to match whole path segments.
 
-    A pattern of the user's may leave out the path's beginning (`attn2\\.to_k`, `to_out\\.0`), never cut a segment in two.
+    A pattern of the user's may leave out the path's beginning (`attn2\.to_k`, `to_out\.0`), never cut a segment in two.
 
     Args:
         targets: `attn`, `attn-mlp`, `all`, or regular expressions of module paths.
@@ -119,7 +126,7 @@ def ranks_of(
     conv_rank: int = 0,
     rank_pattern: dict[str, int] | None = None,
 ) -> dict[str, int]:
-    """Rank per module: `rank_pattern` first (the last match counts), then `conv_rank` for 3x3 convolutions, then `rank`.
+    """Rank per module: `rank_pattern` first (the last match counts), then `conv_rank` for 3x3 kernels, then `rank`.
 
     Raises:
         ConfigError: a rank above what any of the layers can hold, or a pattern that matches none of them.

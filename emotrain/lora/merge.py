@@ -1,0 +1,135 @@
+"""Several LoRAs as one: exact by concatenation, or brought to a rank by SVD with its error said.
+
+sum_k w_k s_k B_k A_k = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...], s = alpha / rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from emotrain.errors import ConfigError, ModelError
+from emotrain.lora import names
+from emotrain.lora.formats import pairs
+
+if TYPE_CHECKING:
+    from emotrain.lora.file import LoraFile
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One LoRA out of several.
+
+    Attributes:
+        state: canonical names, float32.
+        alphas: canonical module path -> alpha (its rank: strength 1).
+        family: of all of them.
+        error: ||merged - exact|| / ||exact|| over all modules; 0 without SVD.
+        worst: the module with the largest error of its own, and that error.
+    """
+
+    state: dict[str, Tensor]
+    alphas: dict[str, float]
+    family: str
+    error: float = 0.0
+    worst: tuple[str, float] = ("", 0.0)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module path -> rank."""
+        return {path: int(alpha) for path, alpha in self.alphas.items()}
+
+
+def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -> Merged:
+    """The weighted sum of LoRAs as one LoRA.
+
+    Args:
+        loras: (file, weight) each; weights may be negative, and a file may come twice.
+        rank: bring each module down to this rank (Eckart and Young: the nearest of that rank).
+
+    Raises:
+        ConfigError: no LoRA, a weight that is not finite, or a rank below 1.
+        ModelError: LoRAs for different families, or one module with different shapes.
+    """
+    if not loras:
+        raise ConfigError("there is no LoRA to merge")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank is {rank}, it must be at least 1")
+    first = loras[0][0]
+    downs: dict[str, list[Tensor]] = {}
+    ups: dict[str, list[Tensor]] = {}
+    for lora, weight in loras:
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight of {lora.path} is {weight}")
+        if lora.family != first.family:
+            raise ModelError(f"{first.path} is a LoRA for {first.family}, {lora.path} is one for {lora.family}")
+        for path, pair in pairs(lora.state, lora.alphas).items():
+            down, up = names.as_layer(pair.down, pair.up, is_conv=False)
+            known = downs.get(path)
+            if known and (known[0].shape[1:], ups[path][0].shape[0]) != (down.shape[1:], up.shape[0]):
+                raise ModelError(f"{lora.path}: `{path}` has another shape than in {first.path}")
+            downs.setdefault(path, []).append(down)
+            ups.setdefault(path, []).append(up * (weight * pair.strength))
+    exact = {path: (torch.cat(downs[path]), torch.cat(ups[path], dim=1)) for path in downs}
+    return _as_merged(exact, first.family) if rank is None else _reduced(exact, first.family, rank)
+
+
+def resize(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The nearest pair of a smaller rank (Eckart and Young 1936), by SVD of the thin factors.
+
+    Args:
+        down: A [rank, in, ...].
+        up: B [out, rank, ...].
+        rank: of the result; a pair that has no more is returned as it is.
+
+    Returns:
+        A, B, ||B A||, and the norm of what was cut off.
+    """
+    flat_down, flat_up = down.to(torch.float64).flatten(1), up.to(torch.float64).flatten(1)
+    q_up, r_up = torch.linalg.qr(flat_up)
+    q_down, r_down = torch.linalg.qr(flat_down.T)
+    u, s, v = torch.linalg.svd(r_up @ r_down.T)
+    size = float(torch.linalg.vector_norm(s))
+    if down.shape[0] <= rank:
+        return down, up, size, 0.0
+    root = s[:rank].sqrt()
+    small_up = (q_up @ u[:, :rank]) * root
+    small_down = root[:, None] * (v[:rank] @ q_down.T)
+    return (
+        small_down.to(down.dtype).reshape(-1, *down.shape[1:]),
+        small_up.to(up.dtype).reshape(up.shape[0], -1, *up.shape[2:]),
+        size,
+        float(torch.linalg.vector_norm(s[rank:])),
+    )
+
+
+def _reduced(exact: dict[str, tuple[Tensor, Tensor]], family: str, rank: int) -> Merged:
+    whole, lost = 0.0, 0.0
+    worst = ("", 0.0)
+    reduced = {}
+    for path, (down, up) in exact.items():
+        small_down, small_up, size, error = resize(down, up, rank)
+        reduced[path] = (small_down, small_up)
+        whole, lost = whole + size**2, lost + error**2
+        if size > 0.0 and error / size > worst[1]:
+            worst = (path, error / size)
+    error = math.sqrt(lost / whole) if whole else 0.0
+    return _as_merged(reduced, family, error, worst)
+
+
+def _as_merged(
+    modules: dict[str, tuple[Tensor, Tensor]],
+    family: str,
+    error: float = 0.0,
+    worst: tuple[str, float] = ("", 0.0),
+) -> Merged:
+    state: dict[str, Tensor] = {}
+    for path, (down, up) in modules.items():
+        state[path + names.DOWN], state[path + names.UP] = down, up
+    alphas = {path: float(down.shape[0]) for path, (down, _) in modules.items()}
+    return Merged(state, alphas, family, error, worst)

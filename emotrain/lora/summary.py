@@ -1,0 +1,93 @@
+"""What is in a LoRA file, as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.lora import names
+from emotrain.lora.check import norm_of
+from emotrain.lora.file import LoraFile
+from emotrain.lora.formats import pairs
+
+_BLOCK = re.compile(
+    r"(?:down_blocks|up_blocks)\.\d+\.\w+\.\d+|mid_block|(?:single_)?transformer_blocks\.\d+"
+    r"|text_model\.encoder\.layers\.\d+"
+)
+
+
+def summarise(lora: LoraFile) -> dict[str, Any]:
+    """Everything `lora inspect` shows: JSON-able, and no absolute path.
+
+    `blocks` holds the Frobenius norm of the update (alpha / rank B A, all modules of a block
+    together), so that an untrained or a runaway block shows.
+    """
+    own = pairs(lora.state, lora.alphas)
+    ranks = Counter(pair.rank for pair in own.values())
+    squares: dict[str, float] = {}
+    silent = 0
+    for path, pair in own.items():
+        size = float(norm_of(pair.down, pair.up)) * pair.strength
+        silent += size == 0.0
+        block = _block(path)
+        squares[block] = squares.get(block, 0.0) + size**2
+    return {
+        "file": lora.path.name,
+        "sha256": lora.sha256,
+        "size_bytes": lora.path.stat().st_size,
+        "format": lora.format,
+        "family": lora.family,
+        "dtype": lora.dtype,
+        "modules": len(own),
+        "parts": dict(Counter(path.split(".", 1)[0] for path in own)),
+        "parameters": sum(pair.down.numel() + pair.up.numel() for pair in own.values()),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "alphas": _counted(pair.alpha for pair in own.values()),
+        "strengths": _counted(pair.strength for pair in own.values()),
+        "zero_modules": silent,
+        "norm": math.sqrt(sum(squares.values())),
+        "blocks": {block: math.sqrt(square) for block, square in squares.items()},
+        "notes": list(lora.notes),
+        "ignored": list(lora.ignored),
+        "parents": parents_of(lora.metadata),
+        "metadata": dict(sorted(lora.metadata.items())),
+    }
+
+
+def parents_of(metadata: dict[str, str]) -> list[Any]:
+    """The earlier LoRAs that the file names, newest first as written; empty where there are none."""
+    try:
+        parents = json.loads(metadata.get("emotrain.parents", "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return parents if isinstance(parents, list) else []
+
+
+def trigger_of(metadata: dict[str, str]) -> str | None:
+    """The word that calls the LoRA, where the file says so."""
+    return metadata.get("modelspec.trigger_phrase") or None
+
+
+def narrowest_dtype(tensors: dict[str, Tensor], wished: str) -> str:
+    """`wished` where it holds every number exactly, else fp32."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(wished)
+    if dtype is None:
+        return "fp32"
+    exact = all(torch.equal(t.to(dtype).to(torch.float32), t) for t in tensors.values())
+    return wished if exact else "fp32"
+
+
+def _block(path: str) -> str:
+    part = names.part_of_key(path)
+    found = _BLOCK.search(path)
+    return f"{part}.{found.group()}" if found else path
+
+
+def _counted(values: Any) -> dict[str, int]:
+    return {f"{value:g}": count for value, count in sorted(Counter(values).items())}
