@@ -112,9 +112,7 @@ def betas_of(scheduler_config: Mapping[str, Any]) -> Tensor:
         edge = torch.linspace(0, 1, count + 1, dtype=torch.float64)
         level = torch.cos((edge + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - level[1:] / level[:-1]).clamp(max=0.999).float()
-    raise ModelError(
-        f"the model's scheduler has the beta schedule `{kind}`, which is not known here"
-    )
+    raise ModelError(f"the model's scheduler has the beta schedule `{kind}`, which is not known here")
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -154,9 +152,7 @@ class DiffusionObjective:
 
     def noise(self, latents: Tensor, generator_noise: Tensor) -> Tensor:
         """See `Objective.noise`."""
-        return (
-            add_offset(generator_noise, self.noise_offset) if self.noise_offset else generator_noise
-        )
+        return add_offset(generator_noise, self.noise_offset) if self.noise_offset else generator_noise
 
     def _mix(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at `timesteps`, each [B, 1, 1, 1]."""
@@ -262,20 +258,14 @@ def build_objective(
         raise ValueError(f"timesteps must be auto, uniform or logit-normal, got {timesteps!r}")
     if prediction == "flow":
         if min_snr_gamma is not None or noise_offset:
-            raise ValueError(
-                "min_snr_gamma and noise_offset are for diffusion models, not for flow models"
-            )
+            raise ValueError("min_snr_gamma and noise_offset are for diffusion models, not for flow models")
         density: Density = "uniform" if timesteps == "uniform" else "logit-normal"
-        return FlowObjective(
-            dict(scheduler_config), density, None if shift == "auto" else float(shift)
-        )
+        return FlowObjective(dict(scheduler_config), density, None if shift == "auto" else float(shift))
     if shift != "auto":
         raise ValueError("shift is for flow models, not for diffusion models")
     betas = betas_of(scheduler_config)
     if scheduler_config.get("rescale_betas_zero_snr", False):
-        if (
-            prediction == "epsilon"
-        ):  # at pure noise epsilon says nothing about the picture: Lin et al. 2024, 3.2
+        if prediction == "epsilon":  # at pure noise epsilon says nothing about the picture: Lin et al. 2024, 3.2
             raise ModelError(
                 "the model's scheduler asks for zero terminal SNR, which cannot be had with epsilon prediction"
             )

@@ -33,9 +33,7 @@ TIMES = torch.tensor([0.0, 1.0, 250.0, 500.0, 998.0, 999.0])
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(6, 4, 5, 7, generator=generator), torch.randn(
-        6, 4, 5, 7, generator=generator
-    )
+    return torch.randn(6, 4, 5, 7, generator=generator), torch.randn(6, 4, 5, 7, generator=generator)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -47,9 +45,7 @@ def test_noise_and_velocity_are_the_schedulers_own(schedule: str, zero_snr: bool
     scheduler = DDPMScheduler(**config, prediction_type="v_prediction")
     objective = build_objective("v_prediction", config)
     latents, noise = pair()
-    near = (
-        5e-5 if schedule == "squaredcos_cap_v2" else 1e-6
-    )  # its betas reach 0.999: float32 rounding counts
+    near = 5e-5 if schedule == "squaredcos_cap_v2" else 1e-6  # its betas reach 0.999: float32 rounding counts
     noisy = objective.add_noise(latents, noise, TIMES)
     assert torch.allclose(noisy, scheduler.add_noise(latents, noise, TIMES.long()), atol=near)
     velocity = objective.target(latents, noise, TIMES)
@@ -105,9 +101,7 @@ def test_min_snr_weight_is_the_papers(prediction: str) -> None:
 
 
 def test_min_snr_weight_is_finite_at_zero_terminal_snr() -> None:
-    objective = build_objective(
-        "v_prediction", {**SD, "rescale_betas_zero_snr": True}, min_snr_gamma=5.0
-    )
+    objective = build_objective("v_prediction", {**SD, "rescale_betas_zero_snr": True}, min_snr_gamma=5.0)
     weight = objective.weight(TIMES)
     assert torch.isfinite(weight).all()
     assert weight[-1] == 0
@@ -152,9 +146,7 @@ def test_logit_normal_quantiles_are_those_of_the_normal() -> None:
 
     u = even(101)
     expected = [1 / (1 + math.exp(-NormalDist().inv_cdf(float(x)))) for x in u]
-    assert torch.allclose(
-        quantile(u, "logit-normal"), torch.tensor(expected, dtype=torch.float64), atol=1e-9
-    )
+    assert torch.allclose(quantile(u, "logit-normal"), torch.tensor(expected, dtype=torch.float64), atol=1e-9)
 
 
 def test_shift_is_the_papers_and_the_samplers() -> None:
@@ -190,9 +182,7 @@ def test_flow_timesteps_stay_inside_and_shift_moves_them_to_the_noise() -> None:
     assert 0 < edges[0] <= edges[1] <= 1
 
 
-@pytest.mark.parametrize(
-    ("prediction", "config"), [("epsilon", SD), ("v_prediction", SD), ("flow", DEV)]
-)
+@pytest.mark.parametrize(("prediction", "config"), [("epsilon", SD), ("v_prediction", SD), ("flow", DEV)])
 def test_timesteps_and_positions_rise_with_u(prediction: str, config: dict[str, Any]) -> None:
     for density in ("uniform", "logit-normal"):
         objective = build_objective(prediction, config, timesteps=density)

@@ -10,9 +10,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, device, dtype, nn
 
-TextEmbeds = dict[
-    str, Tensor
-]  # "prompt_embeds" [B, S, D]; "pooled_prompt_embeds" [B, D] where the family has them
+TextEmbeds = dict[str, Tensor]  # "prompt_embeds" [B, S, D]; "pooled_prompt_embeds" [B, D] where the family has them
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,7 @@ class Family(Protocol):
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
         """Texts -> embeddings on the CPU in float32, one row per text; fixed token counts, so that rows can be stacked."""
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
-    ) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, float32 [B, C, H, W].
 
         `timesteps` float32 [B]: SD 0..999 (whole numbers); flow models sigma in 0..1.

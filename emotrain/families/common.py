@@ -8,22 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
+from emotrain.families.memory import MemoryPlan
+from emotrain.families.offload import move_rest
 
-SAMPLED_VALUES = (
-    65_536  # per tensor, evenly spread: enough to notice any retrained or merged tensor
-)
+SAMPLED_VALUES = 65_536  # per tensor, evenly spread: enough to notice any retrained or merged tensor
 
 
 @dataclass
 class Parts:
-    """The pieces of a model as loaded; `placement` is what was decided about memory, in one sentence."""
+    """The pieces of a model as loaded; `memory` is what was decided to fit into the GPU."""
 
     name: str
     variant: str
@@ -34,8 +34,7 @@ class Parts:
     scheduler: Any
     device: torch.device
     dtype: torch.dtype
-    placement: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
 
 
 def digest_module(module: nn.Module, extra: Any) -> str:
@@ -70,8 +69,9 @@ class LoadedFamily(ABC):
         self.scheduler_config: dict[str, Any] = dict(parts.scheduler.config)
         self.device = parts.device
         self.dtype = parts.dtype
-        self.placement = parts.placement
-        self.facts = parts.facts
+        self.memory = parts.memory
+        self.placement = parts.memory.sentence if parts.memory else ""
+        self._waiting: frozenset[nn.Module] | None = None  # see `let_denoiser_wait`
         config = parts.vae.config
         self.vae_scale = 2 ** (len(config.block_out_channels) - 1)
         self.latent_scale = float(config.scaling_factor)
@@ -130,15 +130,12 @@ class LoadedFamily(ABC):
     # ------------------------------------------------------------ the denoiser
 
     @abstractmethod
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
-    ) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, float32 [B, C, H, W]; see `Family.predict`."""
 
-    def _inputs(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds
-    ) -> tuple[Tensor, Tensor, TextEmbeds]:
+    def _inputs(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds) -> tuple[Tensor, Tensor, TextEmbeds]:
         """To the device; latents and embeddings in the denoiser's dtype, timesteps in float32."""
+        self.place_denoiser()
         moved = {key: value.to(self.device, self.dtype) for key, value in text.items()}
         return (
             noisy_latents.to(self.device, self.dtype),
@@ -147,6 +144,25 @@ class LoadedFamily(ABC):
         )
 
     # ------------------------------------------------------------ memory
+
+    def let_denoiser_wait(self, stay: frozenset[nn.Module] = frozenset()) -> None:
+        """`place_denoiser` has still to move the denoiser, but not the weights of layers in `stay`."""
+        self._waiting = stay
+
+    def place_denoiser(self) -> None:
+        """Move the denoiser and its LoRA to the device, and encoders in its way to the CPU.
+
+        Does something once, and only where not everything fits onto the GPU; `predict` calls it
+        too. Call it after the data set is encoded and before an optimizer looks at the parameters.
+        """
+        if self._waiting is None:
+            return
+        stay, self._waiting = self._waiting, None
+        for part in self.text_encoders:
+            part.encoder.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        move_rest(self.denoiser, stay, self.device)
 
     def free_encoders(self) -> None:
         """Let go of the text encoders and of the VAE's encoder half; identities are kept."""
@@ -158,6 +174,7 @@ class LoadedFamily(ABC):
             self.vae.quant_conv = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.place_denoiser()
 
     # ------------------------------------------------------------ identities
 
@@ -186,9 +203,7 @@ class LoadedFamily(ABC):
         """A diffusers pipeline around the live modules; freed encoders are None in it."""
 
     @abstractmethod
-    def pipeline_words(
-        self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None
-    ) -> dict[str, Any]:
+    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Arguments of the pipeline's call for these embeddings; `guidance` None is the model's usual one."""
 
     def unpack_sampled(self, latents: Tensor, width: int, height: int) -> Tensor:

@@ -20,11 +20,7 @@ TRAINING_GUIDANCE = 1.0  # the dev model is distilled; at 1.0 its own prediction
 def pack(latents: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, H/2 * W/2, 4C]: each 2x2 patch becomes a token."""
     b, c, h, w = latents.shape
-    return (
-        latents.reshape(b, c, h // 2, 2, w // 2, 2)
-        .permute(0, 2, 4, 1, 3, 5)
-        .reshape(b, h // 2 * (w // 2), 4 * c)
-    )
+    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -50,9 +46,7 @@ class Flux(LoadedFamily):
         clip, t5 = self.text_encoders
         return {
             "prompt_embeds": t5.encoder(ids_of(t5, texts), output_hidden_states=False)[0],
-            "pooled_prompt_embeds": clip.encoder(
-                ids_of(clip, texts), output_hidden_states=False
-            ).pooler_output,
+            "pooled_prompt_embeds": clip.encoder(ids_of(clip, texts), output_hidden_states=False).pooler_output,
         }
 
     @torch.no_grad()
@@ -60,26 +54,18 @@ class Flux(LoadedFamily):
         """prompt_embeds float32 [B, S, D] and pooled_prompt_embeds float32 [B, D] on the CPU."""
         return self.to_rows(self.encode_with_grad(texts))
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
-    ) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]; `timesteps` are sigmas, the transformer multiplies them by 1000 itself."""
         latents, sigmas, text = self._inputs(noisy_latents, timesteps, text)
         height, width = latents.shape[-2:]
-        guidance = (
-            torch.full_like(sigmas, TRAINING_GUIDANCE)
-            if self.denoiser.config.guidance_embeds
-            else None
-        )
+        guidance = torch.full_like(sigmas, TRAINING_GUIDANCE) if self.denoiser.config.guidance_embeds else None
         output = self.denoiser(
             hidden_states=pack(latents),
             timestep=sigmas.to(self.dtype),
             guidance=guidance,
             pooled_projections=text["pooled_prompt_embeds"],
             encoder_hidden_states=text["prompt_embeds"],
-            txt_ids=torch.zeros(
-                text["prompt_embeds"].shape[1], 3, device=latents.device, dtype=latents.dtype
-            ),
+            txt_ids=torch.zeros(text["prompt_embeds"].shape[1], 3, device=latents.device, dtype=latents.dtype),
             img_ids=image_ids(height, width, latents),
         )
         return unpack(output.sample, height, width).float()
@@ -92,9 +78,7 @@ class Flux(LoadedFamily):
         built |= self.encoder_words("text_encoder", "text_encoder_2")
         return FluxPipeline(**{**built, **parts})
 
-    def pipeline_words(
-        self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None
-    ) -> dict[str, Any]:
+    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """dev: guidance goes into its embedding. Others: true classifier-free guidance, where any is asked for."""
         words: dict[str, Any] = {
             "prompt_embeds": text["prompt_embeds"],

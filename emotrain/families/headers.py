@@ -94,9 +94,7 @@ def read_header(path: Path) -> Header:
     try:
         entries: dict[str, Any] = json.loads(raw)
         metadata = {str(k): str(v) for k, v in (entries.pop("__metadata__", None) or {}).items()}
-        shapes = {
-            name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()
-        }
+        shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
         dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -116,9 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: missing, a pointer or web page, or not a JSON object.
     """
     if not path.is_file():
-        raise ModelError(
-            f"`{path}` is missing", "the model's folder is not complete; download it again"
-        )
+        raise ModelError(f"`{path}` is missing", "the model's folder is not complete; download it again")
     text = path.read_text(encoding="utf-8", errors="replace")
     if text.startswith("version https://git-lfs"):
         raise ModelError(
@@ -128,11 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(text)
     except ValueError as error:
-        raise ModelError(
-            f"`{path}` is not valid JSON", "the download is damaged; download it again"
-        ) from error
+        raise ModelError(f"`{path}` is not valid JSON", "the download is damaged; download it again") from error
     if not isinstance(loaded, dict):
-        raise ModelError(
-            f"`{path}` is not a JSON object", "the download is damaged; download it again"
-        )
+        raise ModelError(f"`{path}` is not a JSON object", "the download is damaged; download it again")
     return loaded

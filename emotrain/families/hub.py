@@ -44,9 +44,7 @@ def hub_error(where: str, error: BaseException) -> ModelError | None:
                 f"`{where}` has no such revision on the hub",
                 "leave model.revision out, or use a branch, tag or commit that exists",
             )
-        if isinstance(link, errors.EntryNotFoundError) and not isinstance(
-            link, errors.LocalEntryNotFoundError
-        ):
+        if isinstance(link, errors.EntryNotFoundError) and not isinstance(link, errors.LocalEntryNotFoundError):
             return ModelError(
                 f"`{where}` on the hub is not a diffusers model: a file is missing there",
                 "use a repository with model_index.json, or download its .safetensors file",
@@ -61,9 +59,7 @@ def hub_error(where: str, error: BaseException) -> ModelError | None:
                 f"`{where}` is neither a path that exists nor a hub id",
                 "a hub id has the form `owner/name`",
             )
-        if isinstance(
-            link, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError
-        ):
+        if isinstance(link, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
             return ModelError(
                 f"`{where}` is not in the local cache and the hub cannot be reached",
                 "go online once, or give the path of a folder or file that you have",

@@ -8,6 +8,16 @@ import torch
 
 from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.common import LoadedFamily, Parts
+from emotrain.families.memory import (
+    ACTIVATIONS_GIB,
+    GIB,
+    MemoryPlan,
+    choose_memory,
+    installed_backends,
+    require_backend,
+)
+from emotrain.families.offload import offload_linears
+from emotrain.families.sizes import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.table import sniff
 
@@ -51,9 +61,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16
         return torch.float16
     if dtype not in DTYPES:
-        raise ConfigError(
-            f"model.dtype `{dtype}` is not known", f"one of auto, {', '.join(DTYPES)}"
-        )
+        raise ConfigError(f"model.dtype `{dtype}` is not known", f"one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
@@ -89,25 +97,17 @@ def load(
     gradient_checkpointing: bool | str,
 ) -> LoadedFamily:
     """See `emotrain.families.load_family`."""
-    from emotrain.families.pieces import load_pieces, load_vae
+    from emotrain.families.pieces import load_pieces, load_vae, text_parts
 
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     found = sniff(base, family, revision)
-    pieces = load_pieces(found, kind, revision)
+    plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing)
+    require_backend(plan.quantize)
+    pieces = load_pieces(found, kind, revision, quantization(plan.quantize, kind))
     if vae is not None:
         pieces["vae"] = load_vae(vae, found)
-    built = family_class(found.family)(_parts(found, pieces, where, kind))
-    _place(built, gradient_checkpointing)
-    return built
-
-
-def _parts(
-    found: Sniffed, pieces: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> Parts:
-    from emotrain.families.pieces import text_parts
-
-    return Parts(
+    parts = Parts(
         name=found.family,
         variant=found.variant,
         prediction=found.prediction,
@@ -115,17 +115,84 @@ def _parts(
         vae=pieces["vae"],
         text_encoders=text_parts(found, pieces),
         scheduler=pieces["scheduler"],
-        device=device,
-        dtype=dtype,
+        device=where,
+        dtype=kind,
+        memory=plan,
+    )
+    built = family_class(found.family)(parts)
+    _place(built, plan)
+    return built
+
+
+def free_gib(device: torch.device) -> float | None:
+    """Free memory of a GPU in GiB; None on other devices."""
+    return torch.cuda.mem_get_info(device)[0] / GIB if device.type == "cuda" else None
+
+
+def plan_memory(
+    found: Sniffed,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    memory: str,
+    gradient_checkpointing: bool | str,
+) -> MemoryPlan:
+    """What fits, from the sizes of the public model; small models of other sizes need nothing."""
+    info = FAMILIES[found.family]
+    if found.variant not in info.variants:
+        wanted = gradient_checkpointing is True
+        return MemoryPlan(quantize, wanted, False, 0.0, None, "")
+    return choose_memory(
+        num_parameters=info.variants[found.variant].parameters,
+        bytes_per_parameter=dtype.itemsize,
+        activations_gib=ACTIVATIONS_GIB[found.variant],
+        free_gib=free_gib(device),
+        memory="auto" if device.type != "cuda" else memory,
+        quantize=quantize,
+        gradient_checkpointing=gradient_checkpointing,
+        backends=installed_backends() if device.type == "cuda" else frozenset(),
     )
 
 
-def _place(family: LoadedFamily, gradient_checkpointing: bool | str) -> None:
-    """Move everything to its device and switch checkpointing on where asked for."""
-    family.denoiser.to(family.device)
+def quantization(kind: str, dtype: torch.dtype) -> Any:
+    """diffusers' config of a quantisation; None for `none`.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+    import diffusers
+
+    if kind == "none":
+        return None
+    if kind == "int8":
+        return diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "nf4":
+        return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if kind == "fp8":
+        return diffusers.QuantoConfig(weights_dtype="float8")
+    raise ConfigError(f"model.quantize `{kind}` is not known", "one of none, int8, nf4, fp8")
+
+
+def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
+    """Move everything to its device; what does not fit beside the encoders waits for them to go."""
+    if plan.gradient_checkpointing:
+        family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     assert family.vae is not None
     family.vae.to(family.device)
-    for part in family.text_encoders:
-        part.encoder.to(family.device)
-    if gradient_checkpointing is True:
-        family.denoiser.enable_gradient_checkpointing()
+    room = free_gib(family.device)
+    encoders = sum(_gib(part.encoder) for part in family.text_encoders)
+    if room is None or encoders < room * 0.9:
+        for part in family.text_encoders:
+            part.encoder.to(family.device)
+    if plan.offload:
+        family.let_denoiser_wait(offload_linears(family.denoiser, family.device))
+    elif plan.quantize == "none":
+        room = free_gib(family.device)
+        if room is not None and _gib(family.denoiser) > room * 0.9:
+            family.let_denoiser_wait()
+        else:
+            family.denoiser.to(family.device)
+
+
+def _gib(module: torch.nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in module.parameters()) / GIB

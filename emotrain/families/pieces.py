@@ -20,7 +20,9 @@ Loaded = TypeVar("Loaded")
 T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; what the stock pipelines pad to
 
 
-def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None) -> dict[str, Any]:
+def load_pieces(
+    found: Sniffed, dtype: torch.dtype, revision: str | None = None, quantized: Any = None
+) -> dict[str, Any]:
     """Denoiser, VAE, scheduler, and each text encoder with its tokenizer, on the CPU.
 
     The VAE is always float32: in half precision the real ones overflow or lose detail, and it is used once per picture.
@@ -34,11 +36,11 @@ def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None)
     if found.kind == "file":
         from emotrain.families.single import load_single_file
 
-        return load_single_file(found, dtype)
-    return load_folder(found, dtype, revision)
+        return load_single_file(found, dtype, quantized)
+    return load_folder(found, dtype, revision, quantized)
 
 
-def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dict[str, Any]:
+def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None, quantized: Any = None) -> dict[str, Any]:
     """All pieces of a diffusers folder or a hub repository."""
     import diffusers
 
@@ -46,8 +48,9 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     where = str(found.path)
     index = _index(found, revision)
     denoiser_class = getattr(diffusers, index[info.denoiser][1])
+    words = {"torch_dtype": dtype} | ({"quantization_config": quantized} if quantized else {})
     pieces: dict[str, Any] = {
-        "denoiser": load_one(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
+        "denoiser": load_one(denoiser_class, where, info.denoiser, revision, **words),
         "vae": load_one(diffusers.AutoencoderKL, where, "vae", revision, torch_dtype=torch.float32),
         "scheduler": _guard(
             where,
@@ -115,9 +118,7 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
     return _guard(
         where,
         part,
-        lambda: cls.from_pretrained(
-            where, subfolder=part, revision=revision, use_safetensors=True, **words
-        ),
+        lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **words),
     )
 
 
@@ -170,16 +171,12 @@ def load_vae(vae: str, found: Sniffed) -> Any:
 
         loaded = load_vae_file(path, found)
     elif (path / "vae").is_dir():
-        loaded = load_one(
-            diffusers.AutoencoderKL, str(path), "vae", None, torch_dtype=torch.float32
-        )
+        loaded = load_one(diffusers.AutoencoderKL, str(path), "vae", None, torch_dtype=torch.float32)
     else:
         loaded = _guard(
             vae,
             "",
-            lambda: diffusers.AutoencoderKL.from_pretrained(
-                vae, torch_dtype=torch.float32, use_safetensors=True
-            ),
+            lambda: diffusers.AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True),
         )
     if loaded.config.latent_channels != found.latent_channels:
         raise ModelError(

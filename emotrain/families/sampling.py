@@ -20,13 +20,9 @@ def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
     """
     step = family.vae_scale * 2
     if request.width % step or request.height % step:
-        raise ValueError(
-            f"width and height must be multiples of {step}, got {request.width} x {request.height}"
-        )
+        raise ValueError(f"width and height must be multiples of {step}, got {request.width} x {request.height}")
     text = {key: value.to(family.device, family.dtype) for key, value in request.text.items()}
-    negative = {
-        key: value.to(family.device, family.dtype) for key, value in request.negative.items()
-    }
+    negative = {key: value.to(family.device, family.dtype) for key, value in request.negative.items()}
     words = family.pipeline_words(text, negative, request.guidance)
     pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
@@ -39,9 +35,7 @@ def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
                 **words, **request.extras, width=request.width, height=request.height, generator=generator,
                 num_inference_steps=request.steps, output_type="latent",
             ).images  # fmt: skip
-            pixels = family.decode_latents(
-                family.unpack_sampled(latents, request.width, request.height)
-            )
+            pixels = family.decode_latents(family.unpack_sampled(latents, request.width, request.height))
     finally:
         family.denoiser.train(training)
     levels = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -26,14 +26,10 @@ class StableDiffusion(LoadedFamily):
         """prompt_embeds float32 [B, S, D] on the CPU."""
         return self.to_rows(self.encode_with_grad(texts))
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
-    ) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """Epsilon or v, float32 [B, C, H, W]; the sizes in `conditioning` play no part."""
         latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
-        output = self.denoiser(
-            latents, timesteps.long(), encoder_hidden_states=text["prompt_embeds"]
-        )
+        output = self.denoiser(latents, timesteps.long(), encoder_hidden_states=text["prompt_embeds"])
         return output.sample.float()
 
     def pipeline(self, **parts: Any) -> Any:
@@ -45,9 +41,7 @@ class StableDiffusion(LoadedFamily):
         built |= {"requires_safety_checker": False, **self.encoder_words("text_encoder")}
         return StableDiffusionPipeline(**{**built, **parts})
 
-    def pipeline_words(
-        self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None
-    ) -> dict[str, Any]:
+    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Classifier-free guidance."""
         return {
             "prompt_embeds": text["prompt_embeds"],

@@ -51,9 +51,7 @@ class StableDiffusion3(LoadedFamily):
         """prompt_embeds and pooled_prompt_embeds as above, float32 on the CPU."""
         return self.to_rows(self.encode_with_grad(texts))
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
-    ) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]; sigmas become timesteps 0..1000 here."""
         latents, sigmas, text = self._inputs(noisy_latents, timesteps, text)
         output: Tensor = self.denoiser(
@@ -72,9 +70,7 @@ class StableDiffusion3(LoadedFamily):
         built |= self.encoder_words("text_encoder", "text_encoder_2", "text_encoder_3")
         return StableDiffusion3Pipeline(**{**built, **parts})
 
-    def pipeline_words(
-        self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None
-    ) -> dict[str, Any]:
+    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Classifier-free guidance."""
         return {
             "prompt_embeds": text["prompt_embeds"],

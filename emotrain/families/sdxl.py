@@ -40,9 +40,7 @@ class StableDiffusionXL(LoadedFamily):
         """
         return self.to_rows(self.encode_with_grad(texts))
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning
-    ) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """Epsilon or v, float32 [B, C, H, W]."""
         latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
         added = {
@@ -65,9 +63,7 @@ class StableDiffusionXL(LoadedFamily):
         built |= self.encoder_words("text_encoder", "text_encoder_2")
         return StableDiffusionXLPipeline(**{**built, "add_watermarker": False, **parts})
 
-    def pipeline_words(
-        self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None
-    ) -> dict[str, Any]:
+    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Classifier-free guidance."""
         return {
             "prompt_embeds": text["prompt_embeds"],

@@ -42,9 +42,7 @@ class FamilyInfo:
     vae_scale: int
     layer_width_max: int
     text_encoders: tuple[str, ...]
-    text_modules: tuple[
-        tuple[str, int], ...
-    ]  # CLIP encoders that can be trained, with their module counts
+    text_modules: tuple[tuple[str, int], ...]  # CLIP encoders that can be trained, with their module counts
     guidance: float
     variants: dict[str, Variant]
 
@@ -90,7 +88,5 @@ PIPELINES = {info.pipeline: name for name, info in FAMILIES.items() if name != "
 @cache
 def public_configs() -> dict[str, Any]:
     """configs.json: sizes of denoisers, VAEs, text encoders and schedulers of the public models, by variant."""
-    loaded: dict[str, Any] = json.loads(
-        (Path(__file__).parent / "configs.json").read_text(encoding="utf-8")
-    )
+    loaded: dict[str, Any] = json.loads((Path(__file__).parent / "configs.json").read_text(encoding="utf-8"))
     return loaded

@@ -50,11 +50,7 @@ def _width(config: dict[str, Any]) -> int:
 
 def _step(family: str, config: dict[str, Any], vae_scale: int, resolution: int) -> int:
     """Pixels that sides must be multiples of; 64 for models of real size."""
-    halvings = (
-        2 ** (len(config.get("block_out_channels", [0] * 4)) - 1)
-        if FAMILIES[family].denoiser == "unet"
-        else 2
-    )
+    halvings = 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1) if FAMILIES[family].denoiser == "unet" else 2
     least = vae_scale * halvings
     return max(least, 64) if resolution >= 256 else least
 
@@ -73,11 +69,7 @@ def variant_of(family: str, config: dict[str, Any]) -> str:
     )
     for name in FAMILIES[family].variants:
         public = public_configs()["denoiser"][name]["config"]
-        if all(
-            _same(config.get(word), public.get(word))
-            for word in words
-            if word in public or word == "qk_norm"
-        ):
+        if all(_same(config.get(word), public.get(word)) for word in words if word in public or word == "qk_norm"):
             return name
     return "custom"
 
@@ -119,16 +111,11 @@ def sniff_folder(folder: Path) -> Sniffed:
 
 def _absent(folder: Path, index: dict[str, Any]) -> tuple[str, ...]:
     """Parts that model_index.json names and the folder does not hold."""
-    wanted = [
-        part
-        for part, value in index.items()
-        if isinstance(value, list) and value and value[0] is not None
-    ]
+    wanted = [part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None]
     return tuple(
         part
         for part in wanted
-        if not (folder / part).is_dir()
-        and part not in ("safety_checker", "feature_extractor", "image_encoder")
+        if not (folder / part).is_dir() and part not in ("safety_checker", "feature_extractor", "image_encoder")
     )
 
 
@@ -160,9 +147,7 @@ def _from_configs(
     _check_inputs(where, family, denoiser, int(vae["latent_channels"]))
     side = denoiser.get("sample_size")
     resolution = (
-        int(vae.get("sample_size", 1024))
-        if family == "flux" or not isinstance(side, int)
-        else side * vae_scale
+        int(vae.get("sample_size", 1024)) if family == "flux" or not isinstance(side, int) else side * vae_scale
     )
     return Sniffed(
         family=family, variant=variant_of(family, denoiser), prediction=_prediction(where, family, scheduler),
@@ -209,16 +194,10 @@ def sniff_file(path: Path) -> Sniffed:
         ModelError: unreadable, a LoRA, a part of a model, or not known here.
     """
     header = read_header(path)
-    shapes = {
-        name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()
-    }
+    shapes = {name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()}
     _refuse_parts(path, shapes)
     if any(re.match(r"double_blocks\.\d+\.img_attn\.qkv", name) for name in shapes):
-        variant = (
-            "flux1-dev"
-            if any(name.startswith("guidance_in.") for name in shapes)
-            else "flux1-schnell"
-        )
+        variant = "flux1-dev" if any(name.startswith("guidance_in.") for name in shapes) else "flux1-schnell"
         return _from_file(path, "flux", variant, header, shapes)
     if any(re.match(r"joint_blocks\.\d+\.x_block", name) for name in shapes):
         return _from_file(path, "sd3", _sd3_variant(shapes), header, shapes)
@@ -232,18 +211,12 @@ def sniff_file(path: Path) -> Sniffed:
 
 
 def _refuse_parts(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    if any(
-        "lora_" in name or ".lora." in name or "hada_w" in name or "lokr_w" in name
-        for name in shapes
-    ):
+    if any("lora_" in name or ".lora." in name or "hada_w" in name or "lokr_w" in name for name in shapes):
         raise ModelError(
             f"`{path}` is a LoRA, not a model",
             "put it under start_from.continue or start_from.stack, and the model it belongs to here",
         )
-    if any(
-        name.startswith(("down_blocks.", "transformer_blocks.", "single_transformer_blocks."))
-        for name in shapes
-    ):
+    if any(name.startswith(("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")) for name in shapes):
         raise ModelError(
             f"`{path}` is the denoiser of a diffusers folder alone",
             "give the folder that holds model_index.json",
@@ -272,11 +245,7 @@ def _sd3_variant(shapes: dict[str, tuple[int, ...]]) -> str:
     blocks = {name.split(".")[1] for name in shapes if name.startswith("joint_blocks.")}
     if any(".x_block.attn2." in name for name in shapes):
         return "sd35-medium"
-    return (
-        "sd35-large"
-        if len(blocks) > 24 or any(".ln_q." in name for name in shapes)
-        else "sd3-medium"
-    )
+    return "sd35-large" if len(blocks) > 24 or any(".ln_q." in name for name in shapes) else "sd3-medium"
 
 
 def _from_file(
@@ -285,9 +254,7 @@ def _from_file(
     info = FAMILIES[family]
     variant = variant or next(iter(info.variants))
     scheduler = dict(
-        public_configs()["scheduler"][
-            family if info.denoiser == "unet" else "sd3" if family == "sd3" else variant
-        ][1]
+        public_configs()["scheduler"][family if info.denoiser == "unet" else "sd3" if family == "sd3" else variant][1]
     )
     prediction: Prediction = "flow"
     if info.denoiser == "unet":
@@ -308,9 +275,7 @@ def _unet_prediction(family: str, header: Header) -> Prediction:
     """Marker tensor `v_pred`, then the metadata; what is not said is epsilon (v for SD 2.x)."""
     if "v_pred" in header.shapes:
         return "v_prediction"
-    said = header.metadata.get(
-        "modelspec.prediction_type", header.metadata.get("modelspec.predict_key", "")
-    ).lower()
+    said = header.metadata.get("modelspec.prediction_type", header.metadata.get("modelspec.predict_key", "")).lower()
     if said in ("v", "v_prediction", "v-prediction"):
         return "v_prediction"
     if said in ("epsilon", "eps"):
@@ -361,6 +326,4 @@ def sniff_hub(repo: str, revision: str | None = None) -> Sniffed:
     from emotrain.families.hub import fetch_json
 
     index = fetch_json(repo, "model_index.json", revision)
-    return _from_configs(
-        repo, index, lambda part, name: fetch_json(repo, f"{part}/{name}", revision), "hub", ()
-    )
+    return _from_configs(repo, index, lambda part, name: fetch_json(repo, f"{part}/{name}", revision), "hub", ())

@@ -73,9 +73,7 @@ def sniff(base: str | Path, family: str = "auto", revision: str | None = None) -
         ModelError: missing, unreadable, not known, or of another family than `family`.
     """
     if family != "auto" and family not in FAMILIES:
-        raise ConfigError(
-            f"model.family `{family}` is not known", f"one of auto, {', '.join(FAMILIES)}"
-        )
+        raise ConfigError(f"model.family `{family}` is not known", f"one of auto, {', '.join(FAMILIES)}")
     where = resolve_base(str(base))
     if isinstance(where, str):
         found = sniff_hub(where, revision)

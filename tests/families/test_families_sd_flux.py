@@ -52,9 +52,7 @@ def test_packing_and_ids_are_those_of_the_flux_pipeline() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd_folder", "flux_folder"])
-def test_vae_round_trip_uses_scale_and_shift_as_diffusers_does(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_vae_round_trip_uses_scale_and_shift_as_diffusers_does(kind: str, request: pytest.FixtureRequest) -> None:
     family = load_family(str(request.getfixturevalue(kind)), device="cpu")
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents = family.encode_images(pixels)
@@ -72,11 +70,7 @@ def test_vae_round_trip_uses_scale_and_shift_as_diffusers_does(
 def test_predict_is_float32_and_keeps_the_shape(kind: str, request: pytest.FixtureRequest) -> None:
     family = load_family(str(request.getfixturevalue(kind)), device="cpu")
     latents = torch.randn(3, 8, 16, 8, generator=torch.Generator().manual_seed(2))
-    times = (
-        torch.tensor([0.1, 0.5, 1.0])
-        if family.prediction == "flow"
-        else torch.tensor([1.0, 500.0, 999.0])
-    )
+    times = torch.tensor([0.1, 0.5, 1.0]) if family.prediction == "flow" else torch.tensor([1.0, 500.0, 999.0])
     output = family.predict(latents, times, family.encode_texts(TEXTS), no_sizes(3))
     assert output.shape == latents.shape
     assert output.dtype == torch.float32
@@ -105,9 +99,7 @@ def test_samples_are_repeatable_and_leave_the_global_random_state_alone(
 
 
 @pytest.mark.parametrize("kind", ["sd_folder", "flux_folder"])
-def test_samples_equal_the_pipelines_and_need_no_encoders(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_samples_equal_the_pipelines_and_need_no_encoders(kind: str, request: pytest.FixtureRequest) -> None:
     family = load_family(str(request.getfixturevalue(kind)), device="cpu")
     embeds, nothing = family.encode_texts(["tiger face"]), family.encode_texts([""])
     pipeline = family.pipeline()

@@ -23,9 +23,7 @@ TEXTS = ["tiger face", "", "inkmoji, " + "a very long caption, " * 20]
 def test_sdxl_text_embeds_equal_the_pipelines_own(sdxl_folder: Path) -> None:
     family = load_family(str(sdxl_folder), device="cpu")
     ours = family.encode_texts(TEXTS)
-    theirs, _, pooled, _ = family.pipeline().encode_prompt(
-        TEXTS, device="cpu", do_classifier_free_guidance=False
-    )
+    theirs, _, pooled, _ = family.pipeline().encode_prompt(TEXTS, device="cpu", do_classifier_free_guidance=False)
     assert ours["prompt_embeds"].shape == (3, 32, 192)
     assert torch.equal(ours["prompt_embeds"], theirs)
     assert torch.equal(ours["pooled_prompt_embeds"], pooled)
@@ -63,9 +61,7 @@ def test_sd3_without_t5_has_zeros_in_its_place(sd3_folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["sdxl_folder", "sd3_folder"])
-def test_predict_is_what_the_pipeline_feeds_its_scheduler(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_predict_is_what_the_pipeline_feeds_its_scheduler(kind: str, request: pytest.FixtureRequest) -> None:
     family = load_family(str(request.getfixturevalue(kind)), device="cpu")
     seen: list[dict[str, Any]] = []
 

@@ -25,9 +25,7 @@ SD = {
     ("prediction", "zero_snr"),
     [("epsilon", False), ("v_prediction", False), ("v_prediction", True)],
 )
-def test_a_perfect_denoiser_brings_the_picture_back_through_ddim(
-    prediction: str, zero_snr: bool
-) -> None:
+def test_a_perfect_denoiser_brings_the_picture_back_through_ddim(prediction: str, zero_snr: bool) -> None:
     from diffusers import DDIMScheduler
 
     config = {**SD, "prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
@@ -53,16 +51,12 @@ def test_a_perfect_denoiser_brings_the_picture_back_through_flow_euler() -> None
     latents = objective.add_noise(CLEAN, NOISE, scheduler.sigmas[10:11])
     assert (latents - CLEAN).abs().mean() > 0.3
     for t in scheduler.timesteps[10:]:
-        latents = scheduler.step(
-            objective.target(CLEAN, NOISE, t[None] / 1000), t, latents
-        ).prev_sample
+        latents = scheduler.step(objective.target(CLEAN, NOISE, t[None] / 1000), t, latents).prev_sample
     assert (latents - CLEAN).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["sd_folder", "flux_folder"])
-def test_predict_calls_the_denoiser_as_the_pipeline_does(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_predict_calls_the_denoiser_as_the_pipeline_does(kind: str, request: pytest.FixtureRequest) -> None:
     family = load_family(str(request.getfixturevalue(kind)), device="cpu")
     seen: list[dict[str, Any]] = []
 

@@ -1,0 +1,103 @@
+"""Choosing means to fit, and layers that are away while they are not needed."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from emotrain.errors import ConfigError
+from emotrain.families.memory import choose_memory, require_backend
+from emotrain.families.offload import offload_linears
+
+FLUX: dict[str, Any] = {
+    "num_parameters": 11_901_408_320, "bytes_per_parameter": 2, "activations_gib": (38.0, 2.6),
+}  # fmt: skip
+
+
+def test_nothing_is_done_where_everything_fits() -> None:
+    plan = choose_memory(**FLUX, free_gib=80.0)
+    assert (plan.quantize, plan.gradient_checkpointing, plan.offload) == ("none", False, False)
+    assert plan.fits
+
+
+@pytest.mark.parametrize(
+    ("free", "backends", "expected"),
+    [
+        (40.0, frozenset(), ("none", True, False)),
+        (24.0, frozenset({"int8", "nf4"}), ("int8", True, False)),
+        (12.0, frozenset({"int8", "nf4"}), ("nf4", True, False)),
+        (12.0, frozenset(), ("none", True, True)),
+        (24.0, frozenset({"fp8"}), ("none", True, True)),
+    ],
+)
+def test_means_come_in_one_after_the_other(free: float, backends: Any, expected: Any) -> None:
+    plan = choose_memory(**FLUX, free_gib=free, backends=backends)
+    assert (plan.quantize, plan.gradient_checkpointing, plan.offload) == expected
+    assert plan.fits
+
+
+def test_the_sentence_says_what_was_chosen() -> None:
+    plan = choose_memory(**FLUX, memory="12gb", backends=frozenset({"nf4"}))
+    assert plan.sentence.startswith("memory: the base in nf4, gradient checkpointing; about ")
+    assert plan.sentence.endswith("of 11.4 GiB")
+    small = choose_memory(**FLUX, free_gib=3.0)
+    assert "which is more than the 3.0 GiB" in small.sentence
+    assert not small.fits
+
+
+def test_what_the_preset_sets_is_kept() -> None:
+    plan = choose_memory(
+        **FLUX, free_gib=12.0, quantize="int8", gradient_checkpointing=False,
+        backends=frozenset({"nf4"}),
+    )  # fmt: skip
+    assert (plan.quantize, plan.gradient_checkpointing) == ("int8", False)
+    assert not plan.fits
+
+
+def test_a_smaller_budget_never_needs_more() -> None:
+    sizes = [choose_memory(**FLUX, free_gib=gib, backends=frozenset({"nf4"})) for gib in range(2, 90)]
+    needed = [plan.needed_gib for plan in sizes]
+    assert all(one <= two for one, two in itertools.pairwise(needed))
+
+
+def test_unknown_sizes_and_absent_libraries_are_refused() -> None:
+    with pytest.raises(ConfigError, match="model.memory"):
+        choose_memory(**FLUX, memory="9gb")
+    with pytest.raises(ConfigError) as refused:
+        require_backend("nf4")
+    assert "emotrain[quantize]" in str(refused.value.hint)
+
+
+class Block(nn.Module):
+    """Two Linear layers with a norm between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.tanh(self.norm(self.one(x))))
+
+
+def test_offloaded_layers_give_the_same_gradients_though_their_weights_went_home() -> None:
+    """The home copy is spoilt before the backward pass: it must not be used there."""
+    torch.manual_seed(0)
+    plain = Block().requires_grad_(False)
+    moved = Block().requires_grad_(False)
+    moved.load_state_dict(plain.state_dict())
+    stay = offload_linears(moved, torch.device("cpu"), move=torch.clone)
+    assert stay == {moved.one, moved.two}
+    x = torch.randn(3, 5, 4)
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = plain(one)
+    expected.square().sum().backward()
+    output = moved(two)
+    assert torch.equal(output, expected)
+    for module in (moved.one, moved.two):
+        module.weight.data.fill_(float("nan"))
+    output.square().sum().backward()
+    assert torch.equal(one.grad, two.grad)
