@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from emotrain.dataset.textfile import printable
+
 
 @dataclass(frozen=True)
 class Note:
@@ -57,19 +59,21 @@ def _to_srgb(image: Image.Image, icc: bytes | None, notes: list[Note]) -> Image.
         return image.convert("RGB")
     if transform is None:
         return image.convert("RGB")
-    notes.append(Note("icc", f"has the colour profile {name}: converted to sRGB"))
+    notes.append(Note("icc", f"has the colour profile {printable(name)}: converted to sRGB"))
     return transform.apply(image)
 
 
 @lru_cache(maxsize=32)
 def _transform(icc: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Name of a profile and the way to sRGB; None where it is sRGB or for other pictures."""
+    """Name of a profile and the way to sRGB; None where it is sRGB already."""
     profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
     name = ImageCms.getProfileDescription(profile).strip()
     space = profile.profile.xcolor_space.strip()
     if mode == "L" and space == "RGB":
         mode = "RGB"
-    if {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode] != space or "sRGB" in name:
+    if {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode] != space:
+        raise ValueError(f"profile of {space} in a picture of {mode}")
+    if "sRGB" in name:
         return name, None
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     srgb = ImageCms.createProfile("sRGB")

@@ -41,6 +41,7 @@ MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_ASPECT = 32.0  # longest side over shortest
 MIN_SIDE = 8  # pixels
+MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr I I;16 I;16L I;16B I;16N".split(" "))
 ORIENTATION = 0x0112  # EXIF tag
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,7 +52,10 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+EXIF_EMPTY = 20  # bytes of an EXIF block that says nothing
+_TEXT_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1"}
 _WARNINGS = threading.Lock()  # `warnings.catch_warnings` is not made for threads
+PNG_END = b"IEND\xaeB`\x82"
 MEND = "open it in an image editor and save it again, or take it out of the folder"
 
 
@@ -86,9 +90,7 @@ def parse_background(background: str) -> tuple[int, int, int]:
         red, green, blue = ImageColor.getrgb(background)[:3]
     except ValueError as error:
         hint = "a colour name such as white, or #rrggbb"
-        raise ConfigError(
-            f"dataset.background is `{background}`, which is not a colour", hint
-        ) from error
+        raise ConfigError(f"dataset.background is `{background}`, which is not a colour", hint) from error
     return red, green, blue
 
 
@@ -130,15 +132,13 @@ def decode_picture(data: bytes, *, background: str = "white", path: str | Path) 
         header = _header(image, data, path)
         try:
             image.load()
-            upright = _upright(image, header.format)
+            upright = _upright(image, header.format, data)
             notes: list[Note] = []
             rgb, alpha = split_alpha(upright, image.info, notes)
         except FileProblem:
             raise
         except Exception as error:  # OSError, ValueError, SyntaxError, struct.error ...
-            raise FileProblem(
-                "damaged", path, f"is truncated or damaged ({_first_line(error)})", MEND
-            ) from error
+            raise FileProblem("damaged", path, f"is truncated or damaged ({_first_line(error)})", MEND) from error
     if alpha is not None:
         notes.append(Note("transparent", f"is partly transparent: laid on {background}"))
         canvas = Image.new("RGB", rgb.size, colour)
@@ -156,9 +156,7 @@ def _opened(data: bytes, path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise FileProblem(
-            "not-a-picture", path, _what_it_is(data), "emotrain reads " + ", ".join(FORMATS)
-        ) from error
+        raise FileProblem("not-a-picture", path, _what_it_is(data), "emotrain reads " + ", ".join(FORMATS)) from error
     except Image.DecompressionBombError as error:
         reason = f"claims more than {MAX_PIXELS // 1_000_000} megapixels"
         raise FileProblem("too-many-pixels", path, reason, "make it smaller") from error
@@ -180,56 +178,26 @@ def _what_it_is(data: bytes) -> str:
 def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        reason = (
-            f"claims {width:,} x {height:,} pixels: more than {MAX_PIXELS // 1_000_000} megapixels"
-        )
+        reason = f"claims {width:,} x {height:,} pixels: more than {MAX_PIXELS // 1_000_000} megapixels"
         raise FileProblem("too-many-pixels", path, reason, "make it smaller")
     if min(width, height) < MIN_SIDE:
-        raise FileProblem(
-            "too-small", path, f"is {width} x {height} pixels: too small to learn from"
-        )
+        raise FileProblem("too-small", path, f"is {width} x {height} pixels: too small to learn from")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise FileProblem(
-            "odd-shape", path, f"is {width} x {height} pixels: too long and thin", "crop it"
-        )
+        raise FileProblem("odd-shape", path, f"is {width} x {height} pixels: too long and thin", "crop it")
     if image.mode in ("F", "I") and not (image.mode == "I" and image.format == "PNG"):
         reason = "holds 32-bit numbers, whose black and white are not known"
         raise FileProblem("unsupported-depth", path, reason, "save it as an 8- or 16-bit picture")
-    if image.mode not in _KNOWN_MODES:
-        raise FileProblem(
-            "unsupported-mode", path, f"is in {image.mode}, which is not read", "save it as RGB"
-        )
-    name = (
-        "JPEG" if image.format == "MPO" else str(image.format)
-    )  # MPO: a JPEG with further views behind it
-    turn, notes = _orientation(image)
+    if image.mode not in MODES:
+        raise FileProblem("unsupported-mode", path, f"is in {image.mode}, which is not read", "save it as RGB")
+    if image.format == "PNG" and PNG_END not in data:
+        raise FileProblem("damaged", path, "is cut off before its end", MEND)
+    # MPO is a JPEG with further views behind it
+    name = "JPEG" if image.format == "MPO" else str(image.format)
+    turn, notes = _orientation(image, data)
     notes += _kind_notes(image, data, name, path)
     if turn >= 5 and name != "TIFF":  # Pillow turns TIFF by itself, its size included
         width, height = height, width
     return Header(name, width, height, image.mode, tuple(notes))
-
-
-_KNOWN_MODES = frozenset(
-    (
-        "1",
-        "L",
-        "LA",
-        "La",
-        "P",
-        "PA",
-        "RGB",
-        "RGBA",
-        "RGBa",
-        "RGBX",
-        "CMYK",
-        "YCbCr",
-        "I",
-        "I;16",
-        "I;16L",
-        "I;16B",
-        "I;16N",
-    )
-)
 
 
 def _kind_notes(image: Image.Image, data: bytes, name: str, path: str | Path) -> list[Note]:
@@ -244,7 +212,7 @@ def _kind_notes(image: Image.Image, data: bytes, name: str, path: str | Path) ->
         notes.append(Note("cmyk", "is in CMYK (for print): converted to RGB, colours may shift"))
     if image.mode.startswith("I"):
         notes.append(Note("sixteen-bit", "has 16 bits per pixel: scaled to 8"))
-    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(str(image.format))
+    end = {"JPEG": b"\xff\xd9", "PNG": PNG_END}.get(str(image.format))
     if end and (at := data.rfind(end)) >= 0 and data[at + len(end) :].strip(b"\0\r\n "):
         notes.append(
             Note(
@@ -255,25 +223,25 @@ def _kind_notes(image: Image.Image, data: bytes, name: str, path: str | Path) ->
     return notes
 
 
-def _orientation(image: Image.Image) -> tuple[int, list[Note]]:
+def _orientation(image: Image.Image, data: bytes) -> tuple[int, list[Note]]:
     """EXIF orientation 1..8, 1 where there is none or it cannot be read."""
+    if image.format == "PNG" and b"eXIf" not in data and not _TEXT_EXIF & image.info.keys():
+        return 1, []  # Pillow would decode the whole picture to look for it
     try:
-        with _WARNINGS, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            value = image.getexif().get(ORIENTATION, 1)
-    except (
-        Exception
-    ):  # a hostile EXIF block can fail anywhere in the parser; the pixels may still be good
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exif = image.getexif()
+            value = exif.get(ORIENTATION, 1)
+    except Exception:  # a hostile EXIF block fails anywhere in the parser; the pixels may be good
         return 1, [Note("exif-damaged", "has EXIF data that cannot be read: not rotated")]
-    notes = [Note("exif-damaged", "has EXIF data that is damaged")] if caught else []
+    if not exif and len(image.info.get("exif", b"")) > EXIF_EMPTY:
+        return 1, [Note("exif-damaged", "has EXIF data that cannot be read: not rotated")]
     turn = value if isinstance(value, int) and 1 <= value <= 8 else 1
-    if turn > 1:
-        notes.append(Note("exif-rotated", "is rotated as its EXIF data says"))
-    return turn, notes
+    return turn, [Note("exif-rotated", "is rotated as its EXIF data says")] * (turn > 1)
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    turn = 1 if name == "TIFF" else _orientation(image)[0]
+def _upright(image: Image.Image, name: str, data: bytes) -> Image.Image:
+    turn = 1 if name == "TIFF" else _orientation(image, data)[0]
     return image.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else image
 
 
