@@ -18,9 +18,7 @@ from emotrain.observers.trace import Floats, Trace
 Span = tuple[str, str]
 Line = list[Span]
 
-_DOTS = np.array(
-    [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.uint32
-)  # [4, 2]
+_DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.uint32)  # [4, 2]
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = " _.-=+*%#"
 _BAR_PARTS = " ▏▎▍▌▋▊▉█"
@@ -63,9 +61,7 @@ class Scale:
         return np.minimum(np.maximum(heights, 0.0), 1.0)
 
 
-def scale_for(
-    bounds: tuple[float, float] | None, *, log: bool = False, symmetric: bool = False
-) -> Scale:
+def scale_for(bounds: tuple[float, float] | None, *, log: bool = False, symmetric: bool = False) -> Scale:
     """A scale with room at both ends; `symmetric` keeps zero in the middle."""
     if bounds is None:
         return Scale(-1.0, 1.0) if symmetric else Scale(1e-8 if log else 0.0, 1.0, log)
@@ -157,9 +153,7 @@ def _rows(values: Floats, scale: Scale, height: int) -> NDArray[np.int64]:
     return np.minimum(rows.astype(np.int64), height - 1)
 
 
-def _spans(
-    signs: NDArray[np.uint32], owners: NDArray[np.uint8], styles: Sequence[str]
-) -> list[Line]:
+def _spans(signs: NDArray[np.uint32], owners: NDArray[np.uint8], styles: Sequence[str]) -> list[Line]:
     """Character codes [H, W] as lines of spans of equal style."""
     height, width = signs.shape
     # A blank cell takes the style before it, which saves spans.
@@ -176,9 +170,7 @@ def _spans(
     return lines
 
 
-def curve_of(
-    trace: Trace, width: int, style: str, *, dots: bool = False, ascii_only: bool = False
-) -> Curve:
+def curve_of(trace: Trace, width: int, style: str, *, dots: bool = False, ascii_only: bool = False) -> Curve:
     """A trace over `width` cells."""
     low, high = trace.columns(width if ascii_only else 2 * width)
     return Curve(style, low, high, dots)

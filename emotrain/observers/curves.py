@@ -29,8 +29,9 @@ def loss_legend(board: Board, width: int) -> Line:
     items: list[Line] = [
         [("loss ", "label"), (number(last.loss), "raw")],
         [("smoothed ", "label"), (number(board.smooth.value), "loss")],
-        [("heard ", "label"), (number(last.heard), "heard")],
     ]
+    if board.hears_other:
+        items.append([("heard ", "label"), (number(last.heard), "heard")])
     if board.probe is not None:
         items.append([("probe ", "label"), (number(board.probe.loss), "probe")])
     return join(items, width)
@@ -45,7 +46,7 @@ def loss_chart(board: Board, width: int, rows: int, look: Look) -> list[Line]:
     scale = scale_for(_loss_bounds(board, [mark.value for mark in marks]))
     curves = [curve_of(board.loss, span, "raw", dots=True, ascii_only=look.ascii)]
     if board.hears_other:
-        curves.append(curve_of(board.heard, span, "heard", ascii_only=look.ascii))
+        curves.append(curve_of(board.heard, span, "heard", dots=True, ascii_only=look.ascii))
     curves.append(curve_of(board.smoothed, span, "loss", ascii_only=look.ascii))
     drawn = chart(curves, scale, span, rows, marks=marks, ascii_only=look.ascii)
     return _with_axis(drawn, scale, AXIS)
@@ -53,11 +54,7 @@ def loss_chart(board: Board, width: int, rows: int, look: Look) -> list[Line]:
 
 def _loss_bounds(board: Board, probes: list[float]) -> tuple[float, float] | None:
     """Room for nearly all raw values and all smoothed ones; single spikes are cut off."""
-    found = [
-        bounds
-        for bounds in (board.loss.robust_bounds(), board.smoothed.bounds())
-        if bounds is not None
-    ]
+    found = [bounds for bounds in (board.loss.robust_bounds(), board.smoothed.bounds()) if bounds is not None]
     if probes:
         found.append((min(probes), max(probes)))
     if not found:

@@ -88,7 +88,7 @@ class Dashboard:
         columns, rows = self._screen.size
         with self._lock:
             lines = summarise(self._board, columns, ascii=self._ascii)
-            frame = None if lines else compose(self._board, columns, rows, ascii=self._ascii)
+            frame = compose(self._board, columns, rows, ascii=self._ascii)
         self._screen.finish(lines or frame)
 
     def _run(self) -> None:

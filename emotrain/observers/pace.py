@@ -60,13 +60,18 @@ class Pace:
         return min(early, late), late
 
     def remaining_s(self) -> tuple[float, float] | None:
-        """Seconds left: to the earliest end without pauses, and to the latest one with them."""
-        step_s = self.step_s
-        if step_s is None:
+        """Seconds left, the earliest and the latest.
+
+        The earliest: to the first step it may end at, at the pace of the quicker quarter of the
+        recent steps. The latest: to the last step, at the slower quarter's pace, with pauses.
+        """
+        if not self._recent:
             return None
+        ordered = sorted(self._recent)
+        quick, slow = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
         early, late = self.last_step
-        low = max(0, early - self._step) * step_s
-        high = max(0, late - self._step) * step_s * self.overhead
+        low = max(0, early - self._step) * quick
+        high = max(0, late - self._step) * slow * self.overhead
         return low, max(low, high)
 
     def eta(self, dash: str = "-") -> str:

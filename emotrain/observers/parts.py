@@ -17,7 +17,7 @@ def header(board: Board, width: int, look: Look) -> Line:
     name = "starting"
     if board.start is not None:
         name = clean(board.start.name)
-        device = f"{clean(board.start.optimizer)} on {clean(board.start.device)}"
+        device = " on ".join(word for word in (clean(board.start.optimizer), clean(board.start.device)) if word)
         right = [(fit(device, width // 3), "label"), ("  ", ""), *right]
     left: Line = [("emotrain ", "label"), (fit(name, max(8, width // 2)), "title")]
     return spread(left, right, width)

@@ -42,16 +42,18 @@ def play_back(metrics: Path, *, start: RunStart | None = None) -> Iterator[Event
             yield probe_event(probes[row["step"]])
 
 
-def read_extras(metrics: Path) -> list[SamplesDrawn | Saved]:
-    """The last sheet and the last checkpoint that lie in the run folder."""
+def read_extras(metrics: Path, shown: Path | None = None) -> list[SamplesDrawn | Saved]:
+    """The last sheet and the last checkpoint in the run folder, as if that were at `shown`."""
     folder = metrics.parent
+    place = folder if shown is None else shown
     last = max((row["step"] for row in read_rows(metrics)), default=0)
     found: list[SamplesDrawn | Saved] = []
     sheets = sorted((folder / "samples").glob("*sheet*.png"))
     if sheets:
-        found.append(SamplesDrawn(last, (), (), sheets[-1]))
+        found.append(SamplesDrawn(last, (), (), place / sheets[-1].relative_to(folder)))
     for checkpoint in sorted((folder / "checkpoints").glob("step-*"))[-1:]:
-        found.append(Saved(int(checkpoint.name.rsplit("-", 1)[-1]), checkpoint))
+        path = place / checkpoint.relative_to(folder)
+        found.append(Saved(int(checkpoint.name.rsplit("-", 1)[-1]), path))
     return found
 
 

@@ -28,10 +28,10 @@ STYLES: Mapping[str, str] = {
     "rule": "dim",
     "raw": "dim cyan",
     "loss": "bright_cyan",
-    "heard": "blue",
+    "heard": "magenta",
     "probe": "bright_magenta",
     "scalar": "green",
-    "trust": "blue",
+    "trust": "bright_blue",
     "pulse": "yellow",
     "bar": "green",
     "stop": "magenta",
@@ -41,6 +41,7 @@ STYLES: Mapping[str, str] = {
     "path": "underline",
 }
 
+PATIENCE_S = 1.0  # a stopped terminal (Ctrl-S) may hold up a drawing for ever
 _BEGIN = "\x1b[?2026h\x1b[?25l\x1b[?7l"  # one update, cursor away, no wrapping
 _END = "\x1b[?7h\x1b[?25h\x1b[?2026l"
 
@@ -135,8 +136,10 @@ class Screen:
             self._send("".join(parts))
 
     def print_above(self, lines: Sequence[Line]) -> None:
-        """Put lines above the frame for good."""
-        with self._lock:
+        """Put lines above the frame for good; dropped while the terminal is stopped."""
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            return
+        try:
             parts = [_BEGIN]
             if self._shown:
                 parts.append(f"\x1b[{len(self._shown)}A\r")
@@ -144,15 +147,19 @@ class Screen:
             parts.extend(f"{line}\x1b[K\r\n" for line in self._shown)
             parts.append("\x1b[J" + _END)
             self._send("".join(parts))
+        finally:
+            self._lock.release()
 
-    def finish(self, lines: Sequence[Line] | None) -> None:
-        """Replace the frame by `lines` (None: leave it), and draw no more."""
-        with self._lock:
-            if lines is not None:
-                self.draw(lines, self.size)
-            self._send(_END)
-            self._shown = []
+    def finish(self, lines: Sequence[Line]) -> None:
+        """Put `lines` in the frame's place and draw no more; gives up on a terminal that is stopped."""
+        if not self._lock.acquire(timeout=PATIENCE_S):
             self.closed = True
+            return
+        try:
+            self.draw(lines, self.size)
+            self.closed = True
+        finally:
+            self._lock.release()
 
     def _send(self, text: str) -> None:
         if self.closed:

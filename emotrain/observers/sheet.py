@@ -162,6 +162,8 @@ def _paste(
     left, top, cell_w, cell_h = box
     if picture is None:
         draw.rectangle((left, top, left + cell_w - 1, top + cell_h - 1), fill=MISSING)
+        centre = (left + cell_w / 2, top + cell_h / 2)
+        draw.text(centre, "missing", fill=FAINT, font=_font("missing"), anchor="mm")
         return
     shift_x, shift_y = (cell_w - picture.width) // 2, (cell_h - picture.height) // 2
     sheet.paste(picture, (left + shift_x, top + shift_y))
@@ -171,9 +173,7 @@ def _draw_step(draw: ImageDraw.ImageDraw, step: int, left: int, cell_w: int, *, 
     label = f"step {step}" + (" (best)" if best else "")
     font = _font(label)
     text = _shorten(draw, label, cell_w, font)
-    draw.text(
-        (left + cell_w / 2, HEADER / 2), text, fill=BEST if best else INK, font=font, anchor="mm"
-    )
+    draw.text((left + cell_w / 2, HEADER / 2), text, fill=BEST if best else INK, font=font, anchor="mm")
 
 
 def _draw_prompt(draw: ImageDraw.ImageDraw, prompt: str, top: int, cell_h: int) -> None:

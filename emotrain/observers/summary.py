@@ -29,15 +29,13 @@ def summarise(board: Board, columns: int, *, ascii: bool = False) -> list[Line]:
     width = max(20, min(columns - 1, 110))
     words, style = _HEADLINES.get(end.stop_reason, (clean(end.stop_reason), "title"))
     name = clean(board.start.name) if board.start is not None else "run"
-    lines: list[Line] = [
-        crop([("emotrain ", "label"), (f"{name} ", "title"), (words, style)], width)
-    ]
+    lines: list[Line] = [crop([("emotrain ", "label"), (f"{name} ", "title"), (words, style)], width)]
     lines += [[(text, "")] for text in wrap(clean(end.sentence), width)]
     for label, value, look in _rows(board, end):
         lines += _entry(label, value, look, width)
     lines += _curve(board, width, ascii)
-    for text in _advice(board, end):
-        lines += _entry("use it" if text is _advice(board, end)[0] else "", text, "", width)
+    for row, text in enumerate(_advice(board, end)):
+        lines += _entry("use it" if row == 0 else "", text, "", width)
     if ascii:
         lines = [[(ascii_only(text), look) for text, look in line] for line in lines]
     return [crop(line, width) for line in lines]
@@ -71,10 +69,7 @@ def _rows(board: Board, end: RunEnd) -> list[tuple[str, str, str]]:
 
 def _entry(label: str, value: str, style: str, width: int) -> list[Line]:
     texts = wrap(clean(value), width - LABEL) or [""]
-    return [
-        [(f"{label if row == 0 else '':<{LABEL}}", "label"), (text, style)]
-        for row, text in enumerate(texts)
-    ]
+    return [[(f"{label if row == 0 else '':<{LABEL}}", "label"), (text, style)] for row, text in enumerate(texts)]
 
 
 def _curve(board: Board, width: int, ascii: bool) -> list[Line]:

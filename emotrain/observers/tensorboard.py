@@ -86,9 +86,7 @@ class TensorBoard:
         self.close()
         self._log_dir.mkdir(parents=True, exist_ok=True)
         suffix = f".{os.getpid()}-{start.start_step}"
-        self._writer = EventFileWriter(
-            str(self._log_dir), flush_secs=FLUSH_S, filename_suffix=suffix
-        )
+        self._writer = EventFileWriter(str(self._log_dir), flush_secs=FLUSH_S, filename_suffix=suffix)
         if start.start_step:
             self._add(start.start_step + 1, session_log=SessionLog(status=SessionLog.START))
         facts = [
@@ -128,9 +126,7 @@ class TensorBoard:
                 width, height = picture.size
         except OSError:
             return  # the sheet is gone or half written: a picture less, not a run less
-        image = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=encoded
-        )
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
         self._add(event.step, summary=Summary(value=[Summary.Value(tag="samples", image=image)]))
         prompts = [(f"prompt {i}", text) for i, text in enumerate(event.prompts, start=1)]
         self._text("samples/prompts", event.step, prompts)

@@ -9,37 +9,59 @@ from __future__ import annotations
 
 import argparse
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.terminal_theme import DIMMED_MONOKAI
+from rich.terminal_theme import TerminalTheme
 
 from emotrain.observers.board import Board
 from emotrain.observers.layout import compose
 from emotrain.observers.playback import play_back, read_extras
 from emotrain.observers.screen import to_text
-from emotrain.train.events import StepEnd
+from emotrain.train.events import RunStart, StepEnd
+
+THEME = TerminalTheme(
+    (20, 22, 28),
+    (214, 218, 226),
+    [
+        (40, 44, 52), (224, 92, 92), (120, 200, 120), (230, 190, 90),
+        (90, 140, 230), (200, 120, 220), (80, 190, 200), (214, 218, 226),
+    ],
+    [
+        (110, 116, 128), (255, 120, 120), (150, 225, 140), (250, 215, 120),
+        (125, 175, 255), (240, 130, 200), (110, 230, 240), (250, 250, 250),
+    ],
+)  # fmt: skip
 
 
-def draw(metrics: Path, columns: int, rows: int, last_step: int | None) -> str:
+def draw(
+    metrics: Path,
+    columns: int,
+    rows: int,
+    last_step: int | None,
+    known: dict[str, str | int],
+) -> str:
     """The SVG of the frame after `last_step`, for a terminal of that size."""
-    now = 0.0
+    now, shown = 0.0, metrics.parent
     board = Board(lambda: now)
     for event in play_back(metrics):
         if isinstance(event, StepEnd):
             if last_step is not None and event.step > last_step:
                 break
             now += event.step_s
+        elif isinstance(event, RunStart):
+            event = replace(event, **known)
+            event = replace(event, run_dir=Path("runs") / event.name)
+            shown = event.run_dir
         board.note(event)
-    for event in read_extras(metrics):
+    for event in read_extras(metrics, shown):
         if last_step is None or event.step <= last_step:
             board.note(event)
-    console = Console(
-        record=True, file=io.StringIO(), width=columns, height=rows, force_terminal=True
-    )
+    console = Console(record=True, file=io.StringIO(), width=columns, height=rows, force_terminal=True)
     console.print(to_text(compose(board, columns, rows)))
     title = f"emotrain run {board.start.name if board.start else ''}"
-    return console.export_svg(title=title, theme=DIMMED_MONOKAI)
+    return console.export_svg(title=title, theme=THEME)
 
 
 def main() -> None:
@@ -49,9 +71,14 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=120)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--last-step", type=int)
+    for name in ("name", "optimizer", "device"):
+        parser.add_argument(f"--{name}", help="shown at the top, where run.json does not tell it")
+    parser.add_argument("--max-steps", type=int)
     args = parser.parse_args()
+    names = ("name", "optimizer", "device", "max_steps")
+    known = {name: value for name in names if (value := getattr(args, name)) is not None}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    svg = draw(args.metrics, args.columns, args.rows, args.last_step)
+    svg = draw(args.metrics, args.columns, args.rows, args.last_step, known)
     args.out.write_text(svg, encoding="utf-8")
 
 
