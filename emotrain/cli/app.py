@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +20,8 @@ import typer
 
 import emotrain
 from emotrain.cli import output
-from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem
+from emotrain.cli.helptext import help_text, shape_group
+from emotrain.errors import ConfigError, EmotrainError, ExitCode
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports no name for it
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -107,14 +106,17 @@ def _add(app: typer.Typer, command: Command) -> None:
     module = importlib.import_module(command.module)
     panel = command.panel
     if command.is_group:
-        settings = {**_CONTEXT, "max_content_width": 100}
+        shape_group(module.app)
         app.add_typer(
             module.app, name=command.name, help=command.help, rich_help_panel=panel,
-            no_args_is_help=True, context_settings=settings,
+            no_args_is_help=True, context_settings=_CONTEXT,
         )  # fmt: skip
     else:
         function = getattr(module, command.name.replace("-", "_"))
-        app.command(command.name, rich_help_panel=panel, context_settings=_CONTEXT)(function)
+        text = help_text(function.__doc__)
+        app.command(command.name, help=text, rich_help_panel=panel, context_settings=_CONTEXT)(
+            function
+        )
 
 
 def _add_stub(app: typer.Typer, command: Command) -> None:
@@ -148,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EmotrainError as failure:
         return _report(failure, as_json)
     except _UsageError as failure:
+        if type(failure).__name__ == "NoArgsIsHelpError":
+            return ExitCode.USAGE  # the help has been shown
         return _report(_as_config_error(failure), as_json)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
@@ -175,14 +179,15 @@ def _report(failure: EmotrainError, as_json: bool) -> int:
 
 
 def _as_config_error(failure: Any) -> ConfigError:
-    """typer's usage errors in our shape: one line without full stop, and a hint."""
-    message, _, suggestion = failure.format_message().strip().partition(" Did you mean ")
+    """Typer's usage errors in our shape: one line without full stop, and a hint."""
+    parts = re.split(r" Did you mean | \(Possible options?: ", failure.format_message().strip())
+    message, suggestion = parts[0], "".join(parts[1:2])
     context = getattr(failure, "ctx", None)
     path = context.command_path if context else "emotrain"
     hint = f"see `{path} --help`"
     if suggestion:
-        words = suggestion.strip(" ?").replace("'", "`")
-        hint = f"did you mean {words}?"
+        words = suggestion.strip(" ?)").replace("'", "").split(", ")
+        hint = f"did you mean {' or '.join(f'`{word}`' for word in words)}?"
     message = message.strip().rstrip(".").replace("'", "`")
     return ConfigError(message[:1].lower() + message[1:], hint)
 
@@ -225,6 +230,10 @@ def _resource_problem(failure: Exception) -> EmotrainError | None:
 
 def _write_traceback(failure: Exception) -> Path:
     """Into the run folder if the exception knows one (`run_dir`), else into a temporary file."""
+    import tempfile
+    import traceback
+    from datetime import datetime
+
     text = "".join(traceback.format_exception(failure))
     versions = f"emotrain {emotrain.__version__}, Python {sys.version.split()[0]}\n"
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")

@@ -28,7 +28,6 @@ def check(
     Everything that is wrong is told at once, each with file and line. Nothing is trained or written.
 
     Examples:
-
         emotrain check quickstart
         emotrain check my.yaml --set network.rank=32
     """

@@ -84,7 +84,7 @@ def error_json(failure: EmotrainError) -> None:
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
-    """Aligned columns on stdout; numbers to the right."""
+    """Aligned columns on stdout; below a header numbers stand to the right."""
     lines = [[clean(str(cell)) for cell in row] for row in rows]
     if header:
         lines.insert(0, list(header))
@@ -95,7 +95,8 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
         cells = []
         for text, width in zip(line, widths, strict=True):
             space = " " * (width - _width(text))
-            cells.append(space + text if _is_number(text) else text + space)
+            to_the_right = bool(header) and _is_number(text)
+            cells.append(space + text if to_the_right else text + space)
         result("  ".join(cells).rstrip())
 
 

@@ -42,7 +42,6 @@ def show(
     """Show a preset, as it is written or with every key.
 
     Examples:
-
         emotrain presets show sdxl
         emotrain presets show my.yaml --resolved
     """
