@@ -62,9 +62,9 @@ class StopRule:
             self.anchor_step, self.anchor_loss = step, loss
             self.averages = None
         self.averages, self.scalar, _ = listen(self.averages, loss)
-        self.bad_probes = (
-            self.bad_probes + 1 if self.scalar <= 0 and step != self.anchor_step else 0
-        )
+        still = NEGLIGIBLE * gain / max(loss, 1e-12)  # a fall too small to count is standing still
+        felt_no_fall = step != self.anchor_step and self.scalar <= still
+        self.bad_probes = self.bad_probes + 1 if felt_no_fall else 0
         return is_best
 
     def hear_step(self, step: int, ready: bool) -> None:

@@ -1,0 +1,120 @@
+"""The stop rule: what it waits for, and what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from emotrain.pulse.stopping import DENSE, WINDOW, StopRule
+
+
+def play(rule: StopRule, curve, *, every: int = 10, max_steps: int = 2000, ready=lambda step: False):
+    """Steps until the rule ends the run; `curve(step)` is the probe loss."""
+    rule.hear_probe(0, curve(0))
+    for step in range(1, max_steps + 1):
+        rule.hear_step(step, ready(step))
+        if step % every == 0:
+            rule.hear_probe(step, curve(step))
+        sentence = rule.decide(step)
+        if sentence:
+            return step, sentence
+    return max_steps, None
+
+
+def valley(best: float, low: float = 0.5, high: float = 1.5, rise: float = 0.3):
+    """Falls from `high` to `low` at step `best`, then rises."""
+    return lambda s: low + (high - low) * (1 - s / best) ** 2 if s <= best else low + rise * (s - best) / best
+
+
+def test_over_training_ends_the_run_soon_after_the_best_step():
+    rule = StopRule()
+    step, sentence = play(rule, valley(120))
+    assert rule.best_step == 120
+    assert 120 < step <= 1.6 * 120
+    assert "120" in sentence
+
+
+def test_a_loss_that_goes_on_falling_runs_to_the_ceiling():
+    step, sentence = play(StopRule(), lambda s: 1.0 / (1 + s / 100))
+    assert sentence is None
+    assert step == 2000
+
+
+def test_a_plateau_ends_the_run():
+    step, _ = play(StopRule(), lambda s: 0.5 + math.exp(-s / 30))
+    assert step < 600
+
+
+def test_never_before_min_steps():
+    step, _ = play(StopRule(min_steps=300), valley(40))
+    assert step == 300
+
+
+def test_one_bad_probe_does_not_end_the_run():
+    fall = lambda s: 1.0 / (1 + s / 100)  # noqa: E731
+    rule = StopRule()
+    _, sentence = play(rule, lambda s: 5.0 if s == 300 else fall(s))
+    assert sentence is None
+
+
+def test_off_never_ends():
+    assert play(StopRule("off"), valley(50))[1] is None
+
+
+def test_signal_mode_needs_a_sustained_signal():
+    assert play(StopRule("signal"), valley(50), ready=lambda s: s % 2 == 0)[1] is None
+    step, sentence = play(StopRule("signal"), valley(50), ready=lambda s: s > 100)
+    assert step == 100 + math.ceil(DENSE * WINDOW)
+    assert "READY TO STOP" in sentence
+
+
+def test_without_a_probe_trusted_mode_listens_to_the_signal():
+    rule = StopRule("trusted")
+    for step in range(1, 200):
+        rule.hear_step(step, True)
+    assert rule.decide(199) is not None
+
+
+def test_a_lit_signal_shortens_the_wait():
+    quiet, _ = play(StopRule(), valley(200))
+    lit, _ = play(StopRule(), valley(200), ready=lambda s: s > 150)
+    assert lit < quiet
+
+
+def test_the_meter_stays_within_bounds_and_is_full_at_the_end():
+    rule = StopRule()
+    curve = valley(100)
+    rule.hear_probe(0, curve(0))
+    meters = []
+    for step in range(1, 400):
+        rule.hear_step(step, False)
+        if step % 10 == 0:
+            rule.hear_probe(step, curve(step))
+        meters.append(rule.meter(step))
+        if rule.decide(step):
+            break
+    assert min(meters) >= 0.0
+    assert max(meters) <= 1.0
+    assert meters[-1] == 1.0
+    assert meters[50] < 1.0
+
+
+def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
+    curve = valley(150)
+    straight = StopRule()
+    end, _ = play(straight, curve)
+    first = StopRule()
+    first.hear_probe(0, curve(0))
+    for step in range(1, 131):
+        first.hear_step(step, False)
+        if step % 10 == 0:
+            first.hear_probe(step, curve(step))
+    second = StopRule()
+    second.load_document(json.loads(json.dumps(first.to_document())))
+    step = 130
+    while not second.decide(step):
+        step += 1
+        second.hear_step(step, False)
+        if step % 10 == 0:
+            second.hear_probe(step, curve(step))
+    assert step == end

@@ -1,0 +1,34 @@
+"""The ear: a corrected loss says the same at every place of the noise scale."""
+
+from __future__ import annotations
+
+import pytest
+
+from emotrain.train.ear import BINS, Ear, expected_by_bins
+
+
+def test_the_raw_ear_hears_the_mean():
+    assert Ear().hear([0.1, 0.9], [1.0, 3.0]) == 2.0
+
+
+def test_the_corrected_ear_hears_one_where_nothing_has_changed():
+    positions = [(i + 0.5) / BINS for i in range(BINS)]
+    losses = [0.1 + 2 * position for position in positions]
+    ear = Ear(expected_by_bins(positions, losses))
+    for position, loss in zip(positions, losses, strict=True):
+        assert ear.hear([position], [loss]) == pytest.approx(1.0)
+    assert ear.hear(positions, [loss / 2 for loss in losses]) == pytest.approx(0.5)
+
+
+def test_between_the_centres_of_two_bins_the_expected_loss_is_linear():
+    ear = Ear([1.0] * 10 + [3.0] * 10)
+    assert ear.hear([0.5], [2.0]) == pytest.approx(1.0)
+
+
+def test_an_empty_bin_takes_its_nearest_neighbour():
+    assert expected_by_bins([0.0, 0.99], [1.0, 5.0]) == [1.0] * 10 + [5.0] * 10
+
+
+def test_nothing_to_learn_from_is_refused():
+    with pytest.raises(ValueError, match="no losses"):
+        expected_by_bins([], [])

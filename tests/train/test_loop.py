@@ -1,0 +1,148 @@
+"""The loop: what it counts, hears, leaves out, and when it ends."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_run import FakeData, Recorder, limits, make_parts
+
+from emotrain.pulse.stopping import StopRule
+from emotrain.train.events import Notice, ProbeEnd, StepEnd
+from emotrain.train.loop import StopReason, accumulate, fit
+from emotrain.train.losses import noise_like, uniforms
+from emotrain.train.state import TrainState
+
+
+def test_a_run_ends_at_the_ceiling_and_tells_every_step():
+    recorder, state = Recorder(), TrainState()
+    outcome = fit(make_parts(recorder), limits(), state)
+    assert outcome.reason is StopReason.MAX_STEPS
+    assert [event.step for event in recorder.of(StepEnd)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in recorder.of(ProbeEnd)] == [0, 2, 4, 6]
+    assert recorder.saves == [3, 6]
+    assert recorder.samples == [0, 3, 6]
+    assert state.step == 6
+    assert state.micro_step == 6
+
+
+def test_the_optimizer_hears_the_mean_over_all_micro_batches():
+    recorder, state = Recorder(), TrainState()
+    parts = make_parts(recorder)
+    loss, heard, samples = accumulate(parts, limits(gradient_accumulation_steps=3), state)
+    assert len(samples) == 5
+    assert loss == pytest.approx(sum(sample.loss for sample in samples) / 5)
+    assert heard == loss
+
+
+def test_accumulated_gradient_is_that_of_one_batch_with_a_ragged_end():
+    def gradient(data: FakeData, count: int) -> torch.Tensor:
+        parts = make_parts(Recorder(), data=data)
+        noise = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(9))
+        import emotrain.train.loop as loop
+
+        original = loop.noise_like
+        loop.noise_like = lambda latents, seed, micro: noise[2 * micro : 2 * micro + len(latents)]
+        try:
+            accumulate(parts, limits(gradient_accumulation_steps=count), TrainState())
+        finally:
+            loop.noise_like = original
+        return parts.adapter.parameters()[0].grad
+
+    torch.testing.assert_close(gradient(FakeData(5, 2), 3), gradient(FakeData(5, 5), 1))
+
+
+def test_non_finite_steps_never_reach_the_optimizer():
+    recorder, state = Recorder(), TrainState()
+    parts = make_parts(recorder, probe=False)
+    parts.family.poison = {2}
+    fit(parts, limits(max_steps=3), state)
+    assert [event.step for event in recorder.of(StepEnd)] == [1, 2, 3]
+    assert state.guard.skipped == 1
+    assert state.micro_step == 4
+    assert "picture-2" in recorder.of(Notice)[0].message
+    assert all(math.isfinite(event.reading.short) for event in recorder.of(StepEnd))
+    assert torch.isfinite(parts.adapter.parameters()[0]).all()
+
+
+def test_three_non_finite_steps_in_a_row_end_the_run():
+    recorder, state = Recorder(), TrainState()
+    parts = make_parts(recorder, probe=False)
+    parts.family.poison = {3, 4, 5}
+    outcome = fit(parts, limits(), state)
+    assert outcome.reason is StopReason.DIVERGED
+    assert state.step == 2
+
+
+def test_an_interrupt_saves_after_the_step_in_progress():
+    recorder, state = Recorder(), TrainState()
+    outcome = fit(make_parts(recorder, interrupted=lambda: state.step >= 2), limits(), state)
+    assert outcome.reason is StopReason.INTERRUPTED
+    assert recorder.saves == [2]
+
+
+def test_watching_changes_nothing():
+    def weights(probe_every: int, sample_every: int) -> torch.Tensor:
+        parts = make_parts(Recorder())
+        fit(parts, limits(probe_every=probe_every, sample_every=sample_every), TrainState())
+        return parts.adapter.state()["layer.weight"]
+
+    assert torch.equal(weights(1, 1), weights(100, 0))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others():
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed + 100)  # the global state has no say
+        parts = make_parts(Recorder())
+        fit(parts, limits(seed=seed), TrainState())
+        return parts.adapter.state()["layer.weight"]
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_the_best_adapter_is_kept_and_is_not_the_last_one():
+    recorder, state = Recorder(), TrainState()
+    parts = make_parts(recorder)
+    losses = iter([1.0, 0.5, 0.7, 0.8])
+    parts = replace(parts, probe=type("P", (), {"loss": lambda s: next(losses), "drift": lambda s: 0.0})())
+    fit(parts, limits(), state)
+    assert state.best_step == 2
+    assert state.best_loss == 0.5
+    assert not torch.equal(state.best_adapter["layer.weight"], parts.adapter.state()["layer.weight"])
+
+
+def test_the_stop_rule_ends_the_run_after_sample_and_save():
+    class Enough(StopRule):
+        def decide(self, step: int) -> str | None:
+            return "enough" if step == 4 else None
+
+    recorder = Recorder()
+    outcome = fit(make_parts(recorder, stop_rule=Enough()), limits(), TrainState())
+    assert (outcome.reason, outcome.sentence) == (StopReason.SIGNAL, "enough")
+    assert recorder.saves == [3, 4]
+    assert recorder.samples == [0, 3, 4]
+
+
+def test_uniforms_fill_the_scale_evenly_and_are_uniform_over_seeds():
+    assert torch.equal(uniforms(3, 10, 5), uniforms(3, 0, 15)[10:])
+    counts = torch.histc(uniforms(3, 0, 200), bins=10, min=0, max=1)
+    assert counts.min() >= 19
+    firsts = torch.cat([uniforms(seed, 7, 1) for seed in range(400)])
+    assert 0.45 < float(firsts.mean()) < 0.55
+
+
+def test_noise_depends_on_seed_and_micro_step_alone():
+    latents = torch.zeros(2, 4, 4, 4)
+    torch.manual_seed(1)
+    one = noise_like(latents, 3, 8)
+    torch.manual_seed(2)
+    assert torch.equal(one, noise_like(latents, 3, 8))
+    assert not torch.equal(one, noise_like(latents, 3, 9))
