@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from emotrain.observers import curves, parts
 from emotrain.observers.board import Board
 from emotrain.observers.charts import Line
-from emotrain.observers.lines import beside, crop
+from emotrain.observers.lines import ascii_lines, beside, crop
 from emotrain.observers.look import Look
-from emotrain.observers.text import ascii_only
 
 WIDE_COLUMNS, WIDE_ROWS = 116, 26
 STANDARD_COLUMNS, STANDARD_ROWS = 60, 17
@@ -38,9 +37,8 @@ def compose(board: Board, columns: int, rows: int, *, ascii: bool = False) -> li
         frame = _standard(board, width, height, look)
     else:
         frame = _compact(board, width, height, look)
-    if ascii:
-        frame = [[(ascii_only(text), style) for text, style in line] for line in frame]
-    return [crop(line, width) for line in frame[:height]]
+    frame = [crop(line, width) for line in frame[:height]]
+    return ascii_lines(frame) if ascii else frame
 
 
 def _waiting(board: Board, width: int, height: int, look: Look) -> list[Line]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from emotrain.observers.charts import Line
-from emotrain.observers.text import fit
+from emotrain.observers.text import ascii_only, fit
 
 
 def width_of(line: Line) -> int:
@@ -99,3 +99,8 @@ def _cells_cut(text: str, width: int) -> int:
         if used > width:
             return max(1, number)
     return len(text)
+
+
+def ascii_lines(lines: Sequence[Line]) -> list[Line]:
+    """Lines for a terminal that only shows ASCII; none gets longer."""
+    return [[(ascii_only(text), style) for text, style in line] for line in lines]

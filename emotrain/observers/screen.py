@@ -2,8 +2,8 @@
 
 No alternate screen, no hidden cursor between two frames: a process that is killed leaves a sane
 terminal. Lines are drawn with automatic wrapping off, so that a character whose width the terminal
-sees otherwise cannot break a frame. After the terminal got narrower the visible part is cleared,
-because terminals then fold the lines of the last frame.
+sees otherwise cannot break a frame. When the terminal has got another size its visible part is
+cleared first, because terminals then fold and move the lines of the last frame.
 """
 
 from __future__ import annotations
@@ -121,13 +121,11 @@ class Screen:
                 return
             parts = [_BEGIN]
             old = self._shown
-            if old and (size[0] < self._size[0] or size[1] <= len(old)):
+            if old and size != self._size:
                 parts.append("\x1b[H\x1b[J")
                 old = []
             elif old:
                 parts.append(f"\x1b[{len(old)}A\r")
-            if size != self._size:
-                old = []  # every line anew
             for number, line in enumerate(encoded):
                 same = number < len(old) and old[number] == line
                 parts.append("\r\n" if same else f"\r{line}\x1b[K\r\n")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from emotrain.observers.board import Board
 from emotrain.observers.charts import Line, Scale, scale_for, sparkline
-from emotrain.observers.lines import crop, wrap
-from emotrain.observers.text import ascii_only, clean, duration, number, short_path, speed
+from emotrain.observers.lines import ascii_lines, crop, wrap
+from emotrain.observers.text import clean, duration, number, short_path, speed
 from emotrain.train.events import RunEnd
 
 LABEL = 10
@@ -36,9 +36,8 @@ def summarise(board: Board, columns: int, *, ascii: bool = False) -> list[Line]:
     lines += _curve(board, width, ascii)
     for row, text in enumerate(_advice(board, end)):
         lines += _entry("use it" if row == 0 else "", text, "", width)
-    if ascii:
-        lines = [[(ascii_only(text), look) for text, look in line] for line in lines]
-    return [crop(line, width) for line in lines]
+    lines = [crop(line, width) for line in lines]
+    return ascii_lines(lines) if ascii else lines
 
 
 def _rows(board: Board, end: RunEnd) -> list[tuple[str, str, str]]:

@@ -112,9 +112,8 @@ def speed(step_s: float | None) -> str:
 
 
 def ascii_only(text: str) -> str:
-    """`text` for a terminal that only shows ASCII."""
-    table = {"–": "-", "…": "...", "≤": "<=", "·": "-", "×": "x", "µ": "u"}
-    replaced = "".join(table.get(char, char) for char in text)
+    """`text` for a terminal that only shows ASCII; never longer than it was."""
+    replaced = text.replace("–", "-").replace("…", "~")
     return replaced.encode("ascii", errors="replace").decode("ascii")
 
 

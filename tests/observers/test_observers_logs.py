@@ -133,9 +133,7 @@ def test_numbers_that_json_cannot_say_become_null(make_step: MakeStep) -> None:
     assert "Infinity" not in line
 
 
-def test_json_events_are_one_object_a_line_and_end_with_the_lora(
-    make_step: MakeStep, make_start: MakeStart
-) -> None:
+def test_json_events_are_one_object_a_line_and_end_with_the_lora(make_step: MakeStep, make_start: MakeStart) -> None:
     stream = io.StringIO()
     observer = JsonEvents(stream)
     events = [
@@ -178,9 +176,7 @@ def test_a_json_step_has_the_fields_of_metrics_jsonl(make_step: MakeStep) -> Non
     assert event_row(end(lora=None))["lora"] is None
 
 
-def test_a_log_plays_back_as_the_same_events(
-    tmp_path: Path, make_step: MakeStep, make_start: MakeStart
-) -> None:
+def test_a_log_plays_back_as_the_same_events(tmp_path: Path, make_step: MakeStep, make_start: MakeStart) -> None:
     log = MetricsLog(tmp_path)
     start = make_start()
     steps = [make_step(1), make_step(2, expected_end=(5, 9), ready=True)]
@@ -204,9 +200,7 @@ def test_a_reader_that_goes_away_ends_nothing() -> None:
         "    observer.close()\n"
         "sys.stderr.write('went on')\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline().startswith(b'{"event": "notice"')
