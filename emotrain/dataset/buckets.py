@@ -73,9 +73,7 @@ def make_buckets(resolution: int, step: int, min_side: int, max_side: int) -> tu
         ValueError: a number that is not positive.
     """
     if min(resolution, step, min_side, max_side) < 1:
-        raise ValueError(
-            f"bad resolution {resolution}, step {step} or sides {min_side}..{max_side}"
-        )
+        raise ValueError(f"bad resolution {resolution}, step {step} or sides {min_side}..{max_side}")
     area = resolution * resolution
     square = max(step, resolution // step * step)
     sizes = {(square, square)}
@@ -122,10 +120,7 @@ def _own_bucket(width: int, height: int, rules: BucketRules, resolution: int) ->
     """The picture's own size, shrunk to area and longest side, rounded down to the step."""
     longest = rules.limits(resolution)[1]
     shrink = min(1.0, resolution / math.sqrt(width * height), longest / max(width, height))
-    w, h = (
-        max(1, math.floor(side * shrink / rules.step + 1e-9)) * rules.step
-        for side in (width, height)
-    )
+    w, h = (max(1, math.floor(side * shrink / rules.step + 1e-9)) * rules.step for side in (width, height))
     return w, h
 
 
@@ -159,6 +154,4 @@ def crop_summary(placements: Sequence[Placement]) -> dict[Size, tuple[int, float
     groups: dict[Size, list[float]] = {}
     for placement in placements:
         groups.setdefault(placement.size, []).append(placement.crop_share)
-    return {
-        size: (len(shares), sum(shares) / len(shares)) for size, shares in sorted(groups.items())
-    }
+    return {size: (len(shares), sum(shares) / len(shares)) for size, shares in sorted(groups.items())}

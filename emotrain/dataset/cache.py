@@ -40,9 +40,7 @@ class Cache:
         warn: told once, in one line, when entries cannot be written; the run goes on without them.
     """
 
-    def __init__(
-        self, folder: Path | None = None, warn: Callable[[str], None] = lambda message: None
-    ) -> None:
+    def __init__(self, folder: Path | None = None, warn: Callable[[str], None] = lambda message: None) -> None:
         self.folder = default_cache_dir() if folder is None else folder
         self.warn = warn
         self.writable = True

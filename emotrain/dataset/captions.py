@@ -41,6 +41,7 @@ class _Parts:
     kept: tuple[str, ...]
     free: tuple[str, ...]
     tail: tuple[str, ...]
+    held: frozenset[str] = frozenset()  # of the free tags, those that hold the trigger
 
 
 def variants(
@@ -66,9 +67,7 @@ def variants(
         ValueError: `count` below 1, `keep_tokens` below 0 or `tag_dropout` outside 0..1.
     """
     if count < 1 or keep_tokens < 0 or not 0.0 <= tag_dropout <= 1.0:
-        raise ValueError(
-            f"bad count {count}, keep_tokens {keep_tokens} or tag_dropout {tag_dropout}"
-        )
+        raise ValueError(f"bad count {count}, keep_tokens {keep_tokens} or tag_dropout {tag_dropout}")
     several = [captions] if isinstance(captions, str) else list(captions) or [""]
     word = (trigger or "").strip()
     varied = any(_varies(text, word, keep_tokens, shuffle, tag_dropout) for text in several)
@@ -77,11 +76,7 @@ def variants(
         for index in range(count if varied else 1):
             rng = random.Random(f"{seed}\n{index}\n{caption}") if index else None
             parts = _take_apart(_resolve(caption, rng), word, keep_tokens)
-            free = list(parts.free)
-            if rng is not None:
-                free = [tag for tag in free if rng.random() >= tag_dropout]
-                if shuffle:
-                    rng.shuffle(free)
+            free = list(parts.free) if rng is None else _vary(parts, shuffle, tag_dropout, rng)
             if prefix.strip() and word and PLACEHOLDER not in caption:
                 parts = replace(parts, lead=word)
             texts.append(_join(parts, free, prefix.strip(), suffix.strip()))
@@ -137,12 +132,21 @@ def _resolve(caption: str, rng: random.Random | None) -> str:
     return caption
 
 
-def _varies(
-    caption: str, trigger: str, keep_tokens: int, shuffle: bool, tag_dropout: float
-) -> bool:
+def _vary(parts: _Parts, shuffle: bool, tag_dropout: float, rng: random.Random) -> list[str]:
+    """The free tags as they come out; where they are shuffled, those that hold the trigger come first."""
+    kept = [tag for tag in parts.free if tag in parts.held or rng.random() >= tag_dropout]
+    if not shuffle:
+        return kept
+    loose = [tag for tag in kept if tag not in parts.held]
+    rng.shuffle(loose)
+    return [tag for tag in kept if tag in parts.held] + loose
+
+
+def _varies(caption: str, trigger: str, keep_tokens: int, shuffle: bool, tag_dropout: float) -> bool:
     if WILDCARD.search(caption):
         return True
-    free = _take_apart(caption, trigger, keep_tokens).free
+    parts = _take_apart(caption, trigger, keep_tokens)
+    free = [tag for tag in parts.free if tag not in parts.held]
     return (shuffle and len(free) > 1) or (tag_dropout > 0.0 and len(free) > 0)
 
 
@@ -160,11 +164,9 @@ def _take_apart(caption: str, trigger: str, keep_tokens: int) -> _Parts:
         return _Parts(trigger, kept, free, tail)
     word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
     if PLACEHOLDER in caption or word.match(", ".join((*kept, *free, *tail))):
-        held = tuple(tag for tag in free if word.search(tag))  # not to be shuffled or dropped
-        return _Parts("", (*kept, *held), tuple(tag for tag in free if tag not in held), tail)
-    kept, free, tail = (
-        tuple(tag for tag in group if tag != trigger) for group in (kept, free, tail)
-    )
+        held = frozenset(tag for tag in free if word.search(tag))
+        return _Parts("", kept, free, tail, held)
+    kept, free, tail = (tuple(tag for tag in group if tag != trigger) for group in (kept, free, tail))
     return _Parts(trigger, kept, free, tail)
 
 

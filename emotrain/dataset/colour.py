@@ -22,9 +22,7 @@ class Note:
     message: str
 
 
-def split_alpha(
-    image: Image.Image, info: dict[Any, Any], notes: list[Note]
-) -> tuple[Image.Image, Image.Image | None]:
+def split_alpha(image: Image.Image, info: dict[Any, Any], notes: list[Note]) -> tuple[Image.Image, Image.Image | None]:
     """RGB in sRGB, and the alpha channel where any pixel is not opaque."""
     if image.mode.startswith("I"):
         return _from_16_bit(image), None
@@ -77,6 +75,4 @@ def _transform(icc: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform |
         return name, None
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     srgb = ImageCms.createProfile("sRGB")
-    return name, ImageCms.buildTransform(
-        profile, srgb, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags
-    )
+    return name, ImageCms.buildTransform(profile, srgb, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags)

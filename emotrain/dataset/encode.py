@@ -100,9 +100,7 @@ def encode_pictures(
             names all.
         ModelError: the VAE gives numbers that are not finite.
     """
-    reader = _Reader(
-        encoder.vae_scale, encoder.vae_identity(), frozenset(mirror), background, cache
-    )
+    reader = _Reader(encoder.vae_scale, encoder.vae_identity(), frozenset(mirror), background, cache)
     items: list[Item] = []
     problems: list[Problem] = []
     for done, future in enumerate(_run_ahead(reader.read, work), start=1):
@@ -118,9 +116,7 @@ def encode_pictures(
     return items
 
 
-def encode_texts(
-    encoder: Encoder, texts: Iterable[str], *, cache: Cache, progress: Progress
-) -> dict[str, Tensors]:
+def encode_texts(encoder: Encoder, texts: Iterable[str], *, cache: Cache, progress: Progress) -> dict[str, Tensors]:
     """Embeddings per text, without the batch axis; 16-bit where that loses nothing.
 
     Raises:
@@ -142,9 +138,7 @@ def _encode_text(encoder: Encoder, text: str) -> Tensors:
     rows = {name: narrow(rows[0].detach().cpu().clone()) for name, rows in embeds.items()}
     if not all(bool(row.isfinite().all()) for row in rows.values() if row.is_floating_point()):
         hint = "set model.dtype to fp32"
-        raise ModelError(
-            f"text encoder gives numbers that are not finite for `{printable(text)}`", hint
-        )
+        raise ModelError(f"text encoder gives numbers that are not finite for `{printable(text)}`", hint)
     return rows
 
 
@@ -157,9 +151,7 @@ def _finish(encoder: Encoder, job: _Job, cache: Cache) -> Item:
                 latents = encoder.encode_images(pixels[None])[0].detach().cpu().float().clone()
             if not bool(latents.isfinite().all()):
                 hint = "set model.dtype to fp32, or model.vae to one made for fp16"
-                raise ModelError(
-                    f"VAE gives numbers that are not finite for {job.example.id}", hint
-                )
+                raise ModelError(f"VAE gives numbers that are not finite for {job.example.id}", hint)
             cache.put("latents", job.keys[mirrored], {"latents": latents})
             job.found[mirrored] = latents
     upright, mask = job.found[False], job.mask
@@ -185,9 +177,7 @@ class _Reader:
         picture: Picture | None = None
         for placement in placements:
             keys = {side: self._latents_key(example, placement, side) for side in sides}
-            found = {
-                side: _only(self.cache.get("latents", key), "latents") for side, key in keys.items()
-            }
+            found = {side: _only(self.cache.get("latents", key), "latents") for side, key in keys.items()}
             job = _Job(example, placement, keys, found, None)
             mask_key = self._mask_key(example, placement)
             if mask_key is not None:
@@ -232,9 +222,7 @@ class _Reader:
         if example.mask != "alpha":
             source = hashlib.sha256(read_bytes(example.mask, limit=MAX_FILE_BYTES)).hexdigest()
         place = _numbers(placement)
-        return content_key(
-            picture=example.sha256, mask=source, place=place, vae_scale=self.vae_scale
-        )
+        return content_key(picture=example.sha256, mask=source, place=place, vae_scale=self.vae_scale)
 
 
 def _numbers(placement: Placement) -> list[int]:

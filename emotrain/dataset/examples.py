@@ -57,9 +57,7 @@ class Scan:
     listings: int = 0  # metadata.jsonl files
     hidden: int = 0  # hidden and system files
     files: int = 0
-    listed_missing: tuple[
-        Path, ...
-    ] = ()  # pictures that a metadata.jsonl names and that are not there
+    listed_missing: tuple[Path, ...] = ()  # pictures that a metadata.jsonl names and that are not there
     folders: tuple[Path, ...] = ()
 
     def errors(self) -> tuple[Skipped, ...]:
@@ -70,8 +68,8 @@ class Scan:
         """One line in words: how many files there are and what became of them."""
         reasons = Counter(item.code for item in self.skipped)
         parts = [f"{len(self.examples)} pictures used", f"{self.captions} caption files"]
-        parts += [f"{self.listings} metadata.jsonl"] * bool(self.listings) + [
-            f"{self.hidden} hidden"
-        ] * bool(self.hidden)
+        parts += [f"{self.listings} metadata.jsonl"] * bool(self.listings) + [f"{self.hidden} hidden"] * bool(
+            self.hidden
+        )
         parts += [f"{count} skipped: {code}" for code, count in sorted(reasons.items())]
         return f"{self.files} files: " + ", ".join(parts)

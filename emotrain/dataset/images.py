@@ -41,7 +41,27 @@ MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_ASPECT = 32.0  # longest side over shortest
 MIN_SIDE = 8  # pixels
-MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr I I;16 I;16L I;16B I;16N".split(" "))
+MODES = frozenset(
+    (
+        "1",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "I",
+        "I;16",
+        "I;16L",
+        "I;16B",
+        "I;16N",
+    )
+)
 ORIENTATION = 0x0112  # EXIF tag
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

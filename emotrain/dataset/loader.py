@@ -91,9 +91,7 @@ def prepare(
         (example, place(example.width, example.height, settings.rules))
         for example in sorted(chosen, key=lambda example: example.id)
     ]
-    items = encode_pictures(
-        family, work, mirror=mirror, background=settings.background, cache=cache, progress=progress
-    )
+    items = encode_pictures(family, work, mirror=mirror, background=settings.background, cache=cache, progress=progress)
     texts = {example.id: settings.texts(example) for example in chosen}
     rows: dict[str, Tensors] = {}
     if settings.encode_texts:
@@ -218,10 +216,7 @@ class CachedDataset:
         text: dict[str, Tensor] = {}
         if self._rows:
             names = self._rows[samples[0][1]]
-            text = {
-                name: torch.stack([_widen(self._rows[said][name]) for _, said, _ in samples])
-                for name in names
-            }
+            text = {name: torch.stack([_widen(self._rows[said][name]) for _, said, _ in samples]) for name in names}
         masks = None
         if any(item.mask is not None for item, _, _ in samples):
             masks = torch.stack([_mask(item, mirrored) for item, _, mirrored in samples])
@@ -229,9 +224,7 @@ class CachedDataset:
             latents=latents,
             text=text,
             conditioning=_conditioning(samples),
-            weights=torch.tensor(
-                [item.example.weight for item, _, _ in samples], dtype=torch.float32
-            ),
+            weights=torch.tensor([item.example.weight for item, _, _ in samples], dtype=torch.float32),
             masks=masks,
             ids=tuple(item.example.id for item, _, _ in samples),
             epoch=epoch,
@@ -243,9 +236,7 @@ def _side(item: Item, mirrored: bool) -> Tensor:
     if not mirrored:
         return item.latents
     if item.mirrored is None:
-        raise ValueError(
-            f"{item.example.id} was not encoded mirrored: name it in prepare(mirror=...)"
-        )
+        raise ValueError(f"{item.example.id} was not encoded mirrored: name it in prepare(mirror=...)")
     return item.mirrored
 
 
@@ -263,9 +254,7 @@ def _conditioning(samples: Sequence[tuple[Item, str, bool]]) -> Conditioning:
     original, crops, target = [], [], []
     for item, _, mirrored in samples:
         placed = item.placement
-        left = (
-            placed.resize_w - placed.bucket_w - placed.crop_left if mirrored else placed.crop_left
-        )
+        left = placed.resize_w - placed.bucket_w - placed.crop_left if mirrored else placed.crop_left
         original.append((item.example.height, item.example.width))
         crops.append((placed.crop_top, left))
         target.append((placed.bucket_h, placed.bucket_w))

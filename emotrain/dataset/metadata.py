@@ -37,9 +37,7 @@ def read_listing(path: Path, above: tuple[str, ...]) -> Listing:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise FileProblem(
-                "metadata", path, f"is not JSON in line {number}", "one object a line"
-            ) from error
+            raise FileProblem("metadata", path, f"is not JSON in line {number}", "one object a line") from error
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             raise FileProblem(
@@ -48,9 +46,7 @@ def read_listing(path: Path, above: tuple[str, ...]) -> Listing:
                 f"has no `file_name` in line {number}",
                 '{"file_name": "a.png", "text": "..."}',
             )
-        listing[(*above, *PurePosixPath(name.replace("\\", "/")).parts)] = _texts(
-            entry, path, number
-        )
+        listing[(*above, *PurePosixPath(name.replace("\\", "/")).parts)] = _texts(entry, path, number)
     return listing
 
 

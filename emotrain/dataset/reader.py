@@ -62,9 +62,7 @@ class FolderReader:
                     self._read_picture(entry, text, listing)
                 tell()
         present = {entry.parts for entry in entries}
-        self.listed_missing += [
-            self.root.joinpath(*parts) for parts in listing if parts not in present
-        ]
+        self.listed_missing += [self.root.joinpath(*parts) for parts in listing if parts not in present]
 
     def _sort(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry], list[Entry]]:
         pictures: list[Entry] = []
@@ -104,18 +102,12 @@ class FolderReader:
                 self._skip(entry, "metadata", problem.reason, "error", problem.hint)
         return listing
 
-    def _choose_captions(
-        self, texts: Sequence[Entry], pictures: dict[Key, list[Entry]]
-    ) -> dict[Key, Entry]:
+    def _choose_captions(self, texts: Sequence[Entry], pictures: dict[Key, list[Entry]]) -> dict[Key, Entry]:
         chosen: dict[Key, Entry] = {}
-        for entry in sorted(
-            texts, key=lambda text: self.caption_suffixes.index(text.path.suffix.lower())
-        ):
+        for entry in sorted(texts, key=lambda text: self.caption_suffixes.index(text.path.suffix.lower())):
             key = stem_key(entry.parts)
             if key not in pictures:
-                self._skip(
-                    entry, "orphan-caption", "is a caption without a picture of its name", "warning"
-                )
+                self._skip(entry, "orphan-caption", "is a caption without a picture of its name", "warning")
             elif key in chosen:
                 self._skip(
                     entry,
@@ -175,22 +167,12 @@ class FolderReader:
                 self._refuse_foreign(text)
                 captions = read_captions(text.path)
             except FileProblem as problem:
-                code = (
-                    problem.code
-                    if problem.code.startswith("caption-")
-                    else f"caption-{problem.code}"
-                )
+                code = problem.code if problem.code.startswith("caption-") else f"caption-{problem.code}"
                 name = printable(text.path.name)
                 reason = f"has a caption that cannot be used: {name} {problem.reason}"
                 raise FileProblem(code, entry.path, reason, problem.hint) from problem
             notes = (
-                ()
-                if captions
-                else (
-                    Note(
-                        "caption-empty", f"has an empty caption file, {printable(text.path.name)}"
-                    ),
-                )
+                () if captions else (Note("caption-empty", f"has an empty caption file, {printable(text.path.name)}"),)
             )
             return captions or ("",), "file", text.path, notes
         if listing.get(entry.parts):

@@ -45,9 +45,7 @@ def resolve_folder(path: str) -> Path:
     name = path.removeprefix("builtin:")
     if name not in BUILTIN:
         known = ", ".join(f"builtin:{word}" for word in BUILTIN)
-        raise ConfigError(
-            f"dataset.folders names `{printable(path)}`, which does not exist", f"there are {known}"
-        )
+        raise ConfigError(f"dataset.folders names `{printable(path)}`, which does not exist", f"there are {known}")
     return Path(next(iter(assets.__path__))) / name
 
 
@@ -68,15 +66,10 @@ def scan(
     """
     roots = tuple(resolve_folder(folder.path) for folder in folders)
     mask_roots = [
-        Path(folder.mask).expanduser()
-        for folder in folders
-        if folder.mask not in (None, "alpha") and folder.mask
+        Path(folder.mask).expanduser() for folder in folders if folder.mask not in (None, "alpha") and folder.mask
     ]
     _check_folders(roots, mask_roots)
-    trees = [
-        walk(root, leave_out=[other for other in (*roots, *mask_roots) if other != root])
-        for root in roots
-    ]
+    trees = [walk(root, leave_out=[other for other in (*roots, *mask_roots) if other != root]) for root in roots]
     total = sum(entry.path.suffix.lower() in SUFFIXES for tree in trees for entry in tree.entries)
     done = 0
 
@@ -88,9 +81,7 @@ def scan(
 
     readers = []
     for index, (folder, root, name) in enumerate(zip(folders, roots, _names(roots), strict=True)):
-        reader = FolderReader(
-            folder, root, name, index, _suffixes(caption_extension), default_caption, _masks(folder)
-        )
+        reader = FolderReader(folder, root, name, index, _suffixes(caption_extension), default_caption, _masks(folder))
         reader.read(trees[index].entries, tell)
         readers.append(reader)
     return Scan(
@@ -114,9 +105,7 @@ def require_pictures(found: Scan) -> Scan:
     if found.examples:
         return found
     where = ", ".join(printable(folder) for folder in found.folders)
-    problems = [
-        Problem(f"{printable(item.path)} {item.reason}", item.hint) for item in found.errors()[:20]
-    ]
+    problems = [Problem(f"{printable(item.path)} {item.reason}", item.hint) for item in found.errors()[:20]]
     first = Problem(
         f"no usable picture in {where} ({found.totals()})",
         "`emotrain lint` says what is wrong with each file",
@@ -129,17 +118,9 @@ def _check_folders(roots: Sequence[Path], mask_roots: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for root in (*roots, *mask_roots):
         if not root.exists():
-            problems.append(
-                Problem(
-                    f"{printable(root)} does not exist", "paths are relative to the preset's file"
-                )
-            )
+            problems.append(Problem(f"{printable(root)} does not exist", "paths are relative to the preset's file"))
         elif not root.is_dir():
-            problems.append(
-                Problem(
-                    f"{printable(root)} is not a folder", "name the folder that holds the pictures"
-                )
-            )
+            problems.append(Problem(f"{printable(root)} is not a folder", "name the folder that holds the pictures"))
     for root in roots:
         if root.resolve() in seen:
             problems.append(

@@ -69,9 +69,7 @@ def settings_from(
             buckets.upscale,
         )
     except ValueError as error:
-        raise ConfigError(
-            f"dataset.buckets cannot be made: {error}", "leave min and max out"
-        ) from error
+        raise ConfigError(f"dataset.buckets cannot be made: {error}", "leave min and max out") from error
     if rules.step % step:
         reason = f"dataset.buckets.step is {rules.step}, which is not a multiple of {step}"
         raise ConfigError(reason, f"the model takes sides that are multiples of {step}")

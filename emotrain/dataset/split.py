@@ -63,9 +63,7 @@ def take_shard(examples: Sequence[Example], shard: str | None) -> tuple[Example,
         raise ConfigError(f"dataset.shard is `{shard}`, which is not a part of a whole", hint)
     ordered = sorted(examples, key=lambda item: item.id)[int(part) - 1 :: int(parts)]
     if not ordered:
-        raise DatasetError(
-            f"dataset.shard {shard} of {len(examples)} pictures is empty", "use fewer parts"
-        )
+        raise DatasetError(f"dataset.shard {shard} of {len(examples)} pictures is empty", "use fewer parts")
     mine = {example.id for example in ordered}
     return tuple(example for example in examples if example.id in mine)
 

@@ -12,9 +12,7 @@ from emotrain.errors import DatasetError
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_METADATA_BYTES = 64 * 1024 * 1024
-UNSEEN_FORMATS = frozenset(
-    "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
-)
+UNSEEN_FORMATS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 
 
 class FileProblem(DatasetError):
@@ -32,9 +30,7 @@ def printable(text: str | Path) -> str:
     Control characters, directional marks, line ends and bytes that are not UTF-8 become `\x1b`,
     `\u202e`, `\udcff`; all other characters stay.
     """
-    return "".join(
-        c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in str(text)
-    )
+    return "".join(c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
 def _is_plain(c: str) -> bool:
@@ -84,9 +80,7 @@ def decode_text(data: bytes, path: Path) -> str:
         reason = f"is not {name}: byte {at} is 0x{data[at]:02x}"
         raise FileProblem("caption-encoding", path, reason, hint) from error
     if "\0" in text:
-        raise FileProblem(
-            "caption-encoding", path, f"holds a NUL at character {text.index(chr(0))}", hint
-        )
+        raise FileProblem("caption-encoding", path, f"holds a NUL at character {text.index(chr(0))}", hint)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-HIDDEN = frozenset(
-    ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin")
-)
+HIDDEN = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
 REPEATS = re.compile(r"(\d{1,3})_.+", re.DOTALL)  # up to 999: 2024_holiday is a year, not a count
 UNREAD = {
     "broken-link": "is a link to nothing",
@@ -60,9 +58,7 @@ def walk(root: Path, *, leave_out: Iterable[Path] = ()) -> Walk:
             with os.scandir(folder) as listing:
                 found = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            seen.entries.append(
-                Entry(folder, parts, problem="unreadable", detail=str(error.strerror))
-            )
+            seen.entries.append(Entry(folder, parts, problem="unreadable", detail=str(error.strerror)))
             continue
         below = []
         for item in found:

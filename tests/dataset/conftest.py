@@ -54,7 +54,7 @@ def swapped_profile() -> bytes:
         b"rXYZ": b"XYZ \0\0\0\0" + b"".join(map(number, blue)),
         b"gXYZ": b"XYZ \0\0\0\0" + b"".join(map(number, green)),
         b"bXYZ": b"XYZ \0\0\0\0" + b"".join(map(number, red)),
-        **{key: b"curv\0\0\0\0\0\0\0\1\2\x33" for key in (b"rTRC", b"gTRC", b"bTRC")},
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"curv\x00\x00\x00\x00\x00\x00\x00\x01\x023"),
     }
     table, data, offset = b"", b"", 128 + 4 + 12 * len(tags)
     for key, body in tags.items():
