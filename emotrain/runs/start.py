@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.errors import CheckpointError, ExitCode, ResourceError
@@ -52,7 +50,7 @@ class Session:
     def load(self) -> None:
         """Everything up to the first step that needs no run folder; bad input is refused here."""
         preset = self.preset
-        torch.manual_seed(preset.train.seed)
+        rng.seed_all(preset.train.seed)
         self.found = build.sniffed(preset)
         settings = build.loader_settings(preset, self.found)
         self.pictures = build.read_pictures(preset)
@@ -235,6 +233,23 @@ class Session:
             observer.close()
 
 
+def refuse_done(session: Session, folder: RunFolder) -> None:
+    """A run that has handed over its LoRA and has nothing left to do is not resumed.
+
+    One that died between its last checkpoint and the hand-over is: it then only hands over.
+
+    Raises:
+        CheckpointError: the run is done.
+    """
+    step, info = session.state.step, folder.info()
+    over = step >= session.preset.train.max_steps or session.stop_rule.decide(step) is not None
+    if over and info.get("finished"):
+        raise CheckpointError(
+            f"run `{folder.name}` is done: it ended by itself after step {step} ({info.get('stop_reason')})",
+            "raise train.max_steps with --set, or start a new run from it with start_from.continue",
+        )
+
+
 def config_hash(preset: Preset) -> str:
     """sha256 of the resolved preset."""
     text = json.dumps(preset.to_dict(), sort_keys=True)
@@ -291,13 +306,10 @@ def resume(
             for line in lines:
                 session.notify(Notice(line))
             session.restore(checkpoint)
-            if session.state.step >= preset.train.max_steps:
-                raise CheckpointError(
-                    f"run `{folder.name}` has done its {session.state.step} steps already",
-                    "raise train.max_steps in its preset.yaml, or start a new run from it with start_from.continue",
-                )
+            refuse_done(session, folder)
             for line in store.drop_after(checkpoint.step) if step is not None else ():
                 session.notify(Notice(line, level="info"))
+            folder.update_info(finished=None, stop_reason=None)
             return session.train(folder, signals)
     finally:
         session.close()

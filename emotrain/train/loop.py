@@ -188,6 +188,8 @@ def fit(
     if state.step == 0 and state.base_probe_loss is None:
         run_probe(parts, state)
         parts.sample(0)
+    if state.step and (sentence := parts.stop_rule.decide(state.step)):
+        return Outcome(StopReason.SIGNAL, sentence)  # it had ended, but died before the hand-over
     while state.step < limits.max_steps:
         started = clock()
         step = train_step(parts, limits, state)

@@ -13,6 +13,13 @@ from torch import Tensor
 from emotrain.errors import CheckpointError
 
 
+def seed_all(seed: int) -> None:
+    """Seed every global generator, so that equal runs are equal also where a library draws from one."""
+    torch.manual_seed(seed)  # CPU and all devices
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The random states as they are now, without drawing from them.
 

@@ -41,6 +41,15 @@ def test_every_generator_goes_on_where_it_was_after_a_trip_through_json() -> Non
         assert draws() == wanted
 
 
+def test_one_seed_is_for_every_generator() -> None:
+    rng.seed_all(7)
+    first = draws()
+    rng.seed_all(7)
+    assert draws() == first
+    rng.seed_all(8)
+    assert not any(one == other for one, other in zip(draws(), first, strict=True))
+
+
 def test_capturing_draws_nothing() -> None:
     first = rng.capture()
     second = rng.capture()
