@@ -107,7 +107,7 @@ def file_tensors(
         raise ModelError(f"`{bad}` has numbers that are not finite: no file is written")
     balanced = _balanced(own) if dtype == "fp16" else own
     tensors = {
-        key: _rounded(key, value, DTYPES[dtype])
+        key: rounded(key, value, DTYPES[dtype])
         for key, value in to_layout(balanced, own_alphas, family, layout).items()
     }
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
@@ -194,11 +194,10 @@ def _balanced(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return balanced
 
 
-def _rounded(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = value.to(dtype).contiguous()
-    if key.endswith(".alpha") and float(rounded) != float(value):
-        return value.to(torch.float32)  # an alpha that the dtype cannot hold would change the strength
-    return rounded
+def rounded(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the file's dtype; an alpha that the dtype cannot hold stays float32, or the strength would change."""
+    stored = value.to(dtype).contiguous()
+    return value.to(torch.float32) if key.endswith(".alpha") and float(stored) != float(value) else stored
 
 
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:

@@ -8,9 +8,6 @@ import re
 from collections import Counter
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from emotrain.lora import names
 from emotrain.lora.check import norm_of
 from emotrain.lora.file import LoraFile
@@ -67,20 +64,6 @@ def parents_of(metadata: dict[str, str]) -> list[Any]:
     except (ValueError, RecursionError):
         return []
     return parents if isinstance(parents, list) else []
-
-
-def trigger_of(metadata: dict[str, str]) -> str | None:
-    """The word that calls the LoRA, where the file says so."""
-    return metadata.get("modelspec.trigger_phrase") or None
-
-
-def narrowest_dtype(tensors: dict[str, Tensor], wished: str) -> str:
-    """`wished` where it holds every number exactly, else fp32."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(wished)
-    if dtype is None:
-        return "fp32"
-    exact = all(torch.equal(t.to(dtype).to(torch.float32), t) for t in tensors.values())
-    return wished if exact else "fp32"
 
 
 def _block(path: str) -> str:

@@ -22,7 +22,7 @@ TRANSFORMER_FAMILIES = ("sd3", "flux")
 FAMILIES = UNET_FAMILIES + TRANSFORMER_FAMILIES
 
 _BLOCK = r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)"
-_UNET = {
+_UNET: dict[str, tuple[str, ...]] = {
     "attn": (rf"{_BLOCK}\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\.(?:to_[qkv]|to_out\.0)",),
     "mlp": (
         rf"{_BLOCK}\.attentions\.\d+\.transformer_blocks\.\d+\.ff\.net\.(?:0\.proj|2)",
@@ -33,7 +33,7 @@ _UNET = {
         rf"{_BLOCK}\.(?:downsamplers|upsamplers)\.0\.conv",
     ),
 }
-_SD3 = {
+_SD3: dict[str, tuple[str, ...]] = {
     "attn": (
         r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"transformer_blocks\.\d+\.attn2\.(?:to_[qkv]|to_out\.0)",
@@ -41,7 +41,7 @@ _SD3 = {
     "mlp": (r"transformer_blocks\.\d+\.ff(?:_context)?\.net\.(?:0\.proj|2)",),
     "rest": (r"transformer_blocks\.\d+\.norm1(?:_context)?\.linear",),
 }
-_FLUX = {
+_FLUX: dict[str, tuple[str, ...]] = {
     "attn": (
         r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"single_transformer_blocks\.\d+\.attn\.to_[qkv]",
