@@ -468,12 +468,23 @@ def test_no_color_means_no_colour_but_still_bold(monkeypatch: pytest.MonkeyPatch
     assert "\x1b[33m" in coloured or "\x1b[93m" in coloured or "33" in coloured
 
 
-def test_terminals_without_utf8_get_ascii() -> None:
-    class Latin(io.StringIO):
-        encoding = "iso-8859-1"
+class Latin(io.StringIO):
+    encoding = "iso-8859-1"
 
-    assert not can_show(make_console(Latin(), {}))
+
+def test_terminals_without_utf8_get_ascii(make_start: MakeStart, make_step: MakeStep) -> None:
+    file = Latin()
+    console = make_console(file, {"TERM": "xterm"})
+    assert not can_show(console)
     assert can_show(Console(file=io.TextIOWrapper(io.BytesIO(), encoding="UTF-8")))
+    dashboard = Dashboard(console, thread=False, capture_stderr=False)
+    for event in a_run(make_start, make_step, HOSTILE, 5):
+        dashboard.handle(event)
+        dashboard.refresh()
+    dashboard.handle(the_end(HOSTILE))
+    dashboard.close()
+    assert file.getvalue().isascii()
+    assert "emoPulse" in file.getvalue()
 
 
 def test_a_frame_becomes_a_picture(board: Board, make_start: MakeStart, make_step: MakeStep) -> None:

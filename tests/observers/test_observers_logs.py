@@ -198,6 +198,7 @@ def test_a_reader_that_goes_away_ends_nothing() -> None:
         "    for i in range(20000):\n"
         "        observer.handle(Notice(f'line {i}'))\n"
         "    observer.close()\n"
+        "print('the path of the LoRA', flush=True)\n"
         "sys.stderr.write('went on')\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
