@@ -1,0 +1,52 @@
+"""`emotrain images`: which pictures a run could not learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emotrain.cli import output
+
+_MEANING = {
+    "suspicious": "its caption may be wrong, or the picture broken",
+    "hard": "its loss stays far above the others'",
+    "memorised": "its loss fell far below the others': seen too often, or a copy",
+    "usual": "",
+    "unseen": "seen too rarely to say",
+}
+
+
+def images(
+    run: Annotated[str, typer.Argument(help="A run's folder or name")],
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+) -> None:
+    """Show which pictures a run could not learn.
+
+    Losses are compared at the same place on the noise scale and held against the other pictures; `early` and `late` are
+    the halves of the run, in robust standard deviations (above 0: worse than the others).
+
+    Examples:
+      emotrain images mika_v2
+      emotrain images mika_v2 --json
+    """
+    from emotrain.runs.folder import open_run
+    from emotrain.runs.pictures import rank_pictures
+
+    folder = open_run(run, runs_dir)
+    scores = rank_pictures(folder)
+    if as_json:
+        pictures = [score.to_dict() for score in scores]
+        output.json_object({"schema_version": output.SCHEMA_VERSION, "run": folder.name, "pictures": pictures})
+        return
+    rows = [
+        (
+            score.verdict, f"{score.z_early:.1f}", f"{score.z_late:.1f}",
+            "-" if score.z_contrast is None else f"{score.z_contrast:.1f}", score.visits, score.id,
+            _MEANING[score.verdict],
+        )
+        for score in scores
+    ]  # fmt: skip
+    output.table(rows, ("", "early", "late", "caption", "seen", "picture", ""))

@@ -1,0 +1,177 @@
+"""`emotrain lint`: what is wrong with the pictures and captions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emotrain.cli import output
+from emotrain.cli.complete import preset_names
+from emotrain.errors import ConfigError, DatasetError, ExitCode
+
+if TYPE_CHECKING:
+    from emotrain.dataset.lint_pool import Progress
+    from emotrain.dataset.lint_types import Finding, Report
+    from emotrain.dataset.ranking import PictureScore
+
+PREVIEWS = 2000  # thumbnails in a page
+SHOWN = 8  # files per code in the table; JSON and the page have all
+TAGS = 12
+_PRESET_SUFFIXES = (".yaml", ".yml")
+
+
+def lint(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of pictures, a preset file, or a shipped preset's name", autocompletion=preset_names
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with thumbnails to this file")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="A run: its ranking of the pictures goes into the page")
+    ] = None,
+) -> None:
+    """Find what is wrong with pictures and captions.
+
+    Every file is looked at and every picture decoded once; nothing is changed. A preset says more than a folder: its
+    trigger, sizes and model are taken into account. Exit 0: nothing worse than warnings; 3: errors.
+
+    Examples:
+      emotrain lint ./data/mika
+      emotrain lint my.yaml --html report.html
+    """
+    from emotrain.runs.lint import Options
+
+    if html is not None:
+        _check_page(html)
+    scores = _ranking(run)
+    with _progress() as tell:
+        report = _lint(target, Options(PREVIEWS if html is not None else 0, None, tell))
+    if html is not None:
+        _write_page(html, report, scores, target)
+    if as_json:
+        ranking = [score.to_dict() for score in scores]
+        output.json_object({**report.to_dict(), **({"ranking": ranking} if run is not None else {})})
+    else:
+        _show(report)
+        if html is not None:
+            output.note(f"page: {html}")
+    if report.has_errors:
+        raise typer.Exit(ExitCode.DATASET)
+
+
+def _lint(target: str, options: object) -> Report:
+    from emotrain.config.builtin import shipped_presets
+    from emotrain.config.load import load
+    from emotrain.runs.lint import Options, lint_folder, lint_preset
+
+    assert isinstance(options, Options)
+    path = Path(target).expanduser()
+    if target.startswith("builtin:") or path.is_dir():
+        return lint_folder(target, options)
+    if path.is_file() and path.suffix.lower() not in _PRESET_SUFFIXES:
+        raise ConfigError(f"{target} is neither a folder nor a preset", "name the folder that holds the pictures")
+    is_name = target in shipped_presets() or not (path.suffix or path.name != target)
+    if path.exists() or is_name or path.suffix.lower() in _PRESET_SUFFIXES:
+        loaded = load(target)
+        for line in loaded.notes:
+            output.note(f"note: {line}")
+        return lint_preset(loaded.preset, options)
+    raise DatasetError(f"{target} does not exist", "name a folder of pictures, or a preset")
+
+
+def _ranking(run: str | None) -> tuple[PictureScore, ...]:
+    if run is None:
+        return ()
+    from emotrain.runs.folder import open_run
+    from emotrain.runs.pictures import rank_pictures
+
+    return rank_pictures(open_run(run))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar on stderr while pictures are decoded; nothing where stderr is no terminal."""
+    import os
+    import sys
+
+    if not sys.stderr.isatty() or os.environ.get("CI") or os.environ.get("TERM") == "dumb":
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("looking at pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield tell
+
+
+def _show(report: Report) -> None:
+    """The findings, grouped by code; then folders, buckets and tags."""
+    output.result(report.totals)
+    groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in report.findings:
+        groups[finding.severity, finding.code].append(finding)
+    for (severity, code), findings in groups.items():
+        output.result("")
+        for finding in findings[:SHOWN]:
+            output.result(f"{severity:<8} {code:<19} {finding.file or 'the data set'} {finding.message}")
+        if len(findings) > SHOWN:
+            output.result(f"{'':<8} {'':<19} and {len(findings) - SHOWN} more; --json and --html have all")
+        for hint in list(dict.fromkeys(finding.hint for finding in findings if finding.hint))[:SHOWN]:
+            output.result(f"{'':<8} {'hint:':>19} {hint}")
+    _tables(report)
+    counts = report.counts()
+    output.result("")
+    output.result(f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} notes")
+
+
+def _tables(report: Report) -> None:
+    if len(report.folders) > 1:
+        output.result("")
+        rows = [(row.name, row.pictures, row.shown, "regularisation" if row.prior else "") for row in report.folders]
+        output.table(rows, ("folder", "pictures", "shown an epoch", ""))
+    if report.buckets:
+        output.result("")
+        rows_of_buckets = [
+            (f"{row.width} x {row.height}", row.pictures, f"{row.mean_crop:.0%}", f"{row.largest_crop:.0%}")
+            for row in report.buckets
+        ]
+        output.table(rows_of_buckets, ("bucket", "pictures", "cut off", "at most"))
+    if report.tags:
+        output.result("")
+        rows_of_tags = [(row.tag[:60], row.count, f"{row.share:.0%}") for row in report.tags[:TAGS]]
+        output.table(rows_of_tags, ("tag", "pictures", "share"))
+
+
+def _check_page(html: Path) -> None:
+    """Refuse, before minutes of work, a place that cannot be written or a file that is not a page of ours.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if html.is_dir() or not html.absolute().parent.is_dir():
+        raise ConfigError(f"--html: {html} is not a file that can be written", "give a file in an existing folder")
+    if html.exists() and not html.read_bytes()[:64].lstrip().lower().startswith(b"<!doctype html"):
+        raise ConfigError(f"--html: {html} exists and is not a page", "give another file name")
+
+
+def _write_page(html: Path, report: Report, scores: tuple[PictureScore, ...], target: str) -> None:
+    from emotrain.report.lint_page import lint_page
+
+    try:
+        html.write_text(lint_page(report, scores, title=target), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise ConfigError(f"--html: {html} cannot be written: {error.strerror}") from error

@@ -1,0 +1,269 @@
+"""Which pictures a run could not learn, from the loss of every sample (no torch).
+
+A loss by itself says little: it depends far more on how noisy the sample was than on the picture. So
+each loss is first compared with what all pictures have at the same place on the noise scale; what remains
+is averaged per picture, early and late in the run apart, and held against the other pictures with a median
+and a median deviation that no outlier moves.
+
+  * hard: still far above the others at the end;
+  * memorised: fell far below the others, and far more than they did;
+  * suspicious: its own caption explains it no better than the captions of other pictures do (a wrong caption, a broken
+    picture). That takes the contrast of `PictureContrast`; without one, high from the start and the least improved.
+
+`picture_losses.jsonl` of a run: a line a step, `{"step": 7, "samples": [["folder/a.png", 0.31, 0.084], ...]}`: id,
+position on the noise scale (0..1) and the unweighted loss. `picture_contrast.jsonl`: a line a picture,
+`{"id": "folder/a.png", "own": [...], "others": [[...], ...]}`: see `PictureContrast`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Verdict = Literal["suspicious", "hard", "memorised", "usual", "unseen"]
+Floats = NDArray[np.float64]
+BINS = 24
+MIN_VISITS = 3  # in each half of the run
+Z_HARD = 2.5  # robust standard deviations
+Z_MEMORISED = 2.5
+Z_SUSPICIOUS = 2.5
+_ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
+
+
+class LossRecord(NamedTuple):
+    """The loss of one sample at one optimizer step; `position` on the noise scale in 0..1."""
+
+    step: int
+    id: str
+    position: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class PictureContrast:
+    """Losses of one picture under several captions, at the same noise and timesteps each.
+
+    `own` holds one loss per noise draw with its own caption; `others[k]` the same draws with the caption of another
+    picture. With the adapter off this asks the base model, which was never taught a wrong caption.
+    """
+
+    id: str
+    own: tuple[float, ...]
+    others: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class PictureScore:
+    """One picture's place in the ranking.
+
+    `early` and `late` are mean log-loss above (or below) what is usual at the same noise, in the run's first and second
+    half; `z_early`, `z_late` the same in robust standard deviations of all pictures; `z_fall` how much less than the
+    others it fell. `z_contrast` is above 0 where its own caption suits it worse than is usual (None: not measured).
+    `score` ranks: the higher, the more it deserves a look.
+    """
+
+    id: str
+    verdict: Verdict
+    score: float
+    visits: int
+    early: float
+    late: float
+    z_early: float
+    z_late: float
+    z_fall: float
+    z_contrast: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def parse_losses(lines: Iterable[str]) -> list[LossRecord]:
+    """Records of a `picture_losses.jsonl`; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: another line is not as described, with its number.
+    """
+    records: list[LossRecord] = []
+    failed: int | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if failed is not None:
+            raise ValueError(f"line {failed} is not a step with its samples")
+        try:
+            records += _records_of(json.loads(line))
+        except (ValueError, TypeError, KeyError, IndexError):
+            failed = number
+    return records
+
+
+def _records_of(entry: Any) -> list[LossRecord]:
+    step = int(entry["step"])
+    records = []
+    for name, position, loss in (row[:3] for row in entry["samples"]):
+        record = LossRecord(step, str(name), float(position), float(loss))
+        if math.isfinite(record.loss) and math.isfinite(record.position):
+            records.append(record)
+    return records
+
+
+def parse_contrasts(lines: Iterable[str]) -> list[PictureContrast]:
+    """Records of a `picture_contrast.jsonl`.
+
+    Raises:
+        ValueError: a line is not as described, with its number.
+    """
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            own = tuple(float(loss) for loss in entry["own"])
+            others = tuple(tuple(float(loss) for loss in row) for row in entry["others"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"line {number} is not a picture with its losses") from error
+        found.append(PictureContrast(str(entry["id"]), own, others))
+    return found
+
+
+def excess(positions: Sequence[float], losses: Sequence[float]) -> Floats:
+    """Log-loss of each sample above what is usual at its position: float64 [N].
+
+    Usual is the median log-loss of the samples around it: of bins with equally many samples, linear between them.
+
+    Raises:
+        ValueError: not one position per loss, or none at all.
+    """
+    if len(positions) != len(losses) or not len(losses):
+        raise ValueError(f"{len(positions)} positions and {len(losses)} losses")
+    place = np.asarray(positions, np.float64)
+    level = np.log(np.maximum(np.asarray(losses, np.float64), 1e-12))
+    order = np.argsort(place, kind="stable")
+    parts = np.array_split(order, max(1, min(BINS, len(order) // 12)))
+    centres = np.array([np.median(place[part]) for part in parts])
+    usual = np.array([np.median(level[part]) for part in parts])
+    result: Floats = level - np.interp(place, centres, usual)
+    return result
+
+
+def robust_z(values: Sequence[float] | Floats, least_scale: float = 1e-6) -> Floats:
+    """Distance from the median in units of 1.4826 median absolute deviations; `least_scale` bounds these from below."""
+    array = np.asarray(values, np.float64)
+    middle = np.median(array)
+    scale = 1.4826 * np.median(np.abs(array - middle))
+    result: Floats = (array - middle) / max(float(scale), least_scale)
+    return result
+
+
+def contrast_of(picture: PictureContrast) -> float:
+    """How much worse a picture's own caption is than those of others: mean over draws of log own - log other.
+
+    Below 0 where the model can tell that the caption belongs to the picture; near or above 0 where it does not.
+    Half of the weight lies on the best of the others: a swapped caption is beaten by the one it was swapped with.
+
+    Raises:
+        ValueError: no other caption, or not the same draws.
+    """
+    draws = len(picture.own)
+    if not draws or not picture.others or any(len(row) != draws for row in picture.others):
+        raise ValueError(f"{picture.id} has no losses to compare")
+    own = np.log(np.maximum(picture.own, 1e-12))
+    others = np.log(np.maximum(picture.others, 1e-12))  # [captions, draws]
+    margins = (own - others).mean(axis=1)
+    return float(0.5 * margins.mean() + 0.5 * margins.max())
+
+
+def rank(
+    records: Sequence[LossRecord],
+    contrasts: Sequence[PictureContrast] = (),
+    *,
+    ids: Sequence[str] = (),
+) -> tuple[PictureScore, ...]:
+    """Rank the pictures of a run, those that most deserve a look first.
+
+    Args:
+        records: the loss of every sample.
+        contrasts: the captions' contrast, where it was measured.
+        ids: all pictures; those without records are ranked last, as unseen.
+
+    Raises:
+        ValueError: neither records nor ids.
+    """
+    names = sorted({record.id for record in records} | {one.id for one in contrasts} | set(ids))
+    if not names:
+        raise ValueError("no pictures to rank")
+    halves = _halves(records)
+    seen = [name for name in names if min(len(part.get(name, ())) for part in halves) >= MIN_VISITS]
+    margins = {one.id: contrast_of(one) for one in contrasts}
+    z_contrast = dict(zip(margins, robust_z(list(margins.values()), 0.005), strict=True)) if margins else {}
+    early, late = (np.array([np.mean(part[name]) for name in seen]) for part in halves)
+    numbers: dict[str, tuple[float, ...]] = {}
+    if seen:
+        noise = _sampling_error(halves, seen)
+        rows = zip(
+            seen, early, late, robust_z(early, noise), robust_z(late, noise), robust_z(late - early, noise), strict=True
+        )
+        numbers = {row[0]: tuple(float(value) for value in row[1:]) for row in rows}
+    scores = [
+        _score(name, numbers.get(name), sum(len(part.get(name, ())) for part in halves), z_contrast.get(name))
+        for name in names
+    ]
+    return tuple(sorted(scores, key=lambda one: (_ORDER[one.verdict], -one.score, one.id)))
+
+
+def _halves(records: Sequence[LossRecord]) -> tuple[Mapping[str, list[float]], ...]:
+    """Excess of each picture's samples, in the run's first and second half apart."""
+    halves: tuple[dict[str, list[float]], ...] = (defaultdict(list), defaultdict(list))
+    if not records:
+        return halves
+    middle = np.median([record.step for record in records])
+    for which in (0, 1):
+        chosen = [record for record in records if (record.step > middle) == bool(which)]
+        if chosen:
+            above = excess([one.position for one in chosen], [one.loss for one in chosen])
+            for record, value in zip(chosen, above, strict=True):
+                halves[which][record.id].append(float(value))
+    return halves
+
+
+def _sampling_error(halves: Sequence[Mapping[str, list[float]]], seen: Sequence[str]) -> float:
+    """Standard error of a picture's mean: differences below it are luck."""
+    errors = [
+        np.std(part[name], ddof=1) / math.sqrt(len(part[name]))
+        for part in halves
+        for name in seen
+        if len(part[name]) > 1
+    ]
+    return float(max(np.median(errors), 1e-3)) if errors else 1.0
+
+
+def _score(name: str, numbers: tuple[float, ...] | None, visits: int, z_contrast: float | None) -> PictureScore:
+    if numbers is None and z_contrast is None:
+        return PictureScore(name, "unseen", 0.0, visits, 0.0, 0.0, 0.0, 0.0, 0.0)
+    early, late, z_early, z_late, z_fall = numbers or (0.0,) * 5
+    suspicion = z_contrast if z_contrast is not None else min(z_early, z_late, z_late + z_fall)
+    verdict: Verdict = "usual"
+    if suspicion >= Z_SUSPICIOUS:
+        verdict = "suspicious"
+    elif z_late >= Z_HARD:
+        verdict = "hard"
+    elif z_late <= -Z_MEMORISED and z_fall <= -Z_MEMORISED:
+        verdict = "memorised"
+    score = suspicion if z_contrast is not None else max(suspicion, z_late, -z_fall if z_late < 0 else 0.0)
+    if verdict == "hard":
+        score = z_late
+    elif verdict == "memorised":
+        score = -z_fall
+    return PictureScore(
+        name, verdict, score, visits, early, late, z_early, z_late, z_fall,
+        None if z_contrast is None else float(z_contrast),
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""Lint for a preset or a bare folder: the preset's words and the model's sizes become lint's settings (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from emotrain.config.schema import Folder, Preset
+from emotrain.dataset.lint import LintSettings, lint
+from emotrain.dataset.lint_pool import Progress
+from emotrain.dataset.lint_tokens import TokenCounter, estimator, tokenizer_in
+from emotrain.dataset.lint_types import Report
+from emotrain.dataset.scan import Scan, scan
+from emotrain.dataset.settings import settings_from
+from emotrain.families.table import FAMILIES, Sniffed, sniff
+
+CLIP_FAMILIES = ("sd15", "sd21", "sdxl")  # the others read captions with T5, whose tokens are estimated
+
+
+@dataclass(frozen=True)
+class Options:
+    """How lint runs: thumbnails for a page, processes (None: one a core), progress of the pictures decoded."""
+
+    previews: int = 0
+    workers: int | None = None
+    progress: Progress | None = None
+
+
+def lint_folder(path: str, options: Options | None = None) -> Report:
+    """Lint one folder (or `builtin:example`) by itself: no trigger, the usual resolutions, a CLIP encoder.
+
+    Raises:
+        DatasetError: there is no such folder.
+        ConfigError: an unknown `builtin:` name.
+    """
+    options = options or Options()
+    settings = LintSettings(previews=options.previews)
+    return lint(scan((Folder(path=path),)), settings, workers=options.workers, progress=options.progress)
+
+
+def lint_preset(preset: Preset, options: Options | None = None) -> Report:
+    """Lint the data of a preset as its model will see it, with its held-out folder where it names one.
+
+    Raises:
+        DatasetError: a folder is missing.
+        ModelError: the model is missing or not known.
+        ConfigError: sizes that contradict each other.
+    """
+    options = options or Options()
+    found = sniff(preset.model.base, preset.model.family, preset.model.revision)
+    loader = settings_from(preset.dataset, resolution=found.resolution, step=found.bucket_step)
+    settings = LintSettings(
+        trigger=loader.trigger,
+        rules=loader.rules,
+        tokens=token_counter(found),
+        prefix=loader.prefix,
+        suffix=loader.suffix,
+        background=loader.background,
+        previews=options.previews,
+    )
+    own = preset.validate_.folder
+    held_out = _scan(preset, (Folder(path=own),)) if own is not None else None
+    return lint(
+        _scan(preset, preset.dataset.folders),
+        settings,
+        held_out=held_out,
+        workers=options.workers,
+        progress=options.progress,
+    )
+
+
+def token_counter(found: Sniffed) -> TokenCounter:
+    """Counts with the model's own CLIP tokenizer where its folder holds one, else estimates."""
+    places = FAMILIES[found.family].max_tokens
+    if found.kind == "folder" and found.family in CLIP_FAMILIES:
+        return tokenizer_in(Path(found.path) / "tokenizer") or estimator(places)
+    return estimator(places)
+
+
+def _scan(preset: Preset, folders: tuple[Folder, ...]) -> Scan:
+    words = preset.dataset.captions
+    return scan(folders, caption_extension=words.extension, default_caption=words.default)

@@ -1,0 +1,39 @@
+"""Which pictures a finished (or running) run could not learn, from what it recorded (no torch)."""
+
+from __future__ import annotations
+
+from emotrain.dataset.ranking import PictureScore, parse_contrasts, parse_losses, rank
+from emotrain.errors import CheckpointError
+from emotrain.runs.folder import RunFolder
+
+LOSSES = "picture_losses.jsonl"
+CONTRASTS = "picture_contrast.jsonl"
+
+
+def rank_pictures(folder: RunFolder) -> tuple[PictureScore, ...]:
+    """The ranking of a run's pictures.
+
+    Raises:
+        CheckpointError: the run recorded no losses, or its files are damaged.
+    """
+    losses = _lines(folder, LOSSES)
+    if losses is None:
+        raise CheckpointError(
+            f"run `{folder.name}` has no {LOSSES}", "it is written from the first step on: train a few epochs first"
+        )
+    try:
+        records = parse_losses(losses)
+        contrasts = parse_contrasts(_lines(folder, CONTRASTS) or [])
+        return rank(records, contrasts)
+    except ValueError as error:
+        raise CheckpointError(f"run `{folder.name}`: its losses cannot be ranked: {error}") from error
+
+
+def _lines(folder: RunFolder, name: str) -> list[str] | None:
+    try:
+        text = (folder.path / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder.path / name} cannot be read: {error}") from error
+    return text.split("\n")
