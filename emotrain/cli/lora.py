@@ -65,7 +65,6 @@ def inspect(
     to no module are listed.
 
     Examples:
-
         emotrain lora inspect mika.safetensors
         emotrain lora inspect mika.safetensors --json
     """
@@ -94,7 +93,6 @@ def keys(
     No model is needed: the public sizes are built in, and no weights are read.
 
     Examples:
-
         emotrain lora keys sdxl
         emotrain lora keys flux --targets all --format kohya --json
     """
@@ -122,7 +120,6 @@ def convert(
     The update of every module stays what it was. The new file is read back and compared.
 
     Examples:
-
         emotrain lora convert flux-kohya.safetensors --to diffusers -o flux.safetensors
     """
     from emotrain.lora.convert import convert as convert_file
@@ -148,7 +145,6 @@ def merge(
     Exact: the ranks add up. With --rank the nearest LoRA of that rank is taken, and its error is said.
 
     Examples:
-
         emotrain lora merge mika.safetensors:0.8 style.safetensors:1.0 -o both.safetensors
         emotrain lora merge a.safetensors:0.5 b.safetensors:0.5 -o half.safetensors --rank 16
     """
