@@ -20,17 +20,17 @@ USABLE = 0.95  # of a GPU of that size, beside a desktop
 BYTES_PER_PARAMETER = {"int8": 1.03, "nf4": 0.56, "fp8": 1.02}  # with their scales
 BACKENDS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "optimum.quanto"}
 
-# Saved activations in GiB, batch 1 at the model's own size, rank 16 attn-mlp, bf16: without and
-# with gradient checkpointing (the largest block computed again is counted in the second).
+# Saved activations in GiB without and with gradient checkpointing, the largest block counted in the
+# second: batch 1 at the model's own size, LoRA on attn-mlp with rank 16, bf16; from `emotrain plan`.
 ACTIVATIONS_GIB: dict[str, tuple[float, float]] = {
-    "sd15": (1.7, 0.5),
-    "sd21": (3.5, 0.9),
-    "sdxl": (11.0, 1.2),
-    "sd3-medium": (7.0, 0.7),
-    "sd35-medium": (9.0, 0.9),
-    "sd35-large": (17.0, 1.1),
-    "flux1-dev": (38.0, 2.6),
-    "flux1-schnell": (38.0, 2.6),
+    "sd15": (1.3, 0.3),
+    "sd21": (2.7, 0.6),
+    "sdxl": (8.4, 0.9),
+    "sd3-medium": (6.5, 0.6),
+    "sd35-medium": (10.5, 0.9),
+    "sd35-large": (20.8, 1.4),
+    "flux1-dev": (35.9, 2.3),
+    "flux1-schnell": (35.9, 2.3),
 }
 
 

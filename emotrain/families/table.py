@@ -11,7 +11,8 @@ from emotrain.families.sizes import FAMILIES, FamilyInfo, FamilyName, Variant, p
 from emotrain.families.sniff import Sniffed, sniff_file, sniff_folder, sniff_hub
 
 __all__ = [
-    "BUILTIN", "FAMILIES", "FamilyInfo", "FamilyName", "Sniffed", "Variant", "is_hub_id", "public_configs", "resolve_base", "sniff",
+    "BUILTIN", "FAMILIES", "FamilyInfo", "FamilyName", "Sniffed", "Variant", "expected_modules", "is_hub_id",
+    "public_configs", "resolve_base", "sniff",
 ]  # fmt: skip
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -56,6 +57,12 @@ def resolve_base(base: str) -> str | Path:
             "give a .safetensors file, a diffusers folder, a hub id such as `owner/name`, or `builtin:tiny-sd`",
         )
     return path
+
+
+def expected_modules(found: Sniffed, targets: str | tuple[str, ...]) -> int | None:
+    """How many modules a LoRA on a named set must have; None where that is not known."""
+    variant = FAMILIES[found.family].variants.get(found.variant)
+    return variant.modules.get(targets) if variant and isinstance(targets, str) else None
 
 
 def sniff(base: str | Path, family: str = "auto", revision: str | None = None) -> Sniffed:

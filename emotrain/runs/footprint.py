@@ -1,0 +1,220 @@
+"""What a training step keeps in memory, counted on the meta device: shapes are real, numbers are not.
+
+The forward pass runs under saved-tensor hooks, which see everything that autograd keeps. Attention
+is replaced by a stand-in that keeps what the fused kernels keep; without it the meta device falls
+back to plain attention and the count is several times too high. Mixed precision is imitated too,
+since autocast does not know the meta device.
+
+Shape letters: B batch, C latent channels, H W latent height and width, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from emotrain.families.loading import family_class
+from emotrain.families.sizes import FAMILIES
+from emotrain.lora.adapter import Adapter, add_adapter
+
+BLOCKS = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)  # what diffusers computes again with gradient checkpointing
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that autograd keeps over one forward pass; `block` is the largest block's share."""
+
+    saved: int
+    saved_checkpointed: int
+    block: int
+    adapter: Adapter
+    num_parameters: int
+
+    @property
+    def plain(self) -> int:
+        """Peak of activations without gradient checkpointing."""
+        return self.saved
+
+    @property
+    def checkpointed(self) -> int:
+        """Peak with it: what is kept, and the largest block, whose inside is computed again."""
+        return self.saved_checkpointed + self.block
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what flash and memory-efficient attention keep: q, k, v, output and log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError
+
+
+LOW = {F.linear, F.conv2d, torch.conv2d, torch.bmm, torch.matmul, torch.baddbmm}
+HIGH = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
+
+
+class _Imitate(TorchFunctionMode):
+    """Fused attention, and what CUDA autocast does to dtypes (`low` None: no autocast)."""
+
+    def __init__(self, low: torch.dtype | None) -> None:
+        super().__init__()
+        self.low = low
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (self._cast(t, self.low) for t in _first_three(args, kwargs))
+            return _Attention.apply(query, key, value)
+        if self.low is not None and func in LOW:
+            args = tuple(self._cast(a, self.low) for a in args)
+            kwargs = {k: self._cast(v, self.low) for k, v in kwargs.items()}
+        elif self.low is not None and func in HIGH:
+            args = tuple(self._cast(a, torch.float32) for a in args)
+            kwargs = {k: self._cast(v, torch.float32) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+        if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(dtype)
+        return value
+
+
+def _first_three(args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("query", "key", "value")
+    return tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))  # type: ignore[return-value]
+
+
+@dataclass
+class _Count:
+    """Sums unique storages; it keeps hold of the tensors, since freed storages give their identity away."""
+
+    skip: set[int]
+    total: int = 0
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        identity = storage._cdata
+        if identity not in self.skip and identity not in self.seen:
+            self.seen[identity] = tensor
+            self.total += storage.nbytes()
+        return tensor
+
+
+def count_saved(model: nn.Module, run: Callable[[], Any], low: torch.dtype | None) -> tuple[int, int]:
+    """Bytes that autograd keeps over `run()`, and the largest block's share of them."""
+    skip = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    count = _Count(skip)
+    with _block_shares(model, count) as shares, saved_tensors_hooks(count.pack, lambda tensor: tensor), _Imitate(low):
+        run()
+    return count.total, max(shares, default=0)
+
+
+@contextmanager
+def _block_shares(model: nn.Module, count: _Count) -> Iterator[list[int]]:
+    shares: list[int] = []
+    begun: dict[int, int] = {}
+    handles = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        begun[id(module)] = count.total
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        shares.append(count.total - begun[id(module)])
+
+    for module in model.modules():
+        if type(module).__name__ in BLOCKS:
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield shares
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def build_on_meta(family: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The frozen denoiser without weights."""
+    import diffusers
+
+    names = {"unet": "UNet2DConditionModel", "sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
+    cls = getattr(diffusers, names["unet" if FAMILIES[family].denoiser == "unet" else family])
+    with torch.device("meta"):
+        model: nn.Module = cls.from_config(config)
+    return nn.Module.to(model, dtype).requires_grad_(False).eval()
+
+
+def measure(
+    family: str,
+    config: dict[str, Any],
+    *,
+    latents: tuple[int, int, int, int],
+    num_tokens: int,
+    low: torch.dtype | None,
+    adapter_words: dict[str, Any],
+) -> Footprint:
+    """Count one forward pass of a denoiser with its LoRA.
+
+    Args:
+        family: sd15, sd21, sdxl, sd3 or flux.
+        config: of the denoiser, as in its config.json.
+        latents: B, C, H, W of the largest bucket.
+        num_tokens: text tokens of the model.
+        low: dtype of the base and of autocast (bf16, fp16); None is float32 throughout.
+        adapter_words: arguments of `lora.adapter.add_adapter`.
+
+    Raises:
+        ConfigError: targets that match nothing, or a rank that the layers cannot hold.
+    """
+    model = build_on_meta(family, config, low or torch.float32)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    adapter = add_adapter(model, family=family, **adapter_words)
+    run = _forward(family, model, latents, num_tokens, low or torch.float32)
+    saved, block = count_saved(model, run, low)
+    model.enable_gradient_checkpointing()  # type: ignore[operator]
+    checkpointed, _ = count_saved(model, run, low)
+    return Footprint(saved, checkpointed, block, adapter, num_parameters)
+
+
+def _forward(
+    family: str, model: nn.Module, latents: tuple[int, int, int, int], num_tokens: int, dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    """A call of the family's own `predict` with tensors of the right shapes."""
+    from emotrain.families.base import Conditioning
+
+    built = object.__new__(family_class(family))
+    built.denoiser, built.device, built.dtype = model, torch.device("meta"), dtype
+    built._waiting = None
+    batch = latents[0]
+    config: Any = model.config
+    width = config.cross_attention_dim if FAMILIES[family].denoiser == "unet" else config.joint_attention_dim
+    pooled = {"sdxl": lambda: config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim}.get(
+        family, lambda: getattr(config, "pooled_projection_dim", 1)
+    )()
+    text = {
+        "prompt_embeds": torch.empty(batch, num_tokens, width, device="meta"),
+        "pooled_prompt_embeds": torch.empty(batch, pooled, device="meta"),
+    }
+    sizes = torch.zeros(batch, 2, dtype=torch.int64, device="meta")
+    noisy, times = torch.empty(latents, device="meta"), torch.zeros(batch, device="meta")
+    return lambda: built.predict(noisy, times, text, Conditioning(sizes, sizes, sizes))

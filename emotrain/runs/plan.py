@@ -1,0 +1,348 @@
+"""What a run will need, before it starts: modules, steps, memory, disk. No weights are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from emotrain.config.schema import Preset
+from emotrain.dataset.buckets import Placement, place
+from emotrain.dataset.examples import Example
+from emotrain.dataset.settings import LoaderSettings
+from emotrain.errors import ModelError
+from emotrain.families.loading import choose_device, choose_dtype, free_gib
+from emotrain.families.memory import (
+    CONTEXT_GIB,
+    GIB,
+    SIZES_GIB,
+    SPARE,
+    VAE_GIB,
+    MemoryPlan,
+    choose_memory,
+    installed_backends,
+    weights_gib,
+)
+from emotrain.families.table import FAMILIES, Sniffed, expected_modules
+from emotrain.families.texts import encoder_parameters, num_text_tokens
+from emotrain.optim.registry import build_optimizer
+from emotrain.runs.build import loader_settings, read_pictures, sniffed
+from emotrain.runs.footprint import Footprint, measure
+
+RANGE = (0.9, 1.25)  # of the estimate
+QUANTIZERS = frozenset({"int8", "nf4"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """The data set as the loop will see it; `largest` is the placement of the largest bucket."""
+
+    pictures: int
+    held_out: int
+    samples: int
+    batches_per_epoch: int
+    steps_per_epoch: float
+    largest: Placement
+    buckets: int
+    texts: int
+    mirrored: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole plan; GiB everywhere. `parts` add up to `needed`."""
+
+    found: Sniffed
+    num_modules: int
+    num_trained: int
+    num_parameters: int
+    text_modules: int
+    rank: int
+    dtype: str
+    device: str
+    batch: int
+    work: Work
+    max_steps: int
+    memory: MemoryPlan
+    parts: tuple[tuple[str, float], ...]
+    encoders_gib: float
+    savings: tuple[tuple[str, float], ...]
+    verdicts: tuple[tuple[int, MemoryPlan], ...]
+    disk: tuple[tuple[str, float], ...]
+    free_gib: float | None
+
+    @property
+    def needed(self) -> float:
+        """Peak of a training step."""
+        return sum(gib for _, gib in self.parts)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits into the GPU of this machine; None where there is none."""
+        return None if self.free_gib is None else self.needed <= self.free_gib
+
+
+def make_plan(preset: Preset) -> Plan:
+    """Plan a run from its preset, its pictures and the small files of its model.
+
+    Raises:
+        EmotrainError: what `emotrain check` would say.
+        ModelError: the LoRA would not cover the modules that it should.
+    """
+    found = sniffed(preset)
+    settings = loader_settings(preset, found)
+    work = _work(preset, settings)
+    device = choose_device("auto")
+    low = planned_dtype(preset.model.dtype, device)
+    batch = preset.train.micro_batch_size
+    tokens = num_text_tokens(found)
+    side = work.largest.bucket_h // found.vae_scale, work.largest.bucket_w // found.vae_scale
+    network = preset.network
+    footprint = measure(
+        found.family,
+        found.denoiser_config,
+        latents=(batch, found.latent_channels, *side),
+        num_tokens=tokens,
+        low=None if low == torch.float32 else low,
+        adapter_words={
+            "rank": network.rank,
+            "alpha": network.alpha,
+            "targets": network.targets,
+            "conv_rank": network.conv_rank,
+            "rank_pattern": network.rank_pattern,
+            "seed": 0,
+        },
+    )
+    check_modules(found, network.targets, footprint.adapter.num_modules)
+    memory = _Memory(preset, found, footprint, low.itemsize, free_gib(device))
+    chosen = memory.choose()
+    info = FAMILIES[found.family]
+    return Plan(
+        found=found,
+        num_modules=footprint.adapter.num_modules,
+        num_trained=memory.trained,
+        num_parameters=footprint.num_parameters,
+        text_modules=sum(n for _, n in info.text_modules) if network.text_encoder else 0,
+        rank=network.rank,
+        dtype=str(low).removeprefix("torch."),
+        device=device.type,
+        batch=batch,
+        work=work,
+        max_steps=preset.train.max_steps,
+        memory=chosen,
+        parts=memory.parts(chosen),
+        encoders_gib=memory.encoders,
+        savings=memory.savings(chosen),
+        verdicts=tuple((int(k.removesuffix("gb")), memory.choose(k)) for k in reversed(SIZES_GIB)),
+        disk=_disk(preset, found, work, memory, tokens),
+        free_gib=memory.free,
+    )
+
+
+def planned_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """As `load_family` chooses; a machine without a GPU plans for one that has bf16."""
+    if dtype == "auto" and device.type == "cpu":
+        return torch.bfloat16
+    return choose_dtype(dtype, device)
+
+
+def check_modules(found: Sniffed, targets: str | tuple[str, ...], num_modules: int) -> None:
+    """Refuse a LoRA that covers other than the known number of modules of a public model.
+
+    Raises:
+        ModelError: too few or too many: a library has renamed or moved layers.
+    """
+    expected = expected_modules(found, targets)
+    if expected is not None and num_modules != expected:
+        raise ModelError(
+            f"a LoRA on `{targets}` of {found.variant} has {num_modules} modules instead of {expected}",
+            "another version of diffusers may have renamed layers; constraints.txt names a tested one",
+        )
+
+
+def _work(preset: Preset, settings: LoaderSettings) -> Work:
+    pictures = read_pictures(preset)
+    placed = [(example, place(example.width, example.height, settings.rules)) for example in pictures.all]
+    held = {example.id for example in pictures.held_out}
+    sizes: dict[tuple[int, int], int] = {}
+    for example, placements in placed:
+        for placement in placements if example.id not in held else ():
+            sizes[placement.size] = sizes.get(placement.size, 0) + example.repeats
+    batches = sum(-(-count // settings.micro_batch_size) for count in sizes.values())
+    everything = [placement for _, placements in placed for placement in placements]
+    mirrored = [p for example, placements in placed if example.flip for p in placements]
+    return Work(
+        pictures=len(pictures.train),
+        held_out=len(pictures.held_out),
+        samples=sum(sizes.values()),
+        batches_per_epoch=batches,
+        steps_per_epoch=batches / preset.train.gradient_accumulation_steps,
+        largest=max(everything, key=lambda p: p.bucket_w * p.bucket_h),
+        buckets=len(sizes),
+        texts=_num_texts(pictures.all, settings),
+        mirrored=len(everything) + len(mirrored),
+    )
+
+
+def _num_texts(examples: tuple[Example, ...], settings: LoaderSettings) -> int:
+    return len({"", *(text for example in examples for text in settings.texts(example))})
+
+
+def state_bytes_per_number(preset: Preset) -> float:
+    """Bytes of optimizer state for each trained number, measured on a small LoRA pair."""
+    settings = preset.train.optimizer
+    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
+    rank = preset.network.rank
+    parameters = [nn.Parameter(torch.randn(s, generator=torch.Generator())) for s in ((rank, 640), (640, rank))]
+    optimizer = build_optimizer(settings.name, parameters, lr=preset.train.lr, **words)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.observe(1.0)
+    optimizer.step()
+    states = optimizer.state_dict().get("state", {})
+    tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors) / (2 * rank * 640)
+
+
+class _Memory:
+    """The numbers behind the parts, the verdicts and what each switch saves."""
+
+    def __init__(self, preset: Preset, found: Sniffed, footprint: Footprint, itemsize: int, free: float | None) -> None:
+        self.preset, self.found, self.footprint, self.itemsize, self.free = preset, found, footprint, itemsize, free
+        self.trained = footprint.adapter.num_parameters
+        self.state_bytes = state_bytes_per_number(preset)
+        self.encoders = sum(encoder_parameters(found).values()) * itemsize / GIB
+        self.resident = self.encoders if preset.network.text_encoder else 0.0
+        self.vae = VAE_GIB if found.variant != "custom" else 0.01
+
+    def lora(self) -> float:
+        """Weights and gradients, float32."""
+        return self.trained * 8 / GIB
+
+    def state(self) -> float:
+        """Optimizer state."""
+        return self.trained * self.state_bytes / GIB
+
+    def activations(self, checkpointing: bool) -> float:
+        return (self.footprint.checkpointed if checkpointing else self.footprint.plain) / GIB
+
+    def choose(self, memory: str | None = None) -> MemoryPlan:
+        """For the preset on this machine, or for a GPU of a named size with every means at hand."""
+        model = self.preset.model
+        installed = installed_backends() if self.free is not None else frozenset[str]()
+        return choose_memory(
+            num_parameters=self.footprint.num_parameters,
+            bytes_per_parameter=self.itemsize,
+            activations_gib=(self.activations(False), self.activations(True)),
+            trained_gib=self.lora() + self.state() + self.resident,
+            free_gib=None if memory else self.free,
+            memory=memory or model.memory,
+            quantize=model.quantize,
+            gradient_checkpointing=self.preset.train.gradient_checkpointing,
+            backends=QUANTIZERS if memory else installed,
+        )
+
+    def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
+        weights = weights_gib(self.footprint.num_parameters, self.itemsize, chosen.quantize)
+        activations = self.activations(chosen.gradient_checkpointing)
+        rows = [
+            ("CUDA itself", CONTEXT_GIB),
+            ("frozen base", weights * (0.1 if chosen.offload else 1.0)),
+            ("VAE decoder, for samples", self.vae),
+            ("text encoders", self.resident),
+            ("LoRA weights and gradients", self.lora()),
+            ("optimizer state", self.state()),
+            ("activations", activations),
+            ("workspace", activations * (SPARE - 1)),
+        ]
+        return tuple((name, gib) for name, gib in rows if gib)
+
+    def savings(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
+        """What a switch would save, beginning with the one that saves most."""
+        count, batch = self.footprint.num_parameters, self.preset.train.micro_batch_size
+        activations = self.activations(chosen.gradient_checkpointing) * SPARE
+        base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize)
+        rows = [("model.quantize: nf4", base - weights_gib(count, self.itemsize, "nf4"))]
+        rows.append(("model.quantize: int8", base - weights_gib(count, self.itemsize, "int8")))
+        if not chosen.gradient_checkpointing:
+            saved = self.activations(False) - self.activations(True)
+            rows.append(("train.gradient_checkpointing: true", saved * SPARE))
+        if batch > 1:
+            rows.append(("train.micro_batch_size: 1", activations * (1 - 1 / batch)))
+        rows.append(("a resolution three quarters as large", activations * (1 - 0.75**2)))
+        rows.append(("half the rank", (self.lora() + self.state()) / 2))
+        if self.preset.network.text_encoder:
+            rows.append(("network.text_encoder: false", self.resident))
+        useful = [(name, gib) for name, gib in rows if gib >= 0.01]
+        return tuple(sorted(useful, key=lambda row: -row[1]))
+
+
+def _disk(preset: Preset, found: Sniffed, work: Work, memory: _Memory, tokens: int) -> tuple[tuple[str, float], ...]:
+    """Cached latents (float32) and texts (16 bit on GPUs), checkpoints, LoRA files."""
+    largest = work.largest.bucket_w * work.largest.bucket_h // found.vae_scale**2
+    config = found.denoiser_config
+    width = config.get("cross_attention_dim") or config.get("joint_attention_dim") or 1
+    kept = preset.save.keep_last + 1
+    checkpoint = memory.trained * (4 + memory.state_bytes) / GIB
+    wide = {"fp32": 4}.get(preset.save.dtype, 2)
+    return (
+        ("cached latents, at most", work.mirrored * found.latent_channels * largest * 4 / GIB),
+        ("cached captions", work.texts * tokens * width * memory.itemsize / GIB),
+        (f"checkpoints, {kept} of them", kept * checkpoint),
+        ("LoRA files", 2 * memory.trained * wide / GIB),
+    )
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan for programs."""
+    work, found = plan.work, plan.found
+    return {
+        "model": {
+            "family": found.family, "variant": found.variant, "prediction": found.prediction,
+            "parameters": plan.num_parameters,
+        },
+        "network": {
+            "rank": plan.rank, "modules": plan.num_modules, "parameters": plan.num_trained,
+            "text_encoder_modules": plan.text_modules,
+        },
+        "data": {
+            "pictures": work.pictures, "held_out": work.held_out, "samples_per_epoch": work.samples,
+            "buckets": work.buckets, "largest_bucket": list(work.largest.size), "texts": work.texts,
+        },
+        "steps_per_epoch": work.steps_per_epoch,
+        "max_steps": plan.max_steps,
+        "max_epochs": round(plan.max_steps / work.steps_per_epoch, 2),
+        "micro_batch_size": plan.batch,
+        "dtype": plan.dtype,
+        "device": plan.device,
+        "memory_gib": {name: round(gib, 3) for name, gib in plan.parts},
+        "needed_gib": round(plan.needed, 2),
+        "range_gib": [round(plan.needed * share, 2) for share in RANGE],
+        "means": _means(plan.memory),
+        "encoders_gib": round(plan.encoders_gib, 3),
+        "savings_gib": {name: round(gib, 2) for name, gib in plan.savings},
+        "verdicts": {
+            f"{size}gb": {"fits": p.fits, "needed_gib": round(p.needed_gib, 2), **_means(p)}
+            for size, p in plan.verdicts
+        },
+        "disk_gib": {name: round(gib, 3) for name, gib in plan.disk},
+        "free_gib": None if plan.free_gib is None else round(plan.free_gib, 2),
+        "fits": plan.fits,
+    }  # fmt: skip
+
+
+def _means(memory: MemoryPlan) -> dict[str, Any]:
+    return {
+        "quantize": memory.quantize,
+        "gradient_checkpointing": memory.gradient_checkpointing,
+        "offload": memory.offload,
+    }
+
+
+def rounded_epochs(plan: Plan) -> str:
+    """How often the data set is seen at most."""
+    epochs = plan.max_steps / plan.work.steps_per_epoch
+    return f"{epochs:.1f}" if epochs < 10 else str(math.ceil(epochs))

@@ -1,0 +1,58 @@
+"""Memory counted on the meta device: against real tensors, and at the models' real size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import emotrain.assets.make_assets as maker
+from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.lora.adapter import add_adapter
+from emotrain.lora.targets import select
+from emotrain.runs.footprint import build_on_meta, count_saved, measure
+
+WORDS: dict[str, Any] = {"rank": 4, "alpha": 4, "targets": "attn-mlp", "seed": 0}
+VARIANTS = [(family, name) for family, info in FAMILIES.items() for name in info.variants]
+
+
+def test_the_count_on_meta_is_that_of_real_tensors() -> None:
+    unet = maker.build_unet().requires_grad_(False)
+    counted = measure("sd15", dict(unet.config), latents=(2, 8, 16, 16), num_tokens=32, low=None, adapter_words=WORDS)
+    add_adapter(unet, family="sd15", **WORDS)
+    noisy, text = torch.randn(2, 8, 16, 16), torch.randn(2, 32, 128)
+    times = torch.tensor([10, 500])
+    real, _ = count_saved(unet, lambda: unet(noisy, times, text).sample, None)
+    assert counted.saved == pytest.approx(real, rel=0.05)
+
+
+def test_checkpointing_keeps_less_and_a_block_is_part_of_the_whole() -> None:
+    config = public_configs()["denoiser"]["sd15"]["config"]
+    counted = measure("sd15", config, latents=(1, 4, 64, 64), num_tokens=77, low=torch.bfloat16, adapter_words=WORDS)
+    assert 0 < counted.block < counted.saved
+    assert counted.checkpointed < 0.4 * counted.plain
+    # 0.79 GiB without autocast's float32 norms and the LoRA's own inputs
+    assert 0.8 < counted.saved / 2**30 < 1.6
+
+
+def test_memory_grows_with_the_batch_and_halves_with_half_the_precision() -> None:
+    config = dict(maker.build_flux().config)
+
+    def saved(batch: int, low: torch.dtype | None) -> int:
+        words: Any = {"num_tokens": 24, "low": low, "adapter_words": WORDS}
+        return measure("flux", config, latents=(batch, 8, 32, 32), **words).saved
+
+    assert saved(2, None) == pytest.approx(2 * saved(1, None), rel=0.02)
+    assert saved(1, torch.bfloat16) < 0.8 * saved(1, None)
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_parameters_and_modules_at_real_size_are_the_tables(family: str, variant: str) -> None:
+    public = public_configs()["denoiser"][variant]
+    model = build_on_meta(family, public["config"], torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == public["parameters"]
+    known = FAMILIES[family].variants[variant]
+    assert known.parameters == public["parameters"]
+    for targets, count in known.modules.items():
+        assert len(select(model, targets, family)) == count

@@ -1,0 +1,114 @@
+"""`emotrain plan`: from a preset to numbers, without weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import emotrain.runs.plan as planning
+from emotrain.cli.app import main
+from emotrain.config.load import load_preset
+from emotrain.errors import ModelError
+from emotrain.families.table import sniff
+
+UNET = "model.diffusion_model."
+
+
+def header_only(path: Path, shapes: dict[str, list[int]]) -> Path:
+    """A safetensors file whose numbers are a hole in the file."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        size = 2
+        for side in shape:
+            size *= side
+        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + end)
+    return path
+
+
+@pytest.fixture
+def sdxl_preset(tmp_path: Path) -> Path:
+    header_only(
+        tmp_path / "base.safetensors",
+        {
+            f"{UNET}input_blocks.0.0.weight": [320, 4, 3, 3],
+            f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": [640, 2048],
+        },
+    )
+    preset = tmp_path / "a.yaml"
+    preset.write_text(
+        "model: ./base.safetensors\n"
+        "dataset:\n"
+        "  trigger: t\n"
+        "  folders: [{path: builtin:example, repeats: 3}]\n"
+        "  buckets: {upscale: true}\n"
+        "train: {micro_batch_size: 2, gradient_accumulation_steps: 2, max_steps: 100}\n"
+        "validate: {fraction: 0.0}\n",
+        encoding="utf-8",
+    )
+    return preset
+
+
+def test_a_real_sized_model_is_planned_from_its_header(sdxl_preset: Path) -> None:
+    plan = planning.make_plan(load_preset(sdxl_preset))
+    assert plan.found.family == "sdxl"
+    assert plan.num_modules == 722
+    assert plan.num_parameters == 2_567_463_684
+    assert plan.work.samples == 96
+    assert plan.work.steps_per_epoch == 24
+    parts = dict(plan.parts)
+    assert parts["frozen base"] == pytest.approx(4.78, abs=0.01)
+    assert parts["LoRA weights and gradients"] == pytest.approx(plan.num_trained * 8 / 2**30)
+    assert plan.needed == pytest.approx(sum(parts.values()))
+    by_size = dict(plan.verdicts)
+    assert by_size[24].fits
+    assert by_size[8].needed_gib < by_size[24].needed_gib
+
+
+def test_a_bigger_batch_needs_more() -> None:
+    one = planning.make_plan(load_preset("quickstart", ["train.micro_batch_size=1"]))
+    eight = planning.make_plan(load_preset("quickstart", ["train.micro_batch_size=8"]))
+    assert dict(eight.parts)["activations"] > 7 * dict(one.parts)["activations"]
+    assert "train.micro_batch_size: 1" in dict(eight.savings)
+    assert "train.micro_batch_size: 1" not in dict(one.savings)
+
+
+def test_plan_prints_json_and_writes_nothing(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "quickstart", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["network"]["modules"] > 0
+    assert said["data"]["pictures"] + said["data"]["held_out"] == 32
+    assert set(said["verdicts"]) == {"8gb", "12gb", "16gb", "24gb"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_says_exit_6_where_it_does_not_fit(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(planning, "free_gib", lambda device: 0.3)
+    assert main(["plan", "quickstart"]) == 6
+    said = capsys.readouterr()
+    assert "GPU memory are free" in said.err
+    assert "hint: `" in said.err
+    assert "8 GB" in said.out
+
+
+def test_optimizer_state_is_counted_by_looking(sdxl_preset: Path) -> None:
+    adamw = load_preset(sdxl_preset, ["train.optimizer=adamw", "train.lr=1e-4"])
+    assert planning.state_bytes_per_number(adamw) == pytest.approx(8.0, rel=0.01)
+
+
+def test_a_half_covered_model_is_refused(sdxl_preset: Path) -> None:
+    found = sniff(str(sdxl_preset.parent / "base.safetensors"))
+    planning.check_modules(found, "attn-mlp", 722)
+    with pytest.raises(ModelError, match="88 modules instead of 722"):
+        planning.check_modules(found, "attn-mlp", 88)
+    planning.check_modules(found, ("to_q",), 70)
