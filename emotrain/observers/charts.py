@@ -98,16 +98,17 @@ def chart(
         ascii_only: no braille.
     """
     dots_y, dots_x = (1, 1) if ascii_only else (4, 2)
-    dots_y = 1 if ascii_only else 4
     codes = np.zeros((height, width), dtype=np.uint32)
     owners = np.zeros((height, width), dtype=np.uint8)
     for number, curve in enumerate(curves, start=1):
-        filled = _fill(curve, scale, height * dots_y)  # [H*4, W*2]
-        cells = filled if ascii_only else _braille(filled)
+        if ascii_only:
+            cells = _fill(curve, scale, height) * np.uint32(ord("." if curve.dots else "*"))
+            codes = np.where(cells > 0, cells, codes)
+        else:
+            cells = _braille(_fill(curve, scale, height * 4))  # [H*4, W*2] -> [H, W]
+            codes |= cells
         owners[cells > 0] = number
-        codes |= cells
-    sign, offset = (ord("*"), 0) if ascii_only else (0, 0x2800)
-    signs = np.where(codes > 0, sign or codes + offset, ord(" "))
+    signs = np.where(codes > 0, codes + (0 if ascii_only else 0x2800), ord(" "))
     styles = ["rule", *(curve.style for curve in curves)]
     if zero and scale.low < 0.0 < scale.high:
         row = int(_rows(np.zeros(1), scale, height)[0])

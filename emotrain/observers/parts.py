@@ -32,7 +32,7 @@ def progress(board: Board, width: int, look: Look) -> Line:
 
 
 def status(board: Board, width: int, look: Look) -> Line:
-    """Step, epoch, speed, the time that is left, memory."""
+    """Step, epoch, speed and the time that is left."""
     last = board.last
     if last is None:
         return []
@@ -44,12 +44,9 @@ def status(board: Board, width: int, look: Look) -> Line:
     ]
     phase = board.phase
     if phase is not None:
-        items.insert(1, [(_phase_words(phase), "warning")])
-    if last.memory_gib > 0.0:
-        items.append([("memory ", "label"), (f"{last.memory_gib:.2f} GiB", "value")])
-    items.append([("grad ", "label"), (number(last.grad_norm, digits=3), "value")])
+        items.insert(1, [(fit(_phase_words(phase), 26), "warning")])
     if last.skipped:
-        items.append([(f"{last.skipped} skipped", "warning")])
+        items.insert(1, [(f"{last.skipped} skipped", "warning")])
     return join(items, width)
 
 
@@ -75,12 +72,17 @@ def stop(board: Board, width: int, look: Look) -> Line:
     if board.last is None:
         return []
     share = board.last.stop_meter
-    tail: Line = [(f" {100.0 * share:3.0f}%", "value")]
-    if board.last.ready:
-        tail.append((" ready", "good"))
-    room = min(40, width - DETAIL - 11)
+    room = max(4, min(30, width - DETAIL - 11))
     filled, empty = meter(share, room, ascii_only=look.ascii)
-    return crop([("stop".ljust(DETAIL), "label"), (filled, "stop"), (empty, "rule"), *tail], width)
+    bar: Line = [("stop".ljust(DETAIL), "label"), (filled, "stop"), (empty, "rule")]
+    bar.append((f" {100.0 * share:3.0f}%", "value"))
+    if board.last.ready:
+        bar.append((" ready", "good"))
+    memory, grad = board.last.memory_gib, number(board.last.grad_norm, digits=3)
+    items = [bar, [("grad norm ", "label"), (grad, "value")]]
+    if memory > 0.0:
+        items.insert(1, [("memory ", "label"), (f"{memory:.2f} GiB", "value")])
+    return join(items, width)
 
 
 def probe(board: Board, width: int) -> Line:

@@ -77,15 +77,20 @@ def test_a_chart_has_exactly_the_size_that_was_asked_for(width: int, height: int
 def test_a_rising_curve_rises_in_braille() -> None:
     ramp = np.linspace(0.0, 1.0, 8)
     shown = to_plain(chart([Curve("loss", ramp, ramp)], Scale(0.0, 1.0), 4, 2))
-    assert shown == ["  ⣀⠜", "⣀⠜⠉ "] or (shown[0][:2].strip() == "" and shown[1][-1] == " ")
-    assert shown[1][0] != " "
-    assert shown[0][3] != " "
+    assert shown == ["  ⡠⠊", "⡠⠊  "]
 
 
 def test_a_jump_is_drawn_without_holes() -> None:
     jump = np.array([0.0] * 4 + [1.0] * 4)
     shown = to_plain(chart([Curve("loss", jump, jump)], Scale(0.0, 1.0), 4, 3))
     assert all(line.strip() for line in shown)
+
+
+def test_in_ascii_single_values_are_points_and_lines_are_stars() -> None:
+    level = np.full(3, 1.0)
+    dots, line = Curve("raw", level, level, dots=True), Curve("loss", level * 0, level * 0)
+    shown = to_plain(chart([dots, line], Scale(0.0, 1.0), 3, 2, ascii_only=True))
+    assert shown == ["...", "***"]
 
 
 def test_marks_show_in_front_of_curves() -> None:
