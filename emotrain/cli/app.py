@@ -188,7 +188,7 @@ def _as_config_error(failure: Any) -> ConfigError:
     if suggestion:
         words = suggestion.strip(" ?)").replace("'", "").split(", ")
         hint = f"did you mean {' or '.join(f'`{word}`' for word in words)}?"
-    message = message.strip().rstrip(".").replace("'", "`")
+    message = message.strip().rstrip(".").replace("(s)", "").replace("'", "`")
     return ConfigError(message[:1].lower() + message[1:], hint)
 
 

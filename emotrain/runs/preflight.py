@@ -54,7 +54,7 @@ def preflight(preset: Preset, where: Where | None = None) -> Preflight:
     """
     result = Preflight()
     at: Where = where or (lambda key: "preset")
-    _look_at_model(preset, result)
+    _look_at_model(preset, result, at)
     if result.found is not None:
         steps = (_check_ranks, _check_sizes)
         for step in steps:
@@ -71,12 +71,17 @@ def preflight(preset: Preset, where: Where | None = None) -> Preflight:
     return result
 
 
-def _look_at_model(preset: Preset, result: Preflight) -> None:
+def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
     model = preset.model
     try:
-        found = sniff(model.base, model.family, model.revision)
+        found = sniff(model.base, "auto", model.revision)
     except EmotrainError as error:
         result.failures.append(error)
+        return
+    if model.family not in ("auto", found.family):
+        what = f"model.family is `{model.family}`, but {model.base} is {found.describe()}"
+        hint = f"write `family: {found.family}`, or leave it out"
+        result.failures.append(ConfigError(f"{at('model.family')}: {what}", hint))
         return
     result.found = found
     size = f"{found.resolution} px"
