@@ -17,23 +17,25 @@ from emotrain.observers.screen import Screen, StrayLines
 from emotrain.observers.summary import summarise
 from emotrain.train.events import Event
 
-SHARE = 0.003  # of the processor's time that drawing may take
+SHARE = 0.002  # of one core's time that drawing may take
 FASTEST_S, SLOWEST_S = 0.125, 2.0
+IDLE_S = 1.0  # clocks go on also when nothing happens
 LOOK_S = 0.05  # how often the terminal is asked for its size
 
 
 class Dashboard:
     """Shows a run on one screen.
 
-    `handle` only writes figures down (microseconds). A thread draws 1 to 8 times a second, as often
-    as it may within 0.3% of one core, and at once when the terminal has another size. A terminal
-    that is stopped (Ctrl-S) or gone does not hold up the training. No random numbers are used.
+    `handle` only writes figures down (microseconds). A thread draws up to 8 times a second, as
+    often as it may within 0.2% of one core, and at once when the terminal has another size. A
+    terminal that is stopped (Ctrl-S) or gone does not hold up the training. No random numbers are
+    used.
 
     Args:
-        console: the terminal (default: stderr). Whether it is one is the caller's question. clock:
-        seconds of a steady clock. thread: draw by itself; otherwise only `refresh` draws.
-        capture_stderr: lines that others write to `sys.stderr` go above the frame while it is
-        shown.
+        console: the terminal (default: stderr). Whether it is one is the caller's question.
+        clock: seconds of a steady clock.
+        thread: draw by itself; otherwise only `refresh` draws.
+        capture_stderr: lines that others write to `sys.stderr` go above the frame meanwhile.
     """
 
     def __init__(
@@ -49,7 +51,6 @@ class Dashboard:
         self._screen = Screen(self._console)
         self._lock = threading.Lock()
         self._ascii = not can_show(self._console)
-        self._wake = threading.Event()
         self._closed = False
         self._changed = True
         self._stack = contextlib.ExitStack()
@@ -81,7 +82,6 @@ class Dashboard:
         if self._closed:
             return
         self._closed = True
-        self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout=1.0)
         self._stack.close()
@@ -93,17 +93,17 @@ class Dashboard:
 
     def _run(self) -> None:
         """Draw once the last drawing is paid for, and when the size is another one."""
-        due, size = 0.0, (0, 0)
-        while not self._wake.wait(LOOK_S):
-            now = time.monotonic()
-            resized = self._screen.size != size
-            if not resized and now < due:
-                continue
-            size = self._screen.size
-            began = time.thread_time()
-            self.refresh()
-            cost = time.thread_time() - began
-            due = now + min(SLOWEST_S, max(FASTEST_S, cost / SHARE))
+        due, last, drawn = 0.0, 0.0, (0, 0)
+        while not self._closed:
+            now, size = time.monotonic(), self._screen.size
+            news = self._changed or now >= last + IDLE_S
+            if size != drawn or (news and now >= due):
+                began = time.thread_time()
+                self.refresh()
+                cost = time.thread_time() - began
+                last, drawn = now, size
+                due = now + min(SLOWEST_S, max(FASTEST_S, cost / SHARE))
+            time.sleep(LOOK_S)
 
 
 def make_console(stream: TextIO, environ: Mapping[str, str] | None = None) -> Console:
