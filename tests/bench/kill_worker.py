@@ -1,0 +1,247 @@
+"""Forked children that run, die and resume; and the digest of everything that a resume has to bring back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import power_cut
+import torch
+from torch import Tensor
+
+from emotrain.config.load import load
+from emotrain.errors import EmotrainError
+from emotrain.lora.file import read_lora
+from emotrain.runs import start
+from emotrain.runs.folder import open_run
+from emotrain.train import remember, rng
+from emotrain.train.checkpoint import CheckpointStore
+from emotrain.train.events import Event, StepEnd
+from emotrain.train.loop import Outcome
+from emotrain.train.signals import StopSignals
+
+TIMES = ("step_s", "memory_gib")  # of metrics.jsonl: not part of what is promised
+NAME = "run"
+
+
+def digest(value: Any) -> str:
+    """sha256 of tensors (dtype, shape, bytes) and plain values."""
+    sha = hashlib.sha256()
+
+    def walk(inner: Any) -> None:
+        if isinstance(inner, Tensor):
+            sha.update(f"{inner.dtype}{tuple(inner.shape)}".encode())
+            sha.update(inner.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(inner, dict):
+            for key in sorted(inner):
+                sha.update(f"{key}=".encode())
+                walk(inner[key])
+        elif isinstance(inner, list | tuple):
+            sha.update(f"[{len(inner)}".encode())
+            for item in inner:
+                walk(item)
+        else:
+            sha.update(repr(inner).encode())
+
+    walk(value)
+    return sha.hexdigest()
+
+
+class Restless:
+    """Draws from every global generator at every step, as dropout in a model would, and notes the step."""
+
+    def __init__(self, trail: Path) -> None:
+        self.trail = trail
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, StepEnd):
+            torch.rand(3), np.random.standard_normal(3), random.gauss(0, 1), random.random()
+            with self.trail.open("a") as file:
+                file.write(f"{event.step}\n")
+
+    def close(self) -> None:
+        pass
+
+
+class Watched(start.Session):
+    """A session that is loaded once and trained in forked children; at its end it writes its digest."""
+
+    out: Path
+
+    def end(self, outcome: Outcome, signals: StopSignals, seconds: float) -> start.Result:
+        states, document = rng.capture()
+        result = super().end(outcome, signals, seconds)
+        tensors, documents = remember.capture(
+            self.state, self.model.adapter, self.optimizer, self.stop_rule, self.expected
+        )
+        del tensors["rng"], documents["rng"]
+        for key in ("resumes", "train_s"):
+            del documents["state"][key]
+        parts = {f"{stem}.tensors": digest(value) for stem, value in tensors.items()}
+        parts |= {f"{stem}.json": digest(value) for stem, value in documents.items()}
+        parts |= {"rng": digest([states, document]), "sentence": str(outcome)}
+        parts |= files_digest(self.folder.path)
+        self.out.write_text(json.dumps(parts))
+        return result
+
+
+def files_digest(folder: Path) -> dict[str, str]:
+    """What the run hands over: both LoRAs and the logs, without the times in them."""
+    parts = {}
+    for name in ("lora.safetensors", "lora-last.safetensors"):
+        lora = read_lora(folder / name)
+        parts[name] = digest([lora.state, lora.alphas])
+    for name in ("metrics.jsonl", "probe.jsonl", "picture_losses.jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        parts[name] = digest([{key: row[key] for key in row if key not in TIMES} for row in rows])
+    samples = sorted((folder / "samples").rglob("*.png")) if (folder / "samples").is_dir() else []
+    parts["samples"] = digest([[path.name, path.read_bytes().hex()] for path in samples])
+    return parts
+
+
+@dataclass
+class Case:
+    """One preset, loaded once, and where its children work."""
+
+    name: str
+    work: Path
+    session: Watched
+    trail: Path
+    straight: dict[str, str] = field(default_factory=dict)
+    points: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def save_every(self) -> int:
+        return int(self.session.preset.save.every)
+
+
+def prepare(name: str, text: str, work: Path) -> Case:
+    """Load the preset's model and data; children inherit them."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "preset.yaml"
+    path.write_text(text)
+    preset = load(str(path), (), NAME).preset
+    trail = work / "trail"
+    session = Watched(preset, [Restless(trail)])
+    session.load()
+    session.load = lambda: None  # type: ignore[method-assign]
+    session.out = work / "digest.json"
+    return Case(name, work, session, trail)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Fork and do it there; gives the child's pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setpgid(0, 0)
+        torch.set_num_threads(1)
+        work()
+    except EmotrainError as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode()) if os.environ.get("SHOW") else None
+        os._exit(int(error.exit_code))
+    except BaseException:  # noqa: BLE001 - a forked child must never return
+        traceback.print_exc()
+        os._exit(99)
+    os._exit(0)
+
+
+def wait(pid: int) -> int:
+    """Exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@dataclass
+class Plan:
+    """What happens to one child: killed at its n-th point, or watched; with items left out of its checkpoint."""
+
+    kill_at: int = 0
+    points: Path | None = None
+    journal: Path | None = None
+    left_out: Callable[[dict[str, Any], dict[str, Any]], None] | None = None
+    save_every: int | None = None
+    step: int | None = None
+
+
+def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
+    """In a child: a run or a resume, by the same functions as the commands use."""
+    count = 0
+    sink = os.open(plan.points, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if plan.points else None
+
+    def point(name: str) -> None:
+        nonlocal count
+        count += 1
+        if sink is not None:
+            os.write(sink, f"{name}\n".encode())
+        if count == plan.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if plan.kill_at or plan.journal or plan.points:
+        start.CheckpointStore = partial(CheckpointStore, stage=point)  # type: ignore[misc, assignment]
+        journal = plan.journal or case.work / "journal" / str(os.getpid())
+        power_cut.record(runs_dir, journal, point)
+    if plan.left_out is not None:
+        start.CheckpointStore = partial(Forgetful, plan.left_out)  # type: ignore[misc, assignment]
+    start.Session = lambda preset, observers: case.session  # type: ignore[misc, assignment]
+    preset = case.session.preset
+    if plan.save_every is not None:
+        save = preset.save.model_copy(update={"every": plan.save_every, "keep_last": 10_000})
+        case.session.preset = preset = preset.model_copy(update={"save": save})
+    rng.seed_all(preset.train.seed)  # what `load` would do here
+    if resume:
+        start.resume(open_run(runs_dir / NAME), preset, step=plan.step, observers=())
+    else:
+        start.run(preset, runs_dir=runs_dir, observers=())
+
+
+class Forgetful(CheckpointStore):
+    """A store whose checkpoints lack something."""
+
+    def __init__(self, leave_out: Callable[..., None], *args: Any, **words: Any) -> None:
+        super().__init__(*args, **words)
+        self.leave_out = leave_out
+
+    def load(self, step: int | None = None) -> Any:
+        checkpoint, notices = super().load(step)
+        self.leave_out(checkpoint.tensors, checkpoint.documents)
+        return checkpoint, notices
+
+
+def finish(case: Case, runs_dir: Path, plan: Plan | None = None) -> tuple[int, dict[str, str]]:
+    """Resume to the end, or start anew where nothing had been committed; exit code and digest."""
+    case.session.out.unlink(missing_ok=True)
+    run = runs_dir / NAME
+    resume = bool(CheckpointStore(run / "checkpoints").steps())
+    if not resume and run.exists():
+        code = wait(in_child(lambda: train(case, runs_dir, Plan(), resume=True)))
+        if code != 5:
+            return code, {"resume without a checkpoint": "was not refused"}
+        run.rename(runs_dir / f"dead-{time.monotonic_ns()}")
+    code = wait(in_child(lambda: train(case, runs_dir, plan or Plan(), resume=resume)))
+    parts = json.loads(case.session.out.read_text()) if case.session.out.exists() else {}
+    return code, parts
+
+
+def different(case: Case, parts: dict[str, str], ignore: tuple[str, ...] = ()) -> list[str]:
+    """Which parts are not those of the uninterrupted run."""
+    keys = case.straight.keys() | parts.keys()
+    return sorted(key for key in keys if key not in ignore and case.straight.get(key) != parts.get(key))
+
+
+def last_step(case: Case) -> int:
+    """The last step that a child has done."""
+    lines = case.trail.read_text().split() if case.trail.exists() else []
+    return int(lines[-1]) if lines else 0
