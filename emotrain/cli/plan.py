@@ -48,7 +48,9 @@ def plan(
             output.note(f"note: {line}")
         _show(made)
     if made.fits is False:
-        best = f"`{made.savings[0][0]}` saves {made.savings[0][1]:.1f} GiB" if made.savings else None
+        best = "close what else uses the GPU"
+        if made.savings:
+            best = f"`{made.savings[0][0]}` saves {_size(made.savings[0][1])}"
         raise ResourceError(
             f"about {made.needed:.1f} GiB are needed, and {made.free_gib:.1f} GiB of GPU memory are free",
             best,

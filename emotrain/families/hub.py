@@ -65,3 +65,20 @@ def hub_error(where: str, error: BaseException) -> ModelError | None:
                 "go online once, or give the path of a folder or file that you have",
             )
     return None
+
+
+def fetch_folder(repo: str, patterns: list[str]) -> Path | None:
+    """Files of a repository, from the local cache or the network; None where neither has them.
+
+    Raises:
+        ModelError: the repository refuses.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        known = hub_error(repo, error)
+        if known is None or "cannot be reached" in known.message:
+            return None
+        raise known from error

@@ -52,7 +52,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None, quanti
     pieces: dict[str, Any] = {
         "denoiser": load_one(denoiser_class, where, info.denoiser, revision, **words),
         "vae": load_one(diffusers.AutoencoderKL, where, "vae", revision, torch_dtype=torch.float32),
-        "scheduler": _guard(
+        "scheduler": guard(
             where,
             "scheduler",
             lambda: getattr(diffusers, index["scheduler"][1]).from_pretrained(
@@ -86,7 +86,7 @@ def load_encoder(
         return None, None
     encoder = load_one(getattr(transformers, index[name][1]), where, name, revision, dtype=dtype)
     tokenizer_class = getattr(transformers, index[tokenizer_name][1])
-    tokenizer = _guard(
+    tokenizer = guard(
         where,
         tokenizer_name,
         lambda: tokenizer_class.from_pretrained(where, subfolder=tokenizer_name, revision=revision),
@@ -115,7 +115,7 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
             refuse_unreadable(file)
         if all(".fp16." in file.name for file in files):
             words["variant"] = "fp16"
-    return _guard(
+    return guard(
         where,
         part,
         lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **words),
@@ -138,7 +138,7 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
+def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
     """Run a loader of diffusers or transformers; its complaints about files become a ModelError."""
     from safetensors import SafetensorError
 
@@ -173,7 +173,7 @@ def load_vae(vae: str, found: Sniffed) -> Any:
     elif (path / "vae").is_dir():
         loaded = load_one(diffusers.AutoencoderKL, str(path), "vae", None, torch_dtype=torch.float32)
     else:
-        loaded = _guard(
+        loaded = guard(
             vae,
             "",
             lambda: diffusers.AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True),

@@ -94,7 +94,7 @@ def test_plan_prints_json_and_writes_nothing(capsys: Any, tmp_path: Path, monkey
 
 def test_plan_says_exit_6_where_it_does_not_fit(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(planning, "free_gib", lambda device: 0.3)
-    assert main(["plan", "quickstart"]) == 6
+    assert main(["plan", "quickstart", "--set", "train.micro_batch_size=64"]) == 6
     said = capsys.readouterr()
     assert "GPU memory are free" in said.err
     assert "hint: `" in said.err

@@ -1,0 +1,299 @@
+"""One .safetensors file in the original layout, as shared on Civitai, through diffusers' `from_single_file`.
+
+Where the configs come from: sizes of denoiser, VAE, text encoders and scheduler from `configs.json`
+beside this file, so that no network is needed for them. A folder beside the model with the file's own
+name (`x.safetensors` and `x/`) comes first: it may hold any part of a diffusers folder, such as
+`tokenizer/`, other sizes, or pieces that the file lacks. Tokenizers that are not there are taken from
+the hub's cache, or the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emotrain.errors import ModelError
+from emotrain.families.headers import read_header, read_json
+from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.families.sniff import Sniffed, missing_from_file
+
+# Two public repositories hold the tokenizers of all families: CLIP's two (they differ in padding),
+# and the T5's.
+CLIP_SOURCE = "stabilityai/stable-diffusion-xl-base-1.0"
+T5_SOURCE = "google/t5-v1_1-xxl"
+TOKENIZERS: dict[str, dict[str, tuple[str, str]]] = {
+    "sd15": {"tokenizer": (CLIP_SOURCE, "tokenizer")},
+    "sd21": {"tokenizer": (CLIP_SOURCE, "tokenizer_2")},
+    "sdxl": {
+        "tokenizer": (CLIP_SOURCE, "tokenizer"),
+        "tokenizer_2": (CLIP_SOURCE, "tokenizer_2"),
+    },
+    "sd3": {
+        "tokenizer": (CLIP_SOURCE, "tokenizer"),
+        "tokenizer_2": (CLIP_SOURCE, "tokenizer_2"),
+        "tokenizer_3": (T5_SOURCE, ""),
+    },
+    "flux": {"tokenizer": (CLIP_SOURCE, "tokenizer"), "tokenizer_2": (T5_SOURCE, "")},
+}
+VAE_OF = {"sd3": "sd3", "flux": "flux1"}
+TEXTS_OF = {"flux": "flux1"}
+
+
+def companion(path: Path) -> Path:
+    """The folder beside a model file that may hold configs, tokenizers and missing pieces."""
+    return path.with_suffix("")
+
+
+def load_single_file(found: Sniffed, dtype: torch.dtype, quantized: Any = None) -> dict[str, Any]:
+    """Denoiser, VAE, scheduler, text encoders and tokenizers; see `pieces.load_pieces`.
+
+    Raises:
+        ModelError: pieces are neither in the file nor beside it, or the file does not fit its kind.
+    """
+    path = Path(found.path)
+    absent = missing_from_file(found.family, read_header(path))
+    beside = companion(path)
+    lacking = [name for name in absent if not _has_weights(beside / name)]
+    optional = {"text_encoder_3"} if found.family == "sd3" else set()
+    if set(lacking) - optional:
+        raise ModelError(
+            f"`{path}` does not hold {' and '.join(lacking)}",
+            f"put a folder `{beside.name}` beside it with these parts of a diffusers folder",
+        )
+    with config_folder(found, skip=set(lacking)) as folder:
+        return _load(found, folder, absent, lacking, dtype, quantized)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _load(
+    found: Sniffed,
+    folder: Path,
+    absent: tuple[str, ...],
+    lacking: list[str],
+    dtype: torch.dtype,
+    quantized: Any,
+) -> dict[str, Any]:
+    import diffusers
+    import transformers
+
+    from emotrain.families.pieces import guard, load_one
+
+    info = FAMILIES[found.family]
+    path, beside = str(found.path), str(companion(Path(found.path)))
+    index = read_json(folder / "model_index.json")
+    denoiser = getattr(diffusers, index[info.denoiser][1])
+    words = {"quantization_config": quantized} if quantized else {}
+    pieces: dict[str, Any] = {
+        "denoiser": guard(
+            path, "", lambda: denoiser.from_single_file(
+                path, config=str(folder), subfolder=info.denoiser, torch_dtype=dtype,
+                local_files_only=True, **words,
+            ),
+        )
+    }  # fmt: skip
+    if "vae" in absent:
+        vae = load_one(diffusers.AutoencoderKL, beside, "vae", None, torch_dtype=torch.float32)
+    else:
+        vae = _vae_of(path, folder)
+    given: dict[str, Any] = {"vae": vae, info.denoiser: pieces["denoiser"]}
+    for name in info.text_encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if name in lacking:
+            given[name] = given[tokenizer] = None
+        elif name in absent:
+            kind = getattr(transformers, index[name][1])
+            given[name] = load_one(kind, beside, name, None, dtype=dtype)
+    pipeline_class = getattr(diffusers, info.pipeline)
+    pipeline = guard(
+        path, "", lambda: pipeline_class.from_single_file(
+            path, config=str(folder), torch_dtype=dtype, local_files_only=True, **given
+        ),
+    )  # fmt: skip
+    pieces |= {"vae": vae, "scheduler": pipeline.scheduler}
+    for name in info.text_encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        pieces[name], pieces[tokenizer] = getattr(pipeline, name), getattr(pipeline, tokenizer)
+    _check_complete(path, pieces)
+    return pieces
+
+
+def _check_complete(path: str, pieces: dict[str, Any]) -> None:
+    """Refuse models in which a tensor was not in the file: diffusers leaves those on the meta device."""
+    for part, module in pieces.items():
+        if isinstance(module, torch.nn.Module):
+            empty = [name for name, p in module.named_parameters() if p.device.type == "meta"]
+            if empty:
+                raise ModelError(
+                    f"`{path}` lacks {len(empty)} tensors of its {part}, such as `{empty[0]}`",
+                    "the file is not complete, or it is a model of another kind",
+                )
+
+
+def _vae_of(path: str, folder: Path) -> Any:
+    import diffusers
+
+    from emotrain.families.pieces import guard
+
+    return guard(
+        path, "vae", lambda: diffusers.AutoencoderKL.from_single_file(
+            path, config=str(folder), subfolder="vae", torch_dtype=torch.float32,
+            local_files_only=True,
+        ),
+    )  # fmt: skip
+
+
+def load_vae_file(path: Path, found: Sniffed) -> Any:
+    """A VAE from one file, in the original layout or in diffusers'.
+
+    Raises:
+        ModelError: not readable.
+    """
+    import diffusers
+    from safetensors.torch import load_file
+
+    from emotrain.families.pieces import guard
+
+    names = read_header(path).shapes
+    config = _own_vae_config(path, found)
+    if any(name.startswith("encoder.down_blocks.") for name in names):
+        vae = diffusers.AutoencoderKL.from_config(config)
+        guard(str(path), "", lambda: vae.load_state_dict(load_file(path)))
+        return vae.float()
+    with _temporary() as folder:
+        _write_json(folder / "vae" / "config.json", config)
+        vae = _vae_of(str(path), folder)
+    _check_complete(str(path), {"vae": vae})
+    return vae
+
+
+def _own_vae_config(path: Path, found: Sniffed) -> dict[str, Any]:
+    """config.json beside a VAE's file, of the folder beside the model, or the public one."""
+    beside = companion(Path(found.path)) / "vae" if found.kind == "file" else Path(found.path) / "vae"
+    for own in (path.parent / "config.json", companion(path) / "config.json", beside / "config.json"):
+        if own.is_file() and read_json(own).get("_class_name", "AutoencoderKL") == "AutoencoderKL":
+            return read_json(own)
+    return _vae_config(found)
+
+
+# ---------------------------------------------------------------- configs
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="emotrain-") as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def config_folder(found: Sniffed, skip: set[str]) -> Iterator[Path]:
+    """A temporary diffusers folder without weights, but for those that lie beside the file.
+
+    Args:
+        found: a single file.
+        skip: text encoders that the model does without; their tokenizers are left out too.
+
+    Raises:
+        ModelError: a tokenizer cannot be had.
+    """
+    info = FAMILIES[found.family]
+    beside = companion(Path(found.path))
+    texts = public_configs()["text_encoders"][TEXTS_OF.get(found.family, found.family)]
+    with _temporary() as folder:
+        configs: dict[str, Any] = {info.denoiser: found.denoiser_config, "vae": _vae_config(found)}
+        configs |= {name: config for name, (_, config) in texts.items() if name not in skip}
+        for part, config in configs.items():
+            own = beside / part / "config.json"
+            _write_json(folder / part / "config.json", read_json(own) if own.is_file() else config)
+        for name, source in TOKENIZERS[found.family].items():
+            if name.replace("tokenizer", "text_encoder") not in skip:
+                copy_tokenizer(name, beside, source, folder, Path(found.path))
+        _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(found)[1])
+        _write_json(folder / "model_index.json", _index(found, texts, skip))
+        yield folder
+
+
+def _vae_config(found: Sniffed) -> dict[str, Any]:
+    config: dict[str, Any] = public_configs()["vae"][VAE_OF.get(found.family, found.family)]
+    return config
+
+
+def _scheduler(found: Sniffed) -> tuple[str, dict[str, Any]]:
+    """Class and config; DDIM for diffusion models, which knows v and zero terminal SNR."""
+    config = dict(found.scheduler_config)
+    if found.prediction == "flow":
+        return "FlowMatchEulerDiscreteScheduler", config
+    config |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    if config.get("rescale_betas_zero_snr"):
+        config |= {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    return "DDIMScheduler", config
+
+
+def _index(found: Sniffed, texts: dict[str, Any], skip: set[str]) -> dict[str, Any]:
+    info = FAMILIES[found.family]
+    denoiser = public_configs()["denoiser"][found.variant]["class"]
+    index: dict[str, Any] = {
+        "_class_name": info.pipeline,
+        info.denoiser: ["diffusers", denoiser],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", _scheduler(found)[0]],
+    }
+    if found.family in ("sd15", "sd21"):
+        index |= {"requires_safety_checker": False}
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    for name, (kind, _) in texts.items():
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        t5 = kind == "T5EncoderModel"
+        known = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
+        index[name] = [None, None] if name in skip else ["transformers", kind]
+        index[tokenizer] = [None, None] if name in skip else known
+    return index
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def copy_tokenizer(name: str, beside: Path, source: tuple[str, str], folder: Path, model: Path) -> None:
+    """Put a tokenizer into `folder`: from beside the model, or from the hub's cache, or the hub.
+
+    Raises:
+        ModelError: it is in neither, and the hub cannot be reached.
+    """
+    if (beside / name).is_dir():
+        shutil.copytree(beside / name, folder / name)
+    else:
+        from emotrain.families.hub import fetch_folder
+
+        repo, part = source
+        patterns = ["*token*.json", "vocab.json", "merges.txt", "spiece.model"]
+        wanted = [f"{part}/{pattern}" if part else pattern for pattern in patterns]
+        fetched = fetch_folder(repo, wanted)
+        if fetched is None:
+            raise ModelError(
+                f"`{model}` needs a tokenizer, and `{repo}` on the hub cannot be reached",
+                f"go online once, or put a folder `{beside.name}/{name}` beside the model, with the "
+                f"files of that repository's `{part or 'top folder'}`",
+            )
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in (fetched / part).glob("*"):
+            if file.is_file():
+                shutil.copy(file, folder / name)
+    _limit_tokens(folder / name / "tokenizer_config.json", 512 if source[0] == T5_SOURCE else 77)
+
+
+def _limit_tokens(config: Path, limit: int) -> None:
+    """Tokenizers without a limit of their own get the public model's."""
+    words = read_json(config) if config.is_file() else {}
+    if int(words.get("model_max_length", 10**9)) > limit:
+        _write_json(config, {**words, "model_max_length": limit})
