@@ -64,6 +64,10 @@ class Cache:
             os.utime(path)  # `cache clear --unused-days` goes by this
         return tensors
 
+    def has(self, kind: str, key: str) -> bool:
+        """Whether there is an entry; not whether it is whole."""
+        return entry_path(self.folder, kind, key).is_file()
+
     def put(self, kind: str, key: str, tensors: Tensors) -> None:
         """Write an entry, replacing a damaged one. Failing to is no error: it is said once."""
         self.made += 1

@@ -66,10 +66,11 @@ def clear(folder: Path, *, unused_days: float | None = None) -> tuple[int, int]:
     count = size = 0
     before = None if unused_days is None else time.time() - unused_days * 86_400
     for _, path in list(_entries(folder)):
-        status = path.stat()
-        if before is None or status.st_mtime < before:
-            path.unlink(missing_ok=True)
-            count, size = count + 1, size + status.st_size
+        with contextlib.suppress(FileNotFoundError):  # another process cleared it
+            status = path.stat()
+            if before is None or status.st_mtime < before:
+                path.unlink()
+                count, size = count + 1, size + status.st_size
     return count, size
 
 

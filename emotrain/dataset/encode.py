@@ -31,6 +31,7 @@ from emotrain.dataset.images import (
     parse_background,
 )
 from emotrain.dataset.pixels import to_mask, to_pixels
+from emotrain.dataset.rows import DEFAULT_LIMIT, TextRows
 from emotrain.dataset.textfile import FileProblem, printable, read_bytes
 from emotrain.errors import DatasetError, ModelError, Problem
 
@@ -116,18 +117,27 @@ def encode_pictures(
     return items
 
 
-def encode_texts(encoder: Encoder, texts: Iterable[str], *, cache: Cache, progress: Progress) -> dict[str, Tensors]:
+def encode_texts(
+    encoder: Encoder,
+    texts: Iterable[str],
+    *,
+    cache: Cache,
+    progress: Progress,
+    limit: int = DEFAULT_LIMIT,
+) -> TextRows:
     """Embeddings per text, without the batch axis; 16-bit where that loses nothing.
+
+    `limit` bytes of them are held in memory, the rest stays in the cache.
 
     Raises:
         ModelError: a text encoder gives numbers that are not finite.
     """
     identity = encoder.text_identity()
     unique = sorted(set(texts))
-    rows: dict[str, Tensors] = {}
+    rows = TextRows(cache, limit)
     for done, text in enumerate(unique, start=1):
         key = content_key(text=text, encoder=identity)
-        rows[text] = cache.lookup("texts", key, partial(_encode_text, encoder, text))
+        rows.add(text, key, cache.lookup("texts", key, partial(_encode_text, encoder, text)))
         progress("captions", done, len(unique))
     return rows
 

@@ -11,8 +11,10 @@ Shape letters: B samples, C latent channels, H W latent height and width, S toke
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from emotrain.dataset.cache import Cache, Tensors
 from emotrain.dataset.captions import EMPTY, pick, uniform
 from emotrain.dataset.encode import Encoder, Item, encode_pictures, encode_texts
 from emotrain.dataset.examples import Example
+from emotrain.dataset.rows import TextRows
 from emotrain.dataset.settings import LoaderSettings as LoaderSettings
 from emotrain.dataset.settings import settings_from as settings_from
 from emotrain.dataset.split import fingerprint, take_shard
@@ -73,7 +76,7 @@ def prepare(
 
     Args:
         family: the encoders; not needed any more afterwards.
-        examples: of `scan`; with `settings.shard`, only this machine's part is taken.
+        examples: of `scan`, each id once; with `settings.shard`, only this machine's part is taken.
         settings: sizes, captions, batch size, seed.
         cache: default: `Cache()`.
         progress: told `(phase, done, total)`; phases are "pictures" and "captions".
@@ -87,17 +90,26 @@ def prepare(
     chosen = take_shard(examples, settings.shard)
     if not chosen:
         raise DatasetError("data set holds no pictures", "`emotrain lint` says what is in a folder")
+    _check_ids(chosen)
     work = [
         (example, place(example.width, example.height, settings.rules))
         for example in sorted(chosen, key=lambda example: example.id)
     ]
     items = encode_pictures(family, work, mirror=mirror, background=settings.background, cache=cache, progress=progress)
     texts = {example.id: settings.texts(example) for example in chosen}
-    rows: dict[str, Tensors] = {}
+    rows: Mapping[str, Tensors] = {}
     if settings.encode_texts:
         every = {"", *(text for several in texts.values() for text in several)}
-        rows = encode_texts(family, every, cache=cache, progress=progress)
+        rows = encode_texts(family, every, cache=cache, progress=progress, limit=settings.text_memory)
     return CachedDataset(items, texts, rows, settings)
+
+
+def _check_ids(examples: Sequence[Example]) -> None:
+    """Two scans can give one id to different pictures; samples could then not be told apart."""
+    twice = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
+    if twice:
+        reason = f"two pictures have the id {twice[0]}"
+        raise DatasetError(reason, "give the folders of the data set and of validate different names")
 
 
 class CachedDataset:
@@ -117,7 +129,7 @@ class CachedDataset:
         self,
         items: Sequence[Item],
         texts: dict[str, tuple[str, ...]],
-        rows: dict[str, Tensors],
+        rows: Mapping[str, Tensors],
         settings: LoaderSettings,
     ) -> None:
         if not items:
@@ -193,30 +205,36 @@ class CachedDataset:
     def nbytes(self) -> int:
         """Bytes of all tensors held in memory."""
         tensors = [t for i in self.items for t in (i.latents, i.mirrored, i.mask) if t is not None]
-        tensors += [tensor for row in self._rows.values() for tensor in row.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        held = self._rows.nbytes if isinstance(self._rows, TextRows) else 0
+        return held + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """(item, repeat) of every batch of an epoch: buckets shuffled, then the batches."""
+        """(item, repeat) of every batch of an epoch.
+
+        Each showing has a time in 0..1 at random; of a picture with n repeats one falls into each n-th of
+        the epoch. A bucket's showings are cut into batches as they come, and a batch takes the time of one
+        of them.
+        """
         if epoch not in self._plans:
             rng = random.Random(f"order/{self.settings.seed}/{epoch}")
-            size = self.settings.micro_batch_size
-            batches = []
+            batches: list[tuple[float, list[tuple[int, int]]]] = []
             for _, group in sorted(self._buckets.items()):
-                showings = rng.sample(group, len(group))
-                batches += [showings[i : i + size] for i in range(0, len(showings), size)]
-            rng.shuffle(batches)
+                times = [(repeat + rng.random()) / self.items[i].example.repeats for i, repeat in group]
+                order = sorted(zip(times, group, strict=True))
+                for start, end in _cuts(len(order), self.settings.micro_batch_size, rng):
+                    batch = [showing for _, showing in order[start:end]]
+                    batches.append((order[rng.randrange(start, end)][0], batch))
             while len(self._plans) >= KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[epoch] = batches
+            self._plans[epoch] = [batch for _, batch in sorted(batches)]
         return self._plans[epoch]
 
     def _collate(self, samples: Sequence[tuple[Item, str, bool]], epoch: int) -> Batch:
         latents = torch.stack([_side(item, mirrored) for item, _, mirrored in samples])
         text: dict[str, Tensor] = {}
         if self._rows:
-            names = self._rows[samples[0][1]]
-            text = {name: torch.stack([_widen(self._rows[said][name]) for _, said, _ in samples]) for name in names}
+            rows = [self._rows[said] for _, said, _ in samples]
+            text = {name: torch.stack([_widen(row[name]) for row in rows]) for name in rows[0]}
         masks = None
         if any(item.mask is not None for item, _, _ in samples):
             masks = torch.stack([_mask(item, mirrored) for item, _, mirrored in samples])
@@ -230,6 +248,14 @@ class CachedDataset:
             epoch=epoch,
             texts=tuple(said for _, said, _ in samples),
         )
+
+
+def _cuts(count: int, size: int, rng: random.Random) -> Iterator[tuple[int, int]]:
+    """Start and end of the batches of `count` samples; the one that is not full lies anywhere."""
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    rng.shuffle(sizes)
+    ends = list(accumulate(sizes))
+    yield from zip([0, *ends[:-1]], ends, strict=True)
 
 
 def _side(item: Item, mirrored: bool) -> Tensor:

@@ -28,6 +28,7 @@ class LoaderSettings:
     prefix: str = ""
     suffix: str = ""
     shard: str | None = None
+    text_memory: int = 4 * 2**30  # bytes of text embeddings held in memory; the rest stays in the cache
     encode_texts: bool = True  # False where the text encoders are trained
 
     def texts(self, example: Example) -> tuple[str, ...]:
