@@ -12,7 +12,7 @@ from typing import TextIO
 from rich.console import Console
 
 from emotrain.observers.board import Board
-from emotrain.observers.layout import compose
+from emotrain.observers.layout import compose, notice_lines
 from emotrain.observers.screen import Screen, StrayLines
 from emotrain.observers.summary import summarise
 from emotrain.train.events import Event
@@ -78,7 +78,7 @@ class Dashboard:
         self._screen.draw(frame, size)
 
     def close(self) -> None:
-        """Stop drawing and leave the summary, or without a `RunEnd` the last frame."""
+        """Stop drawing and leave the summary; without an end the last frame; before step 1 notices."""
         if self._closed:
             return
         self._closed = True
@@ -87,9 +87,13 @@ class Dashboard:
         self._stack.close()
         columns, rows = self._screen.size
         with self._lock:
-            lines = summarise(self._board, columns, ascii=self._ascii)
-            frame = compose(self._board, columns, rows, ascii=self._ascii)
-        self._screen.finish(lines or frame)
+            if self._board.end is not None:
+                lines = summarise(self._board, columns, ascii=self._ascii)
+            elif self._board.last is not None:
+                lines = compose(self._board, columns, rows, ascii=self._ascii)
+            else:  # it never came to a step: an error message follows
+                lines = notice_lines(self._board, columns, ascii=self._ascii)
+        self._screen.finish(lines)
 
     def _run(self) -> None:
         """Draw once the last drawing is paid for, and when the size is another one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from emotrain.observers import curves, parts
-from emotrain.observers.board import Board
+from emotrain.observers.board import MAX_NOTICES, Board
 from emotrain.observers.charts import Line
 from emotrain.observers.lines import ascii_lines, beside, crop
 from emotrain.observers.look import Look
@@ -39,6 +39,12 @@ def compose(board: Board, columns: int, rows: int, *, ascii: bool = False) -> li
         frame = _compact(board, width, height, look)
     frame = [crop(line, width) for line in frame[:height]]
     return ascii_lines(frame) if ascii else frame
+
+
+def notice_lines(board: Board, columns: int, *, ascii: bool = False) -> list[Line]:
+    """The last notices alone."""
+    lines = parts.notices(board, max(1, columns - 1), MAX_NOTICES)
+    return ascii_lines(lines) if ascii else lines
 
 
 def _waiting(board: Board, width: int, height: int, look: Look) -> list[Line]:

@@ -157,7 +157,9 @@ def facts(board: Board, width: int) -> list[Line]:
         return []
     size = f"{start.num_images} pictures, {start.steps_per_epoch:g} steps an epoch"
     network = f"{start.num_modules} modules, {start.num_parameters / 1e6:.2f} M parameters"
-    rows = [("data", size), ("network", network), ("steps", f"at most {start.max_steps}")]
+    told = {label for label, _ in start.facts}
+    own = (("data", size), ("LoRA", network), ("steps", f"at most {start.max_steps}"))
+    rows = [row for row in own if row[0] not in told]
     if start.start_step:
         rows.append(("resumed", f"after step {start.start_step}"))
     rows.extend((clean(label), clean(value)) for label, value in start.facts)

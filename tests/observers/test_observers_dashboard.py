@@ -393,6 +393,24 @@ def test_without_an_end_the_last_frame_stays(
     dashboard.refresh()
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_only_its_notices(
+    make_start: MakeStart, clock: Callable[[], float]
+) -> None:
+    terminal = Terminal(80, 24)
+    terminal.feed("$ emotrain run x\r\n")
+    _, console = screen_on(terminal)
+    dashboard = Dashboard(console, clock=clock, thread=False, capture_stderr=False)
+    dashboard.handle(Phase("loading the model"))
+    dashboard.handle(Notice("the folder has 2 files that are no pictures"))
+    dashboard.refresh()
+    dashboard.close()
+    assert [line.rstrip() for line in terminal.lines] == [
+        "$ emotrain run x",
+        "warning  the folder has 2 files that are no pictures",
+        "",
+    ]
+
+
 def test_the_thread_draws_by_itself_and_follows_the_size(make_start: MakeStart, make_step: MakeStep) -> None:
     terminal = Terminal(80, 24)
     _, console = screen_on(terminal)
