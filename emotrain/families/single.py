@@ -22,7 +22,8 @@ import torch
 from emotrain.errors import ModelError
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.sizes import FAMILIES, public_configs
-from emotrain.families.sniff import Sniffed, missing_from_file
+from emotrain.families.sniff import Sniffed
+from emotrain.families.sniff_file import missing_from_file
 
 # Two public repositories hold the tokenizers of all families: CLIP's two (they differ in padding),
 # and the T5's.

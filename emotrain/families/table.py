@@ -8,7 +8,8 @@ from pathlib import Path
 
 from emotrain.errors import ConfigError, ModelError
 from emotrain.families.sizes import FAMILIES, FamilyInfo, FamilyName, Variant, public_configs
-from emotrain.families.sniff import Sniffed, sniff_file, sniff_folder, sniff_hub
+from emotrain.families.sniff import Sniffed, sniff_folder, sniff_hub
+from emotrain.families.sniff_file import sniff_file
 
 __all__ = [
     "BUILTIN", "FAMILIES", "FamilyInfo", "FamilyName", "Sniffed", "Variant", "expected_modules", "is_hub_id",

@@ -1,0 +1,143 @@
+"""Recognising a single .safetensors file from its tensor names and shapes (no torch)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from emotrain.errors import ModelError
+from emotrain.families.headers import Header, read_header
+from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.families.sniff import Prediction, Sniffed, widest_layer
+
+UNET_FIRST = "input_blocks.0.0.weight"
+
+
+def sniff_file(path: Path) -> Sniffed:
+    """One .safetensors file in the original layout, as shared on Civitai.
+
+    SD 2.x files do not say what they predict; without `modelspec.prediction_type` in the metadata they are taken for the
+    768 px v-prediction model, as by diffusers.
+
+    Raises:
+        ModelError: unreadable, a LoRA, a part of a model, or not known here.
+    """
+    header = read_header(path)
+    shapes = {name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()}
+    _refuse_parts(path, shapes)
+    if any(re.match(r"double_blocks\.\d+\.img_attn\.qkv", name) for name in shapes):
+        variant = "flux1-dev" if any(name.startswith("guidance_in.") for name in shapes) else "flux1-schnell"
+        return _from_file(path, "flux", variant, header, shapes)
+    if any(re.match(r"joint_blocks\.\d+\.x_block", name) for name in shapes):
+        return _from_file(path, "sd3", _sd3_variant(shapes), header, shapes)
+    if UNET_FIRST in shapes:
+        return _from_file(path, _unet_family(path, shapes), None, header, shapes)
+    some = ", ".join(f"`{name}`" for name in sorted(header.shapes)[:3])
+    raise ModelError(
+        f"`{path}` is not a model that emotrain knows: its {len(shapes)} tensors begin with {some}",
+        f"known are {', '.join(FAMILIES)}",
+    )
+
+
+def _refuse_parts(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    if any("lora_" in name or ".lora." in name or "hada_w" in name or "lokr_w" in name for name in shapes):
+        raise ModelError(
+            f"`{path}` is a LoRA, not a model",
+            "put it under start_from.continue or start_from.stack, and the model it belongs to here",
+        )
+    if any(name.startswith(("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")) for name in shapes):
+        raise ModelError(
+            f"`{path}` is the denoiser of a diffusers folder alone",
+            "give the folder that holds model_index.json",
+        )
+
+
+def _unet_family(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    channels = shapes[UNET_FIRST][1]
+    if channels != 4:
+        raise ModelError(
+            f"`{path}` takes {channels} input channels instead of 4: an inpainting or edit model",
+            "train on the text-to-image model that it was made from",
+        )
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
+    known = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+    found = [known[width] for width in sorted(widths) if width in known]
+    if len(widths) != 1 or not found:
+        raise ModelError(
+            f"`{path}` has a UNet whose text width is {sorted(widths)}, which emotrain does not know",
+            "known widths are 768 (sd15), 1024 (sd21), 2048 (sdxl)",
+        )
+    return found[0]
+
+
+def _sd3_variant(shapes: dict[str, tuple[int, ...]]) -> str:
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("joint_blocks.")}
+    if any(".x_block.attn2." in name for name in shapes):
+        return "sd35-medium"
+    return "sd35-large" if len(blocks) > 24 or any(".ln_q." in name for name in shapes) else "sd3-medium"
+
+
+def _from_file(
+    path: Path, family: str, variant: str | None, header: Header, shapes: dict[str, tuple[int, ...]]
+) -> Sniffed:
+    info = FAMILIES[family]
+    variant = variant or next(iter(info.variants))
+    scheduler = dict(
+        public_configs()["scheduler"][family if info.denoiser == "unet" else "sd3" if family == "sd3" else variant][1]
+    )
+    prediction: Prediction = "flow"
+    if info.denoiser == "unet":
+        prediction = _unet_prediction(family, header)
+        scheduler["prediction_type"] = prediction
+        if "ztsnr" in header.shapes:
+            scheduler["rescale_betas_zero_snr"] = True
+    resolution = 512 if family == "sd21" and prediction == "epsilon" else info.resolution
+    config = dict(public_configs()["denoiser"][variant]["config"])
+    return Sniffed(
+        family=family, variant=variant, prediction=prediction, resolution=resolution, bucket_step=info.bucket_step,
+        vae_scale=info.vae_scale, max_rank=widest_layer(config), kind="file", latent_channels=info.latent_channels, path=path,
+        denoiser_config=config, scheduler_config=scheduler, missing=missing_from_file(family, header),
+    )  # fmt: skip
+
+
+def _unet_prediction(family: str, header: Header) -> Prediction:
+    """Marker tensor `v_pred`, then the metadata; what is not said is epsilon (v for SD 2.x)."""
+    if "v_pred" in header.shapes:
+        return "v_prediction"
+    said = header.metadata.get("modelspec.prediction_type", header.metadata.get("modelspec.predict_key", "")).lower()
+    if said in ("v", "v_prediction", "v-prediction"):
+        return "v_prediction"
+    if said in ("epsilon", "eps"):
+        return "epsilon"
+    return "v_prediction" if family == "sd21" else "epsilon"
+
+
+PIECES: dict[str, dict[str, tuple[str, ...]]] = {
+    "sd15": {"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.transformer.",)},
+    "sd21": {"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.model.",)},
+    "sdxl": {
+        "vae": ("first_stage_model.",),
+        "text_encoder": ("conditioner.embedders.0.transformer.",),
+        "text_encoder_2": ("conditioner.embedders.1.model.",),
+    },
+    "sd3": {
+        "vae": ("first_stage_model.",),
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.clip_g.",),
+        "text_encoder_3": ("text_encoders.t5xxl.",),
+    },
+    "flux": {
+        "vae": ("vae.", "first_stage_model."),
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.t5xxl.",),
+    },
+}
+
+
+def missing_from_file(family: str, header: Header) -> tuple[str, ...]:
+    """Pieces of the family that a single file does not hold."""
+    return tuple(
+        piece
+        for piece, prefixes in PIECES[family].items()
+        if not any(name.startswith(prefixes) for name in header.shapes)
+    )
