@@ -1,7 +1,7 @@
 """What all emo optimizers share: the loss goes in, the emotion sets the step length.
 
-The method is muooon's (EmoNavi and EmoSens repositories, Apache-2.0). Here the loss is an argument:
-nothing is patched, and it is the mean loss of the whole optimizer step.
+The method is muooon's (EmoNavi and EmoSens repositories, Apache-2.0). Here the loss is an argument: nothing is
+patched, and it is the mean loss of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from emotrain.optim.batches import Batch, gather, state_dtype
+from emotrain.optim.batches import Batch, gather, refuse_sparse, state_dtype
 from emotrain.optim.lengths import scope_of, step_lengths
 from emotrain.optim.shadow import follow_shadow
 from emotrain.optim.state import check_state, emotion_to_dict, load_tensors, reading_from_dict
@@ -100,9 +100,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         """Tell the optimizer the loss, once per optimizer step and before `step`.
 
         Args:
-            loss: mean loss of the whole step: over all micro-batches and ranks, before any division
-                for accumulation and any GradScaler factor. A tensor must have one element; reading
-                it waits for the device.
+            loss: mean loss of the whole step: over all micro-batches and ranks, before any division for accumulation
+                and any GradScaler factor. A tensor must have one element; reading it waits for the device.
 
         Returns:
             What the optimizer felt (also in `reading`); `pulse` is the first group's.
@@ -111,15 +110,14 @@ class EmoOptimizer(torch.optim.Optimizer):
             NonFiniteLossError: the loss is NaN or infinite; nothing has changed.
         """
         before = self._emotion
-        with_grad = sum(p.grad is not None for group in self.param_groups for p in group["params"])
         felt, self.reading, ready = feel(
             before,
-            float(loss),
+            float(loss.detach()) if isinstance(loss, Tensor) else float(loss),
             scope=scope_of(self.param_groups[0], self.generation),
             sensor=self.sensor,
             stopcoef=self.stopcoef,
             watch=self.watch,
-            num_tensors=max(with_grad, 1),
+            num_tensors=self._count_gradients() if self.generation == "3.7.0" else 1,
         )
         if self.generation == "3.7.0":  # its pulse moves on in `step`, tensor by tensor
             felt = replace(felt, noise_est=before.noise_est, d_est=before.d_est)
@@ -135,8 +133,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         """Update the parameters that have gradients.
 
         Args:
-            closure: computes the loss and its gradients; its loss is observed unless `observe` was
-                called for this step.
+            closure: computes the loss and its gradients; its loss is observed unless `observe` was called for this
+                step.
 
         Returns:
             What the closure returned, None without one.
@@ -157,7 +155,7 @@ class EmoOptimizer(torch.optim.Optimizer):
                 "each step(), or pass a closure: step(closure)"
             )
         members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        self._refuse_sparse(members)
+        refuse_sparse(members)
         self._heard = False
         assert self.reading is not None
         lengths, self._emotion, reading = step_lengths(self.param_groups, members, self._emotion, self.reading)
@@ -165,6 +163,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._prepare(members)
         for group, params, (eta, decay) in zip(self.param_groups, members, lengths, strict=True):
             for originals, batch in gather(params, eta, decay, self.chunk_elements):
+                batch.as_factor = self._decays_by_factor()
                 self._fill(originals, batch)
                 if self.use_shadow:
                     follow_shadow(batch, reading)
@@ -251,6 +250,10 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The update rule, in place on `batch`."""
         raise NotImplementedError
 
+    def _decays_by_factor(self) -> bool:
+        """Whether the published code writes decay as p *= 1 - decay, which rounds otherwise than p += -decay p."""
+        return self.generation == "3.9"
+
     def _prepare(self, members: list[list[Tensor]]) -> None:
         """Called once per step before the updates, with each group's tensors that have gradients."""
 
@@ -279,10 +282,8 @@ class EmoOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{cls.__name__} has generation {known}, got {generation!r}")
         return name
 
-    @staticmethod
-    def _refuse_sparse(members: list[list[Tensor]]) -> None:
-        if any(p.grad is not None and p.grad.is_sparse for params in members for p in params):
-            raise RuntimeError("the emo optimizers cannot use sparse gradients: make the embedding with sparse=False")
+    def _count_gradients(self) -> int:
+        return max(1, sum(p.grad is not None for group in self.param_groups for p in group["params"]))
 
     def _fill(self, originals: list[Tensor], batch: Batch) -> None:
         slots = self._slots()

@@ -17,10 +17,10 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 class Batch:
     """Tensors that are updated together.
 
-    `params` are what the update rule writes to: the parameters, or float32 copies of half-precision
-    ones (then `targets` holds the parameters). `state` holds one list per slot. `eta` is the step
-    length, `decay` the share of the weights that decay takes. `linear`: all tensors are contiguous,
-    so torch's fused kernels may be used.
+    `params` are what the update rule writes to: the parameters, or float32 copies of half-precision ones (then
+    `targets` holds the parameters). `state` holds one list per slot. `eta` is the step length, `decay` the share of
+    the weights that decay takes. `linear`: all tensors are contiguous, so torch's fused kernels may be used.
+    `as_factor`: decay is published as p *= 1 - decay, whose factor is rounded to float32 (else p += -decay p).
     """
 
     params: list[Tensor]
@@ -28,6 +28,7 @@ class Batch:
     eta: Length
     decay: Length
     linear: bool
+    as_factor: bool = True
     targets: list[Tensor] | None = None
     state: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -42,6 +43,12 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in HALF_DTYPES else param.dtype
 
 
+def refuse_sparse(members: Sequence[Sequence[Tensor]]) -> None:
+    """Raise RuntimeError where a gradient is sparse."""
+    if any(p.grad is not None and p.grad.is_sparse for params in members for p in params):
+        raise RuntimeError("the emo optimizers cannot use sparse gradients: make the embedding with sparse=False")
+
+
 def gather(
     params: Sequence[Tensor], eta: Length, decay: Length, chunk_elements: int | None
 ) -> Iterator[tuple[list[Tensor], Batch]]:
@@ -51,9 +58,8 @@ def gather(
         params: parameters of one group, each with a dense gradient.
         eta: step length, one or one per parameter.
         decay: share taken by weight decay, one or one per parameter.
-        chunk_elements: largest number of elements in a batch on the CPU (a batch holds one tensor
-            at least); None: no limit. On other devices a batch is always whole: launches cost more
-            than memory traffic there.
+        chunk_elements: largest number of elements in a batch on the CPU (a batch holds one tensor at least); None: no
+            limit. On other devices a batch is always whole: launches cost more than memory traffic there.
 
     Yields:
         The parameters of the batch, and the batch without its state.

@@ -25,6 +25,9 @@ class EmoCats(EmoOptimizer):
     generations: ClassVar[tuple[str, ...]] = ("3.9", "3.7.6", "3.7.0")
     chunk_elements: ClassVar[int | None] = 1 << 16
 
+    def _decays_by_factor(self) -> bool:
+        return True
+
     def _slots(self) -> tuple[str, ...]:
         return ("exp_avg",)
 

@@ -1,17 +1,18 @@
 """List kernels of the update rules: torch's fused kernels where they can do it, foreach operations elsewhere.
 
-The fused kernels are private functions of torch: each call is guarded, and has a fallback that a
-test compares it with. They read memory linearly, so they are used for contiguous tensors only.
+The fused kernels are private functions of torch: each call is guarded, and has a fallback that a test compares it
+with. They read memory linearly, so they are used for contiguous tensors only.
 """
 
 from __future__ import annotations
 
+import struct
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from emotrain.optim.batches import Batch, Length
+from emotrain.optim.batches import Batch
 
 _FAR = 1e12  # a step so late that AdamW's bias corrections 1 - beta**step are exactly 1
 _REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError)
@@ -28,7 +29,6 @@ def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) ->
         eps: added to the root.
     """
     assert isinstance(batch.eta, float)
-    assert isinstance(batch.decay, float)
     m, v = batch.state["exp_avg"], batch.state["exp_avg_sq"]
     device = batch.params[0].device
     if batch.linear and batch.eta > 0.0 and has_fused_adamw(device.type):
@@ -43,7 +43,7 @@ def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) ->
             lr=batch.eta,
             beta1=betas[0],
             beta2=betas[1],
-            weight_decay=batch.decay / batch.eta,
+            weight_decay=_rounded_decay(batch) / batch.eta,
             eps=eps,
             maximize=False,
         )
@@ -53,7 +53,7 @@ def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) ->
     torch._foreach_addcmul_(v, batch.grads, batch.grads, 1.0 - betas[1])
     root = torch._foreach_sqrt(v)
     torch._foreach_add_(root, eps)
-    torch._foreach_mul_(batch.params, 1.0 - batch.decay)
+    _decay(batch)
     torch._foreach_addcdiv_(batch.params, m, root, -batch.eta)
 
 
@@ -62,21 +62,18 @@ def descend(batch: Batch, directions: list[Tensor] | tuple[Tensor, ...]) -> None
 
     `directions` are scratch: they may be overwritten.
     """
-    eta, decay = batch.eta, batch.decay
+    eta = batch.eta
     if isinstance(eta, list):
-        assert isinstance(decay, list)
-        if any(decay):
-            torch._foreach_mul_(batch.params, [1.0 - share for share in decay])
+        _decay(batch)
         torch._foreach_mul_(directions, [-length for length in eta])
         torch._foreach_add_(batch.params, directions)
         return
-    assert isinstance(decay, float)
     if batch.linear and eta > 0.0 and has_fused_sgd(batch.params[0].device.type):
         torch._fused_sgd_(
             batch.params,
             list(directions),
             [],
-            weight_decay=decay / eta,
+            weight_decay=_rounded_decay(batch) / eta,
             momentum=0.0,
             lr=eta,
             dampening=0.0,
@@ -85,14 +82,31 @@ def descend(batch: Batch, directions: list[Tensor] | tuple[Tensor, ...]) -> None
             is_first_step=False,
         )
         return
-    if decay:
-        torch._foreach_mul_(batch.params, 1.0 - decay)
+    _decay(batch)
     torch._foreach_add_(batch.params, directions, alpha=-eta)
 
 
-def scaled(length: Length, factor: float) -> Length:
-    """A length, or each of a list of lengths, times a factor."""
-    return [x * factor for x in length] if isinstance(length, list) else length * factor
+def _decay(batch: Batch) -> None:
+    """Weight decay in the order of the published code."""
+    params, decay = batch.params, batch.decay
+    if isinstance(decay, list):
+        if any(decay) and batch.as_factor:
+            torch._foreach_mul_(params, [1.0 - share for share in decay])
+        elif any(decay):
+            torch._foreach_add_(params, torch._foreach_mul(params, [-share for share in decay]))
+    elif decay and batch.as_factor:
+        torch._foreach_mul_(params, 1.0 - decay)
+    elif decay:
+        torch._foreach_add_(params, params, alpha=-decay)
+
+
+def _rounded_decay(batch: Batch) -> float:
+    """The decay with which a fused kernel gets what the factor 1 - decay gives after its rounding to float32."""
+    assert isinstance(batch.decay, float)
+    if not batch.as_factor or batch.params[0].dtype != torch.float32:
+        return batch.decay
+    factor: float = struct.unpack("f", struct.pack("f", 1.0 - batch.decay))[0]
+    return 1.0 - factor
 
 
 @cache

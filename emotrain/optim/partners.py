@@ -24,8 +24,7 @@ Betas = tuple[float, float] | None
 class Partner:
     """An optimizer that is not emo, told the loss for the display only.
 
-    `reading` comes from the sensors of 3.9, its pulse is the learning rate in use; `should_stop` is
-    always False.
+    `reading` comes from the sensors of 3.9, its pulse is the learning rate in use; `should_stop` is always False.
 
     Args:
         name: in the registry.
@@ -52,7 +51,7 @@ class Partner:
         Raises:
             NonFiniteLossError: it is NaN or infinite.
         """
-        self._emotion, reading, _ = feel(self._emotion, float(loss), sensor=self.sensor)
+        self._emotion, reading, _ = feel(self._emotion, _plain(loss), sensor=self.sensor)
         self.reading = replace(reading, pulse=self._lr())
         return self.reading
 
@@ -123,6 +122,10 @@ class Partner:
         if self.name == "prodigy":
             return float(group["lr"]) * float(group["d"])
         return float(group.get("scheduled_lr") or group["lr"])
+
+
+def _plain(loss: float | Tensor) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
 
 
 def adamw(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:

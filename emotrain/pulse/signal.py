@@ -1,8 +1,7 @@
 """The emotion of an emo optimizer on plain floats: sensors, generations, stop signals (no torch).
 
-The method is muooon's (EmoNavi and EmoSens repositories, Apache-2.0); the code is written from its
-formulas. All arithmetic is float64 in the order written here: one branch of the sensors is decided
-by rounding.
+The method is muooon's (EmoNavi and EmoSens repositories, Apache-2.0); the code is written from its formulas. All
+arithmetic is float64 in the order written here: one branch of the sensors is decided by rounding.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ GENERATIONS = ("3.6", "3.7.0", "3.7.6", "3.9")
 class EmotionState:
     """All that the emotion remembers from step to step.
 
-    `noise_est` and `d_est` are emoPulse's noise and signal, `history` and `chain` its slow parts;
-    `recent` the last values the windowed stop signal looks at; `ready` whether the signal is lit.
+    `noise_est` and `d_est` are emoPulse's noise and signal, `history` and `chain` its slow parts; `recent` the last
+    values the windowed stop signal looks at; `ready` whether the signal is lit.
     """
 
     generation: str
@@ -108,8 +107,8 @@ def listen(averages: Averages | None, loss: float, sensor: Sensor = "faithful") 
             medium average only where it is the quieter of the two.
 
     Returns:
-        The new averages, scalar in (-1, 1) (positive while the loss falls) and
-        trust = copysign(1 - |scalar|, scalar).
+        The new averages, scalar in (-1, 1) (positive while the loss falls) and trust = copysign(1 - |scalar|,
+        scalar).
 
     Raises:
         NonFiniteLossError: the loss is NaN or infinite.
@@ -137,11 +136,9 @@ def feel(
         scope: the learning rate given by the user (3.6: the learning rate itself).
         sensor: see `listen`.
         stopcoef: 3.9 only, the loss below which it may be ready.
-        watch: what the windowed signal of 3.6 to 3.7.6 looks at, tanh of the long ratio or the
-            scalar.
-        num_tensors: 3.7.0 only, how many tensors have a gradient; its pulse depends on it. The
-            reading's pulse is the last tensor's. 0 leaves `noise_est` and `d_est` for
-            `tensor_pulses`.
+        watch: what the windowed signal of 3.6 to 3.7.6 looks at, tanh of the long ratio or the scalar.
+        num_tensors: 3.7.0 only, how many tensors have a gradient; its pulse depends on it. The reading's pulse is the
+            last tensor's.
 
     Returns:
         The new state, the reading, and whether the stop signal is lit.
@@ -160,10 +157,9 @@ def feel(
     else:
         drive = emo_drive(scalar, trust)
         if state.generation == "3.7.0":
-            pulses, after = tensor_pulses(state, trust, [scope] * max(num_tensors, 1))
+            pulses, state = tensor_pulses(state, trust, [scope] * num_tensors)
             pulse = pulses[-1]
-            state = after if num_tensors else state
-    state = _signal(state, _long_scalar(averages) if watch == "long" else scalar, stopcoef)
+    state = _signal(state, _tanh(_ratios(averages)[0]) if watch == "long" else scalar, stopcoef)
     reading = Reading(
         scalar=scalar,
         trust=trust,
@@ -263,10 +259,6 @@ def _scalar(averages: Averages, sensor: Sensor) -> float:
         return _tanh(r_m if abs(r_m) < abs(r_l) else r_l)
     # both sides are |diff| up to rounding: the last bit decides
     return _tanh(r_m if abs(r_m) * base_m < abs(r_l) * base_l else r_l)
-
-
-def _long_scalar(averages: Averages) -> float:
-    return _tanh(_ratios(averages)[0])
 
 
 def _tanh(x: float) -> float:
