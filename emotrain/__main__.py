@@ -1,4 +1,4 @@
-"""`python -m emotrain`."""
+"""`python -m emotrain` is `emotrain`."""
 
 import sys
 

@@ -19,7 +19,7 @@ from emotrain.cli import output
 _LIBRARIES = (
     "torch", "diffusers", "transformers", "peft", "safetensors", "pillow", "pydantic", "typer", "rich",
 )  # fmt: skip
-_OPTIONAL = ("bitsandbytes", "torchao", "optimum-quanto", "prodigyopt", "schedulefree", "lion-pytorch")
+_OPTIONAL = ("bitsandbytes", "optimum-quanto", "prodigyopt", "schedulefree")
 _LOW_DISK_GIB = 5.0
 
 

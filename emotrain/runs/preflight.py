@@ -19,7 +19,7 @@ from emotrain.families.table import FAMILIES, Sniffed, sniff
 
 Where = Callable[[str], str]
 _PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}
-_QUANTIZERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes"}
+_QUANTIZERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "optimum.quanto"}
 
 
 @dataclass
@@ -205,8 +205,15 @@ def _missing_packages(preset: Preset) -> list[str]:
     return [
         f"{key} `{value}` needs the package {packages[value]}: pip install 'emotrain[{extra}]'"
         for key, value, extra, packages in needed
-        if value in packages and importlib.util.find_spec(packages[value]) is None
+        if value in packages and not _is_installed(packages[value])
     ]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _describe(preset: Preset, result: Preflight) -> None:
