@@ -126,6 +126,19 @@ class RunFolder:
             raise CheckpointError(f"{self.info_path} is not a run's description")
         return info
 
+    def write_preset(self, preset: Mapping[str, Any]) -> None:
+        """Put a changed preset in the place of the one that is there; an equal one is left alone.
+
+        Raises:
+            ResourceError: the disk is full or read-only; the file is as it was.
+        """
+        content = dump_values(preset).encode()
+        try:
+            if not self.preset_path.is_file() or self.preset_path.read_bytes() != content:
+                replace_synced(self.preset_path, content)
+        except OSError as error:
+            raise ResourceError(f"{self.preset_path} cannot be written: {error.strerror}") from error
+
     def update_info(self, **fields: Any) -> None:
         """Set fields of `run.json` in one atomic write.
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
 from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, StopReason, fit
-from emotrain.train.signals import StopSignals
+from emotrain.train.signals import StopSignals, tell_stopping
 from emotrain.train.state import TrainState
 
 
@@ -270,11 +269,11 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer]) -> Res
                 f"run folder {target} exists already",
                 "choose another --name, or go on with `emotrain resume`",
             )
-        with StopSignals() as signals, ExitStack() as stack:
-            session.load()
+        session.load()  # nothing to save yet: a signal ends the process here
+        with StopSignals(tell_stopping) as signals:
             folder = create_run(runs_dir, preset.name, preset.to_dict(), **session.facts())
-            stack.enter_context(folder.lock())
-            return session.train(folder, signals)
+            with folder.lock():
+                return session.train(folder, signals)
     finally:
         session.close()
 
@@ -295,7 +294,7 @@ def resume(
     """
     session = Session(preset, observers)
     try:
-        with folder.lock(), StopSignals() as signals:
+        with folder.lock():
             store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
             checkpoint, notices = store.load(step)
             session.load()
@@ -309,7 +308,9 @@ def resume(
             refuse_done(session, folder)
             for line in store.drop_after(checkpoint.step) if step is not None else ():
                 session.notify(Notice(line, level="info"))
-            folder.update_info(finished=None, stop_reason=None)
-            return session.train(folder, signals)
+            with StopSignals(tell_stopping) as signals:
+                folder.update_info(finished=None, stop_reason=None)
+                folder.write_preset(preset.to_dict())
+                return session.train(folder, signals)
     finally:
         session.close()

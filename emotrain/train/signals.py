@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,6 +14,12 @@ from typing import Any
 from emotrain.errors import ExitCode
 
 ECHO_S = 0.2  # wrappers (`uv run`, shells) pass the same key press on a second time
+
+
+def tell_stopping(name: str) -> None:
+    """Say on stderr that a stop is under way; may be called in a handler, where printing may not."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
 
 
 class StopSignals:

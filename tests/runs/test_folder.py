@@ -113,6 +113,17 @@ def test_its_description_changes_in_one_piece(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in run.path.iterdir()) == ["preset.yaml", "run.json"]
 
 
+def test_a_changed_preset_takes_the_place_of_the_old_one_and_an_equal_one_is_not_written(
+    tmp_path: Path,
+) -> None:
+    run = create_run(tmp_path, "mika", PRESET)
+    before = run.preset_path.stat()
+    run.write_preset(PRESET)
+    assert run.preset_path.stat().st_ino == before.st_ino
+    run.write_preset(PRESET | {"train": {"max_steps": 4000}})
+    assert "max_steps: 4000" in run.preset_path.read_text(encoding="utf-8")
+
+
 def test_a_run_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_run(tmp_path / "runs", "mika", PRESET)
     assert open_run("mika", tmp_path / "runs").path == run.path
