@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from emotrain.observers.metrics_log import PROBE_FILE
 from emotrain.pulse.reading import Reading
 from emotrain.train.events import Event, ProbeEnd, RunStart, SamplesDrawn, Saved, StepEnd
+
+_STEP = re.compile(r"step-(\d+)")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -42,19 +45,28 @@ def play_back(metrics: Path, *, start: RunStart | None = None) -> Iterator[Event
             yield probe_event(probes[row["step"]])
 
 
-def read_extras(metrics: Path, shown: Path | None = None) -> list[SamplesDrawn | Saved]:
-    """The last sheet and the last checkpoint in the run folder, as if that were at `shown`."""
+def read_extras(metrics: Path, shown: Path | None = None, last_step: int | None = None) -> list[SamplesDrawn | Saved]:
+    """The last sheet and the last checkpoint of a run folder, up to `last_step`.
+
+    Their paths are told as if the run folder were at `shown`.
+    """
     folder = metrics.parent
     place = folder if shown is None else shown
-    last = max((row["step"] for row in read_rows(metrics)), default=0)
     found: list[SamplesDrawn | Saved] = []
     sheets = sorted((folder / "samples").glob("*sheet*.png"))
-    if sheets:
-        found.append(SamplesDrawn(last, (), (), place / sheets[-1].relative_to(folder)))
-    for checkpoint in sorted((folder / "checkpoints").glob("step-*"))[-1:]:
-        path = place / checkpoint.relative_to(folder)
-        found.append(Saved(int(checkpoint.name.rsplit("-", 1)[-1]), path))
+    drawn = _last_step_of((folder / "samples").glob("step-*"), last_step)
+    if sheets and drawn is not None:
+        found.append(SamplesDrawn(drawn[0], (), (), place / sheets[-1].relative_to(folder)))
+    saved = _last_step_of((folder / "checkpoints").glob("step-*"), last_step)
+    if saved is not None:
+        found.append(Saved(saved[0], place / saved[1].relative_to(folder)))
     return found
+
+
+def _last_step_of(paths: Iterable[Path], last_step: int | None) -> tuple[int, Path] | None:
+    """The greatest step among names like `step-00000250...`, with its path."""
+    named = [(int(match[1]), path) for path in paths if (match := _STEP.match(path.name))]
+    return max((item for item in named if last_step is None or item[0] <= last_step), default=None)
 
 
 def _start(metrics: Path, steps: list[dict[str, Any]]) -> RunStart:

@@ -19,6 +19,8 @@ from rich.style import Style
 from rich.text import Text
 
 from emotrain.observers.charts import Line
+from emotrain.observers.lines import wrap
+from emotrain.observers.text import clean
 
 STYLES: Mapping[str, str] = {
     "": "",
@@ -41,6 +43,7 @@ STYLES: Mapping[str, str] = {
     "path": "underline",
 }
 
+MAX_STRAY_LINES = 12  # of one line that somebody else writes
 PATIENCE_S = 1.0  # a stopped terminal (Ctrl-S) may hold up a drawing for ever
 _BEGIN = "\x1b[?2026h\x1b[?25l\x1b[?7l"  # one update, cursor away, no wrapping
 _END = "\x1b[?7h\x1b[?25h\x1b[?2026l"
@@ -202,11 +205,11 @@ class StrayLines:
         return len(text)
 
     def _show(self, whole: Sequence[str]) -> None:
-        from emotrain.observers.text import clean, fit
-
-        width = self._screen.size[0] - 1
+        width = max(20, self._screen.size[0] - 1)
         shown = [clean(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in whole]
-        self._screen.print_above([[(fit(line, width), "")] for line in shown if line.strip()])
+        lines = [part for line in shown for part in wrap(line, width)[:MAX_STRAY_LINES]]
+        if lines:
+            self._screen.print_above([[(line, "")] for line in lines])
 
     def flush(self) -> None:
         """Nothing to do before a line is whole."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
+from emotrain.config.load import load_preset
 from emotrain.observers.board import Board
 from emotrain.observers.layout import compose
 from emotrain.observers.playback import play_back, read_extras
@@ -55,13 +57,24 @@ def draw(
             event = replace(event, run_dir=Path("runs") / event.name)
             shown = event.run_dir
         board.note(event)
-    for event in read_extras(metrics, shown):
-        if last_step is None or event.step <= last_step:
-            board.note(event)
+    for event in read_extras(metrics, shown, last_step):
+        board.note(event)
     console = Console(record=True, file=io.StringIO(), width=columns, height=rows, force_terminal=True)
     console.print(to_text(compose(board, columns, rows)))
     title = f"emotrain run {board.start.name if board.start else ''}"
     return console.export_svg(title=title, theme=THEME)
+
+
+def known_of(folder: Path) -> dict[str, str | int]:
+    """What the run folder tells beside its log."""
+    known: dict[str, str | int] = {}
+    if (folder / "preset.yaml").is_file():
+        preset = load_preset(folder / "preset.yaml")
+        known.update(optimizer=preset.train.optimizer.name, max_steps=preset.train.max_steps)
+    if (folder / "run.json").is_file():
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        known.update({key: facts[key] for key in ("name", "device") if key in facts})
+    return known
 
 
 def main() -> None:
@@ -76,7 +89,8 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int)
     args = parser.parse_args()
     names = ("name", "optimizer", "device", "max_steps")
-    known = {name: value for name in names if (value := getattr(args, name)) is not None}
+    known = known_of(args.metrics.parent)
+    known |= {name: value for name in names if (value := getattr(args, name)) is not None}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     svg = draw(args.metrics, args.columns, args.rows, args.last_step, known)
     args.out.write_text(svg, encoding="utf-8")

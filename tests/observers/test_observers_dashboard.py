@@ -356,6 +356,18 @@ def test_lines_of_others_go_above_the_frame() -> None:
     assert real.getvalue() == "later\n"
 
 
+def test_a_long_line_of_others_is_broken_and_not_cut() -> None:
+    terminal = Terminal(40, 12)
+    screen, _ = screen_on(terminal)
+    screen.draw([[("frame", "title")]], (40, 12))
+    stray = StrayLines(screen, io.StringIO())
+    stray.write("word " * 20 + "\n" + "x" * 100_000 + "\n")
+    shown = [line.rstrip() for line in terminal.lines]
+    assert " ".join(shown[:3]) == "word " * 19 + "word"
+    assert len(shown) < 20
+    assert terminal.wrapped == 0
+
+
 def test_a_dashboard_takes_stderr_and_gives_it_back(
     make_start: MakeStart, make_step: MakeStep, clock: Callable[[], float]
 ) -> None:

@@ -15,7 +15,7 @@ from emotrain.observers import metrics_log
 from emotrain.observers.fields import event_row, step_row, to_line
 from emotrain.observers.json_events import JsonEvents
 from emotrain.observers.metrics_log import MetricsLog, truncate_log
-from emotrain.observers.playback import play_back
+from emotrain.observers.playback import play_back, read_extras
 from emotrain.observers.stream import LineWriter
 from emotrain.train.events import (
     Notice,
@@ -186,6 +186,20 @@ def test_a_log_plays_back_as_the_same_events(tmp_path: Path, make_step: MakeStep
     log.close()
     played = list(play_back(tmp_path / "metrics.jsonl", start=start))
     assert played == [start, *steps, probe]
+
+
+def test_the_last_sheet_and_checkpoint_of_a_recorded_run_are_found(tmp_path: Path) -> None:
+    for name in ("samples/step-00000050-1.png", "samples/step-00000100-1.png", "samples/sheet.png",
+                 "checkpoints/step-00000040/x", "checkpoints/step-00000120/x"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    log, runs = tmp_path / "metrics.jsonl", Path("runs/mika")
+    assert read_extras(log, runs, 99) == [
+        SamplesDrawn(50, (), (), runs / "samples" / "sheet.png"),
+        Saved(40, runs / "checkpoints" / "step-00000040"),
+    ]
+    assert [event.step for event in read_extras(log)] == [100, 120]
+    assert read_extras(tmp_path / "nowhere" / "metrics.jsonl") == []
 
 
 def test_a_reader_that_goes_away_ends_nothing() -> None:
