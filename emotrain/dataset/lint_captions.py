@@ -96,7 +96,7 @@ def _one(example: Example, trigger: str | None, tokens: TokenCounter, prefix: st
             message = f"has a caption with broken letters: `{_shortened(printable(caption))}`"
             hint = "it was saved in one encoding and read in another: write it anew in UTF-8"
             found.append(Finding("caption-mojibake", "warning", example.id, message, hint))
-        if match := _MARKUP.search(caption):
+        if match := _MARKUP.search(caption.replace(PLACEHOLDER, "")):
             message = f"has markup in its caption: `{_shortened(printable(match[0]))}`"
             hint = "it is learned as text: take it out"
             found.append(Finding("caption-markup", "info", example.id, message, hint))
