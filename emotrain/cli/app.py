@@ -7,7 +7,6 @@ are stubs with their line of help.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -93,8 +92,6 @@ def build_app(wanted: Sequence[str] | None = None) -> typer.Typer:
     )
     app.callback()(root)
     for command in COMMANDS:
-        if importlib.util.find_spec(command.module) is None:
-            continue
         if wanted is None or command.name in wanted:
             _add(app, command)
         else:
@@ -189,7 +186,9 @@ def _as_config_error(failure: Any) -> ConfigError:
         words = suggestion.strip(" ?)").replace("'", "").split(", ")
         hint = f"did you mean {' or '.join(f'`{word}`' for word in words)}?"
     message = message.strip().rstrip(".").replace("(s)", "").replace("'", "`")
-    return ConfigError(message[:1].lower() + message[1:], hint)
+    message = re.sub(r"no such option: (\S+)", r"no such option `\1`", message[:1].lower() + message[1:])
+    message = re.sub(r"argument `\w+`", lambda match: match[0].lower(), message)
+    return ConfigError(message, hint)
 
 
 def _out_of_memory() -> EmotrainError:

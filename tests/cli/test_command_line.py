@@ -78,7 +78,7 @@ def test_without_arguments_the_help_is_shown_and_the_exit_code_is_2(capsys: Capt
     [
         (["rnu"], "no such command `rnu`", "did you mean `run`?"),
         (["presets", "shw"], "no such command `shw`", "did you mean `show`?"),
-        (["check", "--jsno", "x"], "no such option: --jsno", "did you mean `--json`?"),
+        (["check", "--jsno", "x"], "no such option `--jsno`", "did you mean `--json`?"),
         (["check"], "missing argument `preset`", "see `emotrain check --help`"),
         (["check", "a", "b"], "got unexpected extra argument (b)", "see `emotrain check --help`"),
     ],
