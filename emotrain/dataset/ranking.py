@@ -31,9 +31,7 @@ Verdict = Literal["suspicious", "hard", "memorised", "usual", "unseen"]
 Floats = NDArray[np.float64]
 BINS = 24
 MIN_VISITS = 3  # in each half of the run
-Z_HARD = 2.5  # robust standard deviations
-Z_MEMORISED = 2.5
-Z_SUSPICIOUS = 2.5
+Z_OUTLIER = 3.5  # of medians and median deviations: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
 _ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
 
 
@@ -201,7 +199,7 @@ def rank(
     names = sorted({record.id for record in records} | {one.id for one in contrasts} | set(ids))
     if not names:
         raise ValueError("no pictures to rank")
-    halves = _halves(records)
+    halves = _halves(sorted(records))
     seen = [name for name in names if min(len(part.get(name, ())) for part in halves) >= MIN_VISITS]
     margins = {one.id: contrast_of(one) for one in contrasts}
     z_contrast = dict(zip(margins, robust_z(list(margins.values()), 0.005), strict=True)) if margins else {}
@@ -252,11 +250,11 @@ def _score(name: str, numbers: tuple[float, ...] | None, visits: int, z_contrast
     early, late, z_early, z_late, z_fall = numbers or (0.0,) * 5
     suspicion = z_contrast if z_contrast is not None else min(z_early, z_late, z_late + z_fall)
     verdict: Verdict = "usual"
-    if suspicion >= Z_SUSPICIOUS:
+    if suspicion >= Z_OUTLIER:
         verdict = "suspicious"
-    elif z_late >= Z_HARD:
+    elif z_late >= Z_OUTLIER:
         verdict = "hard"
-    elif z_late <= -Z_MEMORISED and z_fall <= -Z_MEMORISED:
+    elif z_late <= -Z_OUTLIER and z_fall <= -Z_OUTLIER:
         verdict = "memorised"
     score = suspicion if z_contrast is not None else max(suspicion, z_late, -z_fall if z_late < 0 else 0.0)
     if verdict == "hard":

@@ -1,0 +1,140 @@
+"""Pictures are ranked by what is left of their losses once the noise scale is taken out."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from emotrain.dataset.ranking import (
+    LossRecord,
+    PictureContrast,
+    contrast_of,
+    excess,
+    parse_contrasts,
+    parse_losses,
+    rank,
+    robust_z,
+)
+
+
+def usual_loss(position: float, step: int) -> float:
+    """Thirty times as high at one end of the noise scale as at the other, and falling over the run."""
+    return math.exp(-3.4 * position) * (0.7 + 0.3 * math.exp(-step / 200))
+
+
+def run(steps: int = 640, hard: str = "", memorised: str = "", seed: int = 0) -> list[LossRecord]:
+    rng = random.Random(seed)
+    names = [f"data/{k:02}.png" for k in range(16)]
+    own = {name: rng.gauss(0, 0.05) for name in names}
+    records = []
+    for step in range(1, steps + 1):
+        name = names[step % 16] if step % 17 else rng.choice(names)
+        level = own[name] + rng.gauss(0, 0.15)
+        level += 0.8 if name == hard else 0.0
+        level -= 1.2 * step / steps if name == memorised else 0.0
+        position = rng.random()
+        records.append(LossRecord(step, name, position, usual_loss(position, step) * math.exp(level)))
+    return records
+
+
+def test_excess_takes_the_noise_scale_out() -> None:
+    positions = np.random.default_rng(0).random(4000)
+    losses = [usual_loss(position, 100) for position in positions]
+    assert np.std(np.log(losses)) > 0.9
+    assert np.abs(excess(list(positions), losses)).max() < 0.15
+
+
+def test_a_hard_and_a_memorised_picture_come_first() -> None:
+    scores = rank(run(hard="data/03.png", memorised="data/11.png"))
+    assert [(score.id, score.verdict) for score in scores[:2]] == [
+        ("data/03.png", "suspicious"),  # high from the start, and no contrast that speaks for its caption
+        ("data/11.png", "memorised"),
+    ]
+    assert {score.verdict for score in scores[2:]} == {"usual"}
+
+
+def test_a_contrast_tells_hard_from_suspicious() -> None:
+    contrasts = [PictureContrast(f"data/{k:02}.png", (0.10,), ((0.11 + k / 9000,), (0.12,))) for k in range(16)]
+    contrasts[5] = PictureContrast("data/05.png", (0.13,), ((0.11,), (0.12,)))
+    scores = {score.id: score for score in rank(run(hard="data/03.png"), contrasts)}
+    assert scores["data/03.png"].verdict == "hard"
+    assert scores["data/05.png"].verdict == "suspicious"
+    assert next(iter(scores)) == "data/05.png"
+
+
+def test_pictures_without_a_fault_are_usual() -> None:
+    for seed in range(5):
+        assert {score.verdict for score in rank(run(seed=seed))} == {"usual"}
+
+
+def test_a_picture_whose_positions_were_unlucky_is_not_hard() -> None:
+    records = [
+        LossRecord(step, name, place, usual_loss(place, 50))
+        for step in range(1, 101)
+        for name, place in (("noisy", random.Random(step).random() * 0.2), ("clean", random.Random(-step).random()))
+    ]
+    for score in rank(records):
+        assert score.verdict == "usual"
+        assert abs(score.late) < 0.1
+
+
+def test_pictures_hardly_seen_come_last_and_are_not_judged() -> None:
+    scores = rank([*run(), LossRecord(600, "new.png", 0.5, 9.0)], ids=["never.png"])
+    assert {(score.id, score.verdict, score.visits) for score in scores[-2:]} == {
+        ("never.png", "unseen", 0),
+        ("new.png", "unseen", 1),
+    }
+
+
+def test_the_ranking_does_not_depend_on_the_order_of_records() -> None:
+    records = run(hard="data/03.png")
+    assert rank(records) == rank(random.Random(1).sample(records, len(records)))
+
+
+def test_contrast_is_negative_where_the_own_caption_fits_best() -> None:
+    good = PictureContrast("a", (0.1, 0.2), ((0.12, 0.25), (0.11, 0.22)))
+    swapped = PictureContrast("b", (0.1, 0.2), ((0.08, 0.16), (0.11, 0.22)))
+    assert contrast_of(good) < 0 < contrast_of(swapped)
+    with pytest.raises(ValueError, match="c has no losses to compare"):
+        contrast_of(PictureContrast("c", (0.1,), ((0.1, 0.2),)))
+
+
+def test_a_log_is_read_and_its_cut_off_end_left_out() -> None:
+    lines = [
+        json.dumps({"step": 1, "samples": [["a b/\u732b.png", 0.25, 0.5], ["c.png", 0.5, 0.25, "more"]]}),
+        "",
+        json.dumps({"step": 2, "samples": [["c.png", 0.75, float("nan")]]}),
+        '{"step": 3, "samples": [["c.p',
+    ]
+    assert parse_losses(lines) == [LossRecord(1, "a b/\u732b.png", 0.25, 0.5), LossRecord(1, "c.png", 0.5, 0.25)]
+
+
+@pytest.mark.parametrize("line", ["no json", "[]", '{"step": 1}', '{"step": 1, "samples": [["a"]]}'])
+def test_a_bad_line_inside_a_log_is_named(line: str) -> None:
+    with pytest.raises(ValueError, match="line 1 is not a step"):
+        parse_losses([line, '{"step": 2, "samples": []}'])
+    with pytest.raises(ValueError, match="line 1 is not a picture"):
+        parse_contrasts([line])
+
+
+def test_contrasts_are_read_back() -> None:
+    line = json.dumps({"id": "a", "own": [0.1, 0.2], "others": [[0.3, 0.4]]})
+    assert parse_contrasts([line, ""]) == [PictureContrast("a", (0.1, 0.2), ((0.3, 0.4),))]
+
+
+def test_robust_z_is_not_moved_by_an_outlier() -> None:
+    values = [0.0, 0.1, -0.1, 0.2, -0.2, 50.0]
+    assert abs(robust_z(values)[0]) < 0.6
+    assert robust_z(values)[-1] > 100
+    assert list(robust_z([1.0, 1.0, 1.0])) == [0.0, 0.0, 0.0]
+
+
+def test_nothing_to_rank_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no pictures"):
+        rank([])
+    with pytest.raises(ValueError, match="0 positions and 0 losses"):
+        excess([], [])
