@@ -32,10 +32,13 @@ class LoaderSettings:
     encode_texts: bool = True  # False where the text encoders are trained
 
     def texts(self, example: Example) -> tuple[str, ...]:
-        """All texts of an example; the first is its plain caption."""
+        """All texts of an example; the first is its plain caption.
+
+        Regularisation pictures show what the trigger must not mean: they go without it.
+        """
         return variants(
             example.captions,
-            trigger=self.trigger,
+            trigger=None if example.prior else self.trigger,
             shuffle=self.shuffle,
             keep_tokens=self.keep_tokens,
             tag_dropout=self.tag_dropout,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from emotrain.dataset.buckets import BucketRules
+from emotrain.dataset.buckets import BucketRules, assign
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepare
 from emotrain.dataset.scan import FolderSpec, scan
@@ -135,14 +135,15 @@ def test_a_batch_is_of_one_size_and_tells_it(data: CachedDataset) -> None:
     assert sizes == {3: 3 + 2 + 1, 2: 1 + 1, 1: 1}
 
 
-def test_conditioning_follows_the_crop_and_the_mirror(data: CachedDataset) -> None:
-    name = "own/p05.png"  # 96 x 64 in a bucket of 72 x 48 or such
-    placed = next(item.placement for item in data.items if item.example.id == name)
-    for flip in (False, True):
-        sizes = data.fixed([name], flip=flip)[0].conditioning
-        left = placed.resize_w - placed.bucket_w - placed.crop_left if flip else placed.crop_left
-        assert sizes.original_sizes.tolist() == [[64, 96]]
-        assert sizes.crop_top_lefts.tolist() == [[placed.crop_top, left]]
+def test_conditioning_follows_the_crop_and_the_mirror(make: Any, tiny_family: Any, tmp_path: Path) -> None:
+    width = next(w for w in range(70, 120) if (cut := assign(w, 64, SETTINGS.rules)).resize_w - cut.bucket_w == 5)
+    make.noise(width, 64).save(tmp_path / "a.png")
+    found = scan([FolderSpec(path=str(tmp_path), flip=True)]).examples
+    data = prepare(tiny_family, found, SETTINGS, Cache(tmp_path / "c"))
+    plain, turned = (data.fixed([found[0].id], flip=flip)[0].conditioning for flip in (False, True))
+    assert plain.original_sizes.tolist() == turned.original_sizes.tolist() == [[64, width]]
+    assert plain.crop_top_lefts.tolist() == [[0, 2]]
+    assert turned.crop_top_lefts.tolist() == [[0, 3]]
 
 
 def test_flips_are_half_of_the_samples_and_match_the_mirrored_latents(data: CachedDataset) -> None:
@@ -185,6 +186,14 @@ def test_embeddings_are_those_of_the_text(data: CachedDataset, tiny_family: Any)
 def test_regularisation_pictures_weigh_what_the_folder_says(data: CachedDataset) -> None:
     for batch in epoch_of(data, 0):
         assert batch.weights.tolist() == [0.5 if name.startswith("girls") else 1.0 for name in batch.ids]
+
+
+def test_regularisation_pictures_go_without_the_trigger(found: Any) -> None:
+    settings = replace(SETTINGS, trigger="mika")
+    own, girl = found[0], replace(found[-1], captions=("[trigger], a girl",))
+    assert girl.prior
+    assert all(text.startswith("mika, ") for text in settings.texts(own))
+    assert settings.texts(girl) == ("a girl",)
 
 
 def test_fixed_batches_have_plain_captions_and_no_dropout(data: CachedDataset) -> None:
