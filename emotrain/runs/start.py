@@ -40,6 +40,7 @@ class Session:
         self.preset = preset
         self.observers = list(observers)
         self.checkpoint: Checkpoint | None = None
+        self.records: finish.PictureLosses | None = None
 
     def notify(self, event: Event) -> None:
         """Tell every observer."""
@@ -173,7 +174,8 @@ class Session:
 
     def record(self, step: int, samples: Sequence[Sample]) -> None:
         """Keep the loss of every picture for `emotrain images`."""
-        self.records.write(step, samples)
+        if self.records is not None:
+            self.records.write(step, samples)
 
     def save(self, state: TrainState) -> None:
         """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
@@ -230,6 +232,8 @@ class Session:
         """Let every observer finish, whatever happened."""
         for observer in self.observers:
             observer.close()
+        if self.records is not None:
+            self.records.close()
 
 
 def refuse_done(session: Session, folder: RunFolder) -> None:
