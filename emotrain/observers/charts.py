@@ -173,7 +173,7 @@ def _spans(signs: NDArray[np.uint32], owners: NDArray[np.uint8], styles: Sequenc
 
 def curve_of(trace: Trace, width: int, style: str, *, dots: bool = False, ascii_only: bool = False) -> Curve:
     """A trace over `width` cells."""
-    low, high = trace.columns(width if ascii_only else 2 * width)
+    low, high = trace.columns(width if ascii_only else 2 * width, joined=not dots)
     return Curve(style, low, high, dots)
 
 

@@ -72,7 +72,7 @@ def stop(board: Board, width: int, look: Look) -> Line:
     if board.last is None:
         return []
     share = board.last.stop_meter
-    room = max(4, min(30, width - DETAIL - 11))
+    room = 30 if width >= 76 else 20 if width >= 56 else max(4, width - DETAIL - 11)
     filled, empty = meter(share, room, ascii_only=look.ascii)
     bar: Line = [("stop".ljust(DETAIL), "label"), (filled, "stop"), (empty, "rule")]
     bar.append((f" {100.0 * share:3.0f}%", "value"))

@@ -59,8 +59,11 @@ class Trace:
         self._full = half
         self._stride *= 2
 
-    def columns(self, width: int) -> tuple[Floats, Floats]:
-        """Lowest and highest value in each of `width` columns [width]; NaN where there is none."""
+    def columns(self, width: int, *, joined: bool = True) -> tuple[Floats, Floats]:
+        """Lowest and highest value in each of `width` columns [width]; NaN where there is none.
+
+        Where there are fewer values than columns, `joined` fills the columns between them.
+        """
         num = len(self)
         if num == 0 or width < 1:
             empty = np.full(max(width, 0), np.nan)
@@ -69,6 +72,11 @@ class Trace:
         if num >= width:
             starts = (np.arange(width) * num) // width
             return np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
+        if not joined:
+            places = np.round(np.arange(num) * ((width - 1) / max(num - 1, 1))).astype(int)
+            spread = np.full((2, width), np.nan)
+            spread[:, places] = low, high
+            return spread[0], spread[1]
         where = np.arange(width) * ((num - 1) / max(width - 1, 1))
         middle = 0.5 * (low + high)
         known = np.flatnonzero(np.isfinite(middle))

@@ -70,9 +70,7 @@ def made_up_run(steps: int, step_s: float, *, hostile: bool, ear: bool) -> Itera
     facts = (("base", "builtin:tiny-sd"), ("trigger", HOSTILE if hostile else "mika_ch"))
     yield Phase("load the model")
     time.sleep(min(1.0, 10 * step_s))
-    yield RunStart(
-        name, run_dir, 0, 2 * steps, 8.0, "emosens 3.9", 32, 192, 6_780_000, "cpu", facts
-    )
+    yield RunStart(name, run_dir, 0, 2 * steps, 8.0, "emosens 3.9", 32, 192, 6_780_000, "cpu", facts)
     for done in range(33):
         yield Phase(HOSTILE if hostile else "cache latents", done, 32)
         time.sleep(step_s / 2)

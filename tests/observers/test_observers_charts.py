@@ -44,6 +44,8 @@ def test_a_short_trace_is_stretched_over_the_whole_width() -> None:
     low, high = trace_of([0.0, 1.0]).columns(5)
     assert np.allclose(low, [0.0, 0.25, 0.5, 0.75, 1.0])
     assert np.array_equal(low, high)
+    low, _ = trace_of([3.0, 4.0, 5.0]).columns(6, joined=False)
+    assert np.array_equal(low, [3.0, math.nan, 4.0, math.nan, math.nan, 5.0], equal_nan=True)
 
 
 def test_a_trace_leaves_out_what_is_not_finite() -> None:
