@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import zlib
 from typing import Any
@@ -259,3 +260,24 @@ def test_a_background_that_is_no_colour_is_a_preset_error() -> None:
     assert parse_background("#102030") == (16, 32, 48)
     with pytest.raises(ConfigError, match="`blurple`, which is not a colour"):
         parse_background("blurple")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
+def test_random_damage_ends_in_a_picture_or_a_refusal_and_nothing_else(make: Any, kind: str) -> None:
+    options = {} if kind in ("BMP", "GIF", "AVIF") else {"icc_profile": make.swapped_profile()}
+    data = make.encode(make.noise(48, 32), kind, **options)
+    rng = random.Random(kind)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(rng.choice((1, 3, 20))):
+            damaged[rng.randrange(min(len(data), rng.choice((60, 700, len(data)))))] = rng.randrange(256)
+        try:
+            header = read_header(bytes(damaged), path="x")
+            picture = decode_picture(bytes(damaged), path="x")
+        except FileProblem:
+            refused += 1
+        else:
+            assert picture.image.mode == "RGB"
+            assert picture.image.size == (header.width, header.height)
+    assert 0 < refused < 60
