@@ -1,0 +1,133 @@
+"""Charts by hand: braille lines for a terminal, SVG for a page (no torch, no drawing library)."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Points = Sequence[tuple[float, float]]
+_DOT_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # [column][row] of a braille cell
+_COLOURS = ("#3b6fb6", "#d1663f", "#3f9a6b", "#8a5fb0", "#777777")
+_LEFT, _RIGHT, _TOP, _GAP = 64, 16, 30, 46
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: named curves of (x, y), a linear or logarithmic y axis, marked places on the x axis."""
+
+    title: str
+    curves: Sequence[tuple[str, Points]]
+    log: bool = False
+    bounds: tuple[float, float] | None = None
+    marks: Sequence[tuple[float, str]] = ()
+    x_label: str = "step"
+
+
+def braille(values: Sequence[float], width: int, height: int, *, log: bool = False) -> list[str]:
+    """A curve as `height` lines of `width` characters, the lowest value at the bottom.
+
+    Args:
+        values: finite numbers; several in one dot column are drawn as their range.
+        width: in characters, two dots each.
+        height: in characters, four dots each.
+        log: logarithmic, for positive values.
+    """
+    values = [math.log10(max(v, 1e-12)) for v in values] if log else values
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    columns, rows = 2 * width, 4 * height
+    cells = [[0] * width for _ in range(height)]
+    for column in range(columns):
+        first = column * len(values) // columns
+        last = max(first + 1, (column + 1) * len(values) // columns)
+        part = [rows - 1 - round((v - low) / span * (rows - 1)) for v in values[first:last]]
+        for row in range(min(part), max(part) + 1):
+            cells[row // 4][column // 2] |= _DOT_BITS[column % 2][row % 4]
+    return ["".join(chr(0x2800 + bits) for bits in line) for line in cells]
+
+
+def svg(panels: Sequence[Panel], *, title: str = "", width: int = 820, panel_height: int = 150) -> str:
+    """Panels below each other as one SVG text.
+
+    Args:
+        panels: with finite points; values that are not positive are left out of a logarithmic one.
+        title: above all panels.
+        width: in pixels.
+        panel_height: in pixels, without its title and axis.
+    """
+    top = 34 if title else 8
+    height = top + len(panels) * (panel_height + _TOP + _GAP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12" fill="#333333">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    if title:
+        parts.append(f'<text x="{_LEFT}" y="22" font-size="15" font-weight="bold">{html.escape(title)}</text>')
+    for panel in panels:
+        parts += _panel(panel, top + _TOP, width - _LEFT - _RIGHT, panel_height)
+        top += panel_height + _TOP + _GAP
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(panel: Panel, top: int, width: int, height: int) -> list[str]:
+    points = [(x, y) for _, curve in panel.curves for x, y in curve if not panel.log or y > 0]
+    x_low, x_high = _range([x for x, _ in points])
+    y_low, y_high = panel.bounds or _range([_shape(y, panel.log) for _, y in points])
+    if panel.bounds and panel.log:
+        y_low, y_high = math.log10(y_low), math.log10(y_high)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        share = (min(max(_shape(y, panel.log), y_low), y_high) - y_low) / (y_high - y_low)
+        return _LEFT + (x - x_low) / (x_high - x_low) * width, top + (1.0 - share) * height
+
+    parts = [f'<text x="{_LEFT}" y="{top - 8}" font-weight="bold">{html.escape(panel.title)}</text>']
+    for value in _ticks(y_low, y_high, panel.log):
+        y = top + (1.0 - (value - y_low) / (y_high - y_low)) * height
+        label = f"1e{value:.0f}" if panel.log else f"{value:.4g}"
+        parts.append(f'<path d="M{_LEFT} {y:.1f}h{width}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for value in _ticks(x_low, x_high, False):
+        x = _LEFT + (value - x_low) / (x_high - x_low) * width
+        parts.append(f'<text x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{value:.4g}</text>')
+    label_x, label_y = _LEFT + width, top + height + 31
+    parts.append(f'<text x="{label_x}" y="{label_y}" text-anchor="end">{html.escape(panel.x_label)}</text>')
+    legend = _LEFT + width
+    for number, (name, curve) in reversed(list(enumerate(panel.curves))):
+        colour = _COLOURS[number % len(_COLOURS)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in curve if not panel.log or p[1] > 0))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
+        if name:
+            parts.append(
+                f'<text x="{legend}" y="{top - 8}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>'
+            )
+            legend -= 7 * len(name) + 18
+    for number, (mark, text) in enumerate(panel.marks):
+        x = _LEFT + (mark - x_low) / (x_high - x_low) * width
+        parts.append(f'<path d="M{x:.1f} {top}v{height}" stroke="#c0392b" stroke-dasharray="4 3"/>')
+        anchor = "end" if x > _LEFT + width / 2 else "start"
+        shift = -4 if anchor == "end" else 4
+        parts.append(
+            f'<text x="{x + shift:.1f}" y="{top + 12 + 14 * number}" text-anchor="{anchor}" fill="#c0392b">'
+            f"{html.escape(text)}</text>"
+        )
+    return parts
+
+
+def _shape(y: float, log: bool) -> float:
+    return math.log10(max(y, 1e-300)) if log else y
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    if log:
+        return [float(power) for power in range(math.ceil(low), math.floor(high) + 1)]
+    step = 10.0 ** math.floor(math.log10((high - low) / 2.0))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+    return [round(index * step, 12) for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
