@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emotrain.families.base import Conditioning, TextEmbeds
-from emotrain.families.common import LoadedFamily, ids_of
+from emotrain.families.common import SMALL_MODEL_GUIDANCE, LoadedFamily, ids_of
 from emotrain.families.sizes import FAMILIES
 
 TRAINING_GUIDANCE = 1.0  # the dev model is distilled; at 1.0 its own prediction is the least bent
@@ -103,4 +103,4 @@ class Flux(LoadedFamily):
 
 def usual_true_guidance(variant: str) -> float:
     """1 is none: schnell is distilled to do without."""
-    return 3.0 if variant == "custom" else 1.0
+    return SMALL_MODEL_GUIDANCE if variant == "custom" else 1.0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ import torch
 from emotrain.errors import ModelError
 from emotrain.families.base import TextEncoderPart
 from emotrain.families.headers import read_json, refuse_unreadable
+from emotrain.families.quiet import quiet
 from emotrain.families.sizes import FAMILIES
 from emotrain.families.sniff import Sniffed
 
@@ -120,22 +120,6 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
         part,
         lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **words),
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of diffusers and transformers on the terminal; their setting is put back."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    switches = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in switches:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in switches:
-            log.enable_progress_bar()
 
 
 def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:

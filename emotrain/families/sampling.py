@@ -7,6 +7,7 @@ from PIL import Image
 
 from emotrain.families.base import DrawRequest
 from emotrain.families.common import LoadedFamily
+from emotrain.families.quiet import quiet
 
 
 def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
@@ -24,9 +25,11 @@ def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
     text = {key: value.to(family.device, family.dtype) for key, value in request.text.items()}
     negative = {key: value.to(family.device, family.dtype) for key, value in request.negative.items()}
     words = family.pipeline_words(text, negative, request.guidance)
-    pipeline = family.pipeline()
+    with quiet():
+        pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(request.seed)
+    family.place_denoiser()
     training = family.denoiser.training
     family.denoiser.eval()
     try:

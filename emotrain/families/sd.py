@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emotrain.families.base import Conditioning, TextEmbeds
-from emotrain.families.common import LoadedFamily, ids_of
+from emotrain.families.common import SMALL_MODEL_GUIDANCE, LoadedFamily, ids_of
 from emotrain.families.sizes import FAMILIES
 
 
@@ -52,4 +52,4 @@ class StableDiffusion(LoadedFamily):
 
 def usual_guidance(variant: str) -> float:
     """The guidance of samples."""
-    return FAMILIES["sd15"].guidance if variant != "custom" else 3.0
+    return FAMILIES["sd15"].guidance if variant != "custom" else SMALL_MODEL_GUIDANCE

@@ -25,7 +25,6 @@ class Variant:
     config: str
     parameters: int
     modules: dict[str, int]
-    guidance: float | None = None  # of samples where it is not the family's
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ FAMILIES: dict[str, FamilyInfo] = {
         ("text_encoder", "text_encoder_2"), (("text_encoder", 72),), 3.5,
         {
             "flux1-dev": Variant("flux1-dev", 11_901_408_320, {"attn": 266, "attn-mlp": 418, "all": 494}),
-            "flux1-schnell": Variant("flux1-schnell", 11_891_178_560, {"attn": 266, "attn-mlp": 418, "all": 494}, 0.0),
+            "flux1-schnell": Variant("flux1-schnell", 11_891_178_560, {"attn": 266, "attn-mlp": 418, "all": 494}),
         },
     ),
 }  # fmt: skip
