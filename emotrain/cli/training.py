@@ -12,10 +12,11 @@ import typer
 from emotrain.cli import output
 from emotrain.config.schema import Preset
 from emotrain.observers.choose import display_observers
-from emotrain.train.events import Notice
+from emotrain.train.events import Notice, Phase
 
 if TYPE_CHECKING:
     from emotrain.runs.folder import RunFolder
+    from emotrain.runs.preflight import Where
     from emotrain.runs.start import Result
 
 
@@ -26,17 +27,34 @@ class Training:
         self.preset, self.as_json = preset, as_json
         self.observers = display_observers(plain=plain, json=as_json, every=preset.log.every)
         for note in notes:
-            for observer in self.observers:
-                observer.handle(Notice(note, level="info"))
+            self.tell(note, "info")
 
-    def run(self, runs_dir: Path) -> None:
-        """Start a new run."""
+    def tell(self, message: str, level: str = "warning") -> None:
+        """One line for the user."""
+        for observer in self.observers:
+            observer.handle(Notice(message, level=level))
+
+    def wait(self, what: str) -> None:
+        """Say what takes its time."""
+        for observer in self.observers:
+            observer.handle(Phase(what))
+
+    def run(self, runs_dir: Path, where: Where) -> None:
+        """Start a new run; what can be found out without torch is found out first."""
+        from emotrain.runs.preflight import preflight
+
+        facts = preflight(self.preset, where)
+        facts.raise_first()
+        for line in facts.warnings:
+            self.tell(line)
+        self.wait("loading the libraries")
         from emotrain.runs import start
 
         self._hand_over(start.run(self.preset, runs_dir=runs_dir, observers=self.observers))
 
     def resume(self, folder: RunFolder, step: int | None, *, allow_config_change: bool) -> None:
         """Go on with a run."""
+        self.wait("loading the libraries")
         from emotrain.runs import start
 
         self._hand_over(

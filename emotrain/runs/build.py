@@ -21,7 +21,7 @@ from emotrain.errors import ConfigError
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, digest_module, words_of
 from emotrain.families.table import Sniffed, resolve_base, sniff
-from emotrain.lora.adapter import Adapter, add_adapter, adapter_like, stack_frozen
+from emotrain.lora.adapter import Adapter, adapter_like, add_adapter, stack_frozen
 from emotrain.lora.file import LoraFile, read_lora
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
@@ -88,9 +88,7 @@ def read_pictures(preset: Preset) -> Pictures:
     examples = take_shard(require_pictures(scan(data.folders, **words)).examples, data.shard)
     own = preset.validate_.folder
     if own is not None:
-        folder = data.folders[0].model_copy(
-            update={"path": own, "repeats": 1, "prior": None, "mask": None}
-        )
+        folder = data.folders[0].model_copy(update={"path": own, "repeats": 1, "prior": None, "mask": None})
         held = require_pictures(scan((folder,), **words)).examples
         return Pictures(examples, held[: max(preset.validate_.probe_images, 1)])
     fraction = preset.validate_.fraction
@@ -175,9 +173,7 @@ class Data:
     empty_text: dict[str, torch.Tensor]
 
 
-def prepare_data(
-    preset: Preset, model: Model, pictures: Pictures, settings: LoaderSettings, notify: Notify
-) -> Data:
+def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: LoaderSettings, notify: Notify) -> Data:
     """Encode pictures and captions, from the cache where they are there already.
 
     The probe looks at the held-out pictures, or at mirrored training pictures where none are held out.
@@ -205,9 +201,7 @@ def mirrored_ids(preset: Preset, pictures: Pictures) -> list[str]:
     return list(dict.fromkeys(own[i * len(own) // count] for i in range(count)))
 
 
-def build_sampler(
-    preset: Preset, model: Model, folder: RunFolder, size: int, notify: Notify
-) -> Sampler | None:
+def build_sampler(preset: Preset, model: Model, folder: RunFolder, size: int, notify: Notify) -> Sampler | None:
     """The sampler of a run, or None where `sample.every` is 0."""
     sample = preset.sample
     if not sample.every or not sample.prompts:
@@ -262,9 +256,7 @@ def build_probe(preset: Preset, model: Model, data: Data) -> Probe:
 
 
 @torch.no_grad()
-def build_ear(
-    preset: Preset, model: Model, data: CachedDataset, expected: Sequence[float] | None
-) -> Ear:
+def build_ear(preset: Preset, model: Model, data: CachedDataset, expected: Sequence[float] | None) -> Ear:
     """The ear; a corrected one first learns what the base's loss is along the noise scale."""
     if preset.train.loss.ear != "corrected":
         return Ear()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from emotrain.families.base import DrawRequest, TextEmbeds
 from emotrain.families.sampling import draw_sample
 from emotrain.observers.sheet import save_sheet
-from emotrain.train.events import Event, Notice, SamplesDrawn
+from emotrain.train.events import Event, Notice, Phase, SamplesDrawn
 
 if TYPE_CHECKING:
     from emotrain.families.common import LoadedFamily
@@ -66,9 +66,11 @@ class Sampler:
             self.folder.mkdir(parents=True, exist_ok=True)
             paths = []
             for number, request in enumerate(self.requests, 1):
+                self.notify(Phase("drawing samples", number - 1, len(self.requests)))
                 paths.append(self.path(step, number))
                 draw_sample(self.family, request).save(paths[-1])
             sheet = self.sheet(step, best_step)
+            self.notify(Phase("drawing samples", len(paths), len(paths)))
         except OSError as error:
             self.notify(Notice(f"samples of step {step} were not written: {error.strerror}"))
             return
@@ -80,7 +82,5 @@ class Sampler:
         for first in sorted(self.folder.glob("step-*-1.png")):
             step = int(first.name.split("-")[1])
             if step <= last_step:
-                columns[step] = [
-                    self.path(step, number) for number in range(1, len(self.prompts) + 1)
-                ]
+                columns[step] = [self.path(step, number) for number in range(1, len(self.prompts) + 1)]
         return save_sheet(self.folder / "sheet.png", columns, self.prompts, best_step=best_step)

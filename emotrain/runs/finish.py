@@ -75,9 +75,7 @@ def hand_over(session: Session, outcome: Outcome) -> Path:
     return session.folder.lora_path
 
 
-def write_lora(
-    session: Session, path: Path, state: dict[str, Tensor], step: int, outcome: Outcome
-) -> None:
+def write_lora(session: Session, path: Path, state: dict[str, Tensor], step: int, outcome: Outcome) -> None:
     """One file, checked."""
     save, adapter, family = session.preset.save, session.model.adapter, session.model.family
     save_lora(

@@ -84,7 +84,7 @@ class _Imitate(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             query, key, value = (self._cast(t, self.low) for t in _first_three(args, kwargs))
-            return _Attention.apply(query, key, value)
+            return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
         if self.low is not None and func in LOW:
             args = tuple(self._cast(a, self.low) for a in args)
             kwargs = {k: self._cast(v, self.low) for k, v in kwargs.items()}

@@ -2,14 +2,91 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emotrain import __version__
+from emotrain.dataset.captions import split_tags
+from emotrain.dataset.examples import Example
+from emotrain.lora.metadata import About, build_metadata
 from emotrain.train.loop import Outcome
 
 if TYPE_CHECKING:
     from emotrain.runs.start import Session
 
+DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+
+
+def tag_frequency(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+    """Folder name -> tag -> how many of its pictures have it."""
+    counts: dict[str, Counter[str]] = {}
+    for example in examples:
+        tags = {tag for caption in example.captions for tag in split_tags(caption)}
+        counts.setdefault(folder_name(example), Counter()).update(tags)
+    return {name: dict(counter) for name, counter in counts.items()}
+
+
+def folder_name(example: Example) -> str:
+    """The last part of the folder that a picture lies in."""
+    return example.path.parent.name
+
 
 def lora_metadata(session: Session, step: int, outcome: Outcome) -> dict[str, str]:
-    """Header strings of the file that holds the weights of `step`."""
-    return {"emotrain.step": str(step), "emotrain.stop_reason": str(outcome.reason)}
+    """Header strings of the file that holds the weights of `step`.
+
+    No time of day is among them: the same seed on the same machine gives the same bytes; run.json has the times.
+    """
+    preset, adapter, data = session.preset, session.model.adapter, session.data.train
+    train, loss = preset.train, preset.train.loss
+    sizes = Counter(placement.size for placement in data.placements())
+    examples = session.pictures.train
+    settings = (preset.network.targets, preset.network.conv_rank)
+    return build_metadata(
+        About(
+            family=session.found.family,
+            variant=session.found.variant,
+            name=preset.name,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            network_args={"targets": settings[0], "conv_rank": settings[1]},
+            base_name=Path(preset.model.base).name,
+            base_sha256=session.model.base_digest,
+            prediction=session.found.prediction,
+            trigger=preset.dataset.trigger,
+            tag_frequency=tag_frequency(examples),
+            folders={name: (max(e.repeats for e in group), len(group)) for name, group in by_folder(examples).items()},
+            buckets=[(width, height, count) for (width, height), count in sorted(sizes.items())],
+            num_images=data.num_images,
+            num_reg_images=sum(example.prior for example in examples),
+            resolution=(session.size, session.size),
+            steps=step,
+            max_steps=train.max_steps,
+            epochs=step * train.gradient_accumulation_steps / data.batches_per_epoch,
+            micro_batch_size=train.micro_batch_size,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            seed=train.seed,
+            optimizer=train.optimizer.name,
+            lr=train.lr if train.lr is not None else 1.0,
+            text_encoder=preset.network.text_encoder,
+            dtype=DTYPES[str(session.model.family.dtype)],
+            min_snr_gamma=loss.min_snr_gamma,
+            noise_offset=loss.noise_offset or None,
+            preset=preset.to_dict(),
+            dataset_sha256=session.dataset_digest,
+            parents=session.model.parents,
+            stop_reason=str(outcome.reason),
+            best_step=session.state.best_step,
+            version=__version__,
+            extra={"stop_sentence": outcome.sentence},
+        )
+    )
+
+
+def by_folder(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Pictures by the name of their folder."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(folder_name(example), []).append(example)
+    return groups

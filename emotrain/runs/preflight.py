@@ -61,9 +61,7 @@ def preflight(preset: Preset, where: Where | None = None) -> Preflight:
             problems = step(preset, result.found, at)
             if problems:
                 first = problems[0]
-                result.failures.append(
-                    ConfigError(first.message, first.hint, problems=tuple(problems))
-                )
+                result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
     result.failures.extend(_missing_files(preset, at))
     _look_at_data(preset, result)
     result.warnings.extend(_missing_packages(preset))
@@ -144,10 +142,7 @@ def _nearest(side: int, step: int) -> str:
 
 def _missing_files(preset: Preset, at: Where) -> list[EmotrainError]:
     """Earlier LoRAs and another VAE that are not there."""
-    wanted = [
-        (f"start_from.stack.{index}.path", item.path)
-        for index, item in enumerate(preset.start_from.stack)
-    ]
+    wanted = [(f"start_from.stack.{index}.path", item.path) for index, item in enumerate(preset.start_from.stack)]
     start, vae = preset.start_from.continue_, preset.model.vae
     if start is not None and Path(start).is_absolute():
         wanted.append(("start_from.continue", start))

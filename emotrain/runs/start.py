@@ -58,6 +58,7 @@ class Session:
         earlier = read_lora(build.lora_of(path)) if path else None
         self.model = build.load_model(preset, self.notify, earlier)
         self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
+        self.model.family.place_denoiser()
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter)
         self.stop_rule = build.build_stop_rule(preset)
         self.size = settings.rules.resolutions[0]
@@ -117,18 +118,12 @@ class Session:
             probe=build.build_probe(preset, self.model, self.data),
             notify=self.notify,
             save=self.save,
-            sample=(lambda step: sampler.draw(step, self.state.best_step))
-            if sampler
-            else (lambda step: None),
+            sample=(lambda step: sampler.draw(step, self.state.best_step)) if sampler else (lambda step: None),
             record=self.record,
             interrupted=lambda: bool(signals),
         )
-        if (
-            self.checkpoint is not None
-        ):  # the random state is put back last, after everything that may draw
-            for line in rng.restore(
-                self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]
-            ):
+        if self.checkpoint is not None:  # the random state is put back last, after everything that may draw
+            for line in rng.restore(self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]):
                 self.notify(Notice(line))
         outcome = fit(parts, self.limits(), self.state)
         return self.end(outcome, signals, time.monotonic() - started)
@@ -151,9 +146,7 @@ class Session:
         preset, data, model = self.preset, self.data.train, self.model
         held = len(self.pictures.held_out)
         per_epoch = data.batches_per_epoch / preset.train.gradient_accumulation_steps
-        held_words = (
-            f"{held} held out" if held else "none held out: the probe mirrors training pictures"
-        )
+        held_words = f"{held} held out" if held else "none held out: the probe mirrors training pictures"
         return RunStart(
             name=folder.name,
             run_dir=folder.path,
@@ -179,15 +172,11 @@ class Session:
 
     def save(self, state: TrainState) -> None:
         """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
-        tensors, documents = remember.capture(
-            state, self.model.adapter, self.optimizer, self.stop_rule, self.expected
-        )
+        tensors, documents = remember.capture(state, self.model.adapter, self.optimizer, self.stop_rule, self.expected)
         documents["identity"] = self.identity().to_document()
         best = state.best_step is not None and state.best_step == state.step
         try:
-            path = self.store.save(
-                state.step, tensors, documents, best=best, config_hash=config_hash(self.preset)
-            )
+            path = self.store.save(state.step, tensors, documents, best=best, config_hash=config_hash(self.preset))
             self.notify(Saved(state.step, path, best))
         except ResourceError as error:
             self.notify(Notice(f"{error.message}; the run goes on"))

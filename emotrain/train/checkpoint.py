@@ -134,9 +134,7 @@ class CheckpointStore:
                 continue
             return checkpoint, [self._put_aside(found[bad], why) for bad, why in skipped]
         if not skipped:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder}", "a run that was not saved yet has to start anew"
-            )
+            raise CheckpointError(f"no checkpoint in {self.folder}", "a run that was not saved yet has to start anew")
         reasons = "; ".join(f"{found[bad].name}: {why}" for bad, why in skipped)
         raise CheckpointError(
             f"no whole checkpoint in {self.folder} ({reasons})",
@@ -176,9 +174,7 @@ class CheckpointStore:
     def _load_named(self, step: int, found: Mapping[int, Path]) -> Checkpoint:
         if step not in found:
             there = ", ".join(str(known) for known in found) or "none"
-            raise CheckpointError(
-                f"no checkpoint of step {step} in {self.folder}", f"there: {there}"
-            )
+            raise CheckpointError(f"no checkpoint of step {step} in {self.folder}", f"there: {there}")
         try:
             return read_checkpoint(found[step])
         except Unusable as error:

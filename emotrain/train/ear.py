@@ -27,9 +27,7 @@ class Ear:
         """Mean over the samples of one step, each divided by the expected loss at its position (0..1)."""
         if not self.expected:
             return sum(losses) / len(losses)
-        parts = [
-            loss / self._at(position) for position, loss in zip(positions, losses, strict=True)
-        ]
+        parts = [loss / self._at(position) for position, loss in zip(positions, losses, strict=True)]
         return sum(parts) / len(parts)
 
     def _at(self, position: float) -> float:

@@ -6,6 +6,7 @@ Shape letters: B samples of a micro-batch, C latent channels, H W latent height 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from emotrain.lora.adapter import Adapter
     from emotrain.optim.base import OptimizerLike
     from emotrain.pulse.stopping import StopRule
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class StopReason(StrEnum):
@@ -97,9 +104,7 @@ class Outcome:
     sentence: str
 
 
-def accumulate(
-    parts: Parts, limits: Limits, state: TrainState
-) -> tuple[float, float, list[Sample]]:
+def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, list[Sample]]:
     """Forward and backward over all micro-batches of one step.
 
     Returns the mean loss, what the ear makes of it, and the loss of every sample. The gradient is that of the mean over
@@ -123,15 +128,11 @@ def accumulate(
     values = torch.cat(losses).tolist()  # the one device-to-host copy of the step
     places = torch.cat(positions).tolist()
     ids = [name for batch in batches for name in batch.ids]
-    samples = [
-        Sample(name, place, value) for name, place, value in zip(ids, places, values, strict=True)
-    ]
+    samples = [Sample(name, place, value) for name, place, value in zip(ids, places, values, strict=True)]
     return sum(values) / total, parts.ear.hear(places, values), samples
 
 
-def train_step(
-    parts: Parts, limits: Limits, state: TrainState
-) -> tuple[float, float, float, list[Sample]] | None:
+def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, float, list[Sample]] | None:
     """One optimizer step: (loss, heard loss, gradient norm, samples), or None where it was not finite and left out."""
     loss, heard, samples = accumulate(parts, limits, state)
     bound = limits.max_grad_norm if limits.max_grad_norm is not None else math.inf
@@ -140,9 +141,7 @@ def train_step(
     state.samples_seen += len(samples)
     state.guard = state.guard.update(loss, grad_norm)
     if state.guard.leave_out:
-        parts.notify(
-            Notice(describe(state.step + 1, loss, grad_norm, (sample.id for sample in samples)))
-        )
+        parts.notify(Notice(describe(state.step + 1, loss, grad_norm, (sample.id for sample in samples))))
     else:
         parts.optimizer.observe(heard)
         parts.optimizer.step()
@@ -181,9 +180,7 @@ def run_probe(parts: Parts, state: TrainState) -> None:
     )
 
 
-def fit(
-    parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], float] = time.monotonic
-) -> Outcome:
+def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], float] = time.monotonic) -> Outcome:
     """Train until the stop rule, the ceiling, a signal or non-finite numbers end it; `state` is changed in place."""
     if state.step == 0 and state.base_probe_loss is None:
         run_probe(parts, state)
@@ -221,6 +218,16 @@ def fit(
     return Outcome(StopReason.MAX_STEPS, f"the ceiling of {limits.max_steps} steps was reached")
 
 
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory in use so far: of the GPU, else of this process; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def tell(
     parts: Parts,
     limits: Limits,
@@ -234,8 +241,6 @@ def tell(
     optimizer, rule = parts.optimizer, parts.stop_rule
     assert optimizer.reading is not None
     rule.hear_step(state.step, optimizer.should_stop)
-    device = parts.family.device
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     parts.notify(
         StepEnd(
             step=state.step,
@@ -249,7 +254,7 @@ def tell(
             step_s=step_s,
             stop_meter=rule.meter(state.step),
             expected_end=rule.expected_end(state.step, limits.max_steps),
-            memory_gib=memory,
+            memory_gib=peak_memory_gib(parts.family.device),
             skipped=state.guard.skipped,
         )
     )

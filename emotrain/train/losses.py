@@ -46,9 +46,7 @@ def autocast(family: Family) -> AbstractContextManager[Any]:
     return torch.autocast(family.device.type, family.dtype)
 
 
-def sample_losses(
-    family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor
-) -> Tensor:
+def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
     latents = batch.latents.to(family.device)
     noise, timesteps = (

@@ -98,9 +98,7 @@ class Probe:
     def loss(self) -> float:
         """Mean loss over all pictures and draws."""
         losses = [
-            sample_losses(self.family, self.objective, *piece)
-            for part in self.parts
-            for piece in self._pieces(*part)
+            sample_losses(self.family, self.objective, *piece) for part in self.parts for piece in self._pieces(*part)
         ]
         return float(torch.cat(losses).mean())
 
@@ -125,9 +123,7 @@ class Probe:
                 changes.append((on - off).float().pow(2).mean(dim=(1, 2, 3)))
         return float(torch.cat(changes).mean())
 
-    def _pieces(
-        self, batch: Batch, noise: Tensor, timesteps: Tensor
-    ) -> list[tuple[Batch, Tensor, Tensor]]:
+    def _pieces(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[tuple[Batch, Tensor, Tensor]]:
         """Small latents go through the denoiser together, large ones one by one, to spare memory."""
         size = len(batch.ids) if batch.latents[0].numel() <= 4096 * 4 else 1
         return [

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def optimizer_files(
-    optimizer: OptimizerLike, names: list[str]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_files(optimizer: OptimizerLike, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors named `<parameter>|<slot>` and a JSON document with everything else."""
     whole = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -50,9 +48,7 @@ def load_optimizer(
         CheckpointError: the parameters are not those that the state was saved for.
     """
     if list(document["names"]) != names:
-        raise CheckpointError(
-            "the checkpoint's optimizer belongs to other parameters", "was network.targets changed?"
-        )
+        raise CheckpointError("the checkpoint's optimizer belongs to other parameters", "was network.targets changed?")
     place = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():

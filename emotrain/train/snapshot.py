@@ -35,9 +35,7 @@ class Checkpoint:
     best: bool = False
 
 
-def to_files(
-    step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
-) -> dict[str, bytes]:
+def to_files(step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> dict[str, bytes]:
     """The files' bytes by name.
 
     Raises:

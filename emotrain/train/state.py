@@ -30,9 +30,7 @@ class TrainState:
     best_step: int | None = None
     best_loss: float | None = None
     base_probe_loss: float | None = None
-    expected_loss: list[float] = field(
-        default_factory=list
-    )  # of the base, by bins of the noise scale
+    expected_loss: list[float] = field(default_factory=list)  # of the base, by bins of the noise scale
     best_adapter: dict[str, Tensor] = field(default_factory=dict)
 
     def to_document(self) -> dict[str, Any]:
