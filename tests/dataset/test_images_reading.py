@@ -280,4 +280,4 @@ def test_random_damage_ends_in_a_picture_or_a_refusal_and_nothing_else(make: Any
         else:
             assert picture.image.mode == "RGB"
             assert picture.image.size == (header.width, header.height)
-    assert 0 < refused < 60
+    assert refused > 0
