@@ -125,7 +125,7 @@ def modules_after(code: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return {name.split(".")[0] for name in done.stdout.split()}
 
@@ -154,7 +154,7 @@ def test_importing_the_package_prints_nothing() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stdout + done.stderr == ""
 

@@ -165,7 +165,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert process.stdout is not None
     process.stdout.read(10)
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()
@@ -211,7 +211,7 @@ def test_a_table_is_aligned_with_wide_letters(capsys: Captured) -> None:
 
 def test_a_console_without_the_letters_does_not_end_the_program() -> None:
     process = start("check", "日本語", PYTHONIOENCODING="cp1252")
-    _, shown = process.communicate(timeout=60)
+    _, shown = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "`???` is not a shipped preset" in shown
 
@@ -233,7 +233,7 @@ def test_only_the_command_that_is_asked_for_is_imported() -> None:
 def test_completion_offers_commands_and_preset_names() -> None:
     def complete(words: str) -> list[str]:
         process = start(_EMOTRAIN_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")))
-        shown, _ = process.communicate(timeout=60)
+        shown, _ = process.communicate(timeout=300)
         return shown.split()
 
     assert complete("emotrain re") == ["resume", "replay"]
