@@ -1,0 +1,156 @@
+"""The page of `lint --html`: hostile text stays text, nothing is fetched, every section is there."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from emotrain.cli.app import main
+from emotrain.dataset.lint_pictures import preview_of
+from emotrain.dataset.lint_types import BucketRow, Finding, FolderRow, PictureRow, Report, TagRow
+from emotrain.dataset.ranking import PictureScore
+from emotrain.report.html import escape, page, tag
+from emotrain.report.lint_page import lint_page
+
+HOSTILE = [
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><body onload=alert(1)>", "'; alert(1)//",
+    "<!-- --><svg/onload=alert(1)>", "javascript:alert(1)", "\u202egnp.exe", "&lt;b&gt;", "]]>", "\x00\x1b", "\udcff",
+    "<meta http-equiv=refresh content=0;url=//x>", "{{7*7}}", "\u2028", "<a href=//evil>", "x" * 100_000,
+]  # fmt: skip
+ALLOWED = set(
+    re.findall(
+        r"\w+",
+        "html head meta title style body main header h1 h2 p div b nav a section details summary span ul li bdi figure "
+        "img figcaption table thead tbody tr th td meter",
+    )
+)
+
+
+class Elements(HTMLParser):
+    """All elements with their attributes, and all text outside the style sheet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._in_style = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._in_style = tag == "style"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_style = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._in_style else data
+
+
+def read(text: str) -> Elements:
+    elements = Elements()
+    elements.feed(text)
+    return elements
+
+
+def hostile_report() -> Report:
+    pictures = tuple(
+        PictureRow(text, 64, 48, (text, text), (64, 48), 0.1, 0.5, preview_of(Image.new("RGB", (64, 48)), 32))
+        for text in HOSTILE
+    )
+    findings = tuple(Finding(text, "error", text, text, text, (text,)) for text in HOSTILE)
+    return Report(
+        findings, pictures, (BucketRow(64, 48, 9, 0.1, 0.2),), tuple(TagRow(text, 1, 0.5) for text in HOSTILE),
+        (FolderRow(HOSTILE[0], 1, 1), FolderRow(HOSTILE[1], 1, 1)), HOSTILE[0], (64,), HOSTILE[1],
+    )  # fmt: skip
+
+
+def scores() -> list[PictureScore]:
+    return [PictureScore(text, "suspicious", 9, 9, 0, 0, 1, 2, 3, 4.0) for text in HOSTILE]
+
+
+def test_hostile_text_stays_text() -> None:
+    elements = read(lint_page(hostile_report(), scores(), title=HOSTILE[1]))
+    assert {name for name, _ in elements.found} <= ALLOWED
+    for name, attributes in elements.found:
+        assert not any(key.startswith("on") or key in ("style", "srcset", "srcdoc") for key in attributes), name
+        assert (attributes.get("src") or "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+        assert (attributes.get("href") or "#").startswith("#")
+    for text in HOSTILE[:6]:
+        assert elements.text.count(text) >= 4, text
+    assert not set(elements.text) & set("\u202e\x00\x1b\udcff\u2028")
+
+
+def test_the_page_forbids_everything_but_its_own_pictures_and_style() -> None:
+    text = lint_page(hostile_report(), scores())
+    policy = next(a["content"] for n, a in read(text).found if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "prefers-color-scheme: dark" in style
+    assert text.encode("utf-8")
+
+
+def test_one_long_caption_does_not_fill_the_page() -> None:
+    assert len(escape("x" * 100_000)) < 4100
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"onclick": "x"}, {"src": "http://x"}, {"href": "javascript:x"}, {"style": "x"}, {"src": "data:text/html,x"}],
+)
+def test_an_attribute_that_could_run_or_fetch_is_refused(attributes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is not allowed"):
+        tag("a", "x", **attributes)
+
+
+def test_sections_without_content_are_left_out() -> None:
+    text = read(lint_page(Report((), totals="3 files"))).text
+    assert "Nothing to mend." in text
+    for heading in ("Buckets", "Tags", "Folders", "What a run could not learn"):
+        assert heading not in text
+
+
+def test_pictures_with_findings_come_first_and_copies_point_at_each_other() -> None:
+    rows = tuple(PictureRow(name, 9, 9, ("",)) for name in ("a", "b", "c"))
+    text = read(
+        lint_page(Report((Finding("duplicate", "warning", "b", "is the same file as c", None, ("c",)),), rows))
+    ).text
+    assert text.index("see b: it is the same file as c") < text.rindex("a9 \u00d7 9")
+
+
+def test_lint_writes_a_page_with_thumbnails_and_never_over_another_file(
+    pictures_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "report.html"
+    for _ in range(2):  # its own page may be written over
+        assert main(["lint", str(pictures_dir), "--html", str(target)]) == 0
+    elements = read(target.read_text("utf-8"))
+    assert sum(name == "img" for name, _ in elements.found) == 3
+    assert "a red square, 0" in elements.text
+    photo = pictures_dir / "red.png"
+    before = photo.read_bytes()
+    assert main(["lint", str(pictures_dir), "--html", str(photo)]) == 2
+    assert photo.read_bytes() == before
+    assert main(["lint", str(pictures_dir), "--html", str(tmp_path / "no" / "a.html")]) == 2
+    assert "is not a file that can be written" in capsys.readouterr().err
+
+
+def test_thumbnails_hold_nothing_of_the_file_but_pixels() -> None:
+    image = Image.new("RGB", (900, 300), "red")
+    image.info = {"comment": b"secret", "exif": b"secret"}
+    small = preview_of(image, 160)
+    assert b"secret" not in small
+    assert len(small) < 2000
+
+
+def test_a_page_is_one_document() -> None:
+    text = page("a < b", tag("p", "x"))
+    assert text.startswith("<!doctype html>")
+    assert "<title>a &lt; b</title>" in text
