@@ -126,7 +126,9 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def add_offset(noise: Tensor, offset: float) -> Tensor:
-    """Noise [B, C, H, W] -> noise whose mean per channel varies by `offset` (Guttenberg 2023, "Diffusion with offset noise").
+    """Noise [B, C, H, W] -> noise whose mean per channel varies by `offset`.
+
+    Guttenberg 2023, "Diffusion with offset noise".
 
     In law the same as `noise + offset * randn(B, C, 1, 1)`, but it asks for no further random numbers: the mean
     over H and W is normal with variance 1/HW and independent of the rest, so it is stretched to 1/HW + offset².
@@ -165,7 +167,10 @@ class DiffusionObjective:
         return signal * latents + spread * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents (Salimans & Ho 2022, arXiv:2202.00512, app. D)."""
+        """The noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents.
+
+        Salimans & Ho 2022 (arXiv:2202.00512), appendix D.
+        """
         if self.prediction == "epsilon":
             return noise
         signal, spread = self._mix(timesteps, latents)
@@ -177,7 +182,9 @@ class DiffusionObjective:
         return alpha_bar / (1 - alpha_bar)
 
     def weight(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR-gamma, Hang et al. 2023 (arXiv:2303.09556), eq. 10 and appendix: min(SNR, g)/SNR, for v min(SNR, g)/(SNR+1).
+        """Min-SNR-gamma, Hang et al. 2023 (arXiv:2303.09556), section 3.4.
+
+        min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v.
 
         At zero terminal SNR the first is its limit 1.
         """

@@ -65,14 +65,18 @@ def _show(made: Plan) -> None:
     size = "x".join(map(str, work.largest.size))
     named = f", {found.variant}" if found.variant not in (found.family, "custom") else ""
     texts = f" and {made.text_modules} of the text encoders" if made.text_modules else ""
+    model = f"{FAMILIES[found.family].title}{named}, {found.prediction}"
+    data = f"{work.pictures} pictures and {work.held_out} held out, {work.samples} samples an epoch"
+    steps = f"{work.steps_per_epoch:g} an epoch; at most {made.max_steps}"
+    modules = f"rank {made.rank} on {made.num_modules} modules{texts}"
     output.table(
         [
-            ("model", f"{FAMILIES[found.family].title}{named}, {found.prediction}, {_millions(made.num_parameters)} parameters in {made.dtype}"),
-            ("LoRA", f"rank {made.rank} on {made.num_modules} modules{texts}, {_millions(made.num_trained)} parameters"),
-            ("data", f"{work.pictures} pictures and {work.held_out} held out, {work.samples} samples an epoch in {work.buckets} buckets, the largest {size}"),
-            ("steps", f"{work.steps_per_epoch:g} an epoch; at most {made.max_steps}, which is {rounded_epochs(made)} epochs"),
+            ("model", f"{model}, {_millions(made.num_parameters)} parameters in {made.dtype}"),
+            ("LoRA", f"{modules}, {_millions(made.num_trained)} parameters"),
+            ("data", f"{data} in {work.buckets} buckets, the largest {size}"),
+            ("steps", f"{steps}, which is {rounded_epochs(made)} epochs"),
         ]
-    )  # fmt: skip
+    )
     output.result("")
     rows = [(name, _size(gib)) for name, gib in made.parts]
     low, high = (made.needed * share for share in RANGE)

@@ -1,4 +1,7 @@
-"""Model families: recognising, loading, encoding, predicting, sampling. `load_family` is the way in; torch is imported by it."""
+"""Model families: recognising, loading, encoding, predicting, sampling.
+
+`load_family` is the way in; torch is imported by it.
+"""
 
 from __future__ import annotations
 

@@ -55,13 +55,19 @@ class Family(Protocol):
         """Scaled latents [B, C, H, W] -> pixels float32 [B, 3, H*vae_scale, W*vae_scale] in -1..1."""
 
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
-        """Texts -> embeddings on the CPU in float32, one row per text; fixed token counts, so that rows can be stacked."""
+        """Texts -> embeddings float32 on the CPU, a row per text, all of the same token count."""
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, float32 [B, C, H, W].
 
         `timesteps` float32 [B]: SD 0..999 (whole numbers); flow models sigma in 0..1.
         """
+
+    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+        """As `encode_texts`, on the encoders' device, in their dtype, and with gradients."""
+
+    def place_denoiser(self) -> None:
+        """Move the denoiser and its LoRA to the device, where they had to wait for the encoders."""
 
     def free_encoders(self) -> None:
         """Let go of the text encoders (and of the VAE's encoder half) once everything is cached."""

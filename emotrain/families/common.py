@@ -31,8 +31,8 @@ class Parts:
     name: str
     variant: str
     prediction: Literal["epsilon", "v_prediction", "flow"]
-    denoiser: nn.Module
-    vae: nn.Module
+    denoiser: Any
+    vae: Any
     text_encoders: list[TextEncoderPart]
     scheduler: Any
     device: torch.device
@@ -65,8 +65,8 @@ class LoadedFamily(ABC):
         self.name = parts.name
         self.variant = parts.variant
         self.prediction = parts.prediction
-        self.denoiser = parts.denoiser
-        self.vae: nn.Module | None = parts.vae
+        self.denoiser: Any = parts.denoiser  # nn.Module with a diffusers config
+        self.vae: Any = parts.vae  # the same, or None
         self.text_encoders = parts.text_encoders
         self.scheduler = parts.scheduler
         self.scheduler_config: dict[str, Any] = dict(parts.scheduler.config)
@@ -88,11 +88,14 @@ class LoadedFamily(ABC):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """float32 [B, 3, H*vae_scale, W*vae_scale] in -1..1 -> scaled latents float32 [B, C, H, W] on the CPU (posterior mean)."""
+        """float32 [B, 3, H*vae_scale, W*vae_scale] in -1..1 -> scaled latents float32 [B, C, H, W].
+
+        The posterior's mean, on the CPU.
+        """
         assert self.vae is not None
         weight = next(self.vae.parameters())
-        posterior = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
-        return ((posterior.mean.float() - self.latent_shift) * self.latent_scale).cpu()
+        mean: Tensor = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mean
+        return ((mean.float() - self.latent_shift) * self.latent_scale).cpu()
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -100,13 +103,14 @@ class LoadedFamily(ABC):
         assert self.vae is not None
         weight = next(self.vae.parameters())
         raw = latents.float() / self.latent_scale + self.latent_shift
-        return self.vae.decode(raw.to(weight.device, weight.dtype)).sample.float().cpu()
+        pixels: Tensor = self.vae.decode(raw.to(weight.device, weight.dtype)).sample
+        return pixels.float().cpu()
 
     # ------------------------------------------------------------ texts
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
-        """Texts -> embeddings float32 on the CPU, one row per text; the same as the diffusers pipeline's `encode_prompt`."""
+        """Texts -> embeddings float32 on the CPU, a row per text; as the pipeline's `encode_prompt`."""
 
     @abstractmethod
     def encode_with_grad(self, texts: list[str]) -> TextEmbeds:

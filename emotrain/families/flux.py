@@ -55,7 +55,10 @@ class Flux(LoadedFamily):
         return self.to_rows(self.encode_with_grad(texts))
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
-        """The flow's velocity, float32 [B, C, H, W]; `timesteps` are sigmas, the transformer multiplies them by 1000 itself."""
+        """The flow's velocity, float32 [B, C, H, W].
+
+        `timesteps` are sigmas; the transformer multiplies them by 1000 itself.
+        """
         latents, sigmas, text = self._inputs(noisy_latents, timesteps, text)
         height, width = latents.shape[-2:]
         guidance = torch.full_like(sigmas, TRAINING_GUIDANCE) if self.denoiser.config.guidance_embeds else None

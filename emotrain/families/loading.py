@@ -155,7 +155,7 @@ def plan_memory(
 
 
 def quantization(kind: str, dtype: torch.dtype) -> Any:
-    """diffusers' config of a quantisation; None for `none`.
+    """Diffusers' config of a quantisation; None for `none`.
 
     Raises:
         ConfigError: an unknown kind.
@@ -176,7 +176,7 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
 def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
     """Move everything to its device; what does not fit beside the encoders waits for them to go."""
     if plan.gradient_checkpointing:
-        family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        family.denoiser.enable_gradient_checkpointing()
     assert family.vae is not None
     family.vae.to(family.device)
     room = free_gib(family.device)

@@ -164,7 +164,8 @@ def load_vae(vae: str, found: Sniffed) -> Any:
         )
     if loaded.config.latent_channels != found.latent_channels:
         raise ModelError(
-            f"model.vae `{vae}` has {loaded.config.latent_channels} latent channels, but the model needs {found.latent_channels}",
+            f"model.vae `{vae}` has {loaded.config.latent_channels} latent channels, "
+            f"but the model needs {found.latent_channels}",
             f"use a VAE made for {found.family}, or leave model.vae out",
         )
     return loaded

@@ -13,8 +13,9 @@ from emotrain.families.quiet import quiet
 def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
     """Draw one picture, RGB, `request.width` x `request.height` pixels.
 
-    Noise comes from a generator of its own on the CPU, seeded with `request.seed`: the same request on the same weights gives
-    the same picture. Embeddings have one row. `request.extras` goes to the pipeline's call as it is.
+    Noise comes from a generator of its own on the CPU, seeded with `request.seed`: the same request on
+    the same weights gives the same picture. Embeddings have one row. `request.extras` goes to the
+    pipeline's call as it is.
 
     Raises:
         ValueError: a size that the model cannot have.

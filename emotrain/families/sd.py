@@ -29,8 +29,8 @@ class StableDiffusion(LoadedFamily):
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """Epsilon or v, float32 [B, C, H, W]; the sizes in `conditioning` play no part."""
         latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
-        output = self.denoiser(latents, timesteps.long(), encoder_hidden_states=text["prompt_embeds"])
-        return output.sample.float()
+        output: Tensor = self.denoiser(latents, timesteps.long(), encoder_hidden_states=text["prompt_embeds"]).sample
+        return output.float()
 
     def pipeline(self, **parts: Any) -> Any:
         """StableDiffusionPipeline."""

@@ -29,7 +29,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class FamilyInfo:
-    """One family: sizes in pixels, `max_tokens` of its longest text encoder, `layer_width_max` its widest layer's narrow side."""
+    """One family: sizes in pixels, `max_tokens` of its longest text encoder.
+
+    `layer_width_max` is the narrower side of its widest layer: the largest rank that adds something.
+    """
 
     title: str
     pipeline: str

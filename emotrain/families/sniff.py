@@ -17,8 +17,9 @@ Prediction = Literal["epsilon", "v_prediction", "flow"]
 class Sniffed:
     """What a model is.
 
-    `variant` is one of the public models or "custom" (another size); `resolution`, `bucket_step` and `vae_scale` are pixels
-    (per latent); `max_rank` is the largest rank that can still add something; `missing` names pieces that are not in it.
+    `variant` is one of the public models or "custom" (another size); `resolution` and `bucket_step`
+    are pixels, `vae_scale` pixels per latent; `max_rank` is the largest rank that can still add
+    something; `missing` names pieces that are not in it.
     """
 
     family: str
@@ -161,7 +162,8 @@ def _check_inputs(where: Path | str, family: str, denoiser: dict[str, Any], chan
     wanted = channels * 4 if family == "flux" else channels
     if int(denoiser.get("in_channels", wanted)) != wanted:
         raise ModelError(
-            f"`{where}` takes {denoiser['in_channels']} input channels instead of {wanted}: an inpainting or edit model",
+            f"`{where}` takes {denoiser['in_channels']} input channels instead of {wanted}: "
+            "an inpainting or edit model",
             "train on the text-to-image model that it was made from",
         )
 

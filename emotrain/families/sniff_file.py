@@ -16,8 +16,8 @@ UNET_FIRST = "input_blocks.0.0.weight"
 def sniff_file(path: Path) -> Sniffed:
     """One .safetensors file in the original layout, as shared on Civitai.
 
-    SD 2.x files do not say what they predict; without `modelspec.prediction_type` in the metadata they are taken for the
-    768 px v-prediction model, as by diffusers.
+    SD 2.x files do not say what they predict; without `modelspec.prediction_type` in the metadata
+    they are taken for the 768 px v-prediction model, as by diffusers.
 
     Raises:
         ModelError: unreadable, a LoRA, a part of a model, or not known here.
@@ -95,7 +95,8 @@ def _from_file(
     config = dict(public_configs()["denoiser"][variant]["config"])
     return Sniffed(
         family=family, variant=variant, prediction=prediction, resolution=resolution, bucket_step=info.bucket_step,
-        vae_scale=info.vae_scale, max_rank=widest_layer(config), kind="file", latent_channels=info.latent_channels, path=path,
+        vae_scale=info.vae_scale, max_rank=widest_layer(config), kind="file",
+        latent_channels=info.latent_channels, path=path,
         denoiser_config=config, scheduler_config=scheduler, missing=missing_from_file(family, header),
     )  # fmt: skip
 

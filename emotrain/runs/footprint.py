@@ -102,7 +102,7 @@ class _Imitate(TorchFunctionMode):
 
 def _first_three(args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     names = ("query", "key", "value")
-    return tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))  # type: ignore[return-value]
+    return tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
 
 
 @dataclass
@@ -208,9 +208,9 @@ def _forward(
     batch = latents[0]
     config: Any = model.config
     width = config.cross_attention_dim if FAMILIES[family].denoiser == "unet" else config.joint_attention_dim
-    pooled = {"sdxl": lambda: config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim}.get(
-        family, lambda: getattr(config, "pooled_projection_dim", 1)
-    )()
+    pooled = getattr(config, "pooled_projection_dim", 1)
+    if family == "sdxl":  # the rest of that input are the six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     text = {
         "prompt_embeds": torch.empty(batch, num_tokens, width, device="meta"),
         "pooled_prompt_embeds": torch.empty(batch, pooled, device="meta"),

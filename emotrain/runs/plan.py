@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from emotrain.config.schema import Preset
 from emotrain.dataset.buckets import Placement, place
@@ -15,25 +14,15 @@ from emotrain.dataset.examples import Example
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.errors import ModelError
 from emotrain.families.loading import choose_device, choose_dtype, free_gib
-from emotrain.families.memory import (
-    CONTEXT_GIB,
-    GIB,
-    SIZES_GIB,
-    SPARE,
-    VAE_GIB,
-    MemoryPlan,
-    choose_memory,
-    installed_backends,
-    weights_gib,
-)
+from emotrain.families.memory import SIZES_GIB, MemoryPlan
 from emotrain.families.table import FAMILIES, Sniffed, expected_modules
-from emotrain.families.texts import encoder_parameters, num_text_tokens
-from emotrain.optim.registry import build_optimizer
+from emotrain.families.texts import num_text_tokens
 from emotrain.runs.build import loader_settings, read_pictures, sniffed
 from emotrain.runs.footprint import Footprint, measure
+from emotrain.runs.plan_memory import Memory, disk_parts
+from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
 
 RANGE = (0.9, 1.25)  # of the estimate
-QUANTIZERS = frozenset({"int8", "nf4"})
 
 
 @dataclass(frozen=True)
@@ -97,27 +86,11 @@ def make_plan(preset: Preset) -> Plan:
     work = _work(preset, settings)
     device = choose_device("auto")
     low = planned_dtype(preset.model.dtype, device)
-    batch = preset.train.micro_batch_size
     tokens = num_text_tokens(found)
-    side = work.largest.bucket_h // found.vae_scale, work.largest.bucket_w // found.vae_scale
+    footprint = _measure(preset, found, work.largest, low, tokens)
     network = preset.network
-    footprint = measure(
-        found.family,
-        found.denoiser_config,
-        latents=(batch, found.latent_channels, *side),
-        num_tokens=tokens,
-        low=None if low == torch.float32 else low,
-        adapter_words={
-            "rank": network.rank,
-            "alpha": network.alpha,
-            "targets": network.targets,
-            "conv_rank": network.conv_rank,
-            "rank_pattern": network.rank_pattern,
-            "seed": 0,
-        },
-    )
     check_modules(found, network.targets, footprint.adapter.num_modules)
-    memory = _Memory(preset, found, footprint, low.itemsize, free_gib(device))
+    memory = Memory(preset, found, footprint, low.itemsize, free_gib(device))
     chosen = memory.choose()
     info = FAMILIES[found.family]
     return Plan(
@@ -129,7 +102,7 @@ def make_plan(preset: Preset) -> Plan:
         rank=network.rank,
         dtype=str(low).removeprefix("torch."),
         device=device.type,
-        batch=batch,
+        batch=preset.train.micro_batch_size,
         work=work,
         max_steps=preset.train.max_steps,
         memory=chosen,
@@ -137,8 +110,36 @@ def make_plan(preset: Preset) -> Plan:
         encoders_gib=memory.encoders,
         savings=memory.savings(chosen),
         verdicts=tuple((int(k.removesuffix("gb")), memory.choose(k)) for k in reversed(SIZES_GIB)),
-        disk=_disk(preset, found, work, memory, tokens),
+        disk=disk_parts(
+            preset,
+            found,
+            memory,
+            num_latents=work.mirrored,
+            largest=work.largest.bucket_w * work.largest.bucket_h // found.vae_scale**2,
+            num_texts=work.texts,
+            tokens=tokens,
+        ),
         free_gib=memory.free,
+    )
+
+
+def _measure(preset: Preset, found: Sniffed, largest: Placement, low: torch.dtype, tokens: int) -> Footprint:
+    network = preset.network
+    side = largest.bucket_h // found.vae_scale, largest.bucket_w // found.vae_scale
+    return measure(
+        found.family,
+        found.denoiser_config,
+        latents=(preset.train.micro_batch_size, found.latent_channels, *side),
+        num_tokens=tokens,
+        low=None if low == torch.float32 else low,
+        adapter_words={
+            "rank": network.rank,
+            "alpha": network.alpha,
+            "targets": network.targets,
+            "conv_rank": network.conv_rank,
+            "rank_pattern": network.rank_pattern,
+            "seed": 0,
+        },
     )
 
 
@@ -189,111 +190,6 @@ def _work(preset: Preset, settings: LoaderSettings) -> Work:
 
 def _num_texts(examples: tuple[Example, ...], settings: LoaderSettings) -> int:
     return len({"", *(text for example in examples for text in settings.texts(example))})
-
-
-def state_bytes_per_number(preset: Preset) -> float:
-    """Bytes of optimizer state for each trained number, measured on a small LoRA pair."""
-    settings = preset.train.optimizer
-    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
-    rank = preset.network.rank
-    parameters = [nn.Parameter(torch.randn(s, generator=torch.Generator())) for s in ((rank, 640), (640, rank))]
-    optimizer = build_optimizer(settings.name, parameters, lr=preset.train.lr, **words)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.observe(1.0)
-    optimizer.step()
-    states = optimizer.state_dict().get("state", {})
-    tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors) / (2 * rank * 640)
-
-
-class _Memory:
-    """The numbers behind the parts, the verdicts and what each switch saves."""
-
-    def __init__(self, preset: Preset, found: Sniffed, footprint: Footprint, itemsize: int, free: float | None) -> None:
-        self.preset, self.found, self.footprint, self.itemsize, self.free = preset, found, footprint, itemsize, free
-        self.trained = footprint.adapter.num_parameters
-        self.state_bytes = state_bytes_per_number(preset)
-        self.encoders = sum(encoder_parameters(found).values()) * itemsize / GIB
-        self.resident = self.encoders if preset.network.text_encoder else 0.0
-        self.vae = VAE_GIB if found.variant != "custom" else 0.01
-
-    def lora(self) -> float:
-        """Weights and gradients, float32."""
-        return self.trained * 8 / GIB
-
-    def state(self) -> float:
-        """Optimizer state."""
-        return self.trained * self.state_bytes / GIB
-
-    def activations(self, checkpointing: bool) -> float:
-        return (self.footprint.checkpointed if checkpointing else self.footprint.plain) / GIB
-
-    def choose(self, memory: str | None = None) -> MemoryPlan:
-        """For the preset on this machine, or for a GPU of a named size with every means at hand."""
-        model = self.preset.model
-        installed = installed_backends() if self.free is not None else frozenset[str]()
-        return choose_memory(
-            num_parameters=self.footprint.num_parameters,
-            bytes_per_parameter=self.itemsize,
-            activations_gib=(self.activations(False), self.activations(True)),
-            trained_gib=self.lora() + self.state() + self.resident,
-            free_gib=None if memory else self.free,
-            memory=memory or model.memory,
-            quantize=model.quantize,
-            gradient_checkpointing=self.preset.train.gradient_checkpointing,
-            backends=QUANTIZERS if memory else installed,
-        )
-
-    def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
-        weights = weights_gib(self.footprint.num_parameters, self.itemsize, chosen.quantize)
-        activations = self.activations(chosen.gradient_checkpointing)
-        rows = [
-            ("CUDA itself", CONTEXT_GIB),
-            ("frozen base", weights * (0.1 if chosen.offload else 1.0)),
-            ("VAE decoder, for samples", self.vae),
-            ("text encoders", self.resident),
-            ("LoRA weights and gradients", self.lora()),
-            ("optimizer state", self.state()),
-            ("activations", activations),
-            ("workspace", activations * (SPARE - 1)),
-        ]
-        return tuple((name, gib) for name, gib in rows if gib)
-
-    def savings(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
-        """What a switch would save, beginning with the one that saves most."""
-        count, batch = self.footprint.num_parameters, self.preset.train.micro_batch_size
-        activations = self.activations(chosen.gradient_checkpointing) * SPARE
-        base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize)
-        rows = [("model.quantize: nf4", base - weights_gib(count, self.itemsize, "nf4"))]
-        rows.append(("model.quantize: int8", base - weights_gib(count, self.itemsize, "int8")))
-        if not chosen.gradient_checkpointing:
-            saved = self.activations(False) - self.activations(True)
-            rows.append(("train.gradient_checkpointing: true", saved * SPARE))
-        if batch > 1:
-            rows.append(("train.micro_batch_size: 1", activations * (1 - 1 / batch)))
-        rows.append(("a resolution three quarters as large", activations * (1 - 0.75**2)))
-        rows.append(("half the rank", (self.lora() + self.state()) / 2))
-        if self.preset.network.text_encoder:
-            rows.append(("network.text_encoder: false", self.resident))
-        useful = [(name, gib) for name, gib in rows if gib >= 0.01]
-        return tuple(sorted(useful, key=lambda row: -row[1]))
-
-
-def _disk(preset: Preset, found: Sniffed, work: Work, memory: _Memory, tokens: int) -> tuple[tuple[str, float], ...]:
-    """Cached latents (float32) and texts (16 bit on GPUs), checkpoints, LoRA files."""
-    largest = work.largest.bucket_w * work.largest.bucket_h // found.vae_scale**2
-    config = found.denoiser_config
-    width = config.get("cross_attention_dim") or config.get("joint_attention_dim") or 1
-    kept = preset.save.keep_last + 1
-    checkpoint = memory.trained * (4 + memory.state_bytes) / GIB
-    wide = {"fp32": 4}.get(preset.save.dtype, 2)
-    return (
-        ("cached latents, at most", work.mirrored * found.latent_channels * largest * 4 / GIB),
-        ("cached captions", work.texts * tokens * width * memory.itemsize / GIB),
-        (f"checkpoints, {kept} of them", kept * checkpoint),
-        ("LoRA files", 2 * memory.trained * wide / GIB),
-    )
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

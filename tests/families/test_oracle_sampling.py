@@ -1,4 +1,4 @@
-"""Each objective against its own sampler: noised half-way by the objective, denoised by the stock pipeline's scheduler."""
+"""Each objective against its own sampler: noised half-way by it, denoised by a stock scheduler."""
 
 from __future__ import annotations
 

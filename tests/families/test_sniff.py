@@ -222,6 +222,9 @@ def test_weights_of_another_shape_are_refused(sd_folder: Path, tmp_path: Path) -
 
 
 def test_the_table_is_read_without_torch() -> None:
-    code = "import sys, emotrain.families.table as t; t.sniff('builtin:tiny-sd'); print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    code = (
+        "import sys, emotrain.families.table as t; t.sniff('builtin:tiny-sd');"
+        "print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "False False", done.stderr

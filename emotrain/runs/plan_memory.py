@@ -1,0 +1,142 @@
+"""The numbers behind a plan: memory by part, what switches save, disk."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from emotrain.config.schema import Preset
+from emotrain.families.memory import (
+    CONTEXT_GIB,
+    GIB,
+    SPARE,
+    VAE_GIB,
+    MemoryPlan,
+    choose_memory,
+    installed_backends,
+    weights_gib,
+)
+from emotrain.families.sniff import Sniffed
+from emotrain.families.texts import encoder_parameters
+from emotrain.optim.registry import build_optimizer
+from emotrain.runs.footprint import Footprint
+
+QUANTIZERS = frozenset({"int8", "nf4"})
+
+
+def state_bytes_per_number(preset: Preset) -> float:
+    """Bytes of optimizer state for each trained number, measured on a small LoRA pair."""
+    settings = preset.train.optimizer
+    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
+    rank = preset.network.rank
+    parameters = [nn.Parameter(torch.randn(s, generator=torch.Generator())) for s in ((rank, 640), (640, rank))]
+    optimizer = build_optimizer(settings.name, parameters, lr=preset.train.lr, **words)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.observe(1.0)
+    optimizer.step()
+    states = optimizer.state_dict().get("state", {})
+    tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors) / (2 * rank * 640)
+
+
+class Memory:
+    """The numbers behind the parts, the verdicts and what each switch saves."""
+
+    def __init__(self, preset: Preset, found: Sniffed, footprint: Footprint, itemsize: int, free: float | None) -> None:
+        self.preset, self.found, self.footprint, self.itemsize, self.free = preset, found, footprint, itemsize, free
+        self.trained = footprint.adapter.num_parameters
+        self.state_bytes = state_bytes_per_number(preset)
+        self.encoders = sum(encoder_parameters(found).values()) * itemsize / GIB
+        self.resident = self.encoders if preset.network.text_encoder else 0.0
+        self.vae = VAE_GIB if found.variant != "custom" else 0.01
+
+    def lora(self) -> float:
+        """Weights and gradients, float32."""
+        return self.trained * 8 / GIB
+
+    def state(self) -> float:
+        """Optimizer state."""
+        return self.trained * self.state_bytes / GIB
+
+    def activations(self, checkpointing: bool) -> float:
+        """Peak of activations in GiB."""
+        return (self.footprint.checkpointed if checkpointing else self.footprint.plain) / GIB
+
+    def choose(self, memory: str | None = None) -> MemoryPlan:
+        """For the preset on this machine, or for a GPU of a named size with every means at hand."""
+        model = self.preset.model
+        installed = installed_backends() if self.free is not None else frozenset[str]()
+        return choose_memory(
+            num_parameters=self.footprint.num_parameters,
+            bytes_per_parameter=self.itemsize,
+            activations_gib=(self.activations(False), self.activations(True)),
+            trained_gib=self.lora() + self.state() + self.resident,
+            free_gib=None if memory else self.free,
+            memory=memory or model.memory,
+            quantize=model.quantize,
+            gradient_checkpointing=self.preset.train.gradient_checkpointing,
+            backends=QUANTIZERS if memory else installed,
+        )
+
+    def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
+        """Name and GiB of everything that a step holds in the GPU."""
+        weights = weights_gib(self.footprint.num_parameters, self.itemsize, chosen.quantize)
+        activations = self.activations(chosen.gradient_checkpointing)
+        rows = [
+            ("CUDA itself", CONTEXT_GIB),
+            ("frozen base", weights * (0.1 if chosen.offload else 1.0)),
+            ("VAE decoder, for samples", self.vae),
+            ("text encoders", self.resident),
+            ("LoRA weights and gradients", self.lora()),
+            ("optimizer state", self.state()),
+            ("activations", activations),
+            ("workspace", activations * (SPARE - 1)),
+        ]
+        return tuple((name, gib) for name, gib in rows if gib)
+
+    def savings(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
+        """What a switch would save, beginning with the one that saves most."""
+        count, batch = self.footprint.num_parameters, self.preset.train.micro_batch_size
+        activations = self.activations(chosen.gradient_checkpointing) * SPARE
+        base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize)
+        rows = [("model.quantize: nf4", base - weights_gib(count, self.itemsize, "nf4"))]
+        rows.append(("model.quantize: int8", base - weights_gib(count, self.itemsize, "int8")))
+        if not chosen.gradient_checkpointing:
+            saved = self.activations(False) - self.activations(True)
+            rows.append(("train.gradient_checkpointing: true", saved * SPARE))
+        if batch > 1:
+            rows.append(("train.micro_batch_size: 1", activations * (1 - 1 / batch)))
+        rows.append(("a resolution three quarters as large", activations * (1 - 0.75**2)))
+        rows.append(("half the rank", (self.lora() + self.state()) / 2))
+        if self.preset.network.text_encoder:
+            rows.append(("network.text_encoder: false", self.resident))
+        useful = [(name, gib) for name, gib in rows if gib >= 0.01]
+        return tuple(sorted(useful, key=lambda row: -row[1]))
+
+
+def disk_parts(
+    preset: Preset, found: Sniffed, memory: Memory, *, num_latents: int, largest: int, num_texts: int, tokens: int
+) -> tuple[tuple[str, float], ...]:
+    """Cached latents (float32) and texts (16 bit on GPUs), checkpoints, LoRA files, in GiB.
+
+    Args:
+        preset: the run.
+        found: its model.
+        memory: its numbers.
+        num_latents: encoded pictures, mirrored ones too.
+        largest: H * W of the largest of them.
+        num_texts: captions in all their variants.
+        tokens: of each.
+    """
+    config = found.denoiser_config
+    width = config.get("cross_attention_dim") or config.get("joint_attention_dim") or 1
+    kept = preset.save.keep_last + 1
+    checkpoint = memory.trained * (4 + memory.state_bytes) / GIB
+    wide = {"fp32": 4}.get(preset.save.dtype, 2)
+    return (
+        ("cached latents, at most", num_latents * found.latent_channels * largest * 4 / GIB),
+        ("cached captions", num_texts * tokens * width * memory.itemsize / GIB),
+        (f"checkpoints, {kept} of them", kept * checkpoint),
+        ("LoRA files", 2 * memory.trained * wide / GIB),
+    )
