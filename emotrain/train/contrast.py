@@ -59,32 +59,32 @@ def contrastive_losses(
     Raises:
         ValueError: no pictures, or batches without text embeddings.
     """
-    texts = _texts(batches)
-    if not texts:
+    captions = _captions(batches)
+    if not captions:
         raise ValueError("no captions to compare")
     total = sum(len(batch.ids) for batch in batches)
     found: list[PictureContrast] = []
     for batch in batches:
         for k, name in enumerate(batch.ids):
-            own = batch.texts[k]
+            own, row = captions[name]
             rng = random.Random(f"{seed}/{name}")
-            pool = [text for text in texts if text != own]
-            chosen = [own, *rng.sample(pool, min(others, len(pool)))]
-            single = part(batch, k, k + 1)
-            rows = _losses(family, objective, single, [texts[text] for text in chosen], (draws, low, high), rng)
-            if pool:
-                found.append(PictureContrast(name, rows[0], rows[1:]))
+            pool = sorted(other for other, (text, _) in captions.items() if text != own)
+            chosen = rng.sample(pool, min(others, len(pool)))
+            wanted = [row, *(captions[other][1] for other in chosen)]
+            rows = _losses(family, objective, part(batch, k, k + 1), wanted, (draws, low, high), rng)
+            if chosen:
+                found.append(PictureContrast(name, rows[0], tuple(zip(chosen, rows[1:], strict=True))))
             if progress is not None:
                 progress(len(found), total)
     return found
 
 
-def _texts(batches: Sequence[Batch]) -> dict[str, TextEmbeds]:
-    """One row of embeddings per distinct caption."""
+def _captions(batches: Sequence[Batch]) -> dict[str, tuple[str, TextEmbeds]]:
+    """Each picture's caption and its row of embeddings."""
     return {
-        text: {name: rows[k : k + 1] for name, rows in batch.text.items()}
+        name: (batch.texts[k], {key: rows[k : k + 1] for key, rows in batch.text.items()})
         for batch in batches
-        for k, text in enumerate(batch.texts)
+        for k, name in enumerate(batch.ids)
         if batch.text
     }
 

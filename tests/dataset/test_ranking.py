@@ -12,7 +12,7 @@ import pytest
 from emotrain.dataset.ranking import (
     LossRecord,
     PictureContrast,
-    contrast_of,
+    contrast_scores,
     excess,
     parse_contrasts,
     parse_losses,
@@ -41,6 +41,17 @@ def run(steps: int = 640, hard: str = "", memorised: str = "", seed: int = 0) ->
     return records
 
 
+def contrast(k: int, own: float, captions: int = 16) -> PictureContrast:
+    """Picture k: twice as hard for odd ones, and captions of which every third is bad for all pictures."""
+    hard = 2.0 if k % 2 else 1.0
+    others = tuple((f"data/{j:02}.png", (0.12 * hard * bad(j),)) for j in range(captions) if j != k)
+    return PictureContrast(f"data/{k:02}.png", (own * hard * bad(k),), others)
+
+
+def bad(caption: int) -> float:
+    return 1.4 if caption % 3 == 0 else 1.0
+
+
 def test_excess_takes_the_noise_scale_out() -> None:
     positions = np.random.default_rng(0).random(4000)
     losses = [usual_loss(position, 100) for position in positions]
@@ -58,8 +69,8 @@ def test_a_hard_and_a_memorised_picture_come_first() -> None:
 
 
 def test_a_contrast_tells_hard_from_suspicious() -> None:
-    contrasts = [PictureContrast(f"data/{k:02}.png", (0.10,), ((0.11 + k / 9000,), (0.12,))) for k in range(16)]
-    contrasts[5] = PictureContrast("data/05.png", (0.13,), ((0.11,), (0.12,)))
+    contrasts = [contrast(k, 0.10 + k % 3 / 4000) for k in range(16)]
+    contrasts[5] = contrast(5, 0.13)
     scores = {score.id: score for score in rank(run(hard="data/03.png"), contrasts)}
     assert scores["data/03.png"].verdict == "hard"
     assert scores["data/05.png"].verdict == "suspicious"
@@ -96,11 +107,16 @@ def test_the_ranking_does_not_depend_on_the_order_of_records() -> None:
 
 
 def test_contrast_is_negative_where_the_own_caption_fits_best() -> None:
-    good = PictureContrast("a", (0.1, 0.2), ((0.12, 0.25), (0.11, 0.22)))
-    swapped = PictureContrast("b", (0.1, 0.2), ((0.08, 0.16), (0.11, 0.22)))
-    assert contrast_of(good) < 0 < contrast_of(swapped)
+    scores = contrast_scores([contrast(k, 0.15 if k == 4 else 0.10) for k in range(16)])
+    assert scores["data/04.png"] > 0.1
+    assert max(score for name, score in scores.items() if name != "data/04.png") < -0.1
+
+
+def test_contrast_takes_hard_pictures_and_bad_captions_out() -> None:
+    scores = contrast_scores([contrast(k, 0.10) for k in range(16)])
+    assert np.ptp(list(scores.values())) < 0.1
     with pytest.raises(ValueError, match="c has no losses to compare"):
-        contrast_of(PictureContrast("c", (0.1,), ((0.1, 0.2),)))
+        contrast_scores([PictureContrast("c", (0.1,), (("d", (0.1, 0.2)),))])
 
 
 def test_a_log_is_read_and_its_cut_off_end_left_out() -> None:
@@ -122,8 +138,10 @@ def test_a_bad_line_inside_a_log_is_named(line: str) -> None:
 
 
 def test_contrasts_are_read_back() -> None:
-    line = json.dumps({"id": "a", "own": [0.1, 0.2], "others": [[0.3, 0.4]]})
-    assert parse_contrasts([line, ""]) == [PictureContrast("a", (0.1, 0.2), ((0.3, 0.4),))]
+    line = json.dumps({"id": "a", "own": [0.1, 0.2], "others": {"b": [0.3, 0.4]}})
+    (read,) = parse_contrasts([line, ""])
+    assert json.dumps(read.to_dict()) == line
+    assert [read] == [PictureContrast("a", (0.1, 0.2), (("b", (0.3, 0.4)),))]
 
 
 def test_robust_z_is_not_moved_by_an_outlier() -> None:
