@@ -26,7 +26,7 @@ LEVELS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FREE = {"assets"}  # data, and the script that made it
-TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "tensorboard"}
+TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate"}
 TORCH_FREE = {"errors", "config", "pulse"}
 TORCH_FREE_FILES = {
     *(f"dataset/{name}.py" for name in ("scan", "captions", "buckets", "lint", "images")),
