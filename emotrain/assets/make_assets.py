@@ -1,7 +1,8 @@
 """Make the built-in pictures and pretrain the built-in models, from fonts and icons to diffusers folders.
 
 Every stage is seeded, counted in steps and resumable: run the same command again and it goes on from its last
-checkpoint. On one thread of a 2-core machine: vae about 40 minutes, tiny-sd about 45, tiny-flux about 80.
+checkpoint. On an idle 2-core machine: vae 14 minutes with two threads; tiny-sd about 32 minutes and tiny-flux about 25
+with one thread each. `tests/bench/base_quality.py` scores the result.
 
     python -m emotrain.assets.make_assets pictures  WORK --noto NotoColorEmoji.ttf --contrast icons.json --fluent3d DIR
     python -m emotrain.assets.make_assets vae       WORK
@@ -43,15 +44,15 @@ NUM_HELD_OUT = 72  # and its held-out part, used only to measure
 CLIP_TOKENS = 32
 T5_TOKENS = 24
 SEED = 7
-STEPS = {"vae": 2800, "tiny-sd": 6000, "tiny-flux": 11000}
+STEPS = {"vae": 2800, "tiny-sd": 6000, "tiny-flux": 6500}
 
 # What everybody recognises comes first; the rest is chosen so that no two pictures look alike.
 FIRST = """1F600 1F60E 1F622 1F431 1F42F 1F427 1F419 1F40C 1F98A 1F353 1F355 1F354 1F335 1F951 1F344 1F680 1F692 1F308
 1F47B 1F496 1F384 1F966 1F31E 1F438 1F433 1F98B 1F41E 1F349 1F34C 1F955 1F33D 1F369 1F382 2615 1F3B8 1F4F7 1F381 1F388
 1F451 1F511 1F512 1F6B2 26F5 1F3E0 1F30D 1F525 2744 2B50 1F33B 1F339""".split()
 DROP = set(
-    """button letter square input sign arrow clock flag symbol circle keycap regional mahjong joker hand man woman person
-    boy girl baby family couple men women ideograph squared zodiac with without skin type old prince princess bride face
+    """button letter square input sign arrow clock flag symbol circle keycap regional mahjong joker hand man woman
+    person     boy girl baby family couple men women ideograph squared zodiac with without skin type old prince princess bride face
     moon date trident cross triangle diamond card medium""".split()
 )
 BLOCKS = (
@@ -100,9 +101,7 @@ def draw_contrast(body: str, view: int) -> Image.Image:
         + body.replace("currentColor", "#1a1a2e")
         + "</svg>"
     )
-    return on_white(
-        Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
-    )
+    return on_white(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA"))
 
 
 def blurred(picture: Image.Image) -> np.ndarray:
@@ -117,13 +116,9 @@ def choose_base(pictures: dict[str, Image.Image]) -> list[str]:
     rest = [
         code
         for code in sorted(pictures)
-        if code not in chosen
-        and len(caption_of(code).split()) <= 3
-        and not DROP & set(caption_of(code).split())
+        if code not in chosen and len(caption_of(code).split()) <= 3 and not DROP & set(caption_of(code).split())
     ]
-    nearest = {
-        code: min(float(np.sum((vectors[code] - vectors[c]) ** 2)) for c in chosen) for code in rest
-    }
+    nearest = {code: min(float(np.sum((vectors[code] - vectors[c]) ** 2)) for c in chosen) for code in rest}
     while len(chosen) < NUM_BASE:
         best = max(nearest, key=lambda code: nearest[code])
         del nearest[best]
@@ -152,9 +147,7 @@ def make_pictures(work: Path, noto: Path, contrast: Path, fluent3d: Path) -> Non
                 continue
             noto_set[code] = picture
             icon = icons["icons"][name]
-            contrast_set[code] = draw_contrast(
-                icon["body"], icon.get("height", icons.get("height", 32))
-            )
+            contrast_set[code] = draw_contrast(icon["body"], icon.get("height", icons.get("height", 32)))
             path = fluent3d / f"{code.lower()}.webp"
             if path.exists():
                 extra.append(on_white(Image.open(path).convert("RGBA")))
@@ -167,11 +160,10 @@ def make_pictures(work: Path, noto: Path, contrast: Path, fluent3d: Path) -> Non
     write_folder(work / "base", {c: noto_set[c] for c in base}, "")
     everything = np.stack([np.asarray(p) for p in [*noto_set.values(), *extra]])
     np.save(work / "all.npy", everything)
-    (work / "names.json").write_text(
-        json.dumps([caption_of(c) for c in noto_set]), encoding="utf-8"
-    )
+    (work / "names.json").write_text(json.dumps([caption_of(c) for c in noto_set]), encoding="utf-8")
     print(
-        f"{len(noto_set)} Noto, {len(extra)} Fluent 3D; base {len(base)}, example {len(example)}, held out {len(held_out)}"
+        f"{len(noto_set)} Noto, {len(extra)} Fluent 3D;"
+        f" base {len(base)}, example {len(example)}, held out {len(held_out)}"
     )
 
 
@@ -181,9 +173,7 @@ def write_folder(folder: Path, pictures: dict[str, Image.Image], prefix: str) ->
     for code, picture in sorted(pictures.items()):
         stem = caption_of(code).replace(" ", "-")
         picture.save(folder / f"{stem}.png", optimize=True)
-        (folder / f"{stem}.txt").write_text(
-            prefix + caption_of(code) + "\n", encoding="utf-8", newline="\n"
-        )
+        (folder / f"{stem}.txt").write_text(prefix + caption_of(code) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_folder(folder: Path) -> tuple[list[str], np.ndarray]:
@@ -208,10 +198,7 @@ class Progress:
     ):
         self.path = work / f"{stage}.pt"
         self.modules, self.optimizer, self.stage = modules, optimizer, stage
-        self.ema = {
-            k: {n: t.detach().clone().float() for n, t in m.state_dict().items()}
-            for k, m in modules.items()
-        }
+        self.ema = {k: {n: t.detach().clone().float() for n, t in m.state_dict().items()} for k, m in modules.items()}
         self.step = 0
         self.started, self.seconds = time.monotonic(), 0.0
         if self.path.exists():
@@ -244,9 +231,7 @@ class Progress:
 
     def report(self, loss: float, total: int) -> None:
         minutes = (self.seconds + time.monotonic() - self.started) / 60
-        print(
-            f"{self.stage} step {self.step}/{total} loss {loss:.4f} {minutes:.1f} min", flush=True
-        )
+        print(f"{self.stage} step {self.step}/{total} loss {loss:.4f} {minutes:.1f} min", flush=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, total: int) -> None:
@@ -291,10 +276,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
             picture = picture.mean(0, keepdim=True).expand(3, -1, -1)
         elif u[1] < 0.5:
             mask = (picture.mean(0, keepdim=True) > 1.6 * u[2] - 0.8).float()
-            ink = (
-                torch.tensor(colorsys.hsv_to_rgb(float(u[3]), float(u[4]), 0.6 * float(u[5]))) * 2
-                - 1
-            )
+            ink = torch.tensor(colorsys.hsv_to_rgb(float(u[3]), float(u[4]), 0.6 * float(u[5]))) * 2 - 1
             picture = mask + (1 - mask) * ink[:, None, None]
         if u[2] < 0.05:
             picture = -picture
@@ -310,38 +292,24 @@ def chroma(pixels: Tensor) -> Tensor:
 
 def vae_loss(decoded: Tensor, pixels: Tensor, posterior: Any) -> Tensor:
     error = decoded - pixels
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
-        error[..., 1:, :] - error[..., :-1, :]
-    ).abs().mean()
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     colour = (chroma(decoded) - chroma(pixels)).pow(2).mean()
-    return (
-        error.abs().mean()
-        + error.pow(2).mean()
-        + 0.5 * edges
-        + 2 * colour
-        + 2e-4 * posterior.kl().mean() / 2048
-    )
+    return error.abs().mean() + error.pow(2).mean() + 0.5 * edges + 2 * colour + 2e-4 * posterior.kl().mean() / 2048
 
 
 def train_vae(work: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     data = torch.from_numpy(np.load(work / "all.npy")).permute(0, 3, 1, 2)
     vae = build_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
-    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     progress = Progress(work, "vae", {"vae": vae}, optimizer)
     while progress.step < steps:
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + progress.step)
         index = torch.randint(len(data), (16,), generator=generator)
-        pixels = augment(data[index].float() / 127.5 - 1, generator).contiguous(
-            memory_format=torch.channels_last
-        )
+        pixels = augment(data[index].float() / 127.5 - 1, generator).contiguous(memory_format=torch.channels_last)
         set_lr(optimizer, 2.5e-3, progress.step, steps)
         posterior = vae.encode(pixels).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn(
-            posterior.mean.shape, generator=generator
-        )
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         loss = vae_loss(vae.decode(latents).sample, pixels, posterior)
         optimizer.zero_grad()
         loss.backward()
@@ -356,13 +324,11 @@ def train_vae(work: Path, steps: int) -> None:
 
 
 def load_vae(work: Path) -> Any:
-    """The averaged VAE, scaled by the spread of the base pictures' own latents (no shift: StableDiffusionPipeline knows none)."""
+    """The averaged VAE, scaled by the spread of the base pictures' own latents (StableDiffusionPipeline knows no shift)."""
     vae = build_vae().eval().requires_grad_(False)
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["ema"]["vae"])
     latents = encode(vae, read_folder(work / "base")[1])
-    vae.register_to_config(
-        shift_factor=0.0, scaling_factor=round(1 / float(latents.pow(2).mean().sqrt()), 4)
-    )
+    vae.register_to_config(shift_factor=0.0, scaling_factor=round(1 / float(latents.pow(2).mean().sqrt()), 4))
     return vae
 
 
@@ -402,9 +368,7 @@ def make_clip_tokenizer(work: Path, vocab_size: int = 2000) -> Any:
     ]
     words = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]
     words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=CLIP_TOKENS
-    )
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=CLIP_TOKENS)
 
 
 def make_t5_tokenizer(work: Path, vocab_size: int = 1400) -> Any:
@@ -474,17 +438,13 @@ def template(caption: str, rng: random.Random) -> str:
     if u < 0.6:
         return caption
     if u < 0.9:
-        word = "".join(
-            rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4))
-        )
+        word = "".join(rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))
         return f"{word}, {caption}" if rng.random() < 0.7 else f"{word} style, {caption}"
     return rng.choice(["a picture of {}", "{} icon", "an emoji of {}"]).format(caption)
 
 
 def ids_of(tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    return tokenizer(
-        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 # ---------------------------------------------------------------- denoisers
@@ -544,16 +504,10 @@ def sd_scheduler() -> Any:
 def pack(latents: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, H/2*W/2, 4C], the token order of FluxPipeline."""
     b, c, h, w = latents.shape
-    return (
-        latents.reshape(b, c, h // 2, 2, w // 2, 2)
-        .permute(0, 2, 4, 1, 3, 5)
-        .reshape(b, h // 2 * (w // 2), 4 * c)
-    )
+    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-def sd_loss(
-    parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator
-) -> Tensor:
+def sd_loss(parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator) -> Tensor:
     """v-prediction with zero terminal SNR (Salimans & Ho 2022; Lin et al. 2024)."""
     scheduler = parts["scheduler"]
     noise = torch.randn(latents.shape, generator=generator)
@@ -564,9 +518,7 @@ def sd_loss(
     return F.mse_loss(prediction.float(), scheduler.get_velocity(latents, noise, timesteps))
 
 
-def flux_loss(
-    parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator
-) -> Tensor:
+def flux_loss(parts: dict[str, Any], texts: list[str], latents: Tensor, generator: torch.Generator) -> Tensor:
     """Rectified flow, timesteps half uniform and half logit-normal (Esser et al. 2024)."""
     noise = torch.randn(latents.shape, generator=generator)
     uniform = torch.rand(len(latents), generator=generator)
@@ -619,9 +571,7 @@ def train_denoiser(work: Path, name: str, steps: int) -> None:
     while progress.step < steps:
         step = progress.step
         generator = torch.Generator().manual_seed(SEED * 7_000_003 + step)
-        epoch_order = np.random.default_rng([SEED, step // 10]).permutation(
-            len(captions)
-        )  # 10 steps of 16 an epoch
+        epoch_order = np.random.default_rng([SEED, step // 10]).permutation(len(captions))  # 10 steps of 16 an epoch
         order = [int(i) for i in epoch_order[(step % 10) * 16 : (step % 10) * 16 + 16]]
         rng = random.Random(SEED * 9_000_011 + step)
         texts = [template(captions[i], rng) for i in order]
@@ -690,9 +640,7 @@ def export(work: Path, names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["pictures", "vae", "tiny-sd", "tiny-flux", "export"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--noto", type=Path)

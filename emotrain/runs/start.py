@@ -162,6 +162,7 @@ class Session:
                 ("model", f"{Path(preset.model.base).name}, {self.found.describe()}"),
                 ("data", f"{data.num_images} pictures, {held_words}"),
                 ("LoRA", f"rank {model.adapter.rank}, {model.adapter.num_modules} modules"),
+                *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
             ),
         )
 

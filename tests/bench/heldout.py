@@ -1,0 +1,118 @@
+"""Measures on the held-out part of the example style, shared by the benches: loss with right and wrong captions, samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from emotrain.config.schema import Folder
+from emotrain.dataset.buckets import BucketRules
+from emotrain.dataset.loader import LoaderSettings, prepare
+from emotrain.dataset.scan import scan
+from emotrain.diffusion import build_objective
+from emotrain.families import load_family
+from emotrain.families.base import DrawRequest
+from emotrain.families.sampling import draw_sample
+from emotrain.lora.adapter import adapter_like
+from emotrain.lora.file import read_lora
+from emotrain.train.losses import GOLDEN, sample_losses
+
+TRIGGER = "inkmoji"
+DRAWS = 8
+
+
+@dataclass
+class Measured:
+    """Losses per held-out picture, float64 [N] each."""
+
+    base: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+
+    def fall(self) -> float:
+        """Share of the base's loss that the LoRA takes away."""
+        return float(1 - self.right.mean() / self.base.mean())
+
+    def caption_gap(self) -> tuple[float, float]:
+        """Mean of wrong - right, and how many standard errors over pictures that is."""
+        gap = self.wrong - self.right
+        error = gap.std(ddof=1) / math.sqrt(len(gap))
+        return float(gap.mean()), float(gap.mean() / error)
+
+
+class Bench:
+    """A built-in model with the held-out pictures encoded."""
+
+    def __init__(self, model: str, folder: str = "builtin:example-heldout") -> None:
+        self.family = load_family(f"builtin:{model}")
+        self.objective = build_objective(self.family.prediction, self.family.scheduler_config)
+        examples = scan((Folder(path=folder),)).examples
+        settings = LoaderSettings(BucketRules((64,), 8, 64, 64), trigger=TRIGGER, dropout=0.0)
+        self.data = prepare(self.family, examples, settings)
+        self.captions = [example.captions[0] for example in self.data.examples]
+        self.pictures = [Image.open(example.path).convert("RGB") for example in self.data.examples]
+        self.batch = self.data.fixed([example.id for example in self.data.examples])[0]
+        self.negative = self.family.encode_texts([""])
+        self.adapter: Any = None
+
+    def load(self, lora: Path) -> None:
+        """Put a LoRA file on the model."""
+        file = read_lora(lora)
+        self.adapter = adapter_like(self.family.denoiser, file.state, file.alphas, family=self.family.name)
+
+    @torch.no_grad()
+    def losses(self, *, shift: int = 0) -> np.ndarray:
+        """Mean loss of each picture over fixed noise and stratified timesteps; captions moved on by `shift`."""
+        n = len(self.batch.ids)
+        order = [(i + shift) % n for i in range(n)]
+        text = {key: value[order] for key, value in self.batch.text.items()}
+        batch = replace(self.batch, text=text)
+        tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
+        total = torch.zeros(n, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(99)
+        for draw in range(DRAWS):
+            u = torch.tensor([(draw + ((i + 0.5) * GOLDEN) % 1.0) / DRAWS for i in range(n)])
+            noise = torch.randn(batch.latents.shape, generator=generator)
+            total += sample_losses(self.family, self.objective, batch, noise, self.objective.timesteps(u, tokens))
+        return (total / DRAWS).numpy()
+
+    def measure(self) -> Measured:
+        """Base, LoRA with right captions, LoRA with wrong ones."""
+        with self.adapter.off():
+            base = self.losses()
+        return Measured(base, self.losses(), self.losses(shift=7))
+
+    def nearest_own(self, count: int = 32, seed: int = 5) -> tuple[int, list[Image.Image]]:
+        """How many of `count` samples have their own styled picture as the nearest of all held-out ones."""
+        bank = np.stack([blurred(picture) for picture in self.pictures])
+        hits, samples = 0, []
+        step = len(self.pictures) / count
+        for place in range(count):
+            index = int(place * step)
+            text = {key: value[index : index + 1] for key, value in self.batch.text.items()}
+            sample = draw_sample(self.family, DrawRequest(text, self.negative, 64, 64, seed + index))
+            samples.append(sample)
+            hits += int(np.argmin(((bank - blurred(sample)) ** 2).sum(1))) == index
+        return hits, samples
+
+    def real(self, count: int = 32) -> list[Image.Image]:
+        """The pictures that `nearest_own` samples are compared with."""
+        step = len(self.pictures) / count
+        return [self.pictures[int(place * step)] for place in range(count)]
+
+
+def blurred(picture: Image.Image) -> np.ndarray:
+    """float32 [64*64*3] in 0..1 after a blur of 2 pixels."""
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(2)), np.float32).ravel() / 255
+
+
+def sheet(rows: list[list[Image.Image]], path: Path) -> None:
+    """One picture of rows of pictures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate([np.concatenate([np.asarray(p) for p in row], 1) for row in rows])).save(path)

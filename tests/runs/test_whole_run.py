@@ -1,0 +1,145 @@
+"""One whole run of each built-in model, from preset to the file in a fresh pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from emotrain.config.load import load_preset
+from emotrain.errors import CheckpointError
+from emotrain.families.table import resolve_base
+from emotrain.observers.json_events import JsonEvents
+from emotrain.runs import start
+from emotrain.runs.folder import open_run
+
+SHORT = (
+    "train.max_steps=4",
+    "validate.every=2",
+    "sample.every=4",
+    "sample.steps=2",
+    "sample.prompts=[\"[trigger], rocket\"]",
+    "save.every=2",
+    "save.dtype=fp32",
+    "log.tensorboard=false",
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMOTRAIN_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def train(preset: str, runs: Path, *extra: str, name: str = "one", observers=()) -> start.Result:
+    return start.run(load_preset(preset, (*SHORT, *extra), name), runs_dir=runs, observers=observers)
+
+
+@pytest.mark.parametrize(("preset", "model"), [("quickstart", "tiny-sd"), ("quickstart-flux", "tiny-flux")])
+def test_a_run_leaves_a_lora_that_draws_the_live_picture_in_a_fresh_pipeline(tmp_path, preset, model):
+    result = train(preset, tmp_path, "sample.at_start=false")
+    folder = result.folder
+    assert result.exit_code == 0
+    assert result.end.stop_reason == "max_steps"
+    for path in ("lora.safetensors", "lora-last.safetensors", "samples/sheet.png", "metrics.jsonl", "preset.yaml"):
+        assert (folder.path / path).is_file(), path
+    info = folder.info()
+    assert (info["steps"], info["stop_reason"], info["lora"]) == (4, "max_steps", "lora.safetensors")
+    rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"loss", "scalar", "trust", "pulse", "grad_norm"} <= rows[0].keys()
+    live = np.asarray(read_picture(folder.samples_dir / "step-00000004-1.png"), int)
+    fresh = np.asarray(draw_fresh(model, folder.lora_last_path, "inkmoji, rocket"), int)
+    assert np.abs(live - fresh).max() <= 1
+    without = np.asarray(draw_fresh(model, None, "inkmoji, rocket"), int)
+    assert np.abs(live - without).max() > 1
+
+
+def read_picture(path: Path):
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def draw_fresh(model: str, lora: Path | None, prompt: str):
+    """As a user of diffusers would: from_pretrained, load_lora_weights, a prompt."""
+    from diffusers import DiffusionPipeline
+
+    from emotrain.families import load_family
+
+    folder = resolve_base(f"builtin:{model}")
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipeline.load_lora_weights(str(lora))
+    family = load_family(f"builtin:{model}")
+    words = family.pipeline_words(family.encode_texts([prompt]), family.encode_texts([""]), None)
+    generator = torch.Generator().manual_seed(42)
+    out = pipeline(**words, width=64, height=64, num_inference_steps=2, generator=generator)
+    return out.images[0].convert("RGB")
+
+
+def test_the_same_seed_gives_the_same_bytes_whoever_watches(tmp_path):
+    import io
+
+    quiet = train("quickstart", tmp_path / "a", "sample.every=0")
+    watched = train("quickstart", tmp_path / "b", observers=[JsonEvents(io.StringIO())])
+    last = [r.folder.lora_last_path.read_bytes() for r in (quiet, watched)]
+    weights = [data[8 + int.from_bytes(data[:8], "little") :] for data in last]  # the header names the preset
+    assert weights[0] == weights[1]
+    again = train("quickstart", tmp_path / "c", "sample.every=0")
+    assert again.folder.lora_last_path.read_bytes() == last[0]
+
+
+def test_a_run_folder_is_never_written_over(tmp_path):
+    train("quickstart", tmp_path, "train.max_steps=1")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises(CheckpointError, match="exists"):
+        train("quickstart", tmp_path, "train.max_steps=1")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_continue_starts_from_the_weights_of_another_run(tmp_path):
+    first = train("quickstart", tmp_path, "sample.every=0")
+    lora = first.folder.lora_path
+    second = train(
+        "quickstart", tmp_path, f"start_from.continue={lora}", "sample.every=0", "train.max_steps=1", name="two"
+    )
+    parents = second.folder.info()["parents"]
+    assert [parent["kind"] for parent in parents] == ["continue"]
+    assert second.folder.info()["base_loss"] == pytest.approx(first.folder.info()["best_loss"], rel=1e-3)
+
+
+def test_a_stack_lies_under_the_new_lora_and_only_the_new_one_is_exported(tmp_path):
+    first = train("quickstart", tmp_path, "sample.every=0")
+    stack = f"start_from.stack=[{{path: {first.folder.lora_path}, weight: 1.0}}]"
+    second = train("quickstart", tmp_path, stack, "sample.every=0", "train.max_steps=1", "network.rank=2", name="two")
+    assert second.folder.info()["base_loss"] == pytest.approx(first.folder.info()["best_loss"], rel=1e-3)
+    from emotrain.lora.file import read_lora
+
+    ranks = {v.shape[0] for k, v in read_lora(second.folder.lora_path).state.items() if k.endswith("lora_A.weight")}
+    assert ranks == {2}
+
+
+def test_gradient_accumulation_hears_the_whole_step(tmp_path):
+    result = train("quickstart", tmp_path, "train.gradient_accumulation_steps=3", "sample.every=0")
+    losses = [json.loads(line) for line in (result.folder.path / "picture_losses.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in result.folder.metrics_path.read_text().splitlines()]
+    for row, metric in zip(losses, metrics, strict=True):
+        values = [loss for _, _, loss in row["samples"]]
+        assert len(values) >= 9
+        assert sum(values) / len(values) == pytest.approx(metric["loss"], rel=1e-3)
+
+
+def test_no_caption_dropout_and_full_dropout_train_different_loras(tmp_path):
+    some = train("quickstart", tmp_path, "dataset.captions.dropout=0.0", "sample.every=0", name="a")
+    none = train("quickstart", tmp_path, "dataset.captions.dropout=1.0", "sample.every=0", name="b")
+    assert some.folder.lora_last_path.read_bytes() != none.folder.lora_last_path.read_bytes()
+
+
+def test_an_open_run_is_found_by_name(tmp_path):
+    train("quickstart", tmp_path, "train.max_steps=1", "sample.every=0", name="mine")
+    assert open_run("mine", tmp_path).name == "mine"
