@@ -68,13 +68,15 @@ _SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "flux": _FLUX,
     "clip": _CLIP,
 }
+_BEFORE, _AFTER = r"(?:.*\.)?(?:", r")(?:\..*)?"
 _MEMBERS = {"attn": ("attn",), "attn-mlp": ("attn", "mlp"), "all": ("attn", "mlp", "rest")}
 
 
 def patterns(targets: Targets, family: str) -> tuple[str, ...]:
     r"""The regular expressions of a named set, or the given ones made to match whole path segments.
 
-    A pattern of the user's may leave out the path's beginning (`attn2\.to_k`, `to_out\.0`), never cut a segment in two.
+    A pattern of the user's may leave out the path's beginning and end (`attn2\.to_k`, `mid_block` for all of its
+    layers), never cut a segment in two.
 
     Args:
         targets: `attn`, `attn-mlp`, `all`, or regular expressions of module paths.
@@ -93,7 +95,7 @@ def patterns(targets: Targets, family: str) -> tuple[str, ...]:
                 "use attn, attn-mlp, all, or a list of regular expressions",
             )
         return tuple(p for member in _MEMBERS[targets] for p in _SETS[family][member])
-    return tuple(rf"(?:.*\.)?(?:{_checked(p)})" for p in targets)
+    return tuple(_segments(p) for p in targets)
 
 
 def select(model: nn.Module, targets: Targets, family: str) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ def ranks_of(
     held = layers(model)
     ranks = {name: conv_rank if conv_rank and _is_wide_conv(held[name]) else rank for name in names}
     for pattern, value in (rank_pattern or {}).items():
-        rule = re.compile(rf"(?:.*\.)?(?:{_checked(pattern)})(?:\..*)?")
+        rule = re.compile(_segments(pattern))
         found = [name for name in names if rule.fullmatch(name)]
         if not found:
             raise ConfigError(f"network.rank_pattern: `{pattern}` matches none of the {len(names)} adapted layers")
@@ -183,13 +185,18 @@ def _is_wide_conv(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
 
 
-def _checked(pattern: str) -> str:
+def _segments(pattern: str) -> str:
+    """The pattern for whole segments of a path.
+
+    Raises:
+        ConfigError: not a regular expression.
+    """
     try:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"`{pattern}` is not a regular expression: {error}") from error
-    return pattern
+    return _BEFORE + pattern + _AFTER
 
 
 def _plain(pattern: str) -> str:
-    return pattern.removeprefix(r"(?:.*\.)?(?:").removesuffix(")")
+    return pattern.removeprefix(_BEFORE).removesuffix(_AFTER)

@@ -143,7 +143,7 @@ def test_separate_q_k_v_become_one_with_three_times_the_alpha() -> None:
 def test_a_fused_layer_with_missing_parts_comes_back_as_it_was(given: list[str]) -> None:
     state, alphas = weights("flux", [rf"single_transformer_blocks\.\d+\.(?:attn\.)?{name}" for name in given])
     kohya = to_kohya(state, alphas, "flux")
-    assert set(key.split(".")[0] for key in kohya) == {f"lora_unet_single_blocks_{i}_linear1" for i in (0, 1)}
+    assert {key.split(".")[0] for key in kohya} == {f"lora_unet_single_blocks_{i}_linear1" for i in (0, 1)}
     assert kohya["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (7 * 32, 16)
     back = parse(kohya, {})
     assert_same(back.state, state)
