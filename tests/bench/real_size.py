@@ -1,0 +1,141 @@
+"""A model at its real size with random weights: a few training steps, a file, and what it took.
+
+    python tests/bench/real_size.py [--model sd15] [--size 256] [--steps 2] [--dtype fp32] [--device cpu]
+
+Prints seconds a step, peak memory of the process (and of the GPU), the number of modules, and whether the
+file holds the live weights. Needs no download; SD 1.5 in fp32 takes about 5 GiB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from emotrain.diffusion import build_objective
+from emotrain.families.base import Conditioning
+from emotrain.families.common import LoadedFamily, Parts
+from emotrain.families.loading import DTYPES, family_class
+from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.families.table import ASSETS
+from emotrain.lora.adapter import add_adapter
+from emotrain.lora.file import save_lora, self_check
+from emotrain.optim.registry import build_optimizer
+
+SCHEDULERS = {"sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3"}
+
+
+def build(variant: str, dtype: torch.dtype, device: torch.device) -> LoadedFamily:
+    """The family with random weights and without text encoders."""
+    import diffusers
+
+    configs = public_configs()
+    family = next(name for name, info in FAMILIES.items() if variant in info.variants)
+    public = configs["denoiser"][variant]
+    flow = family in ("sd3", "flux")
+    words = dict(configs["scheduler"][SCHEDULERS.get(family, variant)][1])
+    words.pop("prediction_type", None)
+    kind = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # twice the memory otherwise, for a moment
+    try:
+        with device:
+            denoiser = getattr(diffusers, public["class"]).from_config(public["config"])
+    finally:
+        torch.set_default_dtype(before)
+    name = {"sd3": "sd3", "flux": "flux1"}.get(family, family)
+    vae = diffusers.AutoencoderKL.from_config(configs["vae"][name]).to(device)
+    scheduler = getattr(diffusers, kind)(**words)
+    return family_class(family)(
+        Parts(
+            name=family, variant=variant, prediction="flow" if flow else "epsilon",
+            denoiser=denoiser, vae=vae, text_encoders=[], scheduler=scheduler, device=device, dtype=dtype,
+        )
+    )  # fmt: skip
+
+
+def text_of(family: LoadedFamily) -> dict[str, torch.Tensor]:
+    """Random embeddings of the right shapes."""
+    config: Any = family.denoiser.config
+    tokens = {"sd3": 77 + 256, "flux": 512}.get(family.name, 77)
+    width = getattr(config, "cross_attention_dim", None) or config.joint_attention_dim
+    pooled = 1280 if family.name == "sdxl" else getattr(config, "pooled_projection_dim", 1)
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "prompt_embeds": torch.randn(1, tokens, width, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, pooled, generator=generator),
+    }
+
+
+def main() -> None:
+    """Build, train, save, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    variants = [name for info in FAMILIES.values() for name in info.variants]
+    parser.add_argument("--model", choices=variants, default="sd15")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkpointing", action="store_true")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    started = time.monotonic()
+    family = build(args.model, dtype, device)
+    picture = Image.open(ASSETS / "example" / "rose.png").convert("RGB").resize((args.size, args.size))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents, text = family.encode_images(pixels).to(device), text_of(family)
+    family.free_encoders()
+    adapter = add_adapter(
+        family.denoiser, rank=args.rank, alpha=args.rank, targets="attn-mlp", family=family.name, seed=0
+    )
+    if args.checkpointing:
+        family.denoiser.enable_gradient_checkpointing()
+    optimizer = build_optimizer("emosens", adapter.parameters(), lr=None)
+    objective = build_objective(family.prediction, family.scheduler_config)
+    zeros, sizes = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), args.size)
+    built = time.monotonic() - started
+    times, losses = [], []
+    for step in range(args.steps):
+        started = time.monotonic()
+        u = torch.tensor([(step + 0.5) / args.steps])
+        timesteps = objective.timesteps(u, latents.shape[-1] * latents.shape[-2] // 4).to(device)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        noisy = objective.add_noise(latents, noise, timesteps)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = family.predict(noisy, timesteps, text, Conditioning(sizes, zeros, sizes))
+        loss = (output - objective.target(latents, noise, timesteps)).pow(2).mean()
+        loss.backward()
+        optimizer.observe(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.monotonic() - started)
+        losses.append(float(loss.detach()))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.safetensors"
+        state, alphas = adapter.state(), adapter.alphas()
+        save_lora(path, state, alphas=alphas, family=family.name, metadata={})
+        self_check(path, state, alphas, family.name)
+        size = path.stat().st_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    print(f"{args.model} {args.dtype} {args.size} px on {device}, torch {torch.__version__}, {platform.machine()}")
+    print(f"{torch.get_num_threads()} threads; built in {built:.0f} s")
+    print(f"{adapter.num_modules} modules, {adapter.num_parameters:,} trained parameters, rank {args.rank}")
+    print(f"seconds a step: {', '.join(f'{t:.1f}' for t in times)}; losses {', '.join(f'{x:.4f}' for x in losses)}")
+    print(f"peak memory {peak:.2f} GiB; file of {size / 1e6:.1f} MB holds the live weights")
+    if device.type == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
