@@ -155,15 +155,17 @@ class EmoOptimizer(torch.optim.Optimizer):
                 "each step(), or pass a closure: step(closure)"
             )
         members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        refuse_sparse(members)
+        grads: list[list[Tensor]] = [[p.grad for p in params] for params in members]
+        refuse_sparse(grads)
         self._heard = False
         assert self.reading is not None
         lengths, self._emotion, reading = step_lengths(self.param_groups, members, self._emotion, self.reading)
         self.reading = reading
         self._prepare(members)
-        for group, params, (eta, decay) in zip(self.param_groups, members, lengths, strict=True):
-            for originals, batch in gather(params, eta, decay, self.chunk_elements):
-                batch.as_factor = self._decays_by_factor()
+        factor = self._decays_by_factor()
+        for group, params, own, (eta, decay) in zip(self.param_groups, members, grads, lengths, strict=True):
+            for originals, batch in gather(params, own, eta, decay, self.chunk_elements):
+                batch.as_factor = factor
                 self._fill(originals, batch)
                 if self.use_shadow:
                     follow_shadow(batch, reading)
@@ -232,13 +234,10 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Nothing to do: the parameters are always the ones to look at."""
+        """Nothing to do: the parameters are always the ones to look at and to train."""
         yield
 
-    @contextmanager
-    def train_mode(self) -> Iterator[None]:
-        """Nothing to do."""
-        yield
+    train_mode = eval_mode
 
     # What a subclass gives.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -43,19 +42,20 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in HALF_DTYPES else param.dtype
 
 
-def refuse_sparse(members: Sequence[Sequence[Tensor]]) -> None:
+def refuse_sparse(grads: Sequence[Sequence[Tensor]]) -> None:
     """Raise RuntimeError where a gradient is sparse."""
-    if any(p.grad is not None and p.grad.is_sparse for params in members for p in params):
+    if any(grad.is_sparse for group in grads for grad in group):
         raise RuntimeError("the emo optimizers cannot use sparse gradients: make the embedding with sparse=False")
 
 
 def gather(
-    params: Sequence[Tensor], eta: Length, decay: Length, chunk_elements: int | None
+    params: list[Tensor], grads: list[Tensor], eta: Length, decay: Length, chunk_elements: int | None
 ) -> Iterator[tuple[list[Tensor], Batch]]:
     """Batches of parameters that have gradients.
 
     Args:
         params: parameters of one group, each with a dense gradient.
+        grads: their gradients.
         eta: step length, one or one per parameter.
         decay: share taken by weight decay, one or one per parameter.
         chunk_elements: largest number of elements in a batch on the CPU (a batch holds one tensor at least); None: no
@@ -64,38 +64,54 @@ def gather(
     Yields:
         The parameters of the batch, and the batch without its state.
     """
-    kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    for index, param in enumerate(params):
-        grad = param.grad
-        assert grad is not None
-        linear = param.is_contiguous() and grad.is_contiguous()
-        kinds.setdefault((param.device, param.dtype, linear), []).append(index)
-    for (device, dtype, linear), indices in kinds.items():
-        limit = chunk_elements if device.type == "cpu" else None
-        for chunk in _chunks([params[i].numel() for i in indices], limit):
-            members = indices[chunk]
-            originals = [params[i] for i in members]
+    for indices, linear in _kinds(params, grads):
+        whole = len(indices) == len(params)
+        mine = params if whole else [params[i] for i in indices]
+        theirs = grads if whole else [grads[i] for i in indices]
+        limit = chunk_elements if mine[0].device.type == "cpu" else None
+        is_half = mine[0].dtype in HALF_DTYPES
+        for chunk in _chunks(mine, limit):
+            originals = mine[chunk]
             batch = Batch(
                 params=originals,
-                grads=[params[i].grad for i in members],  # type: ignore[misc]
-                eta=[eta[i] for i in members] if isinstance(eta, list) else eta,
-                decay=[decay[i] for i in members] if isinstance(decay, list) else decay,
+                grads=theirs[chunk],
+                eta=[eta[i] for i in indices[chunk]] if isinstance(eta, list) else eta,
+                decay=[decay[i] for i in indices[chunk]] if isinstance(decay, list) else decay,
                 linear=linear,
             )
-            if dtype in HALF_DTYPES:
+            if is_half:
                 batch.targets = originals
                 batch.params = [p.detach().to(torch.float32) for p in originals]
                 batch.grads = [g.to(torch.float32) for g in batch.grads]
             yield originals, batch
 
 
-def _chunks(sizes: list[int], limit: int | None) -> Iterator[slice]:
+def _kinds(params: list[Tensor], grads: list[Tensor]) -> list[tuple[Sequence[int], bool]]:
+    """Indices of tensors on one device, of one dtype, and whether they are contiguous; usually there is one kind."""
+    if not params:
+        return []
+    device, dtype = params[0].device, params[0].dtype
+    if all(
+        p.dtype is dtype and p.device == device and p.is_contiguous() and g.is_contiguous()
+        for p, g in zip(params, grads, strict=True)
+    ):
+        return [(range(len(params)), True)]
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        linear = param.is_contiguous() and grad.is_contiguous()
+        kinds.setdefault((param.device, param.dtype, linear), []).append(index)
+    return [(indices, linear) for (_, _, linear), indices in kinds.items()]
+
+
+def _chunks(params: list[Tensor], limit: int | None) -> Iterator[slice]:
     if limit is None:
-        yield slice(0, len(sizes))
+        yield slice(0, len(params))
         return
     first, total = 0, 0
-    for index, end in enumerate(accumulate(sizes)):
-        if index > first and end - total > limit:
+    for index, param in enumerate(params):
+        size = param.numel()
+        if index > first and total + size > limit:
             yield slice(first, index)
-            first, total = index, end - sizes[index]
-    yield slice(first, len(sizes))
+            first, total = index, 0
+        total += size
+    yield slice(first, len(params))

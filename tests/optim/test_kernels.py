@@ -108,7 +108,7 @@ def test_chunks_hold_every_parameter_once_and_in_order(chunk_elements: int | Non
     params = [torch.nn.Parameter(torch.zeros(size)) for size in (30, 10, 70, 200, 5, 5)]
     for param in params:
         param.grad = torch.zeros_like(param)
-    chunks = [originals for originals, _ in gather(params, 1.0, 0.0, chunk_elements)]
+    chunks = [originals for originals, _ in gather(params, [p.grad for p in params], 1.0, 0.0, chunk_elements)]
     assert [id(p) for chunk in chunks for p in chunk] == [id(p) for p in params]
     assert all(len(c) == 1 or sum(p.numel() for p in c) <= (chunk_elements or 10**9) for c in chunks)
     assert len(chunks) == {1: 6, 40: 4, 100: 4, None: 1}[chunk_elements]
