@@ -27,7 +27,7 @@ from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
 from emotrain.runs.draw import Sampler
-from emotrain.runs.folder import RunFolder, open_run
+from emotrain.runs.folder import INFO, RunFolder, open_run
 from emotrain.train.ear import Ear, expected_by_bins
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.losses import noise_like, sample_losses, uniforms
@@ -132,7 +132,8 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
         parents += apply_stack(preset, family)
     if earlier is not None:
         adapter = adapter_like(family.denoiser, earlier.state, earlier.alphas, family=family.name)
-        parents.append({"kind": "continue", "sha256": earlier.sha256, "weight": 1.0})
+        path = preset.start_from.continue_ or ""
+        parents.append({"kind": "continue", **name_of(path), "sha256": earlier.sha256, "weight": 1.0})
     else:
         network = preset.network
         adapter = add_adapter(
@@ -154,7 +155,17 @@ def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
     files = [(read_lora(lora_of(item.path)), item.weight) for item in preset.start_from.stack]
     part = "unet" if family.name in ("sd15", "sd21", "sdxl") else "transformer"
     stack_frozen(family.denoiser, [(f.state, f.alphas, weight) for f, weight in files], part=part)
-    return [{"kind": "stack", "sha256": f.sha256, "weight": weight} for f, weight in files]
+    return [
+        {"kind": "stack", **name_of(item.path), "sha256": file.sha256, "weight": weight}
+        for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
+    ]
+
+
+def name_of(path: str) -> dict[str, str | None]:
+    """The run and the file that a LoRA comes from, by name alone: `runs show` finds them by it."""
+    lora = lora_of(path)
+    is_run = (lora.parent / INFO).is_file()
+    return {"run": lora.parent.name if is_run else None, "file": lora.name}
 
 
 def lora_of(path: str) -> Path:

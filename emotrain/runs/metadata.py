@@ -75,7 +75,7 @@ def lora_metadata(session: Session, step: int, outcome: Outcome) -> dict[str, st
             noise_offset=loss.noise_offset or None,
             preset=preset.to_dict(),
             dataset_sha256=session.dataset_digest,
-            parents=session.model.parents,
+            parents=[{key: one[key] for key in ("kind", "sha256", "weight")} for one in session.model.parents],
             stop_reason=str(outcome.reason),
             best_step=session.state.best_step,
             version=__version__,

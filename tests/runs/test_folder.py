@@ -238,6 +238,21 @@ def test_the_lock_file_alone_tells_the_living_from_the_dead(
         assert path.exists()
 
 
+@pytest.mark.skipif(lock.fcntl is None, reason="needs the system's locks")
+def test_a_lock_that_the_system_holds_is_respected_whatever_the_file_says(run: RunFolder) -> None:
+    path = run.path / ".lock"
+    path.write_bytes(encode_json({"pid": 2**22 + 1, "host": lock.socket.gethostname()}))
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        lock.fcntl.flock(descriptor, lock.fcntl.LOCK_EX)
+        with pytest.raises(ResourceError, match="in use"):
+            run.lock().__enter__()
+    finally:
+        os.close(descriptor)
+    with run.lock():
+        pass
+
+
 def test_the_lock_goes_when_the_run_fails(run: RunFolder) -> None:
     with pytest.raises(KeyError), run.lock():
         raise KeyError
