@@ -20,7 +20,7 @@ from emotrain.train.events import Observer, Phase, Saved
 from emotrain.train.loop import Outcome, Sample
 
 if TYPE_CHECKING:
-    from emotrain.runs.start import Session
+    from emotrain.runs.session import Session
 
 
 def file_observers(preset: Preset, folder: RunFolder) -> list[Observer]:

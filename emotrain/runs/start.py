@@ -1,229 +1,20 @@
-"""Run and resume: puts the parts together, trains, hands over the LoRA."""
+"""Run and resume: train in a run folder that no one else holds."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from emotrain.config.schema import Preset
-from emotrain.dataset.split import example_digests, fingerprint
-from emotrain.errors import CheckpointError, ExitCode, ResourceError
-from emotrain.lora.file import read_lora
-from emotrain.runs import build, changes, finish
-from emotrain.runs.folder import RunFolder, create_run, now
-from emotrain.train import remember, rng
-from emotrain.train.checkpoint import Checkpoint, CheckpointStore
-from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
-from emotrain.train.loop import Limits, Outcome, Parts, Sample, StopReason, fit
+from emotrain.errors import CheckpointError
+from emotrain.runs import changes
+from emotrain.runs.folder import RunFolder, create_run
+from emotrain.runs.session import Result, Session
+from emotrain.train.checkpoint import CheckpointStore
+from emotrain.train.events import Notice, Observer
 from emotrain.train.signals import StopSignals, tell_stopping
-from emotrain.train.state import TrainState
 
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended, for the command line."""
-
-    folder: RunFolder
-    end: RunEnd
-    exit_code: ExitCode
-
-
-class Session:
-    """One process's part of a run: what is loaded, who watches, and how it is saved."""
-
-    def __init__(self, preset: Preset, observers: Sequence[Observer]) -> None:
-        self.preset = preset
-        self.observers = list(observers)
-        self.checkpoint: Checkpoint | None = None
-        self.records: finish.PictureLosses | None = None
-
-    def notify(self, event: Event) -> None:
-        """Tell every observer."""
-        for observer in self.observers:
-            observer.handle(event)
-
-    def load(self) -> None:
-        """Everything up to the first step that needs no run folder; bad input is refused here."""
-        preset = self.preset
-        rng.seed_all(preset.train.seed)
-        self.found = build.sniffed(preset)
-        settings = build.loader_settings(preset, self.found)
-        self.pictures = build.read_pictures(preset)
-        path = preset.start_from.continue_
-        earlier = read_lora(build.lora_of(path)) if path else None
-        self.model = build.load_model(preset, self.notify, earlier)
-        self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
-        self.model.family.place_denoiser()
-        self.optimizer = build.build_optimizer_of(preset, self.model.adapter)
-        self.stop_rule = build.build_stop_rule(preset)
-        self.size = settings.rules.resolutions[0]
-        self.state = TrainState()
-        self.expected: list[float] = []
-        self.dataset_digest = fingerprint(self.pictures.all)
-
-    def facts(self) -> dict[str, Any]:
-        """What run.json says of the beginning."""
-        return {
-            "seed": self.preset.train.seed,
-            "device": str(self.model.family.device),
-            "base_sha256": self.model.base_digest,
-            "dataset_sha256": self.dataset_digest,
-            "parents": self.model.parents,
-            "family": self.found.family,
-            "held_out": [example.id for example in self.pictures.held_out],
-        }
-
-    def identity(self) -> changes.Identity:
-        """What a resumed run must agree with."""
-        digests = example_digests(self.pictures.all)
-        return changes.Identity(self.preset.to_dict(), self.model.base_digest, digests)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to where a checkpoint was taken."""
-        self.checkpoint = checkpoint
-        self.state, self.expected = remember.restore(
-            checkpoint.tensors,
-            checkpoint.documents,
-            self.model.adapter,
-            self.optimizer,
-            self.stop_rule,
-        )
-        self.state.resumes += 1
-
-    def train(self, folder: RunFolder, signals: StopSignals) -> Result:
-        """Train in a run folder that this process holds the lock of."""
-        preset, started = self.preset, time.monotonic()
-        self.folder = folder
-        self.store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
-        self.observers += finish.file_observers(preset, folder)
-        sampler = build.build_sampler(preset, self.model, folder, self.size, self.notify)
-        self.model.family.free_encoders()
-        ear = build.build_ear(preset, self.model, self.data.train, self.expected)
-        self.expected = ear.expected
-        self.notify(self.start_event(folder))
-        self.records = finish.PictureLosses(folder.path / "picture_losses.jsonl", self.state.step)
-        parts = Parts(
-            family=self.model.family,
-            objective=self.model.objective,
-            adapter=self.model.adapter,
-            optimizer=self.optimizer,
-            data=self.data.train,
-            stop_rule=self.stop_rule,
-            ear=ear,
-            probe=build.build_probe(preset, self.model, self.data),
-            notify=self.notify,
-            save=self.save,
-            sample=(lambda step: sampler.draw(step, self.state.best_step)) if sampler else (lambda step: None),
-            record=self.record,
-            interrupted=lambda: bool(signals),
-        )
-        if self.checkpoint is not None:  # the random state is put back last, after everything that may draw
-            for line in rng.restore(self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]):
-                self.notify(Notice(line))
-        outcome = fit(parts, self.limits(), self.state)
-        return self.end(outcome, signals, time.monotonic() - started)
-
-    def limits(self) -> Limits:
-        """The numbers of the loop."""
-        preset = self.preset
-        return Limits(
-            max_steps=preset.train.max_steps,
-            gradient_accumulation_steps=preset.train.gradient_accumulation_steps,
-            max_grad_norm=preset.train.max_grad_norm,
-            seed=preset.train.seed,
-            probe_every=preset.validate_.every,
-            save_every=preset.save.every,
-            sample_every=preset.sample.every,
-        )
-
-    def start_event(self, folder: RunFolder) -> RunStart:
-        """What the observers are told before the first step."""
-        preset, data, model = self.preset, self.data.train, self.model
-        held = len(self.pictures.held_out)
-        per_epoch = data.batches_per_epoch / preset.train.gradient_accumulation_steps
-        held_words = f"{held} held out" if held else "none held out: the probe mirrors training pictures"
-        return RunStart(
-            name=folder.name,
-            run_dir=folder.path,
-            start_step=self.state.step,
-            max_steps=preset.train.max_steps,
-            steps_per_epoch=per_epoch,
-            optimizer=preset.train.optimizer.name,
-            num_images=data.num_images,
-            num_modules=model.adapter.num_modules,
-            num_parameters=sum(p.numel() for p in model.adapter.parameters()),
-            device=str(model.family.device),
-            facts=(
-                ("model", f"{Path(preset.model.base).name}, {self.found.describe()}"),
-                ("data", f"{data.num_images} pictures, {held_words}"),
-                ("LoRA", f"rank {model.adapter.rank}, {model.adapter.num_modules} modules"),
-                *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
-            ),
-        )
-
-    def record(self, step: int, samples: Sequence[Sample]) -> None:
-        """Keep the loss of every picture for `emotrain images`."""
-        if self.records is not None:
-            self.records.write(step, samples)
-
-    def save(self, state: TrainState) -> None:
-        """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
-        tensors, documents = remember.capture(state, self.model.adapter, self.optimizer, self.stop_rule, self.expected)
-        documents["identity"] = self.identity().to_document()
-        best = state.best_step is not None and state.best_step == state.step
-        try:
-            path = self.store.save(state.step, tensors, documents, best=best, config_hash=config_hash(self.preset))
-            self.notify(Saved(state.step, path, best))
-        except ResourceError as error:
-            self.notify(Notice(f"{error.message}; the run goes on"))
-
-    def end(self, outcome: Outcome, signals: StopSignals, seconds: float) -> Result:
-        """Write the LoRAs, check them, close the books."""
-        state, folder = self.state, self.folder
-        interrupted = outcome.reason is StopReason.INTERRUPTED
-        lora = None if state.step == 0 else finish.hand_over(self, outcome)
-        folder.update_info(
-            finished=None if interrupted else now(),
-            steps=state.step,
-            stop_reason=str(outcome.reason),
-            stop_sentence=outcome.sentence,
-            best_step=state.best_step,
-            best_loss=state.best_loss,
-            base_loss=state.base_probe_loss,
-            skipped=state.guard.skipped,
-            train_s=round(state.train_s, 3),
-            resumes=state.resumes,
-            lora=lora.name if lora else None,
-        )
-        end = RunEnd(
-            step=state.step,
-            stop_reason=str(outcome.reason),
-            sentence=outcome.sentence,
-            lora=lora,
-            best_step=state.best_step,
-            best_loss=state.best_loss,
-            seconds=seconds,
-            resume_command=f"emotrain resume {folder.path}" if interrupted else None,
-        )
-        self.notify(end)
-        code = ExitCode.OK
-        if interrupted:
-            code = signals.exit_code
-        elif outcome.reason is StopReason.DIVERGED:
-            code = ExitCode.DIVERGED
-        return Result(folder, end, code)
-
-    def close(self) -> None:
-        """Let every observer finish, whatever happened."""
-        for observer in self.observers:
-            observer.close()
-        if self.records is not None:
-            self.records.close()
+__all__ = ["Result", "Session", "resume", "run"]
 
 
 def refuse_done(session: Session, folder: RunFolder) -> None:
@@ -241,12 +32,6 @@ def refuse_done(session: Session, folder: RunFolder) -> None:
             f"run `{folder.name}` is done: it ended by itself after step {step} ({info.get('stop_reason')})",
             "raise train.max_steps with --set, or start a new run from it with start_from.continue",
         )
-
-
-def config_hash(preset: Preset) -> str:
-    """sha256 of the resolved preset."""
-    text = json.dumps(preset.to_dict(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer]) -> Result:
