@@ -18,8 +18,8 @@ from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.offload import move_rest
 
-# Of samples of small models such as the built-in ones: looked at with 1, 2, 3 and 5. At 1 shapes are
-# ragged, above 2 what is inside them melts into flat colour.
+# Of samples of small models such as the built-in ones, looked at with 1, 2, 3 and 5: at 1 shapes are
+# a little ragged, and above 2 the colours of what the model knows less well run together.
 SMALL_MODEL_GUIDANCE = 2.0
 SAMPLED_VALUES = 65_536  # per tensor, evenly spread: enough to notice any retrained or merged tensor
 
