@@ -57,7 +57,6 @@ class EmoOptimizer(torch.optim.Optimizer):
     name: ClassVar[str] = ""
     generations: ClassVar[tuple[str, ...]] = ("3.9",)
     watch: ClassVar[Watch] = "scalar"
-    chunk_elements: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -164,7 +163,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._prepare(members)
         factor = self._decays_by_factor()
         for group, params, own, (eta, decay) in zip(self.param_groups, members, grads, lengths, strict=True):
-            for originals, batch in gather(params, own, eta, decay, self.chunk_elements):
+            for originals, batch in gather(params, own, eta, decay):
                 batch.as_factor = factor
                 self._fill(originals, batch)
                 if self.use_shadow:

@@ -1,4 +1,4 @@
-"""Parameters of one group brought together for list kernels, in chunks that fit a cache."""
+"""Parameters of one group brought together for list kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 Length = float | list[float]  # one for the whole batch, or one per tensor
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+COPIED_ELEMENTS = 1 << 24  # 64 MiB of float32
 
 
 @dataclass
@@ -49,7 +50,7 @@ def refuse_sparse(grads: Sequence[Sequence[Tensor]]) -> None:
 
 
 def gather(
-    params: list[Tensor], grads: list[Tensor], eta: Length, decay: Length, chunk_elements: int | None
+    params: list[Tensor], grads: list[Tensor], eta: Length, decay: Length
 ) -> Iterator[tuple[list[Tensor], Batch]]:
     """Batches of parameters that have gradients.
 
@@ -58,19 +59,17 @@ def gather(
         grads: their gradients.
         eta: step length, one or one per parameter.
         decay: share taken by weight decay, one or one per parameter.
-        chunk_elements: largest number of elements in a batch on the CPU (a batch holds one tensor at least); None: no
-            limit. On other devices a batch is always whole: launches cost more than memory traffic there.
 
     Yields:
-        The parameters of the batch, and the batch without its state.
+        The parameters of the batch, and the batch without its state. A batch is all that is alike; half-precision
+        parameters, which are copied, come in parts of `COPIED_ELEMENTS`.
     """
     for indices, linear in _kinds(params, grads):
         whole = len(indices) == len(params)
         mine = params if whole else [params[i] for i in indices]
         theirs = grads if whole else [grads[i] for i in indices]
-        limit = chunk_elements if mine[0].device.type == "cpu" else None
         is_half = mine[0].dtype in HALF_DTYPES
-        for chunk in _chunks(mine, limit):
+        for chunk in chunks(mine, COPIED_ELEMENTS if is_half else None):
             originals = mine[chunk]
             batch = Batch(
                 params=originals,
@@ -103,7 +102,8 @@ def _kinds(params: list[Tensor], grads: list[Tensor]) -> list[tuple[Sequence[int
     return [(indices, linear) for (_, _, linear), indices in kinds.items()]
 
 
-def _chunks(params: list[Tensor], limit: int | None) -> Iterator[slice]:
+def chunks(params: list[Tensor], limit: int | None) -> Iterator[slice]:
+    """Neighbouring tensors of at most `limit` elements together (one tensor at least); None: all of them."""
     if limit is None:
         yield slice(0, len(params))
         return

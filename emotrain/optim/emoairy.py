@@ -23,7 +23,6 @@ class EmoAiry(EmoOptimizer):
 
     name: ClassVar[str] = "emoairy"
     generations: ClassVar[tuple[str, ...]] = ("3.9", "3.7.6", "3.7.0")
-    chunk_elements: ClassVar[int | None] = 1 << 16
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
-        descend(batch, torch._foreach_sign(batch.grads))
+        descend(batch, lambda part: torch._foreach_sign(batch.grads[part]))

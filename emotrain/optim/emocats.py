@@ -8,7 +8,7 @@ import torch
 
 from emotrain.optim.base import EmoOptimizer
 from emotrain.optim.batches import Batch
-from emotrain.optim.kernels import descend
+from emotrain.optim.kernels import Tensors, descend
 
 
 class EmoCats(EmoOptimizer):
@@ -23,7 +23,6 @@ class EmoCats(EmoOptimizer):
 
     name: ClassVar[str] = "emocats"
     generations: ClassVar[tuple[str, ...]] = ("3.9", "3.7.6", "3.7.0")
-    chunk_elements: ClassVar[int | None] = 1 << 16
 
     def _decays_by_factor(self) -> bool:
         return True
@@ -33,7 +32,12 @@ class EmoCats(EmoOptimizer):
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
         m, (beta1, beta2) = batch.state["exp_avg"], group["betas"]
-        direction = torch._foreach_lerp(m, batch.grads, 1.0 - beta1)
-        torch._foreach_lerp_(m, batch.grads, 1.0 - beta2)  # here, while m is in the cache
-        torch._foreach_sign_(direction)
+
+        def direction(part: slice) -> Tensors:
+            grads, momentum = batch.grads[part], m[part]
+            lerped = torch._foreach_lerp(momentum, grads, 1.0 - beta1)
+            torch._foreach_lerp_(momentum, grads, 1.0 - beta2)  # here, while it is in the cache
+            torch._foreach_sign_(lerped)
+            return lerped
+
         descend(batch, direction)

@@ -8,7 +8,7 @@ import torch
 
 from emotrain.optim.base import EmoOptimizer
 from emotrain.optim.batches import Batch
-from emotrain.optim.kernels import descend, momentum_descent
+from emotrain.optim.kernels import Tensors, descend, momentum_descent
 from emotrain.pulse.signal import Watch
 
 
@@ -33,6 +33,10 @@ class EmoSens(EmoOptimizer):
         if self.generation != "3.7.0":
             momentum_descent(batch, betas=group["betas"], eps=group["eps"])
             return
-        m = batch.state["exp_avg"]
-        torch._foreach_lerp_(m, batch.grads, 1.0 - group["betas"][0])
-        descend(batch, torch._foreach_sign(m))
+        m, beta1 = batch.state["exp_avg"], group["betas"][0]
+
+        def direction(part: slice) -> Tensors:
+            torch._foreach_lerp_(m[part], batch.grads[part], 1.0 - beta1)
+            return torch._foreach_sign(m[part])
+
+        descend(batch, direction)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emotrain.optim.base import EmoOptimizer
 from emotrain.optim.batches import Batch
-from emotrain.optim.kernels import descend, l1_norm
+from emotrain.optim.kernels import Tensors, descend, l1_norm
 
 
 class EmoTion(EmoOptimizer):
@@ -23,7 +23,6 @@ class EmoTion(EmoOptimizer):
     """
 
     name: ClassVar[str] = "emotion"
-    chunk_elements: ClassVar[int | None] = 1 << 16
 
     def __init__(self, *args: Any, **words: Any) -> None:
         self._previous: Tensor | None = None
@@ -49,11 +48,15 @@ class EmoTion(EmoOptimizer):
         m, share = batch.state["exp_avg"], 1.0 - group["betas"][0]
         fresh = torch.as_tensor(self._fresh, device=m[0].device)
         amount = share * fresh.clamp(min=share)
-        fresh_grads = torch._foreach_mul(batch.grads, amount)
-        torch._foreach_mul_(m, 1.0 - amount)
-        torch._foreach_add_(m, fresh_grads)
+        rest = 1.0 - amount
         batch.decay = 0.0
-        descend(batch, torch._foreach_sign(m))
+
+        def direction(part: slice) -> Tensors:
+            torch._foreach_mul_(m[part], rest)
+            torch._foreach_add_(m[part], torch._foreach_mul(batch.grads[part], amount))
+            return torch._foreach_sign(m[part])
+
+        descend(batch, direction)
 
     def _memory(self) -> dict[str, float]:
         return {} if self._previous is None else {"previous": float(self._previous)}

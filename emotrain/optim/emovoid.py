@@ -25,7 +25,6 @@ class EmoVoid(EmoOptimizer):
     """
 
     name: ClassVar[str] = "emovoid"
-    chunk_elements: ClassVar[int | None] = 1 << 16
 
     def __init__(self, *args: Any, **words: Any) -> None:
         self._previous: Tensor | None = None
@@ -51,7 +50,7 @@ class EmoVoid(EmoOptimizer):
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
         batch.decay = 0.0
-        descend(batch, torch._foreach_sign(batch.grads))
+        descend(batch, lambda part: torch._foreach_sign(batch.grads[part]))
 
     def _memory(self) -> dict[str, float]:
         memory: dict[str, float] = {"count": self._count, "again": self._again}

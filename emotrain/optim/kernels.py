@@ -7,13 +7,16 @@ with. They read memory linearly, so they are used for contiguous tensors only.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from emotrain.optim.batches import Batch
+from emotrain.optim.batches import Batch, Length, chunks
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+CHUNK_ELEMENTS = 1 << 16  # 256 KiB of float32: a chunk of weights, gradients, momentum and direction fits a cache
 _FAR = 1e12  # a step so late that AdamW's bias corrections 1 - beta**step are exactly 1
 _REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError)
 
@@ -53,27 +56,35 @@ def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) ->
     torch._foreach_addcmul_(v, batch.grads, batch.grads, 1.0 - betas[1])
     root = torch._foreach_sqrt(v)
     torch._foreach_add_(root, eps)
-    _decay(batch)
+    _decay(batch.params, batch.decay, batch.as_factor)
     torch._foreach_addcdiv_(batch.params, m, root, -batch.eta)
 
 
-def descend(batch: Batch, directions: list[Tensor] | tuple[Tensor, ...]) -> None:
+def descend(batch: Batch, direction: Callable[[slice], Tensors]) -> None:
     """Move along directions, in place: p -= decay p;  p -= eta direction.
 
-    `directions` are scratch: they may be overwritten.
+    On the CPU this is done in chunks that stay in the cache from the direction's first pass to the last; on other
+    devices for all tensors at once, since launches cost more than memory traffic there.
+
+    Args:
+        batch: what is moved.
+        direction: computes the directions of the tensors in a slice of the batch; they may be overwritten.
     """
-    eta = batch.eta
-    if isinstance(eta, list):
-        _decay(batch)
-        torch._foreach_mul_(directions, [-length for length in eta])
-        torch._foreach_add_(batch.params, directions)
+    params, eta, decay = batch.params, batch.eta, batch.decay
+    device = params[0].device.type
+    parts = chunks(params, CHUNK_ELEMENTS if device == "cpu" else None)
+    if isinstance(eta, list) or not (batch.linear and eta > 0.0 and has_fused_sgd(device)):
+        for part in parts:
+            _decay(params[part], decay[part] if isinstance(decay, list) else decay, batch.as_factor)
+            _move(params[part], direction(part), eta[part] if isinstance(eta, list) else eta)
         return
-    if batch.linear and eta > 0.0 and has_fused_sgd(batch.params[0].device.type):
+    weight_decay = _rounded_decay(batch) / eta
+    for part in parts:
         torch._fused_sgd_(
-            batch.params,
-            list(directions),
+            params[part],
+            direction(part),
             [],
-            weight_decay=_rounded_decay(batch) / eta,
+            weight_decay=weight_decay,
             momentum=0.0,
             lr=eta,
             dampening=0.0,
@@ -81,20 +92,24 @@ def descend(batch: Batch, directions: list[Tensor] | tuple[Tensor, ...]) -> None
             maximize=False,
             is_first_step=False,
         )
-        return
-    _decay(batch)
-    torch._foreach_add_(batch.params, directions, alpha=-eta)
 
 
-def _decay(batch: Batch) -> None:
+def _move(params: list[Tensor], directions: Tensors, eta: Length) -> None:
+    if isinstance(eta, list):
+        torch._foreach_mul_(directions, [-length for length in eta])
+        torch._foreach_add_(params, directions)
+    else:
+        torch._foreach_add_(params, directions, alpha=-eta)
+
+
+def _decay(params: list[Tensor], decay: Length, as_factor: bool) -> None:
     """Weight decay in the order of the published code."""
-    params, decay = batch.params, batch.decay
     if isinstance(decay, list):
-        if any(decay) and batch.as_factor:
+        if any(decay) and as_factor:
             torch._foreach_mul_(params, [1.0 - share for share in decay])
         elif any(decay):
             torch._foreach_add_(params, torch._foreach_mul(params, [-share for share in decay]))
-    elif decay and batch.as_factor:
+    elif decay and as_factor:
         torch._foreach_mul_(params, 1.0 - decay)
     elif decay:
         torch._foreach_add_(params, params, alpha=-decay)

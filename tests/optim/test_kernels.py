@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.optim import EmoAiry, EmoCats, EmoSens, kernels
-from emotrain.optim.batches import gather
+from emotrain.optim.batches import chunks
 from emotrain.optim.registry import EMO
 
 KINDS = [(name, generation) for name, cls in EMO.items() for generation in cls.generations]
@@ -106,12 +106,10 @@ def test_no_call_depends_on_the_number_of_tensors_and_none_waits_for_the_device(
 @pytest.mark.parametrize("chunk_elements", [1, 40, 100, None])
 def test_chunks_hold_every_parameter_once_and_in_order(chunk_elements: int | None) -> None:
     params = [torch.nn.Parameter(torch.zeros(size)) for size in (30, 10, 70, 200, 5, 5)]
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    chunks = [originals for originals, _ in gather(params, [p.grad for p in params], 1.0, 0.0, chunk_elements)]
-    assert [id(p) for chunk in chunks for p in chunk] == [id(p) for p in params]
-    assert all(len(c) == 1 or sum(p.numel() for p in c) <= (chunk_elements or 10**9) for c in chunks)
-    assert len(chunks) == {1: 6, 40: 4, 100: 4, None: 1}[chunk_elements]
+    parts = [params[part] for part in chunks(params, chunk_elements)]
+    assert [id(p) for part in parts for p in part] == [id(p) for p in params]
+    assert all(len(c) == 1 or sum(p.numel() for p in c) <= (chunk_elements or 10**9) for c in parts)
+    assert len(parts) == {1: 6, 40: 4, 100: 4, None: 1}[chunk_elements]
 
 
 def test_chunking_does_not_change_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +120,7 @@ def test_chunking_does_not_change_a_weight(monkeypatch: pytest.MonkeyPatch) -> N
         return [param.detach() for param in params]
 
     whole = weights()
-    monkeypatch.setattr(EmoCats, "chunk_elements", 30)
+    monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 30)
     assert all(torch.equal(x, y) for x, y in zip(whole, weights(), strict=True))
 
 
