@@ -20,7 +20,7 @@ TITLES = {
 }
 
 
-def page(results: list[dict[str, Any]]) -> str:
+def page(results: list[dict[str, Any]], notes: list[str]) -> str:
     """Markdown."""
     lines = [*HEAD.format(**machine()).strip().split("\n"), ""]
     lines += ["| what | case | runs | as it should be | checkpoints lost | most steps repeated | minutes |"]
@@ -38,7 +38,10 @@ def page(results: list[dict[str, Any]]) -> str:
             good = sum(row["ok"] for row in rows)
             minutes = facts["seconds"] / 60
             lines.append(f"| {what} | {facts['case']} | {len(rows)} | {good} | {lost} | {shown} | {minutes:.1f} |")
-    lines += ["", *failures(results), *taken_out(results)]
+    kills = sum(row.get("kills", 0) for facts in results for row in facts["rows"])
+    lines += ["", f"The runs killed at a random time took {kills} kills in all.", "", *failures(results)]
+    lines += ["## What this does not cover", "", *(f"- {note}" for note in notes), ""] if notes else []
+    lines += taken_out(results)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -238,11 +238,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="random kills per case")
     parser.add_argument("--cuts", type=int, default=40, help="power cuts per case")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--note", action="append", default=[], help="a line about what was not run")
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else []
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(kill_report.page(results))
+        options.report.write_text(kill_report.page(results, options.note))
         return
     torch.set_num_threads(1)
     Image.init()

@@ -103,7 +103,8 @@ def files_digest(folder: Path) -> dict[str, str]:
         lora = read_lora(folder / name)
         parts[name] = digest([lora.state, lora.alphas])
     for name in ("metrics.jsonl", "probe.jsonl", "picture_losses.jsonl"):
-        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        text = (folder / name).read_text() if (folder / name).exists() else ""  # a power cut may take a log
+        rows = [json.loads(line) for line in text.splitlines()]
         parts[name] = digest([{key: row[key] for key in row if key not in TIMES} for row in rows])
     samples = sorted((folder / "samples").rglob("*.png")) if (folder / "samples").is_dir() else []
     parts["samples"] = digest([[path.name, path.read_bytes().hex()] for path in samples])
