@@ -30,6 +30,10 @@ def section(name: str) -> dict[str, object]:
     return {key: value for key, value in words.items() if value is not None}
 
 
+def distance(weights) -> float:
+    return sum(((w.detach() - 2.0) ** 2).mean().item() for w in weights)
+
+
 def train(optimizer, weights, steps: int = 40) -> float:
     for _ in range(steps):
         optimizer.zero_grad()
@@ -37,7 +41,7 @@ def train(optimizer, weights, steps: int = 40) -> float:
         loss.backward()
         optimizer.observe(loss)
         optimizer.step()
-    return float(sum(((w - 2.0) ** 2).mean() for w in weights))
+    return distance(weights)
 
 
 def test_the_registry_and_the_schema_name_the_same_optimizers() -> None:
@@ -51,7 +55,7 @@ def test_an_emo_optimizer_needs_no_learning_rate_and_takes_every_word_of_a_prese
     optimizer = build_optimizer(name, weights, **section(name))
     expected = 1e-3 if EMO[name].generations == ("3.6",) else 1.0
     assert optimizer.param_groups[0]["lr"] == expected
-    before = float(sum(((w - 2.0) ** 2).mean() for w in weights))
+    before = distance(weights)
     assert train(optimizer, weights) < before
     assert optimizer.reading.scalar > 0
 
@@ -77,7 +81,7 @@ def test_a_comparison_partner_trains_behind_the_same_interface(name: str) -> Non
     skip_without_library(name)
     weights = params()
     optimizer = build_optimizer(name, weights, lr=1.0 if name == "prodigy" else 0.02, **section(name))
-    before = float(sum(((w - 2.0) ** 2).mean() for w in weights))
+    before = distance(weights)
     assert train(optimizer, weights, steps=60) < before
     assert -1 < optimizer.reading.scalar < 1
     assert optimizer.reading.pulse > 0
