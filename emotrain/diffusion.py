@@ -30,7 +30,9 @@ SIGMA_MIN = 1e-4  # a flow timestep of exactly 0 would be a clean picture: nothi
 class Objective(Protocol):
     """What is predicted, from which timesteps, and how much each counts."""
 
-    prediction: Prediction
+    @property
+    def prediction(self) -> Prediction:
+        """What the denoiser predicts."""
 
     def timesteps(self, u: Tensor, num_tokens: int) -> Tensor:
         """Inverse CDF of the timesteps' density: `u` [B] in [0, 1) -> float32 [B].

@@ -42,8 +42,8 @@ def verify_resume(
         rows = [{"what": item.what, "equal": item.equal, "size": item.size} for item in found]
         output.json_object({"steps": 2 * steps, "equal": equal == len(found), "compared": rows})
     else:
-        rows = [(item.what, "equal" if item.equal else "DIFFERENT", item.size) for item in found]
-        output.table(rows, ("compared", "result", "size"))
+        lines = [(item.what, "equal" if item.equal else "DIFFERENT", item.size) for item in found]
+        output.table(lines, ("compared", "result", "size"))
     if equal != len(found):
         raise CheckpointError(
             f"{len(found) - equal} of {len(found)} things differ after kill and resume",

@@ -1,9 +1,9 @@
 """The decision to end a run: pure floats in, one sentence out (no torch).
 
-Nothing that hears only the training loss can feel over-training, since that loss goes on falling. So the decision rests
-on the probe: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors listen to it: they are
-started anew at every best probe, and `scalar` below zero since then means that the run gets worse. The published signals
-of the training loss shorten the wait where they light.
+Nothing that hears only the training loss can feel over-training, since that loss goes on falling. So the decision
+rests on the probe: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors listen to it:
+they are started anew at every best probe, and `scalar` below zero since then means that the run gets worse. The
+published signals of the training loss shorten the wait where they light.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ class StopRule:
             return None
         if self.bad_probes >= MIN_BAD_PROBES and step - self.anchor_step >= self.wait():
             return (
-                f"the held-out loss was lowest at step {self.best_step} ({self.best_loss:.4g}) and has been felt to rise"
-                f" or stand still since (scalar {self.scalar:+.3f} on {self.bad_probes} probes in a row)"
+                f"the held-out loss was lowest at step {self.best_step} ({self.best_loss:.4g})"
+                f" and has been felt to rise or stand still since"
+                f" (scalar {self.scalar:+.3f} on {self.bad_probes} probes in a row)"
             )
         return None
 

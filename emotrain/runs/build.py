@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from emotrain.config.schema import EMO_OPTIMIZERS, Preset
+from emotrain.config.schema import EMO_OPTIMIZERS, Folder, Preset
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.captions import fill_trigger
 from emotrain.dataset.examples import Example
@@ -17,17 +16,18 @@ from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepar
 from emotrain.dataset.scan import require_pictures, scan
 from emotrain.dataset.split import split_held_out, take_shard
 from emotrain.diffusion import Objective, build_objective
-from emotrain.errors import ConfigError
+from emotrain.errors import ConfigError, ModelError
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, digest_module, words_of
-from emotrain.families.table import Sniffed, resolve_base, sniff
-from emotrain.lora.adapter import Adapter, adapter_like, add_adapter, stack_frozen
-from emotrain.lora.file import LoraFile, read_lora
+from emotrain.families.table import Sniffed, expected_modules, resolve_base, sniff
+from emotrain.lora.adapter import Adapter, adapter_like, add_adapter
+from emotrain.lora.file import LoraFile
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
+from emotrain.runs import parents
 from emotrain.runs.draw import Sampler
-from emotrain.runs.folder import INFO, RunFolder, open_run
+from emotrain.runs.folder import RunFolder
 from emotrain.train.ear import Ear, expected_by_bins
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.losses import noise_like, sample_losses, uniforms
@@ -84,12 +84,11 @@ def loader_settings(preset: Preset, found: Sniffed) -> LoaderSettings:
 def read_pictures(preset: Preset) -> Pictures:
     """Scan the folders, take this machine's shard, set the held-out pictures aside."""
     data = preset.dataset
-    words = {"caption_extension": data.captions.extension, "default_caption": data.captions.default}
-    examples = take_shard(require_pictures(scan(data.folders, **words)).examples, data.shard)
+    examples = take_shard(read_folders(preset, data.folders), data.shard)
     own = preset.validate_.folder
     if own is not None:
         folder = data.folders[0].model_copy(update={"path": own, "repeats": 1, "prior": None, "mask": None})
-        held = require_pictures(scan((folder,), **words)).examples
+        held = read_folders(preset, (folder,))
         return Pictures(examples, held[: max(preset.validate_.probe_images, 1)])
     fraction = preset.validate_.fraction
     seed = preset.train.seed
@@ -100,8 +99,20 @@ def read_pictures(preset: Preset) -> Pictures:
     return Pictures(*split_held_out(examples, fraction=float(fraction), seed=seed))
 
 
+def read_folders(preset: Preset, folders: Sequence[Folder]) -> tuple[Example, ...]:
+    """All usable pictures of some folders."""
+    captions = preset.dataset.captions
+    found = scan(folders, caption_extension=captions.extension, default_caption=captions.default)
+    return require_pictures(found).examples
+
+
 def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) -> Model:
     """Load the base, apply the stack, add the new LoRA (or the one that is continued)."""
+    if preset.network.text_encoder:
+        raise ConfigError(
+            "network.text_encoder is on, but this version trains the denoiser alone",
+            "leave it out; captions are cached and still vary",
+        )
     notify(Phase("loading the model"))
     model = preset.model
     family = load_family(
@@ -127,13 +138,14 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
         )
     except ValueError as error:
         raise ConfigError(f"train.loss: {error}") from error
-    parents: list[dict[str, Any]] = []
+    ancestors: list[dict[str, Any]] = []
     if preset.start_from.stack:
-        parents += apply_stack(preset, family)
+        ancestors += parents.apply_stack(preset, family)
     if earlier is not None:
+        parents.refuse_misfit(earlier, family)
         adapter = adapter_like(family.denoiser, earlier.state, earlier.alphas, family=family.name)
         path = preset.start_from.continue_ or ""
-        parents.append({"kind": "continue", **name_of(path), "sha256": earlier.sha256, "weight": 1.0})
+        ancestors.append({"kind": "continue", **parents.name_of(path), "sha256": earlier.sha256, "weight": 1.0})
     else:
         network = preset.network
         adapter = add_adapter(
@@ -147,32 +159,21 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
             seed=preset.train.seed,
         )
     notify(Phase("loading the model", 1, 1))
-    return Model(family, objective, adapter, base_digest, tuple(parents))
+    return Model(family, objective, adapter, base_digest, tuple(ancestors))
 
 
-def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
-    """Freeze the earlier LoRAs under the new one; what they are, for the records."""
-    files = [(read_lora(lora_of(item.path)), item.weight) for item in preset.start_from.stack]
-    part = "unet" if family.name in ("sd15", "sd21", "sdxl") else "transformer"
-    stack_frozen(family.denoiser, [(f.state, f.alphas, weight) for f, weight in files], part=part)
-    return [
-        {"kind": "stack", **name_of(item.path), "sha256": file.sha256, "weight": weight}
-        for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
-    ]
+def check_modules(found: Sniffed, targets: str | tuple[str, ...], num_modules: int) -> None:
+    """Refuse a LoRA that covers other than the known number of modules of a public model.
 
-
-def name_of(path: str) -> dict[str, str | None]:
-    """The run and the file that a LoRA comes from, by name alone: `runs show` finds them by it."""
-    lora = lora_of(path)
-    is_run = (lora.parent / INFO).is_file()
-    return {"run": lora.parent.name if is_run else None, "file": lora.name}
-
-
-def lora_of(path: str) -> Path:
-    """A LoRA file, or the best one of a run folder."""
-    if Path(path).is_dir():
-        return open_run(path).lora_path
-    return Path(path)
+    Raises:
+        ModelError: too few or too many: a library has renamed or moved layers.
+    """
+    expected = expected_modules(found, targets)
+    if expected is not None and num_modules != expected:
+        raise ModelError(
+            f"a LoRA on `{targets}` of {found.variant} has {num_modules} modules instead of {expected}",
+            "another version of diffusers may have renamed layers; constraints.txt names a tested one",
+        )
 
 
 @dataclass(frozen=True)

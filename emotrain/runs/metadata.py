@@ -14,7 +14,7 @@ from emotrain.lora.metadata import About, build_metadata
 from emotrain.train.loop import Outcome
 
 if TYPE_CHECKING:
-    from emotrain.runs.start import Session
+    from emotrain.runs.session import Session
 
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from emotrain.dataset.ranking import PictureScore, parse_contrasts, parse_losses, rank
+from emotrain.dataset.contrasts import parse_contrasts
+from emotrain.dataset.ranking import PictureScore, parse_losses, rank
 from emotrain.errors import CheckpointError
 from emotrain.runs.folder import RunFolder
 

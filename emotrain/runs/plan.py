@@ -12,12 +12,11 @@ from emotrain.config.schema import Preset
 from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.examples import Example
 from emotrain.dataset.settings import LoaderSettings
-from emotrain.errors import ModelError
 from emotrain.families.loading import choose_device, choose_dtype, free_gib
 from emotrain.families.memory import SIZES_GIB, MemoryPlan
-from emotrain.families.table import FAMILIES, Sniffed, expected_modules
+from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens
-from emotrain.runs.build import loader_settings, read_pictures, sniffed
+from emotrain.runs.build import check_modules, loader_settings, read_pictures, sniffed
 from emotrain.runs.footprint import Footprint, measure
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
@@ -148,20 +147,6 @@ def planned_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto" and device.type == "cpu":
         return torch.bfloat16
     return choose_dtype(dtype, device)
-
-
-def check_modules(found: Sniffed, targets: str | tuple[str, ...], num_modules: int) -> None:
-    """Refuse a LoRA that covers other than the known number of modules of a public model.
-
-    Raises:
-        ModelError: too few or too many: a library has renamed or moved layers.
-    """
-    expected = expected_modules(found, targets)
-    if expected is not None and num_modules != expected:
-        raise ModelError(
-            f"a LoRA on `{targets}` of {found.variant} has {num_modules} modules instead of {expected}",
-            "another version of diffusers may have renamed layers; constraints.txt names a tested one",
-        )
 
 
 def _work(preset: Preset, settings: LoaderSettings) -> Work:

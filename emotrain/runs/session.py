@@ -14,7 +14,7 @@ from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.errors import ExitCode, ResourceError
 from emotrain.lora.file import read_lora
-from emotrain.runs import build, changes, finish
+from emotrain.runs import build, changes, finish, parents
 from emotrain.runs.folder import RunFolder, now
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
@@ -55,8 +55,10 @@ class Session:
         settings = build.loader_settings(preset, self.found)
         self.pictures = build.read_pictures(preset)
         path = preset.start_from.continue_
-        earlier = read_lora(build.lora_of(path)) if path else None
+        earlier = read_lora(parents.lora_of(path)) if path else None
         self.model = build.load_model(preset, self.notify, earlier)
+        if earlier is None:
+            build.check_modules(self.found, preset.network.targets, self.model.adapter.num_modules)
         self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
         self.model.family.place_denoiser()
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from emotrain.dataset.contrasts import PictureContrast
 from emotrain.dataset.loader import Batch
-from emotrain.dataset.ranking import PictureContrast
 from emotrain.train.losses import sample_losses
 from emotrain.train.probe import part
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from emotrain.diffusion import Objective
     from emotrain.families.base import Family
     from emotrain.lora.adapter import Adapter
-    from emotrain.optim.base import OptimizerLike
+    from emotrain.optim.protocol import OptimizerLike
     from emotrain.pulse.stopping import StopRule
 
 
@@ -121,7 +121,7 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
         noise = noise_like(batch.latents, limits.seed, first + i)
         each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
         each = each * batch.weights.to(each.device)
-        (each.sum() / total).backward()
+        (each.sum() / total).backward()  # type: ignore[no-untyped-call]
         losses.append(each.detach())
         positions.append(parts.objective.position(timesteps))
         seen += len(batch.ids)

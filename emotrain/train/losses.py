@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from emotrain.dataset.loader import Batch
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family
+    from emotrain.families.base import Conditioning, Family
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -30,8 +30,8 @@ def noise_like(latents: Tensor, seed: int, micro_step: int) -> Tensor:
 def uniforms(seed: int, first: int, count: int) -> Tensor:
     """Samples `first`.. of the additive recurrence u_n = frac(u_0 + n*phi), float32 [count] in [0, 1).
 
-    u_0 is uniform by the seed, so every u_n is uniform by itself and the gradient stays unbiased; together they fill the
-    noise scale evenly, which takes most of the timestep noise out of the mean loss (Kuipers & Niederreiter 1974).
+    u_0 is uniform by the seed, so every u_n is uniform by itself and the gradient stays unbiased; together they fill
+    the noise scale evenly, which takes most of the timestep noise out of the mean loss (Kuipers & Niederreiter 1974).
     """
     offset = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     n = torch.arange(first, first + count, dtype=torch.float64)
@@ -46,6 +46,11 @@ def autocast(family: Family) -> AbstractContextManager[Any]:
     return torch.autocast(family.device.type, family.dtype)
 
 
+def sizes_of(batch: Batch) -> Conditioning:
+    """The batch's sizes as families know them: the two rooms have one shape of it each."""
+    return cast("Conditioning", batch.conditioning)
+
+
 def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
     latents = batch.latents.to(family.device)
@@ -56,7 +61,7 @@ def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Ten
     noisy = objective.add_noise(latents, noise, timesteps)
     text = {key: value.to(family.device) for key, value in batch.text.items()}
     with autocast(family):
-        prediction = family.predict(noisy, timesteps, text, batch.conditioning)
+        prediction = family.predict(noisy, timesteps, text, sizes_of(batch))
     error = (prediction.float() - objective.target(latents, noise, timesteps)).pow(2)
     if batch.masks is not None:
         masks = batch.masks.to(family.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
-from emotrain.train.losses import GOLDEN, autocast, sample_losses
+from emotrain.train.losses import GOLDEN, autocast, sample_losses, sizes_of
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -117,9 +117,9 @@ class Probe:
                     for key, value in self.empty_text.items()
                 }
                 with autocast(self.family):
-                    on = self.family.predict(noisy, timesteps, text, batch.conditioning)
+                    on = self.family.predict(noisy, timesteps, text, sizes_of(batch))
                     with self.adapter.off():
-                        off = self.family.predict(noisy, timesteps, text, batch.conditioning)
+                        off = self.family.predict(noisy, timesteps, text, sizes_of(batch))
                 changes.append((on - off).float().pow(2).mean(dim=(1, 2, 3)))
         return float(torch.cat(changes).mean())
 

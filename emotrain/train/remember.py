@@ -14,7 +14,7 @@ from emotrain.train.state import TrainState
 
 if TYPE_CHECKING:
     from emotrain.lora.adapter import Adapter
-    from emotrain.optim.base import OptimizerLike
+    from emotrain.optim.protocol import OptimizerLike
     from emotrain.pulse.stopping import StopRule
 
 Tensors = dict[str, dict[str, Tensor]]

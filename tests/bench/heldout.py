@@ -1,4 +1,4 @@
-"""Measures on the held-out part of the example style, shared by the benches: loss with right and wrong captions, samples."""
+"""Measures on the held-out part of the example style: loss with right and wrong captions, samples."""
 
 from __future__ import annotations
 

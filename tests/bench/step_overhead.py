@@ -1,7 +1,7 @@
 """What the training loop costs on top of the arithmetic.
 
-A half-width SD 1.5 UNet (160, 320, 640, 640) with random weights at 256 px, latents and embeddings ready, LoRA rank 16 on
-attention, batch 1: a step of emotrain's loop with all observers against a bare forward, backward and fused AdamW step.
+A half-width SD 1.5 UNet (160, 320, 640, 640) with random weights at 256 px, latents and embeddings ready, LoRA rank
+16 on attention, batch 1: a step of emotrain's loop with all observers against a bare forward, backward and fused AdamW step.
 Both act in turn in one process; CPU time, medians of paired ratios. Peak memory: one process for each.
 
     python tests/bench/step_overhead.py [--rounds 12] [--report docs/benchmarks/step_overhead.md]
@@ -180,7 +180,8 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if args.report:
-        args.report.write_text("# Overhead of a step\n\n`python tests/bench/step_overhead.py`\n\n" + "\n\n".join(lines) + "\n")
+        head = "# Overhead of a step\n\n`python tests/bench/step_overhead.py`\n\n"
+        args.report.write_text(head + "\n\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

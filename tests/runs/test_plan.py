@@ -14,6 +14,7 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import ModelError
 from emotrain.families.table import sniff
+from emotrain.runs import build
 
 UNET = "model.diffusion_model."
 
@@ -108,7 +109,7 @@ def test_optimizer_state_is_counted_by_looking(sdxl_preset: Path) -> None:
 
 def test_a_half_covered_model_is_refused(sdxl_preset: Path) -> None:
     found = sniff(str(sdxl_preset.parent / "base.safetensors"))
-    planning.check_modules(found, "attn-mlp", 722)
+    build.check_modules(found, "attn-mlp", 722)
     with pytest.raises(ModelError, match="88 modules instead of 722"):
-        planning.check_modules(found, "attn-mlp", 88)
-    planning.check_modules(found, ("to_q",), 70)
+        build.check_modules(found, "attn-mlp", 88)
+    build.check_modules(found, ("to_q",), 70)

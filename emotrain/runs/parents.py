@@ -1,0 +1,57 @@
+"""Earlier LoRAs that a run builds on: continued, or frozen underneath."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from emotrain.config.schema import Preset
+from emotrain.errors import ModelError
+from emotrain.families.common import LoadedFamily
+from emotrain.lora.adapter import stack_frozen
+from emotrain.lora.file import LoraFile, read_lora
+from emotrain.lora.origin import require_family
+from emotrain.lora.targets import part_of
+from emotrain.runs.folder import INFO, open_run
+
+
+def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
+    """Freeze the earlier LoRAs under the new one; what they are, for the records."""
+    files = [(read_lora(lora_of(item.path)), item.weight) for item in preset.start_from.stack]
+    for file, _ in files:
+        refuse_misfit(file, family)
+    part = part_of(family.name)
+    stack_frozen(family.denoiser, [(f.state, f.alphas, weight) for f, weight in files], part=part)
+    return [
+        {"kind": "stack", **name_of(item.path), "sha256": file.sha256, "weight": weight}
+        for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
+    ]
+
+
+def refuse_misfit(file: LoraFile, family: LoadedFamily) -> None:
+    """Refuse a LoRA for another family, or one whose text encoder part would silently be left out.
+
+    Raises:
+        ModelError: it is such a one.
+    """
+    require_family(file.family, family.name, str(file.path))
+    others = [part for part in file.parts if part != part_of(family.name)]
+    if others:
+        raise ModelError(
+            f"{file.path} also trains {' and '.join(others)}, which start_from does not apply yet",
+            "use a LoRA of the denoiser alone",
+        )
+
+
+def name_of(path: str) -> dict[str, str | None]:
+    """The run and the file that a LoRA comes from, by name alone: `runs show` finds them by it."""
+    lora = lora_of(path)
+    is_run = (lora.parent / INFO).is_file()
+    return {"run": lora.parent.name if is_run else None, "file": lora.name}
+
+
+def lora_of(path: str) -> Path:
+    """A LoRA file, or the best one of a run folder."""
+    if Path(path).is_dir():
+        return open_run(path).lora_path
+    return Path(path)
