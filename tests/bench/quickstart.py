@@ -3,7 +3,8 @@
     python tests/bench/quickstart.py [--seeds 3] [--preset quickstart] [--install] [--report FILE.md]
 
 Prints wall time, time to the first step, the CPU time of `--help` over a bare interpreter, why and where each run
-ended, the held-out loss (right captions, wrong captions), and the share of samples nearest to their own held-out picture.
+ended, the held-out loss (right captions, wrong captions), and how many samples are nearest to their own held-out
+picture.
 `--install` measures the README's first command in an empty virtual environment too (needs the package index).
 """
 

@@ -1,7 +1,8 @@
 """What the training loop costs on top of the arithmetic.
 
 A half-width SD 1.5 UNet (160, 320, 640, 640) with random weights at 256 px, latents and embeddings ready, LoRA rank
-16 on attention, batch 1: a step of emotrain's loop with all observers against a bare forward, backward and fused AdamW step.
+16 on attention, batch 1: a step of emotrain's loop with all observers against a bare forward, backward and fused
+AdamW step.
 Both act in turn in one process; CPU time, medians of paired ratios. Peak memory: one process for each.
 
     python tests/bench/step_overhead.py [--rounds 12] [--report docs/benchmarks/step_overhead.md]
