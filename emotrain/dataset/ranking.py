@@ -11,8 +11,7 @@ and a median deviation that no outlier moves.
     picture). That takes the contrast of `PictureContrast`; without one, high from the start and the least improved.
 
 `picture_losses.jsonl` of a run: a line a step, `{"step": 7, "samples": [["folder/a.png", 0.31, 0.084], ...]}`: id,
-position on the noise scale (0..1) and the unweighted loss. `picture_contrast.jsonl`: a line a picture,
-`{"id": "folder/a.png", "own": [...], "others": {"folder/b.png": [...], ...}}`: see `PictureContrast`.
+position on the noise scale (0..1) and the unweighted loss.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from emotrain.dataset.contrasts import PictureContrast, contrast_scores
 
 Verdict = Literal["suspicious", "hard", "memorised", "usual", "unseen"]
 Floats = NDArray[np.float64]
@@ -42,23 +43,6 @@ class LossRecord(NamedTuple):
     id: str
     position: float
     loss: float
-
-
-@dataclass(frozen=True)
-class PictureContrast:
-    """Losses of one picture under several captions, at the same noise and timesteps each.
-
-    `own` holds one loss per noise draw with its own caption; `others` the same draws with the caption of another
-    picture, by that picture's id.
-    """
-
-    id: str
-    own: tuple[float, ...]
-    others: tuple[tuple[str, tuple[float, ...]], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A line of `picture_contrast.jsonl`."""
-        return {"id": self.id, "own": list(self.own), "others": {name: list(row) for name, row in self.others}}
 
 
 @dataclass(frozen=True)
@@ -117,26 +101,6 @@ def _records_of(entry: Any) -> list[LossRecord]:
     return records
 
 
-def parse_contrasts(lines: Iterable[str]) -> list[PictureContrast]:
-    """Records of a `picture_contrast.jsonl`.
-
-    Raises:
-        ValueError: a line is not as described, with its number.
-    """
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            own = tuple(float(loss) for loss in entry["own"])
-            others = tuple((str(name), tuple(float(loss) for loss in row)) for name, row in entry["others"].items())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"line {number} is not a picture with its losses") from error
-        found.append(PictureContrast(str(entry["id"]), own, others))
-    return found
-
-
 def excess(positions: Sequence[float], losses: Sequence[float]) -> Floats:
     """Log-loss of each sample above what is usual at its position: float64 [N].
 
@@ -166,51 +130,6 @@ def robust_z(values: Sequence[float] | Floats, least_scale: float = 1e-6) -> Flo
     return result
 
 
-def contrast_scores(pictures: Sequence[PictureContrast]) -> dict[str, float]:
-    """How much worse each picture's own caption suits it than would be expected of any caption.
-
-    Mean log-losses are explained as a part of the picture and a part of the caption (some captions are worse for every
-    picture), fitted on the wrong captions alone; what the own caption has above that is the score. Below 0 where the
-    model can tell that it belongs to the picture; near or above 0 where it does not. Half of the weight lies on the
-    best of the others: a swapped caption is beaten by the one it was swapped with.
-
-    Raises:
-        ValueError: a picture without other captions, or not with the same draws.
-    """
-    names = {one.id: k for k, one in enumerate(pictures)}
-    for one in pictures:
-        rows = [row for _, row in one.others]
-        if not one.own or not rows or any(len(row) != len(one.own) for row in rows):
-            raise ValueError(f"{one.id} has no losses to compare")
-        for name, _ in one.others:
-            names.setdefault(name, len(names))
-    entries = [(names[one.id], names[name], _mean_log(row)) for one in pictures for name, row in one.others]
-    of_picture, of_caption = _additive(entries, len(names))
-    scores = {}
-    for one in pictures:
-        k = names[one.id]
-        own = _mean_log(one.own) - of_caption[k] - of_picture[k]
-        best = min(_mean_log(row) - of_caption[names[name]] - of_picture[k] for name, row in one.others)
-        scores[one.id] = float(own - 0.5 * best)
-    return scores
-
-
-def _mean_log(losses: Sequence[float]) -> float:
-    return float(np.log(np.maximum(losses, 1e-12)).mean())
-
-
-def _additive(entries: Sequence[tuple[int, int, float]], count: int) -> tuple[Floats, Floats]:
-    """Parts r, c of value = r[row] + c[column] + rest, by alternating means; a rare c is drawn towards 0."""
-    rows, columns = (np.array([entry[k] for entry in entries]) for k in (0, 1))
-    values = np.array([entry[2] for entry in entries])
-    of_row, of_column = np.zeros(count), np.zeros(count)
-    in_row, in_column = (np.bincount(index, minlength=count) for index in (rows, columns))
-    for _ in range(20):
-        of_row = np.bincount(rows, values - of_column[columns], count) / np.maximum(in_row, 1)
-        of_column = np.bincount(columns, values - of_row[rows], count) / (in_column + 2.0)
-    return of_row, of_column
-
-
 def rank(
     records: Sequence[LossRecord],
     contrasts: Sequence[PictureContrast] = (),
@@ -233,7 +152,7 @@ def rank(
     halves = _halves(sorted(records))
     seen = [name for name in names if min(len(part.get(name, ())) for part in halves) >= MIN_VISITS]
     margins = contrast_scores(contrasts) if contrasts else {}
-    z_contrast = dict(zip(margins, robust_z(list(margins.values()), 0.02), strict=True)) if margins else {}
+    z_contrast = dict(zip(margins, robust_z(list(margins.values()), 0.5), strict=True)) if margins else {}
     early, late = (np.array([np.mean(part[name]) for name in seen]) for part in halves)
     numbers: dict[str, tuple[float, ...]] = {}
     if seen:

@@ -32,9 +32,9 @@ def make(folder: Path, count: int, originals: int = 4) -> int:
     rng = np.random.default_rng(0)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(1024), np.fft.fftfreq(1024))) + 1 / 1024
     for k in range(originals):
-        field = np.real(np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, 1024, 1024))) / frequency**1.1))
-        field = np.moveaxis(field / field.std() * 48 + 128, 0, 2).clip(0, 255).astype(np.uint8)
-        Image.fromarray(field).save(folder / f"{k:04}.jpg", quality=90)
+        field = np.real(np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, 1024, 1024))) / frequency**1.3))
+        field = np.moveaxis(field / field.std() * 44 + 128, 0, 2).clip(0, 255).astype(np.uint8)
+        Image.fromarray(field).save(folder / f"{k:04}.jpg", quality=88)
     for k in range(originals, count):  # a byte behind the end makes another file of the same work
         data = (folder / f"{k % originals:04}.jpg").read_bytes()
         (folder / f"{k:04}.jpg").write_bytes(data + b"\0" * (k // originals))

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from emotrain.config.schema import Preset
-from emotrain.dataset.ranking import PictureContrast, contrast_scores, parse_losses, rank
+from emotrain.dataset.contrasts import PictureContrast, contrast_scores
+from emotrain.dataset.ranking import parse_losses, rank
 from emotrain.dataset.scan import resolve_folder
 from emotrain.lora.file import read_lora
 from emotrain.runs import build
@@ -117,8 +118,8 @@ def main() -> None:
     parser.add_argument("--base", default="builtin:tiny-sd")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--others", type=int, default=15)
-    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--others", type=int, default=63)
+    parser.add_argument("--draws", type=int, default=8)
     options = parser.parse_args()
     results = []
     for seed in options.seeds:
