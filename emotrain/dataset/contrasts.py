@@ -61,7 +61,7 @@ def contrast_scores(pictures: Sequence[PictureContrast]) -> dict[str, float]:
 
     Mean log-losses are explained as a part of the picture and a part of the caption (some are worse for every picture),
     fitted on the wrong captions alone. What is left makes likelihoods, balanced until every picture has one
-    caption and every caption one picture (Sinkhorn 1964): a swapped caption is claimed by the picture it was taken from.
+    caption and every caption one picture (Sinkhorn 1964): the picture it was taken from claims a swapped caption.
     The more of the other captions were measured, the better: with all of them it is a matching.
 
     Raises:
