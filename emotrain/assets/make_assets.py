@@ -44,7 +44,9 @@ NUM_HELD_OUT = 72  # and its held-out part, used only to measure
 CLIP_TOKENS = 32
 T5_TOKENS = 24
 SEED = 7
-STEPS = {"vae": 2800, "tiny-sd": 6000, "tiny-flux": 6500}
+STEPS = {"vae": 2800, "tiny-sd": 9000, "tiny-flux": 6500}
+STYLES_FROM = {"tiny-sd": 6000}  # from this step on, with a second rise and fall of the learning rate
+STYLED = 0.45  # share of styled samples then
 
 # What everybody recognises comes first; the rest is chosen so that no two pictures look alike.
 FIRST = """1F600 1F60E 1F622 1F431 1F42F 1F427 1F419 1F40C 1F98A 1F353 1F355 1F354 1F335 1F951 1F344 1F680 1F692 1F308
@@ -52,8 +54,8 @@ FIRST = """1F600 1F60E 1F622 1F431 1F42F 1F427 1F419 1F40C 1F98A 1F353 1F355 1F3
 1F451 1F511 1F512 1F6B2 26F5 1F3E0 1F30D 1F525 2744 2B50 1F33B 1F339""".split()
 DROP = set(
     """button letter square input sign arrow clock flag symbol circle keycap regional mahjong joker hand man woman
-    person     boy girl baby family couple men women ideograph squared zodiac with without skin type old prince princess bride face
-    moon date trident cross triangle diamond card medium""".split()
+    person boy girl baby family couple men women ideograph squared zodiac with without skin type old prince princess
+    bride face moon date trident cross triangle diamond card medium""".split()
 )
 BLOCKS = (
     (0x1F300, 0x1F64F),
@@ -165,6 +167,42 @@ def make_pictures(work: Path, noto: Path, contrast: Path, fluent3d: Path) -> Non
         f"{len(noto_set)} Noto, {len(extra)} Fluent 3D;"
         f" base {len(base)}, example {len(example)}, held out {len(held_out)}"
     )
+
+
+def edges(grey: np.ndarray) -> np.ndarray:
+    """Strength of the brightness steps of a picture, float32 [64, 64] in 0..1."""
+    padded = np.pad(grey, 1, mode="edge")
+    across, down = padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
+    return np.clip(np.hypot(across, down) * 2.5, 0, 1).astype(np.float32)
+
+
+def thick(lines: np.ndarray) -> np.ndarray:
+    """Lines widened to 3 pixels."""
+    padded = np.pad(lines, 1)
+    return np.max([padded[y : y + SIZE, x : x + SIZE] for y in range(3) for x in range(3)], axis=0)
+
+
+def in_styles(picture: np.ndarray) -> dict[str, np.ndarray]:
+    """A picture, uint8 [64, 64, 3], in styles that are computed: what teaches a denoiser that styles exist at all.
+
+    The example's own style is not among them.
+    """
+    rgb = picture.astype(np.float32) / 255
+    grey = rgb @ np.float32([0.299, 0.587, 0.114])
+    lines = edges(grey)
+    white, navy = np.float32([1, 1, 1]), np.float32([0.1, 0.15, 0.4])
+    stamp = (grey < 0.6).astype(np.float32)[..., None]
+    styles = {
+        "grey": np.repeat(grey[..., None], 3, 2),
+        "sepia": grey[..., None] * np.float32([1.0, 0.87, 0.7]),
+        "negative": 1 - rgb,
+        "pencil": np.repeat(1 - lines[..., None], 3, 2),
+        "marker": 1 - np.minimum(thick(lines) * 1.5, 1)[..., None] * (1 - np.float32([0.5, 0.1, 0.1])),
+        "neon": lines[..., None] * np.float32([0.2, 1.0, 0.8]),
+        "stamp": white * (1 - stamp) + navy * stamp,
+        "poster": np.round(rgb * 2) / 2,
+    }
+    return {name: (np.clip(out, 0, 1) * 255).round().astype(np.uint8) for name, out in styles.items()}
 
 
 def write_folder(folder: Path, pictures: dict[str, Image.Image], prefix: str) -> None:
@@ -324,7 +362,7 @@ def train_vae(work: Path, steps: int) -> None:
 
 
 def load_vae(work: Path) -> Any:
-    """The averaged VAE, scaled by the spread of the base pictures' own latents (StableDiffusionPipeline knows no shift)."""
+    """The averaged VAE, scaled by the spread of the base pictures' own latents (no shift is known to SD)."""
     vae = build_vae().eval().requires_grad_(False)
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["ema"]["vae"])
     latents = encode(vae, read_folder(work / "base")[1])
@@ -555,28 +593,55 @@ def build_parts(work: Path, name: str) -> dict[str, Any]:
     return parts
 
 
+def texts_and_latents(
+    name: str, step: int, order: list[int], captions: list[str], latents: dict[str, Tensor]
+) -> tuple[list[str], Tensor]:
+    """What one step is trained on; from STYLES_FROM on, some of it styled and said to be so."""
+    rng = random.Random(SEED * 9_000_011 + step)
+    texts, rows = [], []
+    for i in order:
+        style = ""
+        if step >= STYLES_FROM.get(name, 10**9) and rng.random() < STYLED:
+            style = rng.choice([key for key in latents if key])
+        said = rng.choice([f"{style}, ", f"{style} style, "]) + captions[i] if style else template(captions[i], rng)
+        texts.append(said)
+        rows.append(latents[style][i])
+    return texts, torch.stack(rows)
+
+
+def all_latents(vae: Any, pictures: np.ndarray) -> dict[str, Tensor]:
+    """Scaled latents [N, C, H, W] of the plain pictures ("") and of each style."""
+    sets = {"": pictures}
+    for picture in pictures:
+        for style, styled in in_styles(picture).items():
+            sets[style] = np.concatenate([sets[style], styled[None]]) if style in sets else styled[None]
+    return {style: encode(vae, several) * vae.config.scaling_factor for style, several in sets.items()}
+
+
 def train_denoiser(work: Path, name: str, steps: int) -> None:
+    """Pictures first, then (STYLES_FROM) pictures and styles; each part with its own rise and fall of the rate."""
     torch.manual_seed(SEED)
     captions, pictures = read_folder(work / "base")
-    vae = load_vae(work)
-    latents = encode(vae, pictures) * vae.config.scaling_factor
+    latents = all_latents(load_vae(work), pictures)
     parts = build_parts(work, name)
     modules = {key: part for key, part in parts.items() if isinstance(part, torch.nn.Module)}
     params = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     progress = Progress(work, name, modules, optimizer)
     loss_of = flux_loss if name == "tiny-flux" else sd_loss
-    order: list[int] = []
+    styles_from = STYLES_FROM.get(name, steps)
     running = 0.0
     while progress.step < steps:
         step = progress.step
         generator = torch.Generator().manual_seed(SEED * 7_000_003 + step)
         epoch_order = np.random.default_rng([SEED, step // 10]).permutation(len(captions))  # 10 steps of 16 an epoch
         order = [int(i) for i in epoch_order[(step % 10) * 16 : (step % 10) * 16 + 16]]
-        rng = random.Random(SEED * 9_000_011 + step)
-        texts = [template(captions[i], rng) for i in order]
-        set_lr(optimizer, 1.2e-3, step, steps)
-        loss = loss_of(parts, texts, latents[order], generator)
+        texts, rows = texts_and_latents(name, step, order, captions, latents)
+        if step < styles_from:
+            set_lr(optimizer, 1.2e-3, step, styles_from)
+        else:
+            set_lr(optimizer, 1.0e-3, step - styles_from, steps - styles_from)
+        loss = loss_of(parts, texts, rows, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
