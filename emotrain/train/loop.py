@@ -107,8 +107,8 @@ class Outcome:
 def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, list[Sample]]:
     """Forward and backward over all micro-batches of one step.
 
-    Returns the mean loss, what the ear makes of it, and the loss of every sample. The gradient is that of the mean over
-    all samples of the step, whatever the sizes of its micro-batches.
+    Returns the mean loss, what the ear makes of it, and the loss of every sample without its data set's weight. The
+    gradient is that of the mean over all samples of the step, whatever the sizes of its micro-batches.
     """
     first = state.micro_step
     batches = [parts.data.batch(first + i) for i in range(limits.gradient_accumulation_steps)]
@@ -120,15 +120,15 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
         timesteps = parts.objective.timesteps(uniforms(limits.seed, seen, len(batch.ids)), tokens)
         noise = noise_like(batch.latents, limits.seed, first + i)
         each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
-        each = each * batch.weights.to(each.device)
-        (each.sum() / total).backward()  # type: ignore[no-untyped-call]
-        losses.append(each.detach())
+        weighted = each * batch.weights.to(each.device)
+        (weighted.sum() / total).backward()  # type: ignore[no-untyped-call]
+        losses.append(torch.stack([each.detach(), weighted.detach()]))
         positions.append(parts.objective.position(timesteps))
         seen += len(batch.ids)
-    values = torch.cat(losses).tolist()  # the one device-to-host copy of the step
+    plain, values = torch.cat(losses, dim=1).tolist()  # the one device-to-host copy of the step
     places = torch.cat(positions).tolist()
     ids = [name for batch in batches for name in batch.ids]
-    samples = [Sample(name, place, value) for name, place, value in zip(ids, places, values, strict=True)]
+    samples = [Sample(name, place, value) for name, place, value in zip(ids, places, plain, strict=True)]
     return sum(values) / total, parts.ear.hear(places, values), samples
 
 

@@ -42,6 +42,16 @@ def test_the_optimizer_hears_the_mean_over_all_micro_batches():
     assert heard == loss
 
 
+def test_a_regularisation_weight_counts_in_the_loss_and_not_in_the_picture_s_record():
+    class Prior(FakeData):
+        def batch(self, micro_step: int):
+            return replace(super().batch(micro_step), weights=torch.tensor([1.0, 0.5]))
+
+    loss, _, samples = accumulate(make_parts(Recorder(), data=Prior(4, 2)), limits(), TrainState())
+    first, second = (sample.loss for sample in samples)
+    assert loss == pytest.approx((first + 0.5 * second) / 2)
+
+
 def test_accumulated_gradient_is_that_of_one_batch_with_a_ragged_end():
     def gradient(data: FakeData, count: int) -> torch.Tensor:
         parts = make_parts(Recorder(), data=data)
