@@ -6,7 +6,7 @@ training loss cannot. Noise and timesteps never change, so that two probes diffe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,27 +22,34 @@ if TYPE_CHECKING:
     from emotrain.lora.adapter import Adapter
 
 
-def repeat(batch: Batch, times: int) -> Batch:
-    """Every sample `times` times in a row."""
-
-    def each(tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(times, dim=0)
-
+def changed(batch: Batch, change: Callable[[Tensor], Tensor], ids: tuple[str, ...]) -> Batch:
+    """The batch with `change` applied to every tensor that has a row per sample."""
     size = batch.conditioning
     return replace(
         batch,
-        latents=each(batch.latents),
-        text={key: each(value) for key, value in batch.text.items()},
+        latents=change(batch.latents),
+        text={key: change(value) for key, value in batch.text.items()},
         conditioning=replace(
             size,
-            original_sizes=each(size.original_sizes),
-            crop_top_lefts=each(size.crop_top_lefts),
-            target_sizes=each(size.target_sizes),
+            original_sizes=change(size.original_sizes),
+            crop_top_lefts=change(size.crop_top_lefts),
+            target_sizes=change(size.target_sizes),
         ),
-        weights=each(batch.weights),
-        masks=None if batch.masks is None else each(batch.masks),
-        ids=tuple(name for name in batch.ids for _ in range(times)),
+        weights=change(batch.weights),
+        masks=None if batch.masks is None else change(batch.masks),
+        ids=ids,
     )
+
+
+def repeat(batch: Batch, times: int) -> Batch:
+    """Every sample `times` times in a row."""
+    ids = tuple(name for name in batch.ids for _ in range(times))
+    return changed(batch, lambda tensor: tensor.repeat_interleave(times, dim=0), ids)
+
+
+def part(batch: Batch, start: int, end: int) -> Batch:
+    """Samples start..end of a batch."""
+    return changed(batch, lambda tensor: tensor[start:end], batch.ids[start:end])
 
 
 class Probe:
@@ -134,22 +141,3 @@ class Probe:
             )
             for start in range(0, len(batch.ids), size)
         ]
-
-
-def part(batch: Batch, start: int, end: int) -> Batch:
-    """Samples start..end of a batch."""
-    size = batch.conditioning
-    return replace(
-        batch,
-        latents=batch.latents[start:end],
-        text={key: value[start:end] for key, value in batch.text.items()},
-        conditioning=replace(
-            size,
-            original_sizes=size.original_sizes[start:end],
-            crop_top_lefts=size.crop_top_lefts[start:end],
-            target_sizes=size.target_sizes[start:end],
-        ),
-        weights=batch.weights[start:end],
-        masks=None if batch.masks is None else batch.masks[start:end],
-        ids=batch.ids[start:end],
-    )
