@@ -35,10 +35,6 @@ class StopRule:
     mode: Literal["off", "signal", "trusted"] = "trusted"
     min_steps: int = MIN_STEPS
     lit: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    densest: tuple[int, int] = (
-        0,
-        0,
-    )  # (lit steps in the window, step) of the densest cluster so far
     base_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
@@ -67,12 +63,9 @@ class StopRule:
         self.bad_probes = self.bad_probes + 1 if felt_no_fall else 0
         return is_best
 
-    def hear_step(self, step: int, ready: bool) -> None:
+    def hear_step(self, ready: bool) -> None:
         """Take in the optimizer's own stop signal of one step."""
         self.lit.append(ready)
-        count = sum(self.lit)
-        if count > self.densest[0]:
-            self.densest = (count, step)
 
     @property
     def sustained(self) -> bool:
@@ -124,7 +117,6 @@ class StopRule:
             "mode": self.mode,
             "min_steps": self.min_steps,
             "lit": list(self.lit),
-            "densest": list(self.densest),
             "base_loss": self.base_loss,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
@@ -139,13 +131,10 @@ class StopRule:
     def load_document(self, document: dict[str, Any]) -> None:
         """Inverse of `to_document`; mode and min_steps stay as this rule was built."""
         self.lit = deque(document["lit"], maxlen=WINDOW)
-        self.densest = (int(document["densest"][0]), int(document["densest"][1]))
         self.base_loss = document["base_loss"]
         self.best_step, self.best_loss = document["best_step"], document["best_loss"]
         self.anchor_step = document["anchor_step"]
-        self.anchor_loss = (
-            float("inf") if document["anchor_loss"] is None else document["anchor_loss"]
-        )
+        self.anchor_loss = float("inf") if document["anchor_loss"] is None else document["anchor_loss"]
         self.averages = Averages(*document["averages"]) if document["averages"] else None
         self.scalar, self.bad_probes = document["scalar"], document["bad_probes"]
         self.probes = document["probes"]

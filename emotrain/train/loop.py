@@ -240,7 +240,7 @@ def tell(
     """Feed the stop rule and the observers with one step."""
     optimizer, rule = parts.optimizer, parts.stop_rule
     assert optimizer.reading is not None
-    rule.hear_step(state.step, optimizer.should_stop)
+    rule.hear_step(optimizer.should_stop)
     parts.notify(
         StepEnd(
             step=state.step,

@@ -12,7 +12,7 @@ def play(rule: StopRule, curve, *, every: int = 10, max_steps: int = 2000, ready
     """Steps until the rule ends the run; `curve(step)` is the probe loss."""
     rule.hear_probe(0, curve(0))
     for step in range(1, max_steps + 1):
-        rule.hear_step(step, ready(step))
+        rule.hear_step(ready(step))
         if step % every == 0:
             rule.hear_probe(step, curve(step))
         sentence = rule.decide(step)
@@ -70,8 +70,8 @@ def test_signal_mode_needs_a_sustained_signal():
 
 def test_without_a_probe_trusted_mode_listens_to_the_signal():
     rule = StopRule("trusted")
-    for step in range(1, 200):
-        rule.hear_step(step, True)
+    for _ in range(1, 200):
+        rule.hear_step(True)
     assert rule.decide(199) is not None
 
 
@@ -87,7 +87,7 @@ def test_the_meter_stays_within_bounds_and_is_full_at_the_end():
     rule.hear_probe(0, curve(0))
     meters = []
     for step in range(1, 400):
-        rule.hear_step(step, False)
+        rule.hear_step(False)
         if step % 10 == 0:
             rule.hear_probe(step, curve(step))
         meters.append(rule.meter(step))
@@ -106,7 +106,7 @@ def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
     first = StopRule()
     first.hear_probe(0, curve(0))
     for step in range(1, 131):
-        first.hear_step(step, False)
+        first.hear_step(False)
         if step % 10 == 0:
             first.hear_probe(step, curve(step))
     second = StopRule()
@@ -114,7 +114,7 @@ def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
     step = 130
     while not second.decide(step):
         step += 1
-        second.hear_step(step, False)
+        second.hear_step(False)
         if step % 10 == 0:
             second.hear_probe(step, curve(step))
     assert step == end
