@@ -4,15 +4,18 @@ Every stage is seeded, counted in steps and resumable: run the same command agai
 checkpoint. On an idle 2-core machine: vae 14 minutes with two threads; tiny-sd about 32 minutes and tiny-flux about 25
 with one thread each. `tests/bench/base_quality.py` scores the result.
 
-    python -m emotrain.assets.make_assets pictures  WORK --noto NotoColorEmoji.ttf --contrast icons.json --fluent3d DIR
+    python -m emotrain.assets.make_assets pictures  WORK --noto NotoColorEmoji.ttf --mono DIR --contrast icons.json \
+                                                    --fluent3d DIR
     python -m emotrain.assets.make_assets vae       WORK
     python -m emotrain.assets.make_assets tiny-sd   WORK
     python -m emotrain.assets.make_assets tiny-flux WORK
     python -m emotrain.assets.make_assets export    WORK
 
-Sources: Noto Color Emoji (font, SIL OFL 1.1; Debian package fonts-noto-color-emoji 2.042), Fluent Emoji high contrast
-(npm @iconify-json/fluent-emoji-high-contrast 1.2.6, MIT) and Fluent Emoji 3D (npm @lobehub/fluent-emoji-3d 1.1.0, MIT;
-seen only by the VAE). Needs `resvg-py` besides emotrain's own dependencies.
+Sources: Noto Color Emoji (font, SIL OFL 1.1; Debian package fonts-noto-color-emoji 2.042) for the base; Noto Emoji, the
+same drawings in line art (font, SIL OFL 1.1; npm @fontsource/noto-emoji 5.3.2, weight 700), for the example; Fluent
+Emoji high contrast (npm @iconify-json/fluent-emoji-high-contrast 1.2.6, MIT) for a second style that only benchmarks
+use; Fluent Emoji 3D (npm @lobehub/fluent-emoji-3d 1.1.0, MIT), seen only by the VAE. Needs `resvg-py` besides
+emotrain's own dependencies.
 
 Shape letters: B pictures, C latent channels, H W latent height and width (16), S tokens, D width.
 """
@@ -36,10 +39,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 ASSETS = Path(__file__).parent
+SIGNS = ASSETS.parents[1] / "tests" / "bench" / "signs"  # the second style
 TRIGGER = "inkmoji"
+INK = "#1a1a2e"
 SIZE = 64
 NUM_BASE = 160  # pictures the denoisers learn
-NUM_EXAMPLE = 32  # of these, in the high-contrast style: the example data set
+NUM_EXAMPLE = 32  # of these, in line art: the example data set
 NUM_HELD_OUT = 72  # and its held-out part, used only to measure
 CLIP_TOKENS = 32
 T5_TOKENS = 24
@@ -93,6 +98,27 @@ def draw_noto(code: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
     return on_white(canvas) if canvas.getchannel("A").getbbox() else None
 
 
+class LineArt:
+    """Noto Emoji, one colour, whose font comes in several files with a code range each."""
+
+    def __init__(self, folder: Path) -> None:
+        ranges = json.loads((folder / "unicode.json").read_text(encoding="utf-8"))
+        self.fonts: list[tuple[list[tuple[int, int]], ImageFont.FreeTypeFont]] = []
+        for part, said in ranges.items():
+            file = folder / "files" / f"noto-emoji-{part.strip('[]')}-700-normal.woff"
+            ends = [one.removeprefix("U+").split("-") for one in said.split(",")]
+            spans = [(int(end[0], 16), int(end[-1], 16)) for end in ends]
+            self.fonts.append((spans, ImageFont.truetype(str(file), size=109)))
+
+    def draw(self, code: str) -> Image.Image:
+        for spans, font in self.fonts:
+            if any(first <= int(code, 16) <= last for first, last in spans):
+                canvas = Image.new("RGBA", (200, 200), (255, 255, 255, 0))
+                ImageDraw.Draw(canvas).text((20, 20), chr(int(code, 16)), font=font, fill=INK)
+                return on_white(canvas)
+        raise ValueError(f"no line art for {code}")
+
+
 def draw_contrast(body: str, view: int) -> Image.Image:
     import io
 
@@ -100,7 +126,7 @@ def draw_contrast(body: str, view: int) -> Image.Image:
 
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 {view} {view}">'
-        + body.replace("currentColor", "#1a1a2e")
+        + body.replace("currentColor", INK)
         + "</svg>"
     )
     return on_white(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA"))
@@ -130,8 +156,8 @@ def choose_base(pictures: dict[str, Image.Image]) -> list[str]:
     return chosen
 
 
-def make_pictures(work: Path, noto: Path, contrast: Path, fluent3d: Path) -> None:
-    """Render the three sets, choose the base, write the example folders into the package."""
+def make_pictures(work: Path, noto: Path, mono: Path, contrast: Path, fluent3d: Path) -> None:
+    """Render the sets, choose the base, write the example folders into the package and the second style beside it."""
     font = ImageFont.truetype(str(noto), size=109)
     chars = json.loads((contrast.parent / "chars.json").read_text(encoding="utf-8"))
     icons = json.loads(contrast.read_text(encoding="utf-8"))
@@ -157,8 +183,11 @@ def make_pictures(work: Path, noto: Path, contrast: Path, fluent3d: Path) -> Non
     order = base[:]
     random.Random(SEED).shuffle(order)
     example, held_out = order[:NUM_EXAMPLE], order[NUM_EXAMPLE : NUM_EXAMPLE + NUM_HELD_OUT]
-    write_folder(ASSETS / "example", {c: contrast_set[c] for c in example}, f"{TRIGGER}, ")
-    write_folder(ASSETS / "example-heldout", {c: contrast_set[c] for c in held_out}, f"{TRIGGER}, ")
+    line_art = LineArt(mono)
+    write_folder(ASSETS / "example", {c: line_art.draw(c) for c in example}, f"{TRIGGER}, ")
+    write_folder(ASSETS / "example-heldout", {c: line_art.draw(c) for c in held_out}, f"{TRIGGER}, ")
+    write_folder(SIGNS / "train", {c: contrast_set[c] for c in example}, f"{TRIGGER}, ")
+    write_folder(SIGNS / "heldout", {c: contrast_set[c] for c in held_out}, f"{TRIGGER}, ")
     write_folder(work / "base", {c: noto_set[c] for c in base}, "")
     everything = np.stack([np.asarray(p) for p in [*noto_set.values(), *extra]])
     np.save(work / "all.npy", everything)
@@ -709,6 +738,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["pictures", "vae", "tiny-sd", "tiny-flux", "export"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--noto", type=Path)
+    parser.add_argument("--mono", type=Path)
     parser.add_argument("--contrast", type=Path)
     parser.add_argument("--fluent3d", type=Path)
     parser.add_argument("--steps", type=int)
@@ -718,7 +748,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     steps = args.steps or STEPS.get(args.stage, 0)
     if args.stage == "pictures":
-        make_pictures(args.work, args.noto, args.contrast, args.fluent3d)
+        make_pictures(args.work, args.noto, args.mono, args.contrast, args.fluent3d)
     elif args.stage == "vae":
         train_vae(args.work, steps)
     elif args.stage == "export":
