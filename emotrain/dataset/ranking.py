@@ -11,7 +11,8 @@ and a median deviation that no outlier moves.
     picture). That takes the contrast of `PictureContrast`; without one, high from the start and the least improved.
 
 `picture_losses.jsonl` of a run: a line a step, `{"step": 7, "samples": [["folder/a.png", 0.31, 0.084], ...]}`: id,
-position on the noise scale (0..1) and the unweighted loss.
+position on the noise scale (0..1), the unweighted loss, and "no caption" where the sample went without. Such samples
+are left out of the ranking (a loss without a caption is a higher one), but for pictures that never had one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ Verdict = Literal["suspicious", "hard", "memorised", "usual", "unseen"]
 Floats = NDArray[np.float64]
 BINS = 24
 MIN_VISITS = 3  # in each half of the run
+NO_CAPTION = "no caption"
 Z_OUTLIER = 3.5  # of medians and median deviations: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
 _ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
 
@@ -43,6 +45,7 @@ class LossRecord(NamedTuple):
     id: str
     position: float
     loss: float
+    captioned: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def parse_losses(lines: Iterable[str]) -> list[LossRecord]:
 def _records_of(entry: Any) -> list[LossRecord]:
     step = int(entry["step"])
     records = []
-    for name, position, loss in (row[:3] for row in entry["samples"]):
-        record = LossRecord(step, str(name), float(position), float(loss))
+    for name, position, loss, *more in entry["samples"]:
+        record = LossRecord(step, str(name), float(position), float(loss), NO_CAPTION not in more)
         if math.isfinite(record.loss) and math.isfinite(record.position):
             records.append(record)
     return records
@@ -149,7 +152,8 @@ def rank(
     names = sorted({record.id for record in records} | {one.id for one in contrasts} | set(ids))
     if not names:
         raise ValueError("no pictures to rank")
-    halves = _halves(sorted(records))
+    captioned = {record.id for record in records if record.captioned}
+    halves = _halves(sorted(one for one in records if one.captioned or one.id not in captioned))
     seen = [name for name in names if min(len(part.get(name, ())) for part in halves) >= MIN_VISITS]
     margins = contrast_scores(contrasts) if contrasts else {}
     z_contrast = dict(zip(margins, robust_z(list(margins.values()), 0.5), strict=True)) if margins else {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from emotrain.config.schema import Preset
+from emotrain.dataset.ranking import NO_CAPTION
 from emotrain.errors import ResourceError
 from emotrain.lora.file import save_lora, self_check
 from emotrain.observers.metrics_log import MetricsLog, truncate_log
@@ -44,7 +45,10 @@ class PictureLosses:
 
     def write(self, step: int, samples: Sequence[Sample]) -> None:
         """One line; a full disk loses it and nothing else."""
-        rows = [[sample.id, round(sample.position, 5), round(sample.loss, 6)] for sample in samples]
+        rows = [
+            [sample.id, round(sample.position, 5), round(sample.loss, 6), *([] if sample.captioned else [NO_CAPTION])]
+            for sample in samples
+        ]
         try:
             self._file.write(json.dumps({"step": step, "samples": rows}) + "\n")
             self._file.flush()

@@ -89,11 +89,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sample:
-    """The loss of one picture at one position (0..1) of the noise scale."""
+    """The loss of one picture at one position (0..1) of the noise scale; without its caption where that was dropped."""
 
     id: str
     position: float
     loss: float
+    captioned: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
     plain, values = torch.cat(losses, dim=1).tolist()  # the one device-to-host copy of the step
     places = torch.cat(positions).tolist()
     ids = [name for batch in batches for name in batch.ids]
-    samples = [Sample(name, place, value) for name, place, value in zip(ids, places, plain, strict=True)]
+    captioned = [bool(text) for batch in batches for text in batch.texts or batch.ids]
+    samples = [Sample(*row) for row in zip(ids, places, plain, captioned, strict=True)]
     return sum(values) / total, parts.ear.hear(places, values), samples
 
 

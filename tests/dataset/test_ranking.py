@@ -11,6 +11,7 @@ import pytest
 
 from emotrain.dataset.contrasts import PictureContrast, contrast_scores, parse_contrasts
 from emotrain.dataset.ranking import (
+    NO_CAPTION,
     LossRecord,
     excess,
     parse_losses,
@@ -91,6 +92,15 @@ def test_a_picture_whose_positions_were_unlucky_is_not_hard() -> None:
         assert abs(score.late) < 0.1
 
 
+def test_samples_without_their_caption_make_no_picture_hard() -> None:
+    records = run()
+    dropped = [one._replace(loss=9 * one.loss, captioned=False) for one in records[::5] if one.id == "data/07.png"]
+    assert rank([*records, *dropped]) == rank(records)
+    assert rank([*records, *(one._replace(captioned=True) for one in dropped)]) != rank(records)
+    never = [one._replace(captioned=False) if one.id == "data/03.png" else one for one in run(hard="data/03.png")]
+    assert rank(never)[0].id == "data/03.png"  # a picture that never had a caption is ranked all the same
+
+
 def test_pictures_hardly_seen_come_last_and_are_not_judged() -> None:
     scores = rank([*run(), LossRecord(600, "new.png", 0.5, 9.0)], ids=["never.png"])
     assert {(score.id, score.verdict, score.visits) for score in scores[-2:]} == {
@@ -122,9 +132,14 @@ def test_a_log_is_read_and_its_cut_off_end_left_out() -> None:
         json.dumps({"step": 1, "samples": [["a b/\u732b.png", 0.25, 0.5], ["c.png", 0.5, 0.25, "more"]]}),
         "",
         json.dumps({"step": 2, "samples": [["c.png", 0.75, float("nan")]]}),
-        '{"step": 3, "samples": [["c.p',
+        json.dumps({"step": 3, "samples": [["c.png", 0.75, 0.5, NO_CAPTION]]}),
+        '{"step": 4, "samples": [["c.p',
     ]
-    assert parse_losses(lines) == [LossRecord(1, "a b/\u732b.png", 0.25, 0.5), LossRecord(1, "c.png", 0.5, 0.25)]
+    assert parse_losses(lines) == [
+        LossRecord(1, "a b/\u732b.png", 0.25, 0.5),
+        LossRecord(1, "c.png", 0.5, 0.25),
+        LossRecord(3, "c.png", 0.75, 0.5, captioned=False),
+    ]
 
 
 @pytest.mark.parametrize("line", ["no json", "[]", '{"step": 1}', '{"step": 1, "samples": [["a"]]}'])

@@ -52,6 +52,15 @@ def test_a_regularisation_weight_counts_in_the_loss_and_not_in_the_picture_s_rec
     assert loss == pytest.approx((first + 0.5 * second) / 2)
 
 
+def test_a_sample_whose_caption_was_dropped_is_marked_in_the_record():
+    class Dropped(FakeData):
+        def batch(self, micro_step: int):
+            return replace(super().batch(micro_step), texts=("", "a cat"))
+
+    _, _, samples = accumulate(make_parts(Recorder(), data=Dropped(4, 2)), limits(), TrainState())
+    assert [(sample.id, sample.captioned) for sample in samples] == [("picture-0", False), ("picture-1", True)]
+
+
 def test_accumulated_gradient_is_that_of_one_batch_with_a_ragged_end():
     def gradient(data: FakeData, count: int) -> torch.Tensor:
         parts = make_parts(Recorder(), data=data)
