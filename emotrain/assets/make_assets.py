@@ -49,8 +49,9 @@ NUM_HELD_OUT = 72  # and its held-out part, used only to measure
 CLIP_TOKENS = 32
 T5_TOKENS = 24
 SEED = 7
-STEPS = {"vae": 2800, "tiny-sd": 9000, "tiny-flux": 6500}
-STYLES_FROM = {"tiny-sd": 6000}  # from this step on, with a second rise and fall of the learning rate
+STEPS = {"vae": 2800, "tiny-sd": 9000, "tiny-flux": 9500}
+# from this step on, with a second rise and fall of the learning rate
+STYLES_FROM = {"tiny-sd": 6000, "tiny-flux": 6500}
 STYLED = 0.45  # share of styled samples then
 
 # What everybody recognises comes first; the rest is chosen so that no two pictures look alike.

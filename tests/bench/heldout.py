@@ -21,7 +21,7 @@ from emotrain.families.base import DrawRequest
 from emotrain.families.sampling import draw_sample
 from emotrain.lora.adapter import adapter_like
 from emotrain.lora.file import read_lora
-from emotrain.train.losses import GOLDEN, sample_losses
+from emotrain.train.losses import GOLDEN, sample_losses, sizes_of
 
 TRIGGER = "inkmoji"
 DRAWS = 8
@@ -49,8 +49,8 @@ class Measured:
 class Bench:
     """A built-in model with the held-out pictures encoded."""
 
-    def __init__(self, model: str, folder: str = "builtin:example-heldout") -> None:
-        self.family = load_family(f"builtin:{model}")
+    def __init__(self, model: str, folder: str = "builtin:example-heldout", family: Any = None) -> None:
+        self.family = family or load_family(f"builtin:{model}")
         self.objective = build_objective(self.family.prediction, self.family.scheduler_config)
         examples = scan((Folder(path=folder),)).examples
         settings = LoaderSettings(BucketRules((64,), 8, 64, 64), trigger=TRIGGER, dropout=0.0)
@@ -60,14 +60,35 @@ class Bench:
         self.batch = self.data.fixed([example.id for example in self.data.examples])[0]
         self.negative = self.family.encode_texts([""])
         self.adapter: Any = None
+        self.plain: Any = None
 
     def load(self, lora: Path) -> None:
         """Put a LoRA file on the model."""
         file = read_lora(lora)
         self.adapter = adapter_like(self.family.denoiser, file.state, file.alphas, family=self.family.name)
 
+    def wear(self, state: dict[str, torch.Tensor], alpha: float = 8.0) -> None:
+        """Put adapter weights on the model, under the names that an adapter's own state has."""
+        alphas = {key.rpartition(".lora_")[0]: alpha for key in state}
+        self.adapter = adapter_like(self.family.denoiser, state, alphas, family=self.family.name)
+
     @torch.no_grad()
-    def losses(self, *, shift: int = 0) -> np.ndarray:
+    def drift(self) -> float:
+        """Mean squared change that the LoRA makes to predictions for captions without the trigger."""
+        if self.plain is None:
+            self.plain = self.family.encode_texts([text.removeprefix(f"{TRIGGER}, ") for text in self.captions])
+        n = len(self.batch.ids)
+        timesteps = self.objective.timesteps(torch.tensor([(i + 0.5) / n for i in range(n)]), 256)
+        noise = torch.randn(self.batch.latents.shape, generator=torch.Generator().manual_seed(98))
+        noisy = self.objective.add_noise(self.batch.latents, noise, timesteps)
+        sizes = sizes_of(self.batch)
+        on = self.family.predict(noisy, timesteps, self.plain, sizes)
+        with self.adapter.off():
+            off = self.family.predict(noisy, timesteps, self.plain, sizes)
+        return float((on - off).pow(2).mean())
+
+    @torch.no_grad()
+    def losses(self, *, shift: int = 0, draws: int = DRAWS) -> np.ndarray:
         """Mean loss of each picture over fixed noise and stratified timesteps; captions moved on by `shift`."""
         n = len(self.batch.ids)
         order = [(i + shift) % n for i in range(n)]
@@ -76,11 +97,11 @@ class Bench:
         tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
         total = torch.zeros(n, dtype=torch.float64)
         generator = torch.Generator().manual_seed(99)
-        for draw in range(DRAWS):
-            u = torch.tensor([(draw + ((i + 0.5) * GOLDEN) % 1.0) / DRAWS for i in range(n)])
+        for draw in range(draws):
+            u = torch.tensor([(draw + ((i + 0.5) * GOLDEN) % 1.0) / draws for i in range(n)])
             noise = torch.randn(batch.latents.shape, generator=generator)
             total += sample_losses(self.family, self.objective, batch, noise, self.objective.timesteps(u, tokens))
-        return (total / DRAWS).numpy()
+        return (total / draws).numpy()
 
     def measure(self) -> Measured:
         """Base, LoRA with right captions, LoRA with wrong ones."""
