@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from heldout import Bench
 from safetensors.torch import load_file, save_file
 
@@ -39,12 +38,16 @@ LONG = 3  # a run goes on for this many times the steps of its best
 
 @dataclass(frozen=True)
 class Task:
-    """A base model, a style, and from how many pictures of it; `wrong` captions are passed round."""
+    """A base model, a style, and from how many pictures of it; `wrong` captions are passed round.
+
+    `folders` are the training and the held-out pictures of a style that is not known here.
+    """
 
     model: str
     style: str
     pictures: int
     wrong: int = 0
+    folders: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -52,9 +55,13 @@ class Task:
         return f"{self.model}-{self.style}-{self.pictures}" + ("-noisy" if self.wrong else "")
 
     def train_folder(self) -> Path:
+        if self.folders:
+            return Path(self.folders[0])
         return resolve_folder("builtin:example") if self.style == "ink" else SIGNS / "train"
 
     def heldout_folder(self) -> str:
+        if self.folders:
+            return self.folders[1]
         return "builtin:example-heldout" if self.style == "ink" else str(SIGNS / "heldout")
 
     def lay_out(self, work: Path) -> tuple[Path, Path]:

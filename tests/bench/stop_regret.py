@@ -1,0 +1,238 @@
+"""Is the run ended at the right step? Regret of the stop rule, beside other ways to end a run.
+
+    python tests/bench/stop_regret.py [--work DIR] [--models tiny-sd tiny-flux] [--report docs/benchmarks]
+    python tests/bench/stop_regret.py --pictures FOLDER --held-out FOLDER    another style, in place of the tasks
+
+Each cell is one long run (see longrun.py) whose oracle is its lowest true held-out loss. Regret is
+(loss of the LoRA that is handed over - oracle) / (base - oracle). Every rule is tried on the same recorded runs: they
+hear only what was known at each step. Cells are kept in the work folder and used again.
+
+"held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from longrun import EVERY, Cell, LongRun, Record, Task
+
+from emotrain.pulse.draw import Panel, svg
+from emotrain.pulse.replay import replay
+from emotrain.pulse.stopping import StopRule
+
+FIRST = {("tiny-sd", 4): (400, 900), ("tiny-sd", 1): (500, 1800)}
+FIRST |= {("tiny-flux", 4): (500, 1200), ("tiny-flux", 1): (900, 2400)}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a rule did: the step it stopped at (None: never, within the run) and the step that it hands over."""
+
+    stopped: int | None
+    chosen: int
+
+
+def trusted(record: Record, probe: str) -> Ended:
+    """The product's own rule, fed with a recorded run."""
+    rule, losses = StopRule(), getattr(record, probe)
+    rule.hear_probe(0, losses["0"])
+    for step in range(1, record.steps + 1):
+        rule.hear_step(record.ready[step - 1])
+        if str(step) in losses:
+            rule.hear_probe(step, losses[str(step)])
+        if rule.decide(step):
+            return Ended(step, rule.best_step or 0)
+    return Ended(None, rule.best_step or 0)
+
+
+def at_step(record: Record, step: int | None) -> Ended:
+    """Stop at a step and hand over what there is, rounded up to where an adapter was kept."""
+    if step is None or step > record.steps:
+        return Ended(None, max(map(int, record.held)))
+    return Ended(step, min(-(-step // EVERY) * EVERY, max(map(int, record.held))))
+
+
+def quiet(record: Record) -> Ended:
+    """The first READY of generations 3.6 to 3.7.6, on the same losses."""
+    steps = range(1, len(record.heard) + 1)
+    signals = {signal.name: signal.first for signal in replay(list(steps), record.heard).signals}
+    return at_step(record, signals["3.6-3.7.6 navi/sens"])
+
+
+def ready(record: Record) -> Ended:
+    """The first READY of 3.9."""
+    return at_step(record, record.ready.index(True) + 1 if True in record.ready else None)
+
+
+def patient(record: Record, wait: int = 100) -> Ended:
+    """Patience on the training loss: its average over about 50 steps has not improved for 100 steps."""
+    average, best, best_step = record.losses[0], float("inf"), 0
+    for step, loss in enumerate(record.losses, 1):
+        average += (loss - average) / min(step, 50)
+        if average < best:
+            best, best_step = average, step
+        elif step - best_step >= wait:
+            return at_step(record, step)
+    return at_step(record, None)
+
+
+RULES: dict[str, Callable[[Record], Ended]] = {
+    "trusted, held out": lambda record: trusted(record, "held"),
+    "trusted, mirrored": lambda record: trusted(record, "mirrored"),
+    "first READY of 3.9": ready,
+    "quiet signal (3.7.6)": quiet,
+    "patience on the training loss": patient,
+    "200 steps": lambda record: at_step(record, 200),
+    "500 steps": lambda record: at_step(record, 500),
+    "1,000 steps": lambda record: at_step(record, 1000),
+    "the last step": lambda record: Ended(None, max(map(int, record.held))),
+    "lowest held-out probe, no stop": lambda record: lowest(record, "held"),
+    "lowest mirrored probe, no stop": lambda record: lowest(record, "mirrored"),
+}
+
+
+def lowest(record: Record, probe: str) -> Ended:
+    """The lowest probe of the whole long run: what a rule that never stops too early would hand over."""
+    losses = getattr(record, probe)
+    return Ended(None, int(min(losses, key=losses.__getitem__)))
+
+
+def cells_of(models: list[str]) -> list[Cell]:
+    """4 tasks, 2 seeds, micro-batches of 4 and 1; and the noisy set."""
+    found = []
+    for model in models:
+        tasks = [Task(model, "ink", 32), Task(model, "signs", 8)]
+        for micro_batch in (4, 1):
+            found += [Cell(task, micro_batch, seed) for seed in (0, 1) for task in tasks]
+            found += [Cell(Task(model, "ink", 32, wrong=3), micro_batch, 0)]
+    return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One rule on one cell."""
+
+    rule: str
+    cell: str
+    stopped: int | None
+    chosen: int
+    regret: float
+    steps_ratio: float | None  # steps used over the oracle's
+
+
+def judge(run: LongRun) -> list[Judged]:
+    """Every rule on one run; asking for a step's true loss may lower the oracle, so that comes first."""
+    ended = {name: rule(run.record) for name, rule in RULES.items()}
+    for one in ended.values():
+        run.true(one.chosen)
+    oracle = run.best()
+    base, least = run.true(0), run.true(oracle)
+    return [
+        Judged(
+            name,
+            run.cell.name,
+            one.stopped,
+            one.chosen,
+            (run.true(one.chosen) - least) / (base - least),
+            one.stopped / oracle if one.stopped else None,
+        )
+        for name, one in ended.items()
+    ]
+
+
+def summary(judged: list[Judged]) -> list[str]:
+    """One line per rule: median and worst regret, steps used, how often it stopped at all."""
+    lines = ["| rule | regret: median | worst | steps / oracle's: median | most | stopped |", "|" + " --- |" * 6]
+    for rule in RULES:
+        own = [one for one in judged if one.rule == rule]
+        regrets = [one.regret for one in own]
+        ratios = [one.steps_ratio for one in own if one.steps_ratio is not None]
+        used = f"{statistics.median(ratios):.2f} | {max(ratios):.2f}" if ratios else "- | -"
+        lines.append(
+            f"| {rule} | {statistics.median(regrets):.1%} | {max(regrets):.1%} | {used} | {len(ratios)} of {len(own)} |"
+        )
+    return lines
+
+
+def table(runs: list[LongRun], judged: list[Judged]) -> list[str]:
+    """Every cell: oracle, both trusted rules, controls."""
+    heads = "cell | base | oracle @ step | run's steps | held out: stopped, chosen, regret | mirrored |"
+    lines = [f"| {heads} gain kept with wrong captions | drift without trigger |", "|" + " --- |" * 8]
+    for run in runs:
+        oracle = run.best()
+        base, least = run.true(0), run.true(oracle)
+        words = []
+        for rule in list(RULES)[:2]:
+            one = next(j for j in judged if j.rule == rule and j.cell == run.cell.name)
+            words.append(f"{one.stopped or 'ceiling'}, {one.chosen}, {one.regret:.1%}")
+        wrong, drift = run.controls(oracle)
+        lines.append(
+            f"| {run.cell.name.removesuffix('-emosens')} | {base:.4f} | {least:.4f} @ {oracle} | {run.record.steps} |"
+            f" {words[0]} | {words[1]} | {(base - wrong) / (base - least):.0%} | {drift:.3f} |"
+        )
+    return lines
+
+
+def plot(runs: list[LongRun], judged: list[Judged]) -> str:
+    """True held-out loss, both probes and where the held-out rule stopped, one panel a cell."""
+    panels = []
+    for run in runs:
+        true = sorted((int(step), loss) for step, loss in run.record.true.items())
+        held, mirrored = (
+            sorted((int(step), loss) for step, loss in losses.items())
+            for losses in (run.record.held, run.record.mirrored)
+        )
+        one = next(j for j in judged if j.cell == run.cell.name)
+        marks = [(float(one.chosen), "handed over")] + ([(float(one.stopped), "stop")] if one.stopped else [])
+        curves = [("held-out loss", true), ("probe, held out", held), ("probe, mirrored", mirrored)]
+        panels.append(Panel(run.cell.name, curves, marks=marks, log=True))
+    return svg(panels, title="When to stop", panel_height=130)
+
+
+def main() -> None:
+    """Train what is missing, judge, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("bench-cells"))
+    parser.add_argument("--models", nargs="+", default=["tiny-sd", "tiny-flux"])
+    parser.add_argument("--pictures", type=Path, help="another style to train on")
+    parser.add_argument("--held-out", type=Path, help="at least 20 pictures of it to measure with")
+    parser.add_argument("--report", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = cells_of(args.models)
+    if args.pictures:
+        count = len(list(args.pictures.glob("*.png")))
+        tasks = [
+            Task(model, args.pictures.resolve().name, count - 3, folders=(str(args.pictures), str(args.held_out)))
+            for model in args.models
+        ]
+        cells = [Cell(task, micro_batch, seed) for task in tasks for micro_batch in (4, 1) for seed in (0, 1)]
+    runs, judged = [], []
+    for cell in cells:
+        run = LongRun(cell, args.work)
+        run.train(*FIRST[cell.task.model, cell.micro_batch])
+        runs.append(run)
+        judged += judge(run)
+        print(
+            cell.name,
+            run.record.steps,
+            "oracle",
+            run.best(),
+            *[f"{one.regret:.1%}" for one in judged[-len(RULES) :][:2]],
+        )
+    lines = [*summary(judged), "", *table(runs, judged)]
+    print("\n".join(lines))
+    if args.report:
+        text = Path(__file__).read_text(encoding="utf-8").split('"""')[1].strip()
+        head = ["# When to stop", "", "`python tests/bench/stop_regret.py`", "", *text.splitlines()[5:], ""]
+        (args.report / "stop_regret.md").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+        (args.report / "stop_regret.svg").write_text(plot(runs, judged), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
