@@ -83,7 +83,8 @@ def _show(made: Plan) -> None:
     rows.append(("in all", _size(made.needed)))
     output.table(rows, header=(f"memory of a step, batch {made.batch}", ""))
     output.result(f"expect {low:.1f} to {high:.1f} GiB; counted, not measured")
-    output.result(f"while captions are encoded: {_size(made.encoders_gib)} of text encoders, which then leave")
+    leave = "which then leave" if not made.text_modules else "of which the trained ones stay"
+    output.result(f"while captions are encoded: {_size(made.encoders_gib)} of text encoders, {leave}")
     output.result("")
     output.table([(name, _size(gib)) for name, gib in made.savings], header=("switch", "saves"))
     output.result("")

@@ -22,6 +22,7 @@ def load_family(
     memory: str = "auto",
     device: str = "auto",
     gradient_checkpointing: bool | str = "auto",
+    train_text: bool = False,
 ) -> LoadedFamily:
     """Load a model, frozen, ready for a LoRA.
 
@@ -36,6 +37,7 @@ def load_family(
         memory: auto | 24gb | 16gb | 12gb | 8gb: the GPU to fit into; auto is what is free.
         device: auto | cuda | mps | cpu.
         gradient_checkpointing: auto, or whether activations are computed again in the backward pass.
+        train_text: the CLIP text encoders are to be trained: they stay in memory beside the denoiser.
 
     Returns:
         The family; `placement` says in one sentence what was decided about memory.
@@ -49,5 +51,5 @@ def load_family(
 
     return load(
         base, family=family, vae=vae, revision=revision, dtype=dtype, quantize=quantize, memory=memory,
-        device=device, gradient_checkpointing=gradient_checkpointing,
+        device=device, gradient_checkpointing=gradient_checkpointing, train_text=train_text,
     )  # fmt: skip

@@ -43,6 +43,7 @@ class Family(Protocol):
     denoiser: nn.Module
     vae: nn.Module | None  # None once freed
     text_encoders: list[TextEncoderPart]  # empty once freed
+    trained_encoders: frozenset[str]  # names of those that carry a LoRA; they are never freed
     device: device
     dtype: dtype  # of the denoiser's arithmetic
     vae_scale: int  # pixels per latent: 8 on the real models
@@ -63,14 +64,20 @@ class Family(Protocol):
         `timesteps` float32 [B]: SD 0..999 (whole numbers); flow models sigma in 0..1.
         """
 
-    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
-        """As `encode_texts`, on the encoders' device, in their dtype, and with gradients."""
+    def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
+        """As `encode_texts`, on the encoders' device, in their dtype, and with gradients.
+
+        `frozen` are embeddings of the same texts from before: what a T5 gives is taken from them.
+        """
+
+    def train_encoders(self) -> tuple[str, ...]:
+        """Keep the CLIP text encoders on the device for the whole run; their names."""
 
     def place_denoiser(self) -> None:
         """Move the denoiser and its LoRA to the device, where they had to wait for the encoders."""
 
     def free_encoders(self) -> None:
-        """Let go of the text encoders (and of the VAE's encoder half) once everything is cached."""
+        """Let go of the untrained text encoders (and of the VAE's encoder half) once everything is cached."""
 
     def vae_identity(self) -> str:
         """A digest that changes when encode_images would give other latents (weights, scale, dtype)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.offload import move_rest
+from emotrain.families.sizes import FAMILIES
 
 # Of samples of small models such as the built-in ones, looked at with 1, 2, 3 and 5: at 1 shapes are
 # a little ragged, and above 2 the colours of what the model knows less well run together.
@@ -68,6 +69,7 @@ class LoadedFamily(ABC):
         self.denoiser: Any = parts.denoiser  # nn.Module with a diffusers config
         self.vae: Any = parts.vae  # the same, or None
         self.text_encoders = parts.text_encoders
+        self.trained_encoders: frozenset[str] = frozenset()
         self.scheduler = parts.scheduler
         self.scheduler_config: dict[str, Any] = dict(parts.scheduler.config)
         self.device = parts.device
@@ -113,8 +115,27 @@ class LoadedFamily(ABC):
         """Texts -> embeddings float32 on the CPU, a row per text; as the pipeline's `encode_prompt`."""
 
     @abstractmethod
-    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
-        """As `encode_texts`, but on the encoders' device, in their dtype and with gradients: to train the encoders."""
+    def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
+        """As `encode_texts`, but on the encoders' device, in their dtype and with gradients: to train the encoders.
+
+        Args:
+            texts: captions.
+            frozen: embeddings of the same texts from before; what a T5 gives is taken from them, so that
+                it may be freed.
+        """
+
+    def train_encoders(self) -> tuple[str, ...]:
+        """Keep the CLIP text encoders on the device for the whole run, to train a LoRA on them; their names.
+
+        Call it before a LoRA is put on them: what the cached embeddings belong to is settled here.
+        """
+        self.text_identity()
+        names = [name for name, _ in FAMILIES[self.name].text_modules]
+        held = [part for part in self.text_encoders if part.name in names]
+        for part in held:
+            part.encoder.to(self.device)
+        self.trained_encoders = frozenset(part.name for part in held)
+        return tuple(part.name for part in held)
 
     @staticmethod
     def to_rows(embeds: TextEmbeds) -> TextEmbeds:
@@ -166,16 +187,17 @@ class LoadedFamily(ABC):
             return
         stay, self._waiting = self._waiting, None
         for part in self.text_encoders:
-            part.encoder.to("cpu")
+            if part.name not in self.trained_encoders:
+                part.encoder.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         move_rest(self.denoiser, stay, self.device)
 
     def free_encoders(self) -> None:
-        """Let go of the text encoders and of the VAE's encoder half; identities are kept."""
+        """Let go of the text encoders that are not trained and of the VAE's encoder half; identities are kept."""
         self.vae_identity()
         self.text_identity()
-        self.text_encoders = []
+        self.text_encoders = [part for part in self.text_encoders if part.name in self.trained_encoders]
         if self.vae is not None and getattr(self.vae, "encoder", None) is not None:
             self.vae.encoder = None
             self.vae.quant_conv = None

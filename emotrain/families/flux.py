@@ -41,13 +41,18 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
 class Flux(LoadedFamily):
     """FLUX.1-dev (guidance embedding), FLUX.1-schnell, and small ones of the same build."""
 
-    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+    def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S, D] of the T5, pooled_prompt_embeds [B, D] of CLIP."""
-        clip, t5 = self.text_encoders
-        return {
-            "prompt_embeds": t5.encoder(ids_of(t5, texts), output_hidden_states=False)[0],
-            "pooled_prompt_embeds": clip.encoder(ids_of(clip, texts), output_hidden_states=False).pooler_output,
-        }
+        clip = self.part("text_encoder")
+        assert clip is not None
+        if frozen is None:
+            t5 = self.part("text_encoder_2")
+            assert t5 is not None
+            tokens = t5.encoder(ids_of(t5, texts), output_hidden_states=False)[0]
+        else:
+            tokens = frozen["prompt_embeds"].to(self.device)
+        pooled = clip.encoder(ids_of(clip, texts), output_hidden_states=False).pooler_output
+        return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> TextEmbeds:

@@ -11,6 +11,7 @@ from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.memory import (
     ACTIVATIONS_GIB,
     GIB,
+    TRAINED_GIB,
     MemoryPlan,
     choose_memory,
     installed_backends,
@@ -20,6 +21,7 @@ from emotrain.families.offload import offload_linears
 from emotrain.families.sizes import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.table import sniff
+from emotrain.families.texts import encoder_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -95,6 +97,7 @@ def load(
     memory: str,
     device: str,
     gradient_checkpointing: bool | str,
+    train_text: bool = False,
 ) -> LoadedFamily:
     """See `emotrain.families.load_family`."""
     from emotrain.families.pieces import load_pieces, load_vae, text_parts
@@ -102,7 +105,8 @@ def load(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     found = sniff(base, family, revision)
-    plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing)
+    text_gib = trained_text_gib(found, kind) if train_text else 0.0
+    plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing, text_gib)
     require_backend(plan.quantize)
     pieces = load_pieces(found, kind, revision, quantization(plan.quantize, kind))
     if vae is not None:
@@ -136,8 +140,12 @@ def plan_memory(
     quantize: str,
     memory: str,
     gradient_checkpointing: bool | str,
+    text_gib: float = 0.0,
 ) -> MemoryPlan:
-    """What fits, from the sizes of the public model; small models of other sizes need nothing."""
+    """What fits, from the sizes of the public model; small models of other sizes need nothing.
+
+    `text_gib` is what text encoders take that stay beside the denoiser.
+    """
     info = FAMILIES[found.family]
     if found.variant not in info.variants:
         wanted = gradient_checkpointing is True
@@ -146,12 +154,19 @@ def plan_memory(
         num_parameters=info.variants[found.variant].parameters,
         bytes_per_parameter=dtype.itemsize,
         activations_gib=ACTIVATIONS_GIB[found.variant],
+        trained_gib=TRAINED_GIB + text_gib,
         free_gib=free_gib(device),
         memory="auto" if device.type != "cuda" else memory,
         quantize=quantize,
         gradient_checkpointing=gradient_checkpointing,
         backends=installed_backends() if device.type == "cuda" else frozenset(),
     )
+
+
+def trained_text_gib(found: Sniffed, dtype: torch.dtype) -> float:
+    """GiB of the CLIP text encoders."""
+    sizes = encoder_parameters(found)
+    return sum(sizes[name] for name, _ in FAMILIES[found.family].text_modules) * dtype.itemsize / GIB
 
 
 def quantization(kind: str, dtype: torch.dtype) -> Any:

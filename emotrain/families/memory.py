@@ -13,6 +13,7 @@ from emotrain.errors import ConfigError
 
 GIB = 1024**3
 CONTEXT_GIB = 0.6  # what CUDA and its libraries take: 0.4 to 0.8
+TRAINED_GIB = 0.5  # LoRA weights, gradients and optimizer state
 VAE_GIB = 0.2  # the decoder in float32, which stays for samples
 SPARE = 1.08  # workspace and fragments on top of activations
 SIZES_GIB = {"24gb": 24.0, "16gb": 16.0, "12gb": 12.0, "8gb": 8.0}
@@ -89,7 +90,7 @@ def choose_memory(
     num_parameters: int,
     bytes_per_parameter: float,
     activations_gib: tuple[float, float],
-    trained_gib: float = 0.5,
+    trained_gib: float = TRAINED_GIB,
     free_gib: float | None = None,
     memory: str = "auto",
     quantize: str = "none",
@@ -105,7 +106,7 @@ def choose_memory(
         num_parameters: of the denoiser.
         bytes_per_parameter: of its dtype.
         activations_gib: saved activations without and with gradient checkpointing.
-        trained_gib: LoRA weights, gradients and optimizer state.
+        trained_gib: LoRA weights, gradients and optimizer state, and trained text encoders.
         free_gib: free memory of the GPU; None where there is none, or it is not known.
         memory: auto (what is free), or a size; a size that is larger than what is free is cut.
         quantize: as the preset says.

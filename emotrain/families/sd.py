@@ -15,7 +15,7 @@ from emotrain.families.sizes import FAMILIES
 class StableDiffusion(LoadedFamily):
     """sd15 and sd21; they differ in sizes and in what is predicted only."""
 
-    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+    def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S, D]: CLIP's last hidden state, normalised (no layer is skipped)."""
         part = self.text_encoders[0]
         ids = ids_of(part, texts)

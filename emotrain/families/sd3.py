@@ -17,7 +17,7 @@ T5_TOKENS = 256  # what the stock pipeline pads to
 class StableDiffusion3(LoadedFamily):
     """SD3 medium, SD3.5 medium and large. The T5 may be absent; its tokens are then zeros."""
 
-    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+    def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S + S', D]: CLIP tokens padded to the T5's width, then the T5's.
 
         pooled_prompt_embeds [B, D' + D'']: of both CLIP encoders.
@@ -30,7 +30,7 @@ class StableDiffusion3(LoadedFamily):
             hidden.append(output.hidden_states[-2])
             pooled.append(output[0])
         clip = torch.cat(hidden, dim=-1)
-        t5 = self._t5_tokens(texts, clip)
+        t5 = self._t5_tokens(texts, clip) if frozen is None else frozen["prompt_embeds"][:, clip.shape[1] :].to(clip)
         clip = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {
             "prompt_embeds": torch.cat([clip, t5], dim=-2),

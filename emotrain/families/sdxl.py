@@ -21,7 +21,7 @@ def time_ids(conditioning: Conditioning) -> Tensor:
 class StableDiffusionXL(LoadedFamily):
     """SDXL and its many children, epsilon or v."""
 
-    def encode_with_grad(self, texts: list[str]) -> TextEmbeds:
+    def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S, D + D']: both penultimate layers; pooled of the second encoder."""
         hidden, pooled = [], None
         for part in self.text_encoders:

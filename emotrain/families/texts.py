@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.sizes import FAMILIES, public_configs
@@ -32,6 +33,17 @@ def num_text_tokens(found: Sniffed) -> int:
     if found.family == "sd3":
         return min(limits[0], CLIP_TOKENS) + min(limits[2], T5_LIMIT["sd3"])
     return min(limits[0], CLIP_TOKENS)
+
+
+def trainable_encoders(found: Sniffed) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The CLIP text encoders of a model, name -> (class, config): of a folder its own, else the public model's."""
+    public = public_configs()["text_encoders"][{"flux": "flux1"}.get(found.family, found.family)]
+    encoders = {}
+    for name, _ in FAMILIES[found.family].text_modules:
+        kind, config = public[name]
+        own = Path(found.path) / name / "config.json"
+        encoders[name] = (kind, read_json(own) if found.kind == "folder" and own.is_file() else config)
+    return encoders
 
 
 def _limit(found: Sniffed, tokenizer: str) -> int:

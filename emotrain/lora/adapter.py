@@ -53,6 +53,11 @@ class Adapter:
         """How many modules are adapted."""
         return len(self._layers)
 
+    def num_modules_by_part(self) -> dict[str, int]:
+        """unet, transformer, text_encoder...: how many modules each has."""
+        parts = [names.canonical(path, self.part).split(".", 1)[0] for path in self._layers]
+        return {part: parts.count(part) for part in dict.fromkeys(parts)}
+
     @property
     def num_parameters(self) -> int:
         """How many numbers are trained."""
@@ -94,10 +99,10 @@ class Adapter:
         Raises:
             ModelError: a key is missing or left over, or a shape differs.
         """
-        given = {names.local(key, self.part): value for key, value in state.items()}
-        own = {names.local(names.canonical(key, self.part), self.part): p for key, p in self.named_parameters()}
+        given = {names.canonical(key, self.part): value for key, value in state.items()}
+        own = {names.canonical(key, self.part): p for key, p in self.named_parameters()}
         if given.keys() != own.keys():
-            odd = sorted(given.keys() ^ own.keys())
+            odd = sorted(names.local(key, self.part) for key in given.keys() ^ own.keys())
             raise ModelError(f"the LoRA's weights do not fit this adapter: {len(odd)} names differ, first `{odd[0]}`")
         for key, parameter in own.items():
             if given[key].shape != parameter.shape:
@@ -119,6 +124,20 @@ class Adapter:
         finally:
             for path, layer in self._layers.items():
                 activate(layer, active[path], trained=self.name)
+
+
+def join(denoiser: Adapter, texts: Sequence[Adapter]) -> Adapter:
+    """The LoRA of a denoiser and those of its text encoders as one: trained, switched and saved together.
+
+    The denoiser's modules keep their plain paths, those of the encoders have canonical ones
+    ("text_encoder_2.text_model...").
+    """
+    layers = dict(denoiser._layers)
+    for adapter in texts:
+        layers.update({names.canonical(path, adapter.part): layer for path, layer in adapter._layers.items()})
+    return Adapter(
+        layers, name=denoiser.name, part=denoiser.part, family=denoiser.family, rank=denoiser.rank, alpha=denoiser.alpha
+    )
 
 
 def add_adapter(

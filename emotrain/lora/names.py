@@ -23,11 +23,11 @@ def canonical(key: str, part: str) -> str:
     >>> canonical("encoder.layers.0.mlp.fc1", "text_encoder")
     'text_encoder.text_model.encoder.layers.0.mlp.fc1'
     """
-    if part_of_key(key) is not None:
-        return key
-    if part.startswith("text_encoder") and key.startswith("encoder.layers."):
-        key = f"text_model.{key}"
-    return f"{part}.{key}"
+    own = part_of_key(key)
+    part, path = (part, key) if own is None else (own, key.removeprefix(f"{own}."))
+    if part.startswith("text_encoder") and path.startswith("encoder.layers."):
+        path = f"text_model.{path}"
+    return f"{part}.{path}"
 
 
 def local(key: str, part: str) -> str:

@@ -16,16 +16,17 @@ from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepar
 from emotrain.dataset.scan import require_pictures, scan
 from emotrain.dataset.split import split_held_out, take_shard
 from emotrain.diffusion import Objective, build_objective
-from emotrain.errors import ConfigError, ModelError
+from emotrain.errors import ConfigError
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, digest_module, words_of
-from emotrain.families.table import Sniffed, expected_modules, resolve_base, sniff
-from emotrain.lora.adapter import Adapter, adapter_like, add_adapter
+from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
+from emotrain.lora.adapter import Adapter
 from emotrain.lora.file import LoraFile
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
 from emotrain.runs import parents
+from emotrain.runs.adapters import build_adapter
 from emotrain.runs.draw import Sampler
 from emotrain.runs.folder import RunFolder
 from emotrain.train.ear import Ear, expected_by_bins
@@ -77,8 +78,15 @@ def loader_settings(preset: Preset, found: Sniffed) -> LoaderSettings:
         step=found.bucket_step,
         micro_batch_size=preset.train.micro_batch_size,
         seed=preset.train.seed,
+        encode_texts=not preset.network.text_encoder or has_frozen_encoder(found.family),
     )
     return replace(settings, shard=None)  # `read_pictures` has taken the shard
+
+
+def has_frozen_encoder(family: str) -> bool:
+    """Whether a family has a text encoder that is never trained (a T5): its embeddings are always cached."""
+    info = FAMILIES[family]
+    return len(info.text_encoders) > len(info.text_modules)
 
 
 def read_pictures(preset: Preset) -> Pictures:
@@ -108,11 +116,6 @@ def read_folders(preset: Preset, folders: Sequence[Folder]) -> tuple[Example, ..
 
 def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) -> Model:
     """Load the base, apply the stack, add the new LoRA (or the one that is continued)."""
-    if preset.network.text_encoder:
-        raise ConfigError(
-            "network.text_encoder is on, but this version trains the denoiser alone",
-            "leave it out; captions are cached and still vary",
-        )
     notify(Phase("loading the model"))
     model = preset.model
     family = load_family(
@@ -124,6 +127,7 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
         quantize=model.quantize,
         memory=model.memory,
         gradient_checkpointing=preset.train.gradient_checkpointing,
+        train_text=preset.network.text_encoder,
     )
     base_digest = digest_module(family.denoiser, words_of(family.denoiser.config))
     loss = preset.train.loss
@@ -143,37 +147,11 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
         ancestors += parents.apply_stack(preset, family)
     if earlier is not None:
         parents.refuse_misfit(earlier, family)
-        adapter = adapter_like(family.denoiser, earlier.state, earlier.alphas, family=family.name)
         path = preset.start_from.continue_ or ""
         ancestors.append({"kind": "continue", **parents.name_of(path), "sha256": earlier.sha256, "weight": 1.0})
-    else:
-        network = preset.network
-        adapter = add_adapter(
-            family.denoiser,
-            rank=network.rank,
-            alpha=network.alpha,
-            targets=network.targets,
-            conv_rank=network.conv_rank,
-            rank_pattern=network.rank_pattern,
-            family=family.name,
-            seed=preset.train.seed,
-        )
+    adapter = build_adapter(preset, family, earlier)
     notify(Phase("loading the model", 1, 1))
     return Model(family, objective, adapter, base_digest, tuple(ancestors))
-
-
-def check_modules(found: Sniffed, targets: str | tuple[str, ...], num_modules: int) -> None:
-    """Refuse a LoRA that covers other than the known number of modules of a public model.
-
-    Raises:
-        ModelError: too few or too many: a library has renamed or moved layers.
-    """
-    expected = expected_modules(found, targets)
-    if expected is not None and num_modules != expected:
-        raise ModelError(
-            f"a LoRA on `{targets}` of {found.variant} has {num_modules} modules instead of {expected}",
-            "another version of diffusers may have renamed layers; constraints.txt names a tested one",
-        )
 
 
 @dataclass(frozen=True)
@@ -192,18 +170,20 @@ def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: Loa
     """
     mirrored = [] if pictures.held_out else mirrored_ids(preset, pictures)
     cache = Cache(warn=lambda line: notify(Notice(line)))
-    whole = prepare(
-        model.family,
-        pictures.all,
-        settings,
-        cache,
-        lambda name, done, total: notify(Phase(name, done, total)),
-        mirror=mirrored,
-    )
+    with model.adapter.off():  # what is cached belongs to the base (and the stack), not to a trained text encoder
+        whole = prepare(
+            model.family,
+            pictures.all,
+            settings,
+            cache,
+            lambda name, done, total: notify(Phase(name, done, total)),
+            mirror=mirrored,
+        )
+        empty = model.family.encode_texts([""]) if settings.encode_texts else {}
     held = [example.id for example in pictures.held_out]
     batches = whole.fixed(held) if held else whole.fixed(mirrored, flip=True)
     train = whole.without(held) if held else whole
-    return Data(train, batches, model.family.encode_texts([""]))
+    return Data(train, batches, empty)
 
 
 def mirrored_ids(preset: Preset, pictures: Pictures) -> list[str]:

@@ -14,7 +14,10 @@ MOST_NAMES = 5
 
 @dataclass(frozen=True)
 class Identity:
-    """Preset (plain values), digest of the base's denoiser, digest of each picture with its caption by id."""
+    """Preset (plain values), digest of the base, digest of each picture with its caption by id.
+
+    The base is its denoiser, and its text encoders where they are trained.
+    """
 
     preset: dict[str, Any]
     base: str

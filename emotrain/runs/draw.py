@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from emotrain.families.base import DrawRequest, TextEmbeds
 from emotrain.families.sampling import draw_sample
 from emotrain.observers.sheet import save_sheet
 from emotrain.train.events import Event, Notice, Phase, SamplesDrawn
+from emotrain.train.losses import text_of
 
 if TYPE_CHECKING:
     from emotrain.families.common import LoadedFamily
@@ -21,7 +25,7 @@ class Sampler:
     Args:
         folder: gets `step-00000050-1.png` and `sheet.png`.
         prompts: as shown, [trigger] filled in.
-        texts: embeddings of the prompts, one row each; `negative` those of the empty text.
+        texts: cached embeddings of the prompts, one row each; `negative` those of the empty text.
         size: width and height in pixels.
     """
 
@@ -68,13 +72,22 @@ class Sampler:
             for number, request in enumerate(self.requests, 1):
                 self.notify(Phase("drawing samples", number - 1, len(self.requests)))
                 paths.append(self.path(step, number))
-                draw_sample(self.family, request).save(paths[-1])
+                draw_sample(self.family, self._told(request, number)).save(paths[-1])
             sheet = self.sheet(step, best_step)
             self.notify(Phase("drawing samples", len(paths), len(paths)))
         except OSError as error:
             self.notify(Notice(f"samples of step {step} were not written: {error.strerror}"))
             return
         self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet))
+
+    def _told(self, request: DrawRequest, number: int) -> DrawRequest:
+        """The request as text encoders in training understand it by now."""
+        if not self.family.trained_encoders:
+            return request
+        with torch.no_grad():
+            text = text_of(self.family, [self.prompts[number - 1]], request.text)
+            negative = text_of(self.family, [""], request.negative)
+        return replace(request, text=text, negative=negative)
 
     def sheet(self, last_step: int, best_step: int | None = None) -> Path:
         """The contact sheet of all steps up to `last_step`."""

@@ -10,9 +10,10 @@ Shape letters: B batch, C latent channels, H W latent height and width, S tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from emotrain.families.loading import family_class
 from emotrain.families.sizes import FAMILIES
+from emotrain.families.texts import CLIP_TOKENS
 from emotrain.lora.adapter import Adapter, add_adapter
+from emotrain.runs.adapters import TEXT_TARGETS
 
 BLOCKS = (
     "ResnetBlock2D",
@@ -35,6 +38,16 @@ BLOCKS = (
 
 
 @dataclass(frozen=True)
+class TextFootprint:
+    """Trained text encoders: bytes that autograd keeps of them, their LoRA modules, its parameters and their own."""
+
+    saved: int = 0
+    modules: tuple[tuple[str, int], ...] = ()
+    num_trained: int = 0
+    num_parameters: int = 0
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Bytes that autograd keeps over one forward pass; `block` is the largest block's share."""
 
@@ -43,16 +56,25 @@ class Footprint:
     block: int
     adapter: Adapter
     num_parameters: int
+    text: TextFootprint = TextFootprint()
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters of the LoRA, text encoders too."""
+        return self.adapter.num_parameters + self.text.num_trained
 
     @property
     def plain(self) -> int:
         """Peak of activations without gradient checkpointing."""
-        return self.saved
+        return self.saved + self.text.saved
 
     @property
     def checkpointed(self) -> int:
-        """Peak with it: what is kept, and the largest block, whose inside is computed again."""
-        return self.saved_checkpointed + self.block
+        """Peak with it: what is kept, and the largest block, whose inside is computed again.
+
+        The text encoders, small beside the denoiser, keep all of theirs.
+        """
+        return self.saved_checkpointed + self.block + self.text.saved
 
 
 class _Attention(torch.autograd.Function):
@@ -172,6 +194,7 @@ def measure(
     num_tokens: int,
     low: torch.dtype | None,
     adapter_words: dict[str, Any],
+    encoders: Mapping[str, tuple[str, dict[str, Any]]] | None = None,
 ) -> Footprint:
     """Count one forward pass of a denoiser with its LoRA.
 
@@ -182,6 +205,7 @@ def measure(
         num_tokens: text tokens of the model.
         low: dtype of the base and of autocast (bf16, fp16); None is float32 throughout.
         adapter_words: arguments of `lora.adapter.add_adapter`.
+        encoders: text encoders that are trained too: name -> (class, config).
 
     Raises:
         ConfigError: targets that match nothing, or a rank that the layers cannot hold.
@@ -189,15 +213,47 @@ def measure(
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
     adapter = add_adapter(model, family=family, **adapter_words)
-    run = _forward(family, model, latents, num_tokens, low or torch.float32)
+    run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
     saved, block = count_saved(model, run, low)
     model.enable_gradient_checkpointing()  # type: ignore[operator]
     checkpointed, _ = count_saved(model, run, low)
-    return Footprint(saved, checkpointed, block, adapter, num_parameters)
+    text = measure_texts(family, encoders or {}, latents[0], low, adapter_words)
+    return Footprint(saved, checkpointed, block, adapter, num_parameters, text)
+
+
+def measure_texts(
+    family: str,
+    encoders: Mapping[str, tuple[str, dict[str, Any]]],
+    batch: int,
+    low: torch.dtype | None,
+    words: dict[str, Any],
+) -> TextFootprint:
+    """Count one forward pass of CLIP text encoders with their LoRA; arguments as those of `measure`."""
+    import transformers
+
+    saved, trained, parameters, modules = 0, 0, 0, []
+    for name, (kind, config) in encoders.items():
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
+        model = nn.Module.to(model, low or torch.float32).requires_grad_(False).eval()
+        parameters += sum(p.numel() for p in model.parameters())
+        own = {"rank": words["rank"], "alpha": words["alpha"], "targets": TEXT_TARGETS, "seed": 0}
+        adapter = add_adapter(model, family=family, part=name, **own)
+        tokens = min(int(config.get("max_position_embeddings", CLIP_TOKENS)), CLIP_TOKENS)
+        ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
+        saved += count_saved(model, partial(model, ids, output_hidden_states=True), low)[0]
+        trained += adapter.num_parameters
+        modules.append((name, adapter.num_modules))
+    return TextFootprint(saved, tuple(modules), trained, parameters)
 
 
 def _forward(
-    family: str, model: nn.Module, latents: tuple[int, int, int, int], num_tokens: int, dtype: torch.dtype
+    family: str,
+    model: nn.Module,
+    latents: tuple[int, int, int, int],
+    num_tokens: int,
+    dtype: torch.dtype,
+    grad: bool = False,
 ) -> Callable[[], Tensor]:
     """A call of the family's own `predict` with tensors of the right shapes."""
     from emotrain.families.base import Conditioning
@@ -212,8 +268,8 @@ def _forward(
     if family == "sdxl":  # the rest of that input are the six sizes
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     text = {
-        "prompt_embeds": torch.empty(batch, num_tokens, width, device="meta"),
-        "pooled_prompt_embeds": torch.empty(batch, pooled, device="meta"),
+        "prompt_embeds": torch.empty(batch, num_tokens, width, device="meta", requires_grad=grad),
+        "pooled_prompt_embeds": torch.empty(batch, pooled, device="meta", requires_grad=grad),
     }
     sizes = torch.zeros(batch, 2, dtype=torch.int64, device="meta")
     noisy, times = torch.empty(latents, device="meta"), torch.zeros(batch, device="meta")

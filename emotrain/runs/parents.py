@@ -20,8 +20,10 @@ def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
     files = [(read_lora(lora_of(item.path)), item.weight) for item in preset.start_from.stack]
     for file, _ in files:
         refuse_misfit(file, family)
-    part = part_of(family.name)
-    stack_frozen(family.denoiser, [(f.state, f.alphas, weight) for f, weight in files], part=part)
+    stack = [(file.state, file.alphas, weight) for file, weight in files]
+    stack_frozen(family.denoiser, stack, part=part_of(family.name))
+    for part in family.text_encoders:
+        stack_frozen(part.encoder, stack, part=part.name)
     return [
         {"kind": "stack", **name_of(item.path), "sha256": file.sha256, "weight": weight}
         for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
@@ -29,17 +31,18 @@ def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
 
 
 def refuse_misfit(file: LoraFile, family: LoadedFamily) -> None:
-    """Refuse a LoRA for another family, or one whose text encoder part would silently be left out.
+    """Refuse a LoRA for another family, or one with a part that the model does not have.
 
     Raises:
         ModelError: it is such a one.
     """
     require_family(file.family, family.name, str(file.path))
-    others = [part for part in file.parts if part != part_of(family.name)]
+    own = [part_of(family.name), *(part.name for part in family.text_encoders)]
+    others = [part for part in file.parts if part not in own]
     if others:
         raise ModelError(
-            f"{file.path} also trains {' and '.join(others)}, which start_from does not apply yet",
-            "use a LoRA of the denoiser alone",
+            f"{file.path} also trains {' and '.join(others)}, which this model does not have",
+            "use a model with all of its text encoders, or a LoRA of the denoiser alone",
         )
 
 

@@ -14,9 +14,10 @@ from emotrain.dataset.examples import Example
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.families.loading import choose_device, choose_dtype, free_gib
 from emotrain.families.memory import SIZES_GIB, MemoryPlan
-from emotrain.families.table import FAMILIES, Sniffed
-from emotrain.families.texts import num_text_tokens
-from emotrain.runs.build import check_modules, loader_settings, read_pictures, sniffed
+from emotrain.families.table import Sniffed
+from emotrain.families.texts import num_text_tokens, trainable_encoders
+from emotrain.runs.adapters import check_modules, check_text_modules
+from emotrain.runs.build import loader_settings, read_pictures, sniffed
 from emotrain.runs.footprint import Footprint, measure
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
@@ -89,15 +90,16 @@ def make_plan(preset: Preset) -> Plan:
     footprint = _measure(preset, found, work.largest, low, tokens)
     network = preset.network
     check_modules(found, network.targets, footprint.adapter.num_modules)
+    if network.text_encoder:
+        check_text_modules(found, dict(footprint.text.modules))
     memory = Memory(preset, found, footprint, low.itemsize, free_gib(device))
     chosen = memory.choose()
-    info = FAMILIES[found.family]
     return Plan(
         found=found,
         num_modules=footprint.adapter.num_modules,
         num_trained=memory.trained,
         num_parameters=footprint.num_parameters,
-        text_modules=sum(n for _, n in info.text_modules) if network.text_encoder else 0,
+        text_modules=sum(n for _, n in footprint.text.modules),
         rank=network.rank,
         dtype=str(low).removeprefix("torch."),
         device=device.type,
@@ -139,6 +141,7 @@ def _measure(preset: Preset, found: Sniffed, largest: Placement, low: torch.dtyp
             "rank_pattern": network.rank_pattern,
             "seed": 0,
         },
+        encoders=trainable_encoders(found) if network.text_encoder else {},
     )
 
 
@@ -168,7 +171,7 @@ def _work(preset: Preset, settings: LoaderSettings) -> Work:
         steps_per_epoch=batches / preset.train.gradient_accumulation_steps,
         largest=max(everything, key=lambda p: p.bucket_w * p.bucket_h),
         buckets=len(sizes),
-        texts=_num_texts(pictures.all, settings),
+        texts=_num_texts(pictures.all, settings) if settings.encode_texts else 0,
         mirrored=len(everything) + len(mirrored),
     )
 

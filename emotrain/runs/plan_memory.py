@@ -45,10 +45,10 @@ class Memory:
 
     def __init__(self, preset: Preset, found: Sniffed, footprint: Footprint, itemsize: int, free: float | None) -> None:
         self.preset, self.found, self.footprint, self.itemsize, self.free = preset, found, footprint, itemsize, free
-        self.trained = footprint.adapter.num_parameters
+        self.trained = footprint.num_trained
         self.state_bytes = state_bytes_per_number(preset)
         self.encoders = sum(encoder_parameters(found).values()) * itemsize / GIB
-        self.resident = self.encoders if preset.network.text_encoder else 0.0
+        self.resident = footprint.text.num_parameters * itemsize / GIB  # trained ones are not freed
         self.vae = VAE_GIB if found.variant != "custom" else 0.01
 
     def lora(self) -> float:

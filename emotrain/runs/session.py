@@ -14,7 +14,7 @@ from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.errors import ExitCode, ResourceError
 from emotrain.lora.file import read_lora
-from emotrain.runs import build, changes, finish, parents
+from emotrain.runs import adapters, build, changes, finish, parents
 from emotrain.runs.folder import RunFolder, now
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
@@ -57,8 +57,11 @@ class Session:
         path = preset.start_from.continue_
         earlier = read_lora(parents.lora_of(path)) if path else None
         self.model = build.load_model(preset, self.notify, earlier)
+        counts = self.model.adapter.num_modules_by_part()
         if earlier is None:
-            build.check_modules(self.found, preset.network.targets, self.model.adapter.num_modules)
+            adapters.check_modules(self.found, preset.network.targets, counts[self.model.adapter.part])
+            if preset.network.text_encoder:
+                adapters.check_text_modules(self.found, counts)
         self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
         self.model.family.place_denoiser()
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter)
@@ -83,7 +86,10 @@ class Session:
     def identity(self) -> changes.Identity:
         """What a resumed run must agree with."""
         digests = example_digests(self.pictures.all)
-        return changes.Identity(self.preset.to_dict(), self.model.base_digest, digests)
+        base = self.model.base_digest
+        if self.model.family.trained_encoders:
+            base += f" and {self.model.family.text_identity()}"
+        return changes.Identity(self.preset.to_dict(), base, digests)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was taken."""
@@ -163,7 +169,7 @@ class Session:
             facts=(
                 ("model", f"{Path(preset.model.base).name}, {self.found.describe()}"),
                 ("data", f"{data.num_images} pictures, {held_words}"),
-                ("LoRA", f"rank {model.adapter.rank}, {model.adapter.num_modules} modules"),
+                ("LoRA", f"rank {model.adapter.rank}, {describe_modules(model.adapter.num_modules_by_part())}"),
                 *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
             ),
         )
@@ -226,6 +232,13 @@ class Session:
             observer.close()
         if self.records is not None:
             self.records.close()
+
+
+def describe_modules(counts: dict[str, int]) -> str:
+    """How many modules the LoRA has, and where where it is on more than the denoiser."""
+    if len(counts) == 1:
+        return f"{sum(counts.values())} modules"
+    return " + ".join(f"{count} {part}" for part, count in counts.items()) + " modules"
 
 
 def config_hash(preset: Preset) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from emotrain.diffusion import Objective
     from emotrain.families.base import Family, TextEmbeds
 
+Caption = tuple[str, "TextEmbeds"]  # with its row of cached embeddings; none where text encoders are trained
 SMALL = 4096 * 4  # latent values of a picture up to where several go through the denoiser at once
 TOGETHER = 16
 
@@ -57,7 +58,7 @@ def contrastive_losses(
         progress: told (done, total) pictures.
 
     Raises:
-        ValueError: no pictures, or batches without text embeddings.
+        ValueError: no pictures, or batches without captions.
     """
     captions = _captions(batches)
     if not captions:
@@ -70,7 +71,7 @@ def contrastive_losses(
             rng = random.Random(f"{seed}/{name}")
             pool = sorted(other for other, (text, _) in captions.items() if text != own)
             chosen = rng.sample(pool, min(others, len(pool)))
-            wanted = [row, *(captions[other][1] for other in chosen)]
+            wanted = [(own, row), *(captions[other] for other in chosen)]
             rows = _losses(family, objective, part(batch, k, k + 1), wanted, (draws, low, high), rng)
             if chosen:
                 found.append(PictureContrast(name, rows[0], tuple(zip(chosen, rows[1:], strict=True))))
@@ -79,13 +80,13 @@ def contrastive_losses(
     return found
 
 
-def _captions(batches: Sequence[Batch]) -> dict[str, tuple[str, TextEmbeds]]:
-    """Each picture's caption and its row of embeddings."""
+def _captions(batches: Sequence[Batch]) -> dict[str, Caption]:
+    """Each picture's caption."""
     return {
         name: (batch.texts[k], {key: rows[k : k + 1] for key, rows in batch.text.items()})
         for batch in batches
         for k, name in enumerate(batch.ids)
-        if batch.text
+        if batch.texts
     }
 
 
@@ -93,7 +94,7 @@ def _losses(
     family: Family,
     objective: Objective,
     single: Batch,
-    captions: Sequence[TextEmbeds],
+    captions: Sequence[Caption],
     where: tuple[int, float, float],
     rng: random.Random,
 ) -> tuple[tuple[float, ...], ...]:
@@ -112,12 +113,12 @@ def _losses(
     return tuple(tuple(losses[k : k + draws]) for k in range(0, len(losses), draws))
 
 
-def _groups(jobs: Sequence[tuple[TextEmbeds, int]], size: int) -> Iterator[Sequence[tuple[TextEmbeds, int]]]:
+def _groups(jobs: Sequence[tuple[Caption, int]], size: int) -> Iterator[Sequence[tuple[Caption, int]]]:
     for start in range(0, len(jobs), size):
         yield jobs[start : start + size]
 
 
-def _with_captions(single: Batch, captions: Sequence[TextEmbeds]) -> Batch:
+def _with_captions(single: Batch, captions: Sequence[Caption]) -> Batch:
     """The one picture of a batch, once per caption."""
     count = len(captions)
 
@@ -128,7 +129,7 @@ def _with_captions(single: Batch, captions: Sequence[TextEmbeds]) -> Batch:
     return replace(
         single,
         latents=each(single.latents),
-        text={name: torch.cat([caption[name] for caption in captions]) for name in captions[0]},
+        text={name: torch.cat([row[name] for _, row in captions]) for name in captions[0][1]},
         conditioning=replace(
             sizes,
             original_sizes=each(sizes.original_sizes),
@@ -138,5 +139,5 @@ def _with_captions(single: Batch, captions: Sequence[TextEmbeds]) -> Batch:
         weights=each(single.weights),
         masks=None if single.masks is None else each(single.masks),
         ids=single.ids * count,
-        texts=single.texts * count,
+        texts=tuple(text for text, _ in captions),
     )

@@ -6,6 +6,7 @@ Shape letters: B samples of a micro-batch, C latent channels, H W latent height 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from emotrain.dataset.loader import Batch
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Conditioning, Family
+    from emotrain.families.base import Conditioning, Family, TextEmbeds
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -51,6 +52,22 @@ def sizes_of(batch: Batch) -> Conditioning:
     return cast("Conditioning", batch.conditioning)
 
 
+def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) -> TextEmbeds:
+    """What the denoiser is told: `cached` embeddings, or fresh ones where text encoders are trained.
+
+    Fresh ones carry gradients, and are those of the encoders as they are now: with the adapter on or off.
+    """
+    known = {key: value.to(family.device) for key, value in cached.items()}
+    if not family.trained_encoders:
+        return known
+    if torch.is_grad_enabled():
+        return family.encode_with_grad(list(texts), known or None)
+    unique = list(dict.fromkeys(texts))  # a probe asks for each caption several times
+    at = [texts.index(text) for text in unique]
+    fresh = family.encode_with_grad(unique, {key: value[at] for key, value in known.items()} or None)
+    return {key: value[[unique.index(text) for text in texts]] for key, value in fresh.items()}
+
+
 def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
     latents = batch.latents.to(family.device)
@@ -59,8 +76,8 @@ def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Ten
         timesteps.to(family.device),
     )
     noisy = objective.add_noise(latents, noise, timesteps)
-    text = {key: value.to(family.device) for key, value in batch.text.items()}
     with autocast(family):
+        text = text_of(family, batch.texts, batch.text)
         prediction = family.predict(noisy, timesteps, text, sizes_of(batch))
     error = (prediction.float() - objective.target(latents, noise, timesteps)).pow(2)
     if batch.masks is not None:

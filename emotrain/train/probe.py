@@ -6,7 +6,7 @@ training loss cannot. Noise and timesteps never change, so that two probes diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
-from emotrain.train.losses import GOLDEN, autocast, sample_losses, sizes_of
+from emotrain.train.losses import GOLDEN, autocast, sample_losses, sizes_of, text_of
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from emotrain.lora.adapter import Adapter
 
 
-def changed(batch: Batch, change: Callable[[Tensor], Tensor], ids: tuple[str, ...]) -> Batch:
-    """The batch with `change` applied to every tensor that has a row per sample."""
-    size = batch.conditioning
+def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The batch made of these samples, in this order; one may come several times."""
+    size, index = batch.conditioning, torch.tensor(rows)
+
+    def change(tensor: Tensor) -> Tensor:
+        return tensor[index]
+
     return replace(
         batch,
         latents=change(batch.latents),
@@ -37,19 +41,19 @@ def changed(batch: Batch, change: Callable[[Tensor], Tensor], ids: tuple[str, ..
         ),
         weights=change(batch.weights),
         masks=None if batch.masks is None else change(batch.masks),
-        ids=ids,
+        ids=tuple(batch.ids[row] for row in rows),
+        texts=tuple(batch.texts[row] for row in rows) if batch.texts else (),
     )
 
 
 def repeat(batch: Batch, times: int) -> Batch:
     """Every sample `times` times in a row."""
-    ids = tuple(name for name in batch.ids for _ in range(times))
-    return changed(batch, lambda tensor: tensor.repeat_interleave(times, dim=0), ids)
+    return rows_of(batch, [row for row in range(len(batch.ids)) for _ in range(times)])
 
 
 def part(batch: Batch, start: int, end: int) -> Batch:
     """Samples start..end of a batch."""
-    return changed(batch, lambda tensor: tensor[start:end], batch.ids[start:end])
+    return rows_of(batch, range(start, min(end, len(batch.ids))))
 
 
 class Probe:
@@ -57,7 +61,7 @@ class Probe:
 
     Args:
         batches: the pictures, one bucket size a batch.
-        empty_text: embeddings of the empty caption, one row: what the drift is measured with.
+        empty_text: cached embeddings of the empty caption, one row: what the drift is measured with.
         draws: noise draws and timesteps per picture, spread evenly over the noise scale.
         seed: of the noise.
     """
@@ -119,16 +123,17 @@ class Probe:
                 timesteps = timesteps.to(self.family.device)
                 noisy = self.objective.add_noise(latents, noise.to(self.family.device), timesteps)
                 count = len(batch.ids)
-                text = {
-                    key: value.expand(count, *value.shape[1:]).to(self.family.device)
-                    for key, value in self.empty_text.items()
-                }
                 with autocast(self.family):
-                    on = self.family.predict(noisy, timesteps, text, sizes_of(batch))
+                    on = self.family.predict(noisy, timesteps, self._empty(count), sizes_of(batch))
                     with self.adapter.off():
-                        off = self.family.predict(noisy, timesteps, text, sizes_of(batch))
+                        off = self.family.predict(noisy, timesteps, self._empty(count), sizes_of(batch))
                 changes.append((on - off).float().pow(2).mean(dim=(1, 2, 3)))
         return float(torch.cat(changes).mean())
+
+    def _empty(self, count: int) -> TextEmbeds:
+        """Embeddings of the empty caption, `count` rows."""
+        cached = {key: value.expand(count, *value.shape[1:]) for key, value in self.empty_text.items()}
+        return text_of(self.family, [""] * count, cached)
 
     def _pieces(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[tuple[Batch, Tensor, Tensor]]:
         """Small latents go through the denoiser together, large ones one by one, to spare memory."""

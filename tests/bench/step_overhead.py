@@ -46,6 +46,7 @@ class Family:
     """A UNet with random weights behind the Protocol's `predict`."""
 
     name, device, dtype = "sd15", torch.device("cpu"), torch.float32
+    trained_encoders: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         from diffusers import UNet2DConditionModel

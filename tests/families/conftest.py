@@ -93,7 +93,7 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory, tokenizers: dict[str, 
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("models") / "sdxl"
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=8, out_channels=8, layers_per_block=1, block_out_channels=(32, 64),
+        sample_size=16, in_channels=8, out_channels=8, layers_per_block=2, block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=16,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4), cross_attention_dim=192, use_linear_projection=True,

@@ -14,7 +14,7 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import ModelError
 from emotrain.families.table import sniff
-from emotrain.runs import build
+from emotrain.runs.adapters import check_modules
 
 UNET = "model.diffusion_model."
 
@@ -109,7 +109,22 @@ def test_optimizer_state_is_counted_by_looking(sdxl_preset: Path) -> None:
 
 def test_a_half_covered_model_is_refused(sdxl_preset: Path) -> None:
     found = sniff(str(sdxl_preset.parent / "base.safetensors"))
-    build.check_modules(found, "attn-mlp", 722)
+    check_modules(found, "attn-mlp", 722)
     with pytest.raises(ModelError, match="88 modules instead of 722"):
-        build.check_modules(found, "attn-mlp", 88)
-    build.check_modules(found, ("to_q",), 70)
+        check_modules(found, "attn-mlp", 88)
+    check_modules(found, ("to_q",), 70)
+
+
+def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path) -> None:
+    without = planning.make_plan(load_preset(sdxl_preset))
+    plan = planning.make_plan(load_preset(sdxl_preset, ["network.text_encoder=true"]))
+    assert (plan.num_modules, plan.text_modules) == (722, 72 + 192)
+    assert plan.num_trained - without.num_trained == 72 // 6 * 16 * (4 * 2 * 768 + 2 * (768 + 3072)) + 192 // 6 * 16 * (
+        4 * 2 * 1280 + 2 * (1280 + 5120)
+    )
+    parts, before = dict(plan.parts), dict(without.parts)
+    assert parts["text encoders"] == pytest.approx((123_060_480 + 694_659_840) * 2 / 2**30)
+    assert "text encoders" not in before
+    assert parts["activations"] > before["activations"]
+    assert dict(plan.savings)["network.text_encoder: false"] > 1.5
+    assert dict(plan.disk)["cached captions"] == 0

@@ -33,6 +33,7 @@ class FakeFamily:
     device = torch.device("cpu")
     dtype = torch.float32
     name = "sd15"
+    trained_encoders: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
