@@ -108,7 +108,7 @@ class NetworkSection(Section):
         {}, description="rank of the modules whose name matches a regular expression"
     )
     conv_rank: Count = Field(0, description="rank of the 3x3 convolutions where the targets hold them; 0 = rank")
-    text_encoder: Bool = Field(False, description="train the CLIP text encoders too: captions are then encoded at each step")
+    text_encoder: Bool = Field(False, description="train the CLIP text encoders too: captions are encoded at each step")
 
 
 class StackItem(Section):
