@@ -68,7 +68,8 @@ def hand_over(session: Session, outcome: Outcome) -> Path:
         ResourceError: the disk is full.
     """
     session.notify(Phase("writing and checking the LoRA"))
-    last = session.model.adapter.state()
+    with session.optimizer.eval_mode():
+        last = session.model.adapter.state()
     best = session.state.best_adapter or last
     for path, state, step in (
         (session.folder.lora_last_path, last, session.state.step),

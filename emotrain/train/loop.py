@@ -153,10 +153,23 @@ def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
 
 
 def run_probe(parts: Parts, state: TrainState) -> None:
-    """Measure the probe, keep the best adapter, tell the observers."""
-    if parts.probe is None:
-        return
-    loss = parts.probe.loss()
+    """Measure the probe, keep the best adapter, tell the observers.
+
+    Within the optimizer's eval mode: schedule-free trains on other weights than those it means.
+    """
+    if parts.probe is not None:
+        with parts.optimizer.eval_mode():
+            _probe(parts, parts.probe, state)
+
+
+def run_sample(parts: Parts, step: int) -> None:
+    """Draw the samples with the weights that the optimizer means."""
+    with parts.optimizer.eval_mode():
+        parts.sample(step)
+
+
+def _probe(parts: Parts, probe: Probe, state: TrainState) -> None:
+    loss = probe.loss()
     if not math.isfinite(loss):
         parts.notify(Notice(f"the probe at step {state.step} was not finite and is left out"))
         return
@@ -168,7 +181,7 @@ def run_probe(parts: Parts, state: TrainState) -> None:
         state.best_adapter = parts.adapter.state()
     assert rule.best_step is not None
     assert rule.best_loss is not None
-    drift = parts.probe.drift() if state.step else 0.0
+    drift = probe.drift() if state.step else 0.0
     parts.notify(
         ProbeEnd(
             state.step,
@@ -186,7 +199,7 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
     """Train until the stop rule, the ceiling, a signal or non-finite numbers end it; `state` is changed in place."""
     if state.step == 0 and state.base_probe_loss is None:
         run_probe(parts, state)
-        parts.sample(0)
+        run_sample(parts, 0)
     if state.step and (sentence := parts.stop_rule.decide(state.step)):
         return Outcome(StopReason.SIGNAL, sentence)  # it had ended, but died before the hand-over
     while state.step < limits.max_steps:
@@ -208,7 +221,7 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
             run_probe(parts, state)
         sentence = parts.stop_rule.decide(state.step)
         if limits.sample_every and (state.step % limits.sample_every == 0 or sentence):
-            parts.sample(state.step)
+            run_sample(parts, state.step)
         if state.step % limits.save_every == 0 or sentence or state.step == limits.max_steps:
             parts.save(state)
         if sentence:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_run import FakeData, Recorder, limits, make_parts
 
+from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import StopRule
 from emotrain.train.events import Notice, ProbeEnd, StepEnd
 from emotrain.train.loop import StopReason, accumulate, fit
@@ -136,6 +137,26 @@ def test_the_best_adapter_is_kept_and_is_not_the_last_one():
     assert state.best_step == 2
     assert state.best_loss == 0.5
     assert not torch.equal(state.best_adapter["layer.weight"], parts.adapter.state()["layer.weight"])
+
+
+def test_schedule_free_is_probed_and_kept_with_its_averaged_weights():
+    pytest.importorskip("schedulefree")
+    recorder, state = Recorder(), TrainState()
+    parts = make_parts(recorder)
+    optimizer = build_optimizer("schedulefree", parts.adapter.parameters(), lr=0.05)
+    falling = iter([4.0, 3.0, 2.0, 1.0])
+    parts = replace(
+        parts,
+        optimizer=optimizer,
+        probe=type("P", (), {"loss": lambda s: next(falling), "drift": lambda s: 0.0})(),
+    )
+    fit(parts, limits(max_steps=6, probe_every=2), state)
+    trained = parts.adapter.state()["layer.weight"]
+    with optimizer.eval_mode():
+        meant = parts.adapter.state()["layer.weight"]
+    assert state.best_step == 6
+    assert torch.equal(state.best_adapter["layer.weight"], meant)
+    assert not torch.allclose(meant, trained, atol=1e-4)
 
 
 def test_the_stop_rule_ends_the_run_after_sample_and_save():
