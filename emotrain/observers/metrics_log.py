@@ -10,6 +10,7 @@ from typing import IO
 
 from emotrain.errors import ResourceError
 from emotrain.observers.fields import probe_row, step_row, to_line
+from emotrain.train.durable import fsync_folder
 from emotrain.train.events import Event, ProbeEnd, RunStart, StepEnd
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,6 +44,15 @@ class MetricsLog:
             for log in self._logs.values():
                 truncate_log(log.path, event.start_step)
 
+    def sync(self) -> None:
+        """Bring the lines to the disk, so that a power cut cannot take them.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        for log in self._logs.values():
+            log.sync()
+
     def close(self) -> None:
         """Close the files; a later event opens them again."""
         for log in self._logs.values():
@@ -56,6 +66,7 @@ class _Log:
         self.path = path
         self._file: IO[bytes] | None = None
         self._waiting: list[bytes] = []
+        self._is_new = True  # its name may not be on the disk yet
 
     def append(self, line: str) -> None:
         self._waiting.append(line.encode("utf-8"))
@@ -69,6 +80,14 @@ class _Log:
                 f"{self.path}: the log cannot be written ({reason})",
                 hint="free some space on that disk, then resume the run",
             ) from error
+
+    def sync(self) -> None:
+        if self._file is None:
+            return  # nothing was written since the last checkpoint
+        os.fsync(self._file.fileno())
+        if self._is_new:
+            fsync_folder(self.path.parent)
+            self._is_new = False
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

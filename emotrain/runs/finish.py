@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from emotrain.observers.metrics_log import MetricsLog, truncate_log
 from emotrain.observers.tensorboard import TensorBoard
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.metadata import lora_metadata
-from emotrain.train.events import Observer, Phase, Saved
+from emotrain.train.durable import fsync_folder
+from emotrain.train.events import Event, Notice, Observer, Phase, Saved
 from emotrain.train.loop import Outcome, Sample
 
 if TYPE_CHECKING:
@@ -32,6 +34,23 @@ def file_observers(preset: Preset, folder: RunFolder) -> list[Observer]:
     return logs
 
 
+@runtime_checkable
+class Log(Protocol):
+    """What a run writes as it goes and a checkpoint must not be ahead of."""
+
+    def sync(self) -> None:
+        """Bring to the disk what has been written so far."""
+
+
+def sync(logs: Sequence[Log], notify: Callable[[Event], None]) -> None:
+    """Bring all logs to the disk; one that cannot be costs a notice."""
+    for log in logs:
+        try:
+            log.sync()
+        except OSError as error:
+            notify(Notice(f"a log was not brought to the disk ({error.strerror}); a power cut may shorten it"))
+
+
 class PictureLosses:
     """`picture_losses.jsonl`: a line per step with the loss of each picture and where on the noise scale it was taken.
 
@@ -41,6 +60,7 @@ class PictureLosses:
 
     def __init__(self, path: Path, start_step: int) -> None:
         truncate_log(path, start_step)
+        self._is_new = True
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, step: int, samples: Sequence[Sample]) -> None:
@@ -54,6 +74,13 @@ class PictureLosses:
             self._file.flush()
         except OSError as error:
             raise ResourceError(f"{self._file.name} cannot be written: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Bring what has been written to the disk."""
+        os.fsync(self._file.fileno())
+        if self._is_new:
+            fsync_folder(Path(self._file.name).parent)
+            self._is_new = False
 
     def close(self) -> None:
         """Close the file."""

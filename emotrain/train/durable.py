@@ -28,6 +28,19 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """Bring a file's bytes to the disk; its folder's entry is the caller's to sync.
+
+    Raises:
+        OSError: it is not there, or the disk refuses.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_synced(path: Path, content: bytes, stage: Stage = no_stage) -> None:
     """Write a new file and bring its bytes to the disk; the folder entry is the caller's to sync.
 
