@@ -170,6 +170,17 @@ class CachedDataset:
             samples.append((item, "" if chosen == EMPTY else texts[chosen], mirrored))
         return self._collate(samples, epoch)
 
+    def size_of(self, micro_step: int) -> tuple[int, int]:
+        """Pixels of a micro-batch, and of one of its pictures."""
+        epoch, number = divmod(micro_step, self.batches_per_epoch)
+        showings = self._plan(epoch)[number]
+        width, height = self.items[showings[0][0]].placement.size
+        return len(showings) * width * height, width * height
+
+    def largest(self) -> int:
+        """The micro-step of the first epoch whose batch takes the most memory."""
+        return max(range(self.batches_per_epoch), key=self.size_of)
+
     def fixed(self, ids: Iterable[str], flip: bool = False) -> list[Batch]:
         """These pictures with their plain captions, at their first placement; a batch per bucket.
 

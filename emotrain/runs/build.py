@@ -28,7 +28,6 @@ from emotrain.pulse.stopping import MIN_STEPS, StopRule
 from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
 from emotrain.runs.draw import Sampler
-from emotrain.runs.folder import RunFolder
 from emotrain.train.ear import Ear, expected_by_bins
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.losses import noise_like, sample_losses, uniforms
@@ -193,8 +192,8 @@ def mirrored_ids(preset: Preset, pictures: Pictures) -> list[str]:
     return list(dict.fromkeys(own[i * len(own) // count] for i in range(count)))
 
 
-def build_sampler(preset: Preset, model: Model, folder: RunFolder, size: int, notify: Notify) -> Sampler | None:
-    """The sampler of a run, or None where `sample.every` is 0."""
+def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sampler | None:
+    """The sampler of a run, or None where `sample.every` is 0; its prompts are encoded here."""
     sample = preset.sample
     if not sample.every or not sample.prompts:
         return None
@@ -203,7 +202,6 @@ def build_sampler(preset: Preset, model: Model, folder: RunFolder, size: int, no
     side = (sample.size or size) // step * step
     return Sampler(
         model.family,
-        folder.samples_dir,
         prompts,
         model.family.encode_texts(prompts),
         model.family.encode_texts([""]),
@@ -219,6 +217,8 @@ def build_optimizer_of(preset: Preset, adapter: Adapter) -> OptimizerLike:
     """The optimizer with the words that the preset gives."""
     settings = preset.train.optimizer
     words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
+    if settings.name in EMO_OPTIMIZERS:
+        words["notify"] = False  # the loop says it, as an event
     return build_optimizer(settings.name, adapter.parameters(), lr=preset.train.lr, **words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,10 @@ import torch
 from emotrain.families.base import DrawRequest, TextEmbeds
 from emotrain.families.sampling import draw_sample
 from emotrain.observers.sheet import save_sheet
+from emotrain.train.durable import fsync_file, fsync_folder
 from emotrain.train.events import Event, Notice, Phase, SamplesDrawn
 from emotrain.train.losses import text_of
+from emotrain.train.memory import OutOfMemory, with_memory
 
 if TYPE_CHECKING:
     from emotrain.families.common import LoadedFamily
@@ -22,8 +25,10 @@ if TYPE_CHECKING:
 class Sampler:
     """Draws every prompt with the live weights; a picture depends on weights, prompt and seed alone.
 
+    `folder` gets `step-00000050-1.png` and `sheet.png`; it is set once the run has one.
+
     Args:
-        folder: gets `step-00000050-1.png` and `sheet.png`.
+        family: with the live weights.
         prompts: as shown, [trigger] filled in.
         texts: cached embeddings of the prompts, one row each; `negative` those of the empty text.
         size: width and height in pixels.
@@ -32,7 +37,6 @@ class Sampler:
     def __init__(
         self,
         family: LoadedFamily,
-        folder: Path,
         prompts: Sequence[str],
         texts: TextEmbeds,
         negative: TextEmbeds,
@@ -43,7 +47,9 @@ class Sampler:
         guidance: float | None,
         notify: Callable[[Event], None],
     ) -> None:
-        self.family, self.folder, self.prompts, self.notify = family, folder, tuple(prompts), notify
+        self.family, self.prompts, self.notify = family, tuple(prompts), notify
+        self.folder = Path()
+        self._fresh: list[Path] = []  # not yet brought to the disk
         self.requests = [
             DrawRequest(
                 text={key: value[i : i + 1] for key, value in texts.items()},
@@ -64,7 +70,7 @@ class Sampler:
     def draw(self, step: int, best_step: int | None = None) -> None:
         """Draw all prompts at this step and bring the contact sheet up to date.
 
-        A full disk costs the pictures, not the run.
+        A full disk, or too little memory, costs the pictures and not the run.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +78,17 @@ class Sampler:
             for number, request in enumerate(self.requests, 1):
                 self.notify(Phase("drawing samples", number - 1, len(self.requests)))
                 paths.append(self.path(step, number))
-                draw_sample(self.family, self._told(request, number)).save(paths[-1])
+                with_memory("while drawing samples", partial(self._draw_one, request, number, paths[-1]))
             sheet = self.sheet(step, best_step)
+            self._fresh += [*paths, sheet]
             self.notify(Phase("drawing samples", len(paths), len(paths)))
         except OSError as error:
             self.notify(Notice(f"samples of step {step} were not written: {error.strerror}"))
+            return
+        except OutOfMemory:
+            self.notify(
+                Notice(f"samples of step {step} were not drawn: out of memory; a smaller sample.size needs less")
+            )
             return
         self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet))
 
@@ -88,6 +100,21 @@ class Sampler:
             text = text_of(self.family, [self.prompts[number - 1]], request.text)
             negative = text_of(self.family, [""], request.negative)
         return replace(request, text=text, negative=negative)
+
+    def _draw_one(self, request: DrawRequest, number: int, path: Path) -> None:
+        draw_sample(self.family, self._told(request, number)).save(path)
+
+    def sync(self) -> None:
+        """Bring the pictures drawn since the last call to the disk.
+
+        Raises:
+            OSError: the disk refuses, or a picture was taken away.
+        """
+        fresh, self._fresh = dict.fromkeys(self._fresh), []
+        for path in fresh:
+            fsync_file(path)
+        for folder in (self.folder, self.folder.parent) if fresh else ():
+            fsync_folder(folder)
 
     def sheet(self, last_step: int, best_step: int | None = None) -> Path:
         """The contact sheet of all steps up to `last_step`."""

@@ -36,7 +36,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """In a word: running, done, interrupted, diverged, died (neither running nor ended), damaged."""
+        """In a word: running, done, interrupted, diverged, out of memory, died (neither running nor ended), damaged."""
         if not self.info:
             return "damaged"
         if is_held(self.folder.path / ".lock"):
@@ -44,7 +44,7 @@ class Run:
         reason = self.info.get("stop_reason")
         if reason is None:
             return "died"
-        return str(reason) if reason in ("interrupted", "diverged") else "done"
+        return str(reason) if reason in ("interrupted", "diverged", "out of memory") else "done"
 
     def results(self) -> dict[str, Any]:
         """What `runs list` and `runs compare` look at."""

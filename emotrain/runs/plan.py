@@ -87,7 +87,9 @@ def make_plan(preset: Preset) -> Plan:
     device = choose_device("auto")
     low = planned_dtype(preset.model.dtype, device)
     tokens = num_text_tokens(found)
-    footprint = _measure(preset, found, work.largest, low, tokens)
+    largest = work.largest
+    side = largest.bucket_h // found.vae_scale, largest.bucket_w // found.vae_scale
+    footprint = footprint_of(preset, found, (preset.train.micro_batch_size, *side), low)
     network = preset.network
     check_modules(found, network.targets, footprint.adapter.num_modules)
     if network.text_encoder:
@@ -124,14 +126,14 @@ def make_plan(preset: Preset) -> Plan:
     )
 
 
-def _measure(preset: Preset, found: Sniffed, largest: Placement, low: torch.dtype, tokens: int) -> Footprint:
+def footprint_of(preset: Preset, found: Sniffed, batch: tuple[int, int, int], low: torch.dtype) -> Footprint:
+    """What a step keeps; `batch` is the number of pictures, and the height and width of their latents."""
     network = preset.network
-    side = largest.bucket_h // found.vae_scale, largest.bucket_w // found.vae_scale
     return measure(
         found.family,
         found.denoiser_config,
-        latents=(preset.train.micro_batch_size, found.latent_channels, *side),
-        num_tokens=tokens,
+        latents=(batch[0], found.latent_channels, *batch[1:]),
+        num_tokens=num_text_tokens(found),
         low=None if low == torch.float32 else low,
         adapter_words={
             "rank": network.rank,

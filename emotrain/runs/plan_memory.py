@@ -95,8 +95,8 @@ class Memory:
         ]
         return tuple((name, gib) for name, gib in rows if gib)
 
-    def savings(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
-        """What a switch would save, beginning with the one that saves most."""
+    def savings(self, chosen: MemoryPlan, least: float = 0.01) -> tuple[tuple[str, float], ...]:
+        """What a switch would save, beginning with the one that saves most; those below `least` GiB are left out."""
         count, batch = self.footprint.num_parameters, self.preset.train.micro_batch_size
         activations = self.activations(chosen.gradient_checkpointing) * SPARE
         base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize)
@@ -111,7 +111,7 @@ class Memory:
         rows.append(("half the rank", (self.lora() + self.state()) / 2))
         if self.preset.network.text_encoder:
             rows.append(("network.text_encoder: false", self.resident))
-        useful = [(name, gib) for name, gib in rows if gib >= 0.01]
+        useful = [(name, gib) for name, gib in rows if gib >= least]
         return tuple(sorted(useful, key=lambda row: -row[1]))
 
 

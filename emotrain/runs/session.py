@@ -16,6 +16,7 @@ from emotrain.errors import ExitCode, ResourceError
 from emotrain.lora.file import read_lora
 from emotrain.runs import adapters, build, changes, finish, parents
 from emotrain.runs.folder import RunFolder, now
+from emotrain.runs.no_room import explained
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
 from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
@@ -41,6 +42,7 @@ class Session:
         self.observers = list(observers)
         self.checkpoint: Checkpoint | None = None
         self.records: finish.PictureLosses | None = None
+        self.logs: list[finish.Log] = []
 
     def notify(self, event: Event) -> None:
         """Tell every observer."""
@@ -67,6 +69,8 @@ class Session:
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter)
         self.stop_rule = build.build_stop_rule(preset)
         self.size = settings.rules.resolutions[0]
+        self.sampler = build.build_sampler(preset, self.model, self.size, self.notify)
+        self.model.family.free_encoders()
         self.state = TrainState()
         self.expected: list[float] = []
         self.dataset_digest = fingerprint(self.pictures.all)
@@ -108,13 +112,16 @@ class Session:
         preset, started = self.preset, time.monotonic()
         self.folder = folder
         self.store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
-        self.observers += finish.file_observers(preset, folder)
-        sampler = build.build_sampler(preset, self.model, folder, self.size, self.notify)
-        self.model.family.free_encoders()
+        files = finish.file_observers(preset, folder)
+        self.observers += files
         ear = build.build_ear(preset, self.model, self.data.train, self.expected)
         self.expected = ear.expected
         self.notify(self.start_event(folder))
         self.records = finish.PictureLosses(folder.path / "picture_losses.jsonl", self.state.step)
+        self.logs = [self.records, *(one for one in files if isinstance(one, finish.Log))]
+        if self.sampler is not None:
+            self.sampler.folder = folder.samples_dir
+            self.logs.append(self.sampler)
         parts = Parts(
             family=self.model.family,
             objective=self.model.objective,
@@ -126,14 +133,14 @@ class Session:
             probe=build.build_probe(preset, self.model, self.data),
             notify=self.notify,
             save=self.save,
-            sample=(lambda step: sampler.draw(step, self.state.best_step)) if sampler else (lambda step: None),
+            sample=self.sample,
             record=self.record,
             interrupted=lambda: bool(signals),
         )
         if self.checkpoint is not None:  # the random state is put back last, after everything that may draw
             for line in rng.restore(self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]):
                 self.notify(Notice(line))
-        outcome = fit(parts, self.limits(), self.state)
+        outcome = explained(self, lambda: fit(parts, self.limits(), self.state))
         return self.end(outcome, signals, time.monotonic() - started)
 
     def limits(self) -> Limits:
@@ -147,6 +154,7 @@ class Session:
             probe_every=preset.validate_.every,
             save_every=preset.save.every,
             sample_every=preset.sample.every,
+            tell_ready=preset.train.optimizer.notify,
         )
 
     def start_event(self, folder: RunFolder) -> RunStart:
@@ -174,6 +182,11 @@ class Session:
             ),
         )
 
+    def sample(self, step: int) -> None:
+        """Draw the sample prompts, where there are any."""
+        if self.sampler is not None:
+            self.sampler.draw(step, self.state.best_step)
+
     def record(self, step: int, samples: Sequence[Sample]) -> None:
         """Keep the loss of every picture for `emotrain images`."""
         if self.records is not None:
@@ -184,6 +197,7 @@ class Session:
         tensors, documents = remember.capture(state, self.model.adapter, self.optimizer, self.stop_rule, self.expected)
         documents["identity"] = self.identity().to_document()
         best = state.best_step is not None and state.best_step == state.step
+        finish.sync(self.logs, self.notify)  # ahead of the commit: no power cut leaves a checkpoint without its logs
         try:
             path = self.store.save(state.step, tensors, documents, best=best, config_hash=config_hash(self.preset))
             self.notify(Saved(state.step, path, best))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError
-from emotrain.runs import changes
+from emotrain.runs import changes, no_room
 from emotrain.runs.folder import RunFolder, create_run
 from emotrain.runs.session import Result, Session
 from emotrain.train.checkpoint import CheckpointStore
@@ -49,6 +49,7 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer]) -> Res
                 "choose another --name, or go on with `emotrain resume`",
             )
         session.load()  # nothing to save yet: a signal ends the process here
+        no_room.try_largest(session)
         with StopSignals(tell_stopping) as signals:
             folder = create_run(runs_dir, preset.name, preset.to_dict(), **session.facts())
             with folder.lock():
@@ -85,6 +86,7 @@ def resume(
                 session.notify(Notice(line))
             session.restore(checkpoint)
             refuse_done(session, folder)
+            no_room.try_largest(session)
             for line in store.drop_after(checkpoint.step) if step is not None else ():
                 session.notify(Notice(line, level="info"))
             with StopSignals(tell_stopping) as signals:

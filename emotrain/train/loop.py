@@ -20,6 +20,7 @@ from emotrain.train.ear import Ear
 from emotrain.train.events import Event, Notice, ProbeEnd, StepEnd
 from emotrain.train.guard import LIMIT, describe
 from emotrain.train.losses import noise_like, sample_losses, uniforms
+from emotrain.train.memory import OutOfMemory, with_memory
 from emotrain.train.probe import Probe
 from emotrain.train.state import TrainState
 
@@ -85,6 +86,7 @@ class Limits:
     probe_every: int
     save_every: int
     sample_every: int
+    tell_ready: bool = True  # say so when the optimizer's stop signal lights up
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,18 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
 
 
 def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, float, list[Sample]] | None:
-    """One optimizer step: (loss, heard loss, gradient norm, samples), or None where it was not finite and left out."""
-    loss, heard, samples = accumulate(parts, limits, state)
+    """One optimizer step: (loss, heard loss, gradient norm, samples), or None where it was not finite and left out.
+
+    Raises:
+        OutOfMemory: in the forward or backward pass; the state is that of before the step, and has been saved.
+    """
+    try:
+        loss, heard, samples = with_memory(f"at step {state.step + 1}", lambda: accumulate(parts, limits, state))
+    except OutOfMemory:
+        parts.optimizer.zero_grad()
+        if state.step % limits.save_every:
+            parts.save(state)
+        raise
     bound = limits.max_grad_norm if limits.max_grad_norm is not None else math.inf
     grad_norm = float(torch.nn.utils.clip_grad_norm_(parts.adapter.parameters(), bound))
     state.micro_step += limits.gradient_accumulation_steps
@@ -169,7 +181,7 @@ def run_sample(parts: Parts, step: int) -> None:
 
 
 def _probe(parts: Parts, probe: Probe, state: TrainState) -> None:
-    loss = probe.loss()
+    loss = with_memory(f"at the probe of step {state.step}", probe.loss)
     if not math.isfinite(loss):
         parts.notify(Notice(f"the probe at step {state.step} was not finite and is left out"))
         return
@@ -255,6 +267,7 @@ def tell(
     """Feed the stop rule and the observers with one step."""
     optimizer, rule = parts.optimizer, parts.stop_rule
     assert optimizer.reading is not None
+    lights_up = optimizer.should_stop and not (rule.lit and rule.lit[-1])
     rule.hear_step(optimizer.should_stop)
     parts.notify(
         StepEnd(
@@ -273,3 +286,5 @@ def tell(
             skipped=state.guard.skipped,
         )
     )
+    if lights_up and limits.tell_ready:
+        parts.notify(Notice(f"READY TO STOP: the optimizer's signal is lit at step {state.step}", level="info"))

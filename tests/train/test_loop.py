@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_run import FakeData, Recorder, limits, make_parts
 
+from emotrain.optim import EmoSens
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import StopRule
 from emotrain.train.events import Notice, ProbeEnd, StepEnd
@@ -169,6 +170,27 @@ def test_the_stop_rule_ends_the_run_after_sample_and_save():
     assert (outcome.reason, outcome.sentence) == (StopReason.SIGNAL, "enough")
     assert recorder.saves == [3, 4]
     assert recorder.samples == [0, 3, 4]
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_stop_signal_that_lights_up_is_one_event_each_time_and_no_warning(said: bool):
+    class Blinking(EmoSens):
+        def observe(self, loss):
+            self.on = next(self.lit)
+            return super().observe(loss)
+
+        @property
+        def should_stop(self):
+            return self.on
+
+    recorder = Recorder()
+    parts = make_parts(recorder)
+    Blinking.lit = iter([False, True, True, False, True, True])
+    parts = replace(parts, optimizer=Blinking(parts.adapter.parameters()))
+    fit(parts, limits(tell_ready=said), TrainState())
+    told = [(event.level, event.message) for event in recorder.of(Notice)]
+    lines = [("info", f"READY TO STOP: the optimizer's signal is lit at step {step}") for step in (2, 5)]
+    assert told == (lines if said else [])
 
 
 def test_uniforms_fill_the_scale_evenly_and_are_uniform_over_seeds():
