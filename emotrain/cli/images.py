@@ -26,7 +26,9 @@ def images(
     """Show which pictures a run could not learn.
 
     Losses are compared at the same place on the noise scale and held against the other pictures; `early` and `late` are
-    the halves of the run, in robust standard deviations (above 0: worse than the others).
+    the halves of the run, in robust standard deviations (above 0: worse than the others). `caption`: how its own
+    caption suits a picture in comparison with those of others, in standard deviations (-3: far better; 0: no better,
+    so it may be wrong).
 
     Examples:
       emotrain images mika_v2

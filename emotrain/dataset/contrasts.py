@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-TEMPERATURE = 0.05  # in log-loss: a caption that raises the loss by 5% is e times less likely to belong
-_ROUNDS = 60
-_UNSEEN = 1e-12  # likelihood of a pair that was not measured
+SHRINK = 2.0  # a caption's own part is drawn towards 0 as if it had been seen so many more times without any
 
 
 @dataclass(frozen=True)
@@ -57,49 +55,54 @@ def parse_contrasts(lines: Iterable[str]) -> list[PictureContrast]:
 
 
 def contrast_scores(pictures: Sequence[PictureContrast]) -> dict[str, float]:
-    """How unlikely each picture's own caption is to be its own: -log of a probability, 0 where it is sure.
+    """How much better its own caption suits each picture than a wrong one: 0 is no better, -3 is 3 deviations better.
 
-    Mean log-losses are explained as a part of the picture and a part of the caption (some are worse for every picture),
-    fitted on the wrong captions alone. What is left makes likelihoods, balanced until every picture has one
-    caption and every caption one picture (Sinkhorn 1964): the picture it was taken from claims a swapped caption.
-    The more of the other captions were measured, the better: with all of them it is a matching.
+    Mean log-losses under wrong captions are explained as a part of the picture and a part of the caption (some are
+    worse for every picture). What they do not explain is how much wrong captions differ for one picture; in that
+    standard deviation the own caption's log-loss is measured from what a wrong one would give. Where the model makes
+    nothing of the words, all pictures are near 0.
 
     Raises:
-        ValueError: a picture without other captions, or not with the same draws.
+        ValueError: a picture without two other captions, or not with the same draws.
     """
-    names = {one.id: k for k, one in enumerate(pictures)}
     for one in pictures:
-        rows = [row for _, row in one.others]
-        if not one.own or not rows or any(len(row) != len(one.own) for row in rows):
+        losses = [row for _, row in one.others]
+        if not one.own or len(losses) < 2 or any(len(row) != len(one.own) for row in losses):
             raise ValueError(f"{one.id} has no losses to compare")
-    entries = [
-        (names[one.id], names[name], _mean_log(row)) for one in pictures for name, row in one.others if name in names
-    ]
-    if not entries:
-        return dict.fromkeys(names, 0.0)
-    of_picture, of_caption = _additive(entries, len(names))
-    likely = np.full((len(names), len(names)), _UNSEEN)
-    for row, column, value in [*entries, *((names[one.id], names[one.id], _mean_log(one.own)) for one in pictures)]:
-        excess = value - of_picture[row] - of_caption[column]
-        likely[row, column] = np.exp(np.clip(-excess / TEMPERATURE, -25.0, 25.0))
-    for _ in range(_ROUNDS):
-        likely /= likely.sum(axis=1, keepdims=True)
-        likely /= likely.sum(axis=0, keepdims=True)
-    own = -np.log(np.maximum(np.diag(likely), _UNSEEN))
-    return {name: float(own[k]) for name, k in names.items()}
+    if not pictures:
+        return {}
+    captions = sorted({one.id for one in pictures} | {name for one in pictures for name, _ in one.others})
+    place = {name: k for k, name in enumerate(captions)}
+    entries = _entries(pictures, place)
+    index = np.array([entry[:2] for entry in entries])
+    values = np.array([entry[2] for entry in entries])
+    of_picture, of_caption, deviation = _additive(index[:, 0], index[:, 1], values, len(captions))
+    return {
+        one.id: float((_mean_log(one.own) - of_picture[row] - of_caption[place[one.id]]) / deviation)
+        for row, one in enumerate(pictures)
+    }
+
+
+def _entries(pictures: Sequence[PictureContrast], place: dict[str, int]) -> list[tuple[int, int, float]]:
+    """Row, column and mean log-loss of every wrong caption measured."""
+    return [(row, place[name], _mean_log(losses)) for row, one in enumerate(pictures) for name, losses in one.others]
 
 
 def _mean_log(losses: Sequence[float]) -> float:
     return float(np.log(np.maximum(losses, 1e-12)).mean())
 
 
-def _additive(entries: Sequence[tuple[int, int, float]], count: int) -> tuple[Floats, Floats]:
-    """Parts r, c of value = r[row] + c[column] + rest, by alternating means; a rare c is drawn towards 0."""
-    rows, columns = (np.array([entry[k] for entry in entries]) for k in (0, 1))
-    values = np.array([entry[2] for entry in entries])
-    of_row, of_column = np.zeros(count), np.zeros(count)
-    in_row, in_column = (np.bincount(index, minlength=count) for index in (rows, columns))
+def _additive(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], values: Floats, num_captions: int
+) -> tuple[Floats, Floats, float]:
+    """Parts r, c of value = r[row] + c[column] + rest, by alternating means, and the deviation of a new one's rest."""
+    num_pictures = int(rows.max()) + 1
+    in_row, in_column = np.bincount(rows), np.bincount(columns, minlength=num_captions)
+    of_row, of_column = np.zeros(num_pictures), np.zeros(num_captions)
     for _ in range(20):
-        of_row = np.bincount(rows, values - of_column[columns], count) / np.maximum(in_row, 1)
-        of_column = np.bincount(columns, values - of_row[rows], count) / (in_column + 2.0)
-    return of_row, of_column
+        of_row = np.bincount(rows, values - of_column[columns]) / in_row
+        of_column = np.bincount(columns, values - of_row[rows], num_captions) / (in_column + SHRINK)
+    rest = values - of_row[rows] - of_column[columns]
+    fitted = num_pictures + float((in_column / (in_column + SHRINK)).sum()) - 1.0
+    variance = float((rest**2).sum()) / max(len(values) - fitted, 1.0)
+    return of_row, of_column, max(float(np.sqrt(variance * (1.0 + 1.0 / in_row.mean()))), 1e-3)

@@ -8,7 +8,8 @@ and a median deviation that no outlier moves.
   * hard: still far above the others at the end;
   * memorised: fell far below the others, and far more than they did;
   * suspicious: its own caption explains it no better than the captions of other pictures do (a wrong caption, a broken
-    picture). That takes the contrast of `PictureContrast`; without one, high from the start and the least improved.
+    picture). That takes the contrast of `PictureContrast`, and a model that makes something of the captions; without
+    these, high from the start and the least improved.
 
 `picture_losses.jsonl` of a run: a line a step, `{"step": 7, "samples": [["folder/a.png", 0.31, 0.084], ...]}`: id,
 position on the noise scale (0..1), the unweighted loss, and "no caption" where the sample went without. Such samples
@@ -34,6 +35,8 @@ Floats = NDArray[np.float64]
 BINS = 24
 MIN_VISITS = 3  # in each half of the run
 NO_CAPTION = "no caption"
+WRONG = -0.5  # contrast from where an own caption is taken for a wrong one: two thirds of the wrong ones are above
+HEARS = -1.5  # median contrast up to which the model makes enough of captions to tell
 Z_OUTLIER = 3.5  # of medians and median deviations: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
 _ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
 
@@ -54,7 +57,8 @@ class PictureScore:
 
     `early` and `late` are mean log-loss above (or below) what is usual at the same noise, in the run's first and second
     half; `z_early`, `z_late` the same in robust standard deviations of all pictures; `z_fall` how much less than the
-    others it fell. `z_contrast` is above 0 where its own caption suits it worse than is usual (None: not measured).
+    others it fell. `z_contrast` says how its own caption suits it in comparison with wrong ones: near 0 no better, -3
+    three standard deviations better (None: not measured).
     `score` ranks: the higher, the more it deserves a look.
     """
 
@@ -155,8 +159,8 @@ def rank(
     captioned = {record.id for record in records if record.captioned}
     halves = _halves(sorted(one for one in records if one.captioned or one.id not in captioned))
     seen = [name for name in names if min(len(part.get(name, ())) for part in halves) >= MIN_VISITS]
-    margins = contrast_scores(contrasts) if contrasts else {}
-    z_contrast = dict(zip(margins, robust_z(list(margins.values()), 0.5), strict=True)) if margins else {}
+    z_contrast = contrast_scores(contrasts)
+    hears = bool(z_contrast) and float(np.median(list(z_contrast.values()))) <= HEARS
     early, late = (np.array([np.mean(part[name]) for name in seen]) for part in halves)
     numbers: dict[str, tuple[float, ...]] = {}
     if seen:
@@ -166,7 +170,7 @@ def rank(
         )
         numbers = {row[0]: tuple(float(value) for value in row[1:]) for row in rows}
     scores = [
-        _score(name, numbers.get(name), sum(len(part.get(name, ())) for part in halves), z_contrast.get(name))
+        _score(name, numbers.get(name), sum(len(part.get(name, ())) for part in halves), z_contrast.get(name), hears)
         for name in names
     ]
     return tuple(sorted(scores, key=lambda one: (_ORDER[one.verdict], -one.score, one.id)))
@@ -198,24 +202,20 @@ def _sampling_error(halves: Sequence[Mapping[str, list[float]]], seen: Sequence[
     return float(max(np.median(errors), 1e-3)) if errors else 1.0
 
 
-def _score(name: str, numbers: tuple[float, ...] | None, visits: int, z_contrast: float | None) -> PictureScore:
-    if numbers is None and z_contrast is None:
-        return PictureScore(name, "unseen", 0.0, visits, 0.0, 0.0, 0.0, 0.0, 0.0)
+def _score(
+    name: str, numbers: tuple[float, ...] | None, visits: int, z_contrast: float | None, hears: bool
+) -> PictureScore:
+    heard = z_contrast if hears else None
+    if numbers is None and heard is None:
+        return PictureScore(name, "unseen", 0.0, visits, 0.0, 0.0, 0.0, 0.0, 0.0, z_contrast)
     early, late, z_early, z_late, z_fall = numbers or (0.0,) * 5
-    suspicion = z_contrast if z_contrast is not None else min(z_early, z_late, z_late + z_fall)
+    from_start = min(z_early, z_late, z_late + z_fall)
     verdict: Verdict = "usual"
-    if suspicion >= Z_OUTLIER:
+    score = heard if heard is not None else max(from_start, z_late, -z_fall if z_late < 0 else 0.0)
+    if heard >= WRONG if heard is not None else from_start >= Z_OUTLIER:
         verdict = "suspicious"
     elif z_late >= Z_OUTLIER:
-        verdict = "hard"
+        verdict, score = "hard", z_late
     elif z_late <= -Z_OUTLIER and z_fall <= -Z_OUTLIER:
-        verdict = "memorised"
-    score = suspicion if z_contrast is not None else max(suspicion, z_late, -z_fall if z_late < 0 else 0.0)
-    if verdict == "hard":
-        score = z_late
-    elif verdict == "memorised":
-        score = -z_fall
-    return PictureScore(
-        name, verdict, score, visits, early, late, z_early, z_late, z_fall,
-        None if z_contrast is None else float(z_contrast),
-    )  # fmt: skip
+        verdict, score = "memorised", -z_fall
+    return PictureScore(name, verdict, score, visits, early, late, z_early, z_late, z_fall, z_contrast)

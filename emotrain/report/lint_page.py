@@ -160,8 +160,8 @@ def _ranking(scores: Sequence[PictureScore], pictures: Mapping[str, PictureRow])
         return None
     note = (
         "Losses are compared at the same place on the noise scale and held against the other pictures, in robust "
-        "standard deviations: above 0 is worse than the others. Caption: how much worse the own caption suits the "
-        "picture than is usual."
+        "standard deviations: above 0 is worse than the others. Caption: how its own caption suits a picture in "
+        "comparison with those of other pictures: -3 is far better, 0 no better, so it may be wrong."
     )
     rows = [_ranking_row(score, pictures.get(score.id)) for score in scores[:RANKED]]
     body = table(("", "verdict", "early", "late", "caption", "seen", "picture"), rows, numbers=(2, 3, 4, 5))

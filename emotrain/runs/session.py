@@ -14,7 +14,7 @@ from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.errors import ExitCode, ResourceError
 from emotrain.lora.file import read_lora
-from emotrain.runs import adapters, build, changes, finish, parents
+from emotrain.runs import adapters, build, changes, contrast, finish, parents
 from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.no_room import explained
 from emotrain.train import remember, rng
@@ -222,6 +222,8 @@ class Session:
             resumes=state.resumes,
             lora=lora.name if lora else None,
         )
+        if outcome.reason in (StopReason.SIGNAL, StopReason.MAX_STEPS):
+            contrast.compare_captions(self, lambda: bool(signals))
         end = RunEnd(
             step=state.step,
             stop_reason=str(outcome.reason),

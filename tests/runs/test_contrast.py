@@ -1,0 +1,115 @@
+"""After a run the captions are compared, within a tenth of its work; those that suit no better are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from emotrain.cli.app import main
+from emotrain.config.load import load_preset
+from emotrain.observers.json_events import JsonEvents
+from emotrain.runs import contrast, start
+from emotrain.runs.contrast import SAMPLE, Plan, plan_contrast
+from emotrain.train.events import Notice
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMOTRAIN_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("pictures", [8, 12, 29, 64, 300, 5000])
+@pytest.mark.parametrize("samples", [16, 100, 400, 1600, 12_000, 10**6])
+def test_a_plan_costs_a_tenth_of_the_run_at_most(pictures, samples):
+    plan = plan_contrast(pictures, samples)
+    if plan is None:
+        assert 0.1 * SAMPLE * samples < 8 * 3
+        return
+    assert plan.pictures * (1 + plan.others) * plan.draws <= 0.1 * SAMPLE * samples
+    assert plan.others < plan.pictures <= pictures
+    assert plan.pictures == pictures or (plan.others, plan.draws) == (2, 1)
+
+
+def test_plans_of_usual_runs():
+    assert plan_contrast(29, 400) == Plan(29, 3, 1)
+    assert plan_contrast(30, 3000) == Plan(30, 7, 2)
+    assert plan_contrast(300, 1000) == Plan(100, 2, 1)
+    assert plan_contrast(7, 10**6) is None  # too few to tell which one stands out
+    assert plan_contrast(29, 20) is None
+
+
+class Listener:
+    def __init__(self):
+        self.events = []
+
+    def handle(self, event):
+        self.events.append(event)
+
+    def close(self):
+        pass
+
+
+def run(tmp_path: Path, name: str, *extra: str, observers=()):
+    words = ("sample.every=0", "log.tensorboard=false", "validate.every=99", "train.max_steps=22", *extra)
+    return start.run(load_preset("quickstart", words, name), runs_dir=tmp_path / "runs", observers=observers)
+
+
+def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contrast, "SHARE", 0.4)
+    heard = Listener()
+    written = []
+    whole = contrast.contrastive_losses
+
+    def spy(*args, **words):
+        written.append(run_dir.joinpath("lora.safetensors").is_file())
+        return whole(*args, **words)
+
+    run_dir = tmp_path / "runs" / "one"
+    monkeypatch.setattr(contrast, "contrastive_losses", spy)
+    result = run(tmp_path, "one", observers=[heard])
+    assert written == [True]
+    rows = [json.loads(line) for line in (run_dir / "picture_contrast.jsonl").read_text().splitlines()]
+    assert len(rows) == 29
+    assert {(len(row["own"]), len(row["others"])) for row in rows} == {(1, 2)}
+    capsys.readouterr()
+    assert main(["images", str(result.folder.path), "--json"]) == 0
+    pictures = json.loads(capsys.readouterr().out)["pictures"]
+    assert all(picture["z_contrast"] is not None for picture in pictures)
+    doubted = [p["id"] for p in pictures if p["verdict"] == "suspicious"]
+    lines = [event.message for event in heard.events if isinstance(event, Notice) and "captions" in event.message]
+    assert len(lines) == bool(doubted)
+    assert all(name in lines[0] for name in doubted[:5])
+
+
+def test_a_short_run_is_not_charged_and_an_interrupted_one_not_kept_waiting(tmp_path, monkeypatch):
+    short = run(tmp_path, "short", "train.max_steps=1")
+    assert not (short.folder.path / "picture_contrast.jsonl").exists()
+    monkeypatch.setattr(contrast, "SHARE", 0.4)
+    stops = iter([False, False])
+    monkeypatch.setattr(contrast, "FEWEST", 2)
+    session_stop = contrast.contrastive_losses
+
+    def stopping(*args, **words):
+        return session_stop(*args, **{**words, "stop": lambda: next(stops, True)})
+
+    monkeypatch.setattr(contrast, "contrastive_losses", stopping)
+    stopped = run(tmp_path, "stopped", "train.max_steps=20")
+    assert stopped.exit_code == 0
+    assert len((stopped.folder.path / "picture_contrast.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_costs_the_comparison_and_not_the_run(tmp_path, monkeypatch):
+    import io
+
+    monkeypatch.setattr(contrast, "SHARE", 0.4)
+    monkeypatch.setattr(contrast, "CONTRASTS", "no/such/folder.jsonl")
+    out = io.StringIO()
+    result = run(tmp_path, "full", "train.max_steps=20", observers=[JsonEvents(out)])
+    assert result.exit_code == 0
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert events[-1]["event"] == "run_end"
+    assert any("comparison is lost" in event.get("message", "") for event in events)
