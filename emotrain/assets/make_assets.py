@@ -1,7 +1,7 @@
 """Make the built-in pictures and pretrain the built-in models, from fonts and icons to diffusers folders.
 
 Every stage is seeded, counted in steps and resumable: run the same command again and it goes on from its last
-checkpoint. On an idle 2-core machine: vae 14 minutes with two threads; tiny-sd about 32 minutes and tiny-flux about 25
+checkpoint. On an idle 2-core machine: vae 14 minutes with two threads; tiny-sd about 47 minutes and tiny-flux about 36
 with one thread each. `tests/bench/base_quality.py` scores the result.
 
     python -m emotrain.assets.make_assets pictures  WORK --noto NotoColorEmoji.ttf --mono DIR --contrast icons.json \
