@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.bar import progress
 from emotrain.cli.complete import preset_names
 
 
@@ -25,7 +26,8 @@ def check(
 ) -> None:
     """Validate a preset, its data and files.
 
-    Everything that is wrong is told at once, each with file and line. Nothing is trained or written.
+    Everything that is wrong is told at once, each with file and line; every picture is decoded. Nothing is trained or
+    written.
 
     Examples:
         emotrain check quickstart
@@ -35,7 +37,8 @@ def check(
     from emotrain.runs.preflight import preflight
 
     loaded = load(preset, overrides or ())
-    found = preflight(loaded.preset, loaded.where)
+    with progress("looking at pictures") as tell:
+        found = preflight(loaded.preset, loaded.where, tell)
     if not as_json:
         for line in loaded.notes:
             output.note(f"note: {line}")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.bar import progress
 from emotrain.cli.complete import preset_names
 from emotrain.errors import ConfigError, DatasetError, ExitCode
 
 if TYPE_CHECKING:
-    from emotrain.dataset.lint_pool import Progress
     from emotrain.dataset.lint_types import Finding, Report
     from emotrain.dataset.ranking import PictureScore
 
@@ -52,7 +50,7 @@ def lint(
     if html is not None:
         _check_page(html)
     scores = _ranking(run)
-    with _progress() as tell:
+    with progress("looking at pictures") as tell:
         report = _lint(target, Options(PREVIEWS if html is not None else 0, None, tell))
     if html is not None:
         _write_page(html, report, scores, target)
@@ -94,28 +92,6 @@ def _ranking(run: str | None) -> tuple[PictureScore, ...]:
     from emotrain.runs.pictures import rank_pictures
 
     return rank_pictures(open_run(run))
-
-
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """A bar on stderr while pictures are decoded; nothing where stderr is no terminal."""
-    import os
-    import sys
-
-    if not sys.stderr.isatty() or os.environ.get("CI") or os.environ.get("TERM") == "dumb":
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("looking at pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield tell
 
 
 def _show(report: Report) -> None:

@@ -39,11 +39,15 @@ class Training:
         for observer in self.observers:
             observer.handle(Phase(what))
 
+    def _looking(self, done: int, total: int) -> None:
+        for observer in self.observers:
+            observer.handle(Phase("looking at pictures", done, total))
+
     def run(self, runs_dir: Path, where: Where) -> None:
         """Start a new run; what can be found out without torch is found out first."""
         from emotrain.runs.preflight import preflight
 
-        facts = preflight(self.preset, where)
+        facts = preflight(self.preset, where, self._looking)
         facts.raise_first()
         for line in facts.warnings:
             self.tell(line)

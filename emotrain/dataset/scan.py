@@ -54,11 +54,14 @@ def scan(
     *,
     caption_extension: str = ".txt",
     default_caption: str | None = None,
+    leave_out: Sequence[Path] = (),
+    beside: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
     """Read all folders; `progress(done, total)` is told of every picture.
 
-    Only headers are read: damage further in shows when pictures are decoded, in lint or `prepare`.
+    Only headers are read: damage further in shows when pictures are decoded, in lint or `prepare`. Folders in
+    `leave_out` are not entered; ids do not meet those of a scan of the folders in `beside`.
 
     Raises:
         DatasetError: a folder is missing, no folder or listed twice; `problems` names all of these.
@@ -69,7 +72,8 @@ def scan(
         Path(folder.mask).expanduser() for folder in folders if folder.mask not in (None, "alpha") and folder.mask
     ]
     _check_folders(roots, mask_roots)
-    trees = [walk(root, leave_out=[other for other in (*roots, *mask_roots) if other != root]) for root in roots]
+    apart = (*roots, *mask_roots, *leave_out)
+    trees = [walk(root, leave_out=[other for other in apart if other != root]) for root in roots]
     total = sum(entry.path.suffix.lower() in SUFFIXES for tree in trees for entry in tree.entries)
     done = 0
 
@@ -80,7 +84,7 @@ def scan(
             progress(done, total)
 
     readers = []
-    for index, (folder, root, name) in enumerate(zip(folders, roots, _names(roots), strict=True)):
+    for index, (folder, root, name) in enumerate(zip(folders, roots, _names(roots, beside), strict=True)):
         reader = FolderReader(folder, root, name, index, _suffixes(caption_extension), default_caption, _masks(folder))
         reader.read(trees[index].entries, tell)
         readers.append(reader)
@@ -134,13 +138,15 @@ def _check_folders(roots: Sequence[Path], mask_roots: Sequence[Path]) -> None:
         raise DatasetError(problems[0].message, problems[0].hint, problems=tuple(problems))
 
 
-def _names(roots: Sequence[Path]) -> list[str]:
-    """A name per folder for the ids: its own, with #2, #3 where several share one."""
+def _names(roots: Sequence[Path], beside: Sequence[Path]) -> list[str]:
+    """A name per folder for the ids: its own, with #2, #3 where several share one (those in `beside` too)."""
+    taken = [other.resolve().name for other in beside]
     names: list[str] = []
     for root in roots:
-        name = root.resolve().name or "data"
-        count = sum(other.resolve().name == root.resolve().name for other in roots[: len(names)])
-        names.append(f"{name}#{count + 1}" if count else name)
+        name = root.resolve().name
+        count = taken.count(name)
+        taken.append(name)
+        names.append(f"{name or 'data'}#{count + 1}" if count else name or "data")
     return names
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from emotrain.config.schema import EMO_OPTIMIZERS, Folder, Preset
+from emotrain.config.schema import EMO_OPTIMIZERS, Preset
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.captions import fill_trigger
 from emotrain.dataset.examples import Example
 from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepare, settings_from
-from emotrain.dataset.scan import require_pictures, scan
+from emotrain.dataset.scan import require_pictures
 from emotrain.dataset.split import split_held_out, take_shard
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
@@ -27,6 +27,7 @@ from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
 from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
+from emotrain.runs.data import scan_preset
 from emotrain.runs.draw import Sampler
 from emotrain.train.ear import Ear, expected_by_bins
 from emotrain.train.events import Event, Notice, Phase
@@ -90,12 +91,10 @@ def has_frozen_encoder(family: str) -> bool:
 
 def read_pictures(preset: Preset) -> Pictures:
     """Scan the folders, take this machine's shard, set the held-out pictures aside."""
-    data = preset.dataset
-    examples = take_shard(read_folders(preset, data.folders), data.shard)
-    own = preset.validate_.folder
-    if own is not None:
-        folder = data.folders[0].model_copy(update={"path": own, "repeats": 1, "prior": None, "mask": None})
-        held = read_folders(preset, (folder,))
+    scans = scan_preset(preset)
+    examples = take_shard(require_pictures(scans.train).examples, preset.dataset.shard)
+    if scans.held_out is not None:
+        held = require_pictures(scans.held_out).examples
         return Pictures(examples, held[: max(preset.validate_.probe_images, 1)])
     fraction = preset.validate_.fraction
     seed = preset.train.seed
@@ -104,13 +103,6 @@ def read_pictures(preset: Preset) -> Pictures:
         count = HELD_OUT if usable >= ENOUGH else 0
         return Pictures(*split_held_out(examples, count=count, seed=seed))
     return Pictures(*split_held_out(examples, fraction=float(fraction), seed=seed))
-
-
-def read_folders(preset: Preset, folders: Sequence[Folder]) -> tuple[Example, ...]:
-    """All usable pictures of some folders."""
-    captions = preset.dataset.captions
-    found = scan(folders, caption_extension=captions.extension, default_caption=captions.default)
-    return require_pictures(found).examples
 
 
 def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) -> Model:

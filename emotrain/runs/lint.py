@@ -10,9 +10,10 @@ from emotrain.dataset.lint import LintSettings, lint
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.lint_tokens import TokenCounter, estimator, tokenizer_in
 from emotrain.dataset.lint_types import Report
-from emotrain.dataset.scan import Scan, scan
+from emotrain.dataset.scan import scan
 from emotrain.dataset.settings import settings_from
 from emotrain.families.table import FAMILIES, Sniffed, sniff
+from emotrain.runs.data import Scans, scan_preset
 
 CLIP_FAMILIES = ("sd15", "sd21", "sdxl")  # the others read captions with T5, whose tokens are estimated
 
@@ -46,8 +47,17 @@ def lint_preset(preset: Preset, options: Options | None = None) -> Report:
         ModelError: the model is missing or not known.
         ConfigError: sizes that contradict each other.
     """
-    options = options or Options()
     found = sniff(preset.model.base, preset.model.family, preset.model.revision)
+    return lint_scans(preset, found, scan_preset(preset), options)
+
+
+def lint_scans(preset: Preset, found: Sniffed, scans: Scans, options: Options | None = None) -> Report:
+    """As `lint_preset`, where the folders are scanned and the model is known.
+
+    Raises:
+        ConfigError: sizes that contradict each other.
+    """
+    options = options or Options()
     loader = settings_from(preset.dataset, resolution=found.resolution, step=found.bucket_step)
     settings = LintSettings(
         trigger=loader.trigger,
@@ -58,15 +68,7 @@ def lint_preset(preset: Preset, options: Options | None = None) -> Report:
         background=loader.background,
         previews=options.previews,
     )
-    own = preset.validate_.folder
-    held_out = _scan(preset, (Folder(path=own),)) if own is not None else None
-    return lint(
-        _scan(preset, preset.dataset.folders),
-        settings,
-        held_out=held_out,
-        workers=options.workers,
-        progress=options.progress,
-    )
+    return lint(scans.train, settings, held_out=scans.held_out, workers=options.workers, progress=options.progress)
 
 
 def token_counter(found: Sniffed) -> TokenCounter:
@@ -75,8 +77,3 @@ def token_counter(found: Sniffed) -> TokenCounter:
     if found.kind == "folder" and found.family in CLIP_FAMILIES:
         return tokenizer_in(Path(found.path) / "tokenizer") or estimator(places)
     return estimator(places)
-
-
-def _scan(preset: Preset, folders: tuple[Folder, ...]) -> Scan:
-    words = preset.dataset.captions
-    return scan(folders, caption_extension=words.extension, default_caption=words.default)

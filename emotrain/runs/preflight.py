@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotrain.config.builtin import is_builtin
-from emotrain.config.schema import Folder, Preset
-from emotrain.dataset.scan import Scan, require_pictures, scan
-from emotrain.errors import ConfigError, EmotrainError, ModelError, Problem
+from emotrain.config.schema import Preset
+from emotrain.dataset.lint_pool import Progress
+from emotrain.dataset.scan import Scan, require_pictures
+from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
 from emotrain.families.table import FAMILIES, Sniffed, sniff
+from emotrain.runs.data import Scans, scan_preset
+from emotrain.runs.lint import Options, lint_scans
 
 Where = Callable[[str], str]
+SHOWN = 20  # errors of the data that are told one by one
 _PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}
 _QUANTIZERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "optimum.quanto"}
 
@@ -45,12 +50,13 @@ class Preflight:
         raise type(first)(first.message, first.hint, problems=problems)
 
 
-def preflight(preset: Preset, where: Where | None = None) -> Preflight:
-    """Look at everything that a preset names.
+def preflight(preset: Preset, where: Where | None = None, progress: Progress | None = None) -> Preflight:
+    """Look at everything that a preset names, every picture included.
 
     Args:
         preset: a loaded preset.
         where: key -> file:line, for the messages (`LoadedPreset.where`).
+        progress: told (done, total) of the pictures decoded.
     """
     result = Preflight()
     at: Where = where or (lambda key: "preset")
@@ -63,7 +69,7 @@ def preflight(preset: Preset, where: Where | None = None) -> Preflight:
                 first = problems[0]
                 result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
     result.failures.extend(_missing_files(preset, at))
-    _look_at_data(preset, result)
+    _look_at_data(preset, result, progress)
     result.warnings.extend(_missing_packages(preset))
     _describe(preset, result)
     return result
@@ -155,26 +161,39 @@ def _missing_files(preset: Preset, at: Where) -> list[EmotrainError]:
     ]
 
 
-def _look_at_data(preset: Preset, result: Preflight) -> None:
-    data = preset.dataset
+def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) -> None:
     try:
-        found = require_pictures(_scan(preset, data.folders))
-        result.scan = found
+        scans = scan_preset(preset)
+        found = result.scan = require_pictures(scans.train)
         result.facts.append(("data", found.totals()))
         result.facts.append(("epoch", _epoch(preset, found)))
-        for item in found.errors():
-            result.warnings.append(f"{item.path} is not used: it {item.reason}")
-        own = preset.validate_.folder
-        if own is not None:
-            held = require_pictures(_scan(preset, (Folder(path=own),)))
-            result.facts.append(("validate", held.totals()))
+        if scans.held_out is not None:
+            result.facts.append(("validate", require_pictures(scans.held_out).totals()))
+        if result.found is not None and not result.failures:
+            _lint(preset, result, scans, progress)
     except EmotrainError as error:
         result.failures.append(error)
 
 
-def _scan(preset: Preset, folders: tuple[Folder, ...]) -> Scan:
-    captions = preset.dataset.captions
-    return scan(folders, caption_extension=captions.extension, default_caption=captions.default)
+def _lint(preset: Preset, result: Preflight, scans: Scans, progress: Progress | None) -> None:
+    """Decode every picture once: errors are failures, all warnings make one line."""
+    assert result.found is not None
+    report = lint_scans(preset, result.found, scans, Options(progress=progress))
+    errors = [finding for finding in report.findings if finding.severity == "error"]
+    if errors:
+        hints = [finding.hint or "mend it, or take it out of the folder" for finding in errors[:SHOWN]]
+        problems = [
+            Problem(f"{finding.file} {finding.message}", hint if hint not in hints[place + 1 :] else None)
+            for place, (finding, hint) in enumerate(zip(errors, hints, strict=False))
+        ]
+        rest = len(errors) - SHOWN
+        if rest > 0:
+            problems.append(Problem(f"and {rest} more files that cannot be used", "`emotrain lint` lists them all"))
+        result.failures.append(DatasetError(problems[0].message, problems[0].hint, problems=tuple(problems)))
+    counts = Counter(finding.code for finding in report.findings if finding.severity == "warning")
+    if counts:
+        listed = ", ".join(f"{count} {code}" for code, count in counts.most_common())
+        result.warnings.append(f"the data has {counts.total()} warnings ({listed}); `emotrain lint` says more")
 
 
 def _epoch(preset: Preset, found: Scan) -> str:

@@ -62,14 +62,14 @@ def test_check_passes_on_the_others_up_to_the_missing_model_file(
 
 
 def test_notes_and_warnings_go_to_stderr(capsys: Captured, tmp_path: Path, pictures_dir: Path) -> None:
-    (pictures_dir / "broken.png").write_bytes(b"no picture")
+    (pictures_dir / "red.txt").unlink()
     path = tmp_path / "p.yaml"
     path.write_text("model: builtin:tiny-sd\ndataset: ./pictures\nnetwork_dim: 4\n")
     assert main(["check", str(path)]) == 0
     captured = capsys.readouterr()
     assert "network_dim" not in captured.out
     assert "p.yaml:3: `network_dim` is read as `network.rank`" in captured.err
-    assert "broken.png is not used" in captured.err
+    assert "1 caption-missing" in captured.err
     assert "dataset.trigger is not set" in captured.err
 
 
