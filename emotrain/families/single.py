@@ -25,8 +25,8 @@ from emotrain.families.sizes import FAMILIES, public_configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import missing_from_file
 
-# Two public repositories hold the tokenizers of all families: CLIP's two (they differ in padding),
-# and the T5's.
+# Two public repositories, neither gated, hold the tokenizers of all families: CLIP's two (the second pads with `!`, as
+# SD 2.x and the larger CLIP of SD3 do, the others with the end of text), and the T5's (a spiece.model, 512 tokens).
 CLIP_SOURCE = "stabilityai/stable-diffusion-xl-base-1.0"
 T5_SOURCE = "google/t5-v1_1-xxl"
 TOKENIZERS: dict[str, dict[str, tuple[str, str]]] = {
@@ -92,11 +92,10 @@ def _load(
     info = FAMILIES[found.family]
     path, beside = str(found.path), str(companion(Path(found.path)))
     index = read_json(folder / "model_index.json")
-    denoiser = getattr(diffusers, index[info.denoiser][1])
     words = {"quantization_config": quantized} if quantized else {}
     pieces: dict[str, Any] = {
         "denoiser": guard(
-            path, "", lambda: denoiser.from_single_file(
+            path, "", lambda: getattr(diffusers, index[info.denoiser][1]).from_single_file(
                 path, config=str(folder), subfolder=info.denoiser, torch_dtype=dtype,
                 local_files_only=True, **words,
             ),
@@ -114,16 +113,18 @@ def _load(
         elif name in absent:
             kind = getattr(transformers, index[name][1])
             given[name] = load_one(kind, beside, name, None, dtype=dtype)
-    pipeline_class = getattr(diffusers, info.pipeline)
     pipeline = guard(
-        path, "", lambda: pipeline_class.from_single_file(
+        path, "", lambda: getattr(diffusers, info.pipeline).from_single_file(
             path, config=str(folder), torch_dtype=dtype, local_files_only=True, **given
         ),
     )  # fmt: skip
     pieces |= {"vae": vae, "scheduler": pipeline.scheduler}
     for name in info.text_encoders:
         tokenizer = name.replace("text_encoder", "tokenizer")
-        pieces[name], pieces[tokenizer] = getattr(pipeline, name), getattr(pipeline, tokenizer)
+        encoder = getattr(pipeline, name)
+        pieces[name], pieces[tokenizer] = encoder, getattr(pipeline, tokenizer)
+        if type(encoder).__name__.startswith("T5"):  # its word embeddings have two names, and files hold one
+            encoder.set_input_embeddings(encoder.get_input_embeddings())
     _check_complete(path, pieces)
     return pieces
 
