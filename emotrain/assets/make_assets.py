@@ -415,6 +415,17 @@ def corpus(work: Path) -> list[str]:
     return captions * 4 + json.loads((work / "names.json").read_text(encoding="utf-8"))
 
 
+def trained(tokenizer: Any, trainer: Any, work: Path, name: str) -> Any:
+    """What a tokenizer learned from the corpus: once for all stages, since the trainers break ties differently
+    each time and a resumed model must go on reading the same pieces.
+    """
+    path = work / f"{name}-pieces.json"
+    if not path.exists():
+        tokenizer.train_from_iterator(corpus(work), trainer)
+        path.write_text(tokenizer.to_str(), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))["model"]
+
+
 def make_clip_tokenizer(work: Path, vocab_size: int = 2000) -> Any:
     """Byte-level BPE with all 256 bytes and all 256 word-ending bytes, so that no text is unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -429,11 +440,8 @@ def make_clip_tokenizer(work: Path, vocab_size: int = 2000) -> Any:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    trainer_bpe.train_from_iterator(corpus(work), trainer)
-    merges = [
-        tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
-        for m in json.loads(trainer_bpe.to_str())["model"]["merges"]
-    ]
+    learned = trained(trainer_bpe, trainer, work, "clip")["merges"]
+    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in learned]
     words = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]
     words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=CLIP_TOKENS)
@@ -453,8 +461,7 @@ def make_t5_tokenizer(work: Path, vocab_size: int = 1400) -> Any:
         initial_alphabet=letters,
         show_progress=False,
     )
-    unigram.train_from_iterator(corpus(work), trainer)
-    vocab = [tuple(item) for item in json.loads(unigram.to_str())["model"]["vocab"]]
+    vocab = [tuple(item) for item in trained(unigram, trainer, work, "t5")["vocab"]]
     known = {word for word, _ in vocab}
     vocab += [(letter, -12.0) for letter in letters if letter not in known]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_TOKENS)
