@@ -416,8 +416,9 @@ def corpus(work: Path) -> list[str]:
 
 
 def trained(tokenizer: Any, trainer: Any, work: Path, name: str) -> Any:
-    """What a tokenizer learned from the corpus: once for all stages, since the trainers break ties differently
-    each time and a resumed model must go on reading the same pieces.
+    """What a tokenizer learned from the corpus, kept for all stages.
+
+    The trainers break ties differently each time, and a resumed model must go on reading the same pieces.
     """
     path = work / f"{name}-pieces.json"
     if not path.exists():
