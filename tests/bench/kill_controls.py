@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,31 +62,31 @@ def put(place: dict[str, Any], key: str, value: Any) -> None:
     place[key] = value
 
 
-def controls(case: Case, base: Path) -> list[dict[str, Any]]:
+def controls(case: Case, base: Path, names: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Resume without one item at a time, half way and from the last checkpoint.
 
     An item that neither changes the result nor is missed by the resume has not been caught. Half way, what the next
     probe or the next loss sets anew does not show (the best so far, the last reading); at the end it does.
     """
     end = case.work / "end"
+    shutil.rmtree(end, ignore_errors=True)
     kill_after_commit(case, end, -1)
     checkpoint = CheckpointStore(base / NAME / "checkpoints").load()[0]
     ways = [("nothing (has to be equal)", None), *items(case, checkpoint.tensors, checkpoint.documents)]
-    rows = []
     for name, way in ways:
+        if not names(name):
+            continue
         shown = [(where, *without(case, folder, way)) for where, folder in (("half way", base), ("at the end", end))]
         caught = [bool(code or differs) for _, code, differs in shown]
         ok = any(caught) if way is not None else not any(caught)
-        rows.append({"item": name, "shown": shown, "ok": ok})
-        if not ok:
-            print("NOT AS IT SHOULD BE", case.name, name, flush=True)
+        yield {"key": name, "shown": shown, "ok": ok}
     shutil.rmtree(end)
-    return rows
 
 
 def without(case: Case, base: Path, way: Any) -> tuple[int, list[str]]:
     """Resume a copy of a run without one item; exit code and what differs."""
     runs_dir = case.work / "one"
+    shutil.rmtree(runs_dir, ignore_errors=True)
     shutil.copytree(base, runs_dir)
     case.session.out.unlink(missing_ok=True)
     code = wait(in_child(lambda: train(case, runs_dir, Plan(left_out=way), resume=True)))
@@ -97,38 +97,57 @@ def without(case: Case, base: Path, way: Any) -> tuple[int, list[str]]:
 
 def kill_after_commit(case: Case, runs_dir: Path, index: int) -> None:
     """A run that is killed right after the commit of its `index`-th checkpoint."""
-    commits = [number for number, name in enumerate(case.points, 1) if name == "committed"]
-    code = wait(in_child(lambda: train(case, runs_dir, Plan(kill_at=commits[index]), resume=False)))
+    commits = sum(name == "committed" for name in case.points)
+    count = range(1, commits + 1)[index]
+    runs_dir.mkdir()
+    code = wait(in_child(lambda: train(case, runs_dir, Plan(kill_after_commits=count), resume=False)))
     assert code == -signal.SIGKILL
 
 
-def damages(case: Case, base: Path) -> list[dict[str, Any]]:
-    """Every file of the newest checkpoint cut, with a flipped bit, missing, or an older one's; then resume."""
+def harm(path: Path, older: Path, kind: str) -> bool:
+    """Damage one file; False where that would not change it."""
+    content = bytearray(path.read_bytes())
+    size = len(content)
+    if kind == "missing":
+        path.unlink()
+        return True
+    if kind.startswith("flip"):
+        places = {"first": 0, "header": 20, "third": size // 3, "two thirds": size * 2 // 3, "last": size - 1}
+        content[places[kind[5:]]] ^= 16
+    now = {
+        "half": content[: size // 2],
+        "a byte short": content[:-1],
+        "empty": b"",
+        "zeros": bytes(size),
+        "a byte more": content + b"\0",
+        "older": older.read_bytes(),
+    }.get(kind, content)
+    if bytes(now) == path.read_bytes():
+        return False
+    path.write_bytes(now)
+    return True
+
+
+KINDS = ("half", "a byte short", "empty", "zeros", "a byte more", "missing", "older")
+FLIPS = ("flip first", "flip header", "flip third", "flip two thirds", "flip last")
+
+
+def damages(case: Case, base: Path, names: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+    """Every file of the newest checkpoint damaged in every way; then resume. `names` says which rows are wanted."""
     store = CheckpointStore(base / NAME / "checkpoints")
     older, newest = (base / NAME / "checkpoints" / f"step-{step:08d}" for step in store.steps()[-2:])
-    rows = []
     for name in sorted(path.name for path in newest.iterdir()):
-        for kind in ("cut", "flip", "missing", "older"):
-            runs_dir = case.work / "one"
-            shutil.copytree(base, runs_dir)
-            path = runs_dir / newest.relative_to(base) / name
-            content = bytearray(path.read_bytes())
-            if kind == "cut":
-                path.write_bytes(content[: len(content) // 2])
-            elif kind == "flip":
-                content[len(content) * 2 // 3] ^= 16
-                path.write_bytes(content)
-            elif kind == "missing":
-                path.unlink()
-            elif (older / name).read_bytes() == content:
-                shutil.rmtree(runs_dir)
+        for kind in (*KINDS, *FLIPS):
+            key = f"{name}: {kind}"
+            if not names(key):
                 continue
-            else:
-                shutil.copy(older / name, path)
+            runs_dir = case.work / "one"
+            shutil.rmtree(runs_dir, ignore_errors=True)
+            shutil.copytree(base, runs_dir)
+            if not harm(runs_dir / newest.relative_to(base) / name, older / name, kind):
+                continue
             code, parts = finish(case, runs_dir)
             kept = (runs_dir / newest.relative_to(base).parent / f".bad-{newest.name}").is_dir()
-            row = {"file": name, "kind": kind, "code": code, "differs": different(case, parts), "kept": kept}
-            row["ok"] = code == 0 and not row["differs"] and kept
-            rows.append(row)
+            row = {"key": key, "code": code, "differs": different(case, parts), "kept": kept}
+            yield row | {"ok": code == 0 and not row["differs"] and kept}
             shutil.rmtree(runs_dir)
-    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import random
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from emotrain.config.load import load
 from emotrain.errors import EmotrainError
 from emotrain.lora.file import read_lora
-from emotrain.runs import start
+from emotrain.runs import session, start
 from emotrain.runs.folder import open_run
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import CheckpointStore
@@ -135,11 +136,11 @@ def prepare(name: str, text: str, work: Path) -> Case:
     path.write_text(text)
     preset = load(str(path), (), NAME).preset
     trail = work / "trail"
-    session = Watched(preset, [Restless(trail)])
-    session.load()
-    session.load = lambda: None  # type: ignore[method-assign]
-    session.out = work / "digest.json"
-    return Case(name, work, session, trail)
+    watched = Watched(preset, [Restless(trail)])
+    watched.load()
+    watched.load = lambda: None  # type: ignore[method-assign]
+    watched.out = work / "digest.json"
+    return Case(name, work, watched, trail)
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -165,11 +166,58 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+class Succession:
+    """One run that is killed at many points: ahead of each kill it forks, and the copy goes on in its place.
+
+    So every kill is a real SIGKILL of a process that has done all of the run up to there, and no step is done twice
+    to get to the next point. The copy waits until the folder has been looked at. The caller waits for processes that
+    are not its own children, for which it becomes their reaper (Linux).
+    """
+
+    REAPER = 36  # PR_SET_CHILD_SUBREAPER, prctl(2)
+
+    def __init__(self, points: set[int]) -> None:
+        self.points = points
+        self._told, self._tell = os.pipe()
+        self._go, self._let_go = os.pipe()
+        self._alone = False
+        ctypes.CDLL(None).prctl(self.REAPER, 1, 0, 0, 0)
+
+    def die(self) -> None:
+        """In the run: leave a copy and be killed; returns in the copy, once it is let go."""
+        state = random.getstate()
+        if os.fork():
+            os.kill(os.getpid(), signal.SIGKILL)
+        random.setstate(state)  # Python seeds it anew in a fork
+        if not self._alone:
+            os.close(self._let_go)  # so that a caller that dies is seen
+            self._alone = True
+        os.write(self._tell, os.getpid().to_bytes(4, "little"))
+        if not os.read(self._go, 1):
+            os._exit(98)
+
+    def deaths(self, first: int) -> Iterator[int]:
+        """The caller's side: yields minus the signal of each death, at last the exit code of the copy that ended."""
+        pid = first
+        while (code := wait(pid)) == -signal.SIGKILL:
+            pid = int.from_bytes(os.read(self._told, 4), "little")
+            yield code
+            os.write(self._let_go, b"!")
+        yield code
+
+    def close(self) -> None:
+        """Give the pipes back."""
+        for descriptor in (self._told, self._tell, self._go, self._let_go):
+            os.close(descriptor)
+
+
 @dataclass
 class Plan:
-    """What happens to one child: killed at its n-th point, or watched; with items left out of its checkpoint."""
+    """What happens to one child: killed at points, or watched; with items left out of its checkpoint."""
 
     kill_at: int = 0
+    kill_after_commits: int = 0
+    succession: Succession | None = None
     points: Path | None = None
     journal: Path | None = None
     left_out: Callable[[dict[str, Any], dict[str, Any]], None] | None = None
@@ -179,19 +227,23 @@ class Plan:
 
 def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
     """In a child: a run or a resume, by the same functions as the commands use."""
-    count = 0
+    count, commits = 0, 0
     sink = os.open(plan.points, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if plan.points else None
 
     def point(name: str) -> None:
-        nonlocal count
+        nonlocal count, commits
         count += 1
         if sink is not None:
             os.write(sink, f"{name}\n".encode())
-        if count == plan.kill_at:
+        commits += name == "committed"
+        if count == plan.kill_at or (plan.kill_after_commits and commits == plan.kill_after_commits):
             os.kill(os.getpid(), signal.SIGKILL)
+        if plan.succession is not None and count in plan.succession.points:
+            plan.succession.die()
 
-    if plan.kill_at or plan.journal or plan.points:
-        start.CheckpointStore = partial(CheckpointStore, stage=point)  # type: ignore[misc, assignment]
+    if plan.kill_at or plan.kill_after_commits or plan.journal or plan.points or plan.succession:
+        for module in (start, session):
+            module.CheckpointStore = partial(CheckpointStore, stage=point)  # type: ignore[misc, assignment]
         journal = plan.journal or case.work / "journal" / str(os.getpid())
         power_cut.record(runs_dir, journal, point)
     if plan.left_out is not None:

@@ -3,7 +3,7 @@
 A process under `record` writes down, in order, every change of names (create, rename, remove) below a folder, and at
 every fsync what that made sure: of a file its bytes, of a folder its names. `after_power_cut` builds a folder that an
 unkind but legal disk could hold at the last moment: names that were not synced come and go by chance, files that were
-not synced are whole, cut, zeros or empty by chance.
+not synced are whole, cut, zeros or empty by chance, and so is what was added to a file since it was synced.
 """
 
 from __future__ import annotations
@@ -187,10 +187,12 @@ def after_power_cut(root: Path, journal: Path, target: Path, seed: int) -> list[
             continue
         if not place.parent.is_dir():
             continue  # its folder's name has not reached the disk
-        if number in disk.content:
-            shutil.copyfile(journal / disk.content[number], place)
-            continue
         now = Path(live[number]).read_bytes() if number in live and Path(live[number]).is_file() else b""
+        if number in disk.content:
+            sure = (journal / disk.content[number]).read_bytes()
+            later = now[len(sure) :] if now.startswith(sure) else b""  # lines that were added to a log since
+            place.write_bytes(sure + chance.choice((later, later[: len(later) // 2], bytes(len(later)), b"")))
+            continue
         kinds = (now, now[: len(now) // 2], bytes(len(now)), b"")
         place.write_bytes(chance.choice(kinds))
     return [str(path.relative_to(target)) for path in sorted(target.rglob("*"))]
