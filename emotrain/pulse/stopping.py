@@ -9,6 +9,7 @@ published signals of the training loss shorten the wait where they light.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,6 +45,9 @@ class StopRule:
     scalar: float = 0.0
     bad_probes: int = 0
     probes: int = 0
+    heard: int = 0  # steps
+    densest: int = 0  # most lit steps in any window so far
+    densest_end: int = 0  # the last step of the first such window
 
     def hear_probe(self, step: int, loss: float) -> bool:
         """Take in one probe loss; true when it is the best so far. Step 0 is the base."""
@@ -65,7 +69,19 @@ class StopRule:
 
     def hear_step(self, ready: bool) -> None:
         """Take in the optimizer's own stop signal of one step."""
+        self.heard += 1
         self.lit.append(ready)
+        if sum(self.lit) > self.densest:
+            self.densest, self.densest_end = sum(self.lit), self.heard
+
+    def around_signals(self, steps: Iterable[int]) -> set[int]:
+        """Of these saved steps, the last one before the densest cluster of published signals and the first after."""
+        if not self.densest:
+            return set()
+        ordered = sorted(steps)
+        before = [step for step in ordered if step <= self.densest_end - WINDOW]
+        after = [step for step in ordered if step >= self.densest_end]
+        return {*before[-1:], *after[:1]}
 
     @property
     def sustained(self) -> bool:
@@ -126,6 +142,8 @@ class StopRule:
             "scalar": self.scalar,
             "bad_probes": self.bad_probes,
             "probes": self.probes,
+            "heard": self.heard,
+            "densest": [self.densest, self.densest_end],
         }
 
     def load_document(self, document: dict[str, Any]) -> None:
@@ -137,4 +155,5 @@ class StopRule:
         self.anchor_loss = float("inf") if document["anchor_loss"] is None else document["anchor_loss"]
         self.averages = Averages(*document["averages"]) if document["averages"] else None
         self.scalar, self.bad_probes = document["scalar"], document["bad_probes"]
-        self.probes = document["probes"]
+        self.probes, self.heard = document["probes"], document["heard"]
+        self.densest, self.densest_end = document["densest"]

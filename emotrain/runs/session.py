@@ -199,7 +199,9 @@ class Session:
         best = state.best_step is not None and state.best_step == state.step
         finish.sync(self.logs, self.notify)  # ahead of the commit: no power cut leaves a checkpoint without its logs
         try:
-            path = self.store.save(state.step, tensors, documents, best=best, config_hash=config_hash(self.preset))
+            keep = self.stop_rule.around_signals([*self.store.steps(), state.step])
+            words = config_hash(self.preset)
+            path = self.store.save(state.step, tensors, documents, best=best, keep=keep, config_hash=words)
             self.notify(Saved(state.step, path, best))
         except ResourceError as error:
             self.notify(Notice(f"{error.message}; the run goes on"))

@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,11 @@ class CheckpointStore:
         documents: Mapping[str, Any],
         *,
         best: bool = False,
+        keep: Collection[int] = (),
         config_hash: str,
         parent: str | None = None,
     ) -> Path:
-        """Commit one checkpoint, then remove those that are no longer kept. Returns its folder.
+        """Commit one checkpoint, then remove those that are no longer kept (the steps in `keep` are). Returns its folder.
 
         Raises:
             DivergedError: a tensor holds a number that is not finite; nothing was written.
@@ -109,7 +110,7 @@ class CheckpointStore:
         except (OSError, Unusable) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise _refusal(step, self.folder, error) from error
-        self._prune()
+        self._prune(keep)
         return target
 
     def load(self, step: int | None = None) -> tuple[Checkpoint, list[str]]:
@@ -193,9 +194,9 @@ class CheckpointStore:
             _rename_free(target, f".left-{target.name}")
             self._stage("set the former one aside")
 
-    def _prune(self) -> None:
+    def _prune(self, keep: Collection[int]) -> None:
         found = step_folders(self.folder)
-        kept = set(list(found)[-self.keep_last :])
+        kept = {*list(found)[-self.keep_last :], *keep}
         best = next((step for step in reversed(found) if _is_best(found[step])), None)
         for step, path in found.items():
             if step in kept or step == best:

@@ -118,3 +118,21 @@ def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
         if step % 10 == 0:
             second.hear_probe(step, curve(step))
     assert step == end
+
+
+def test_the_saves_around_the_densest_signals_are_named():
+    rule = StopRule("off")
+    for step in range(1, 401):
+        rule.hear_step(150 <= step < 175 or step % 40 == 0)
+    assert (rule.densest, rule.densest_end) == (25, 174)
+    assert rule.around_signals(range(50, 401, 50)) == {100, 200}
+    again = StopRule("off")
+    again.load_document(json.loads(json.dumps(rule.to_document())))
+    assert again.around_signals(range(50, 401, 50)) == {100, 200}
+
+
+def test_without_a_signal_no_save_is_kept_for_it():
+    rule = StopRule("off")
+    for _ in range(100):
+        rule.hear_step(False)
+    assert rule.around_signals([50, 100]) == set()

@@ -126,6 +126,15 @@ def test_the_newest_are_kept_and_the_best_is_never_removed(tmp_path: Path) -> No
     assert names(store) == ["step-00000003", "step-00000006", "step-00000007"]
 
 
+def test_steps_that_are_asked_for_outlive_the_prune(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=2)
+    for step in range(1, 6):
+        store.save(step, *contents(step), keep={2}, config_hash="c")
+    assert store.steps() == (2, 4, 5)
+    store.save(6, *contents(6), config_hash="c")
+    assert store.steps() == (5, 6)
+
+
 def test_one_checkpoint_alone_cannot_be_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         CheckpointStore(tmp_path, keep_last=1)
