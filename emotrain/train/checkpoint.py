@@ -77,7 +77,7 @@ class CheckpointStore:
         config_hash: str,
         parent: str | None = None,
     ) -> Path:
-        """Commit one checkpoint, then remove those that are no longer kept (the steps in `keep` are). Returns its folder.
+        """Commit one checkpoint, then remove those that are no longer kept (`keep` are). Returns its folder.
 
         Raises:
             DivergedError: a tensor holds a number that is not finite; nothing was written.
