@@ -47,7 +47,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 def _to_srgb(image: Image.Image, icc: bytes | None, notes: list[Note]) -> Image.Image:
     if not icc:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     try:
         name, transform = _transform(icc, image.mode)
         if transform and image.mode == "L" and transform.input_mode == "RGB":

@@ -51,7 +51,7 @@ class Pair:
 
 def look_of(picture: Image.Image) -> bytes:
     """The picture squeezed into 64x64 pixels, slightly blurred: 12,288 bytes, rows of RGB."""
-    small = picture.convert("RGB")
+    small = picture if picture.mode == "RGB" else picture.convert("RGB")  # converting would copy it
     if (factor := min(small.size) // (2 * LOOK_SIDE)) > 1:
         small = small.reduce(factor)  # whole pixels first: several times faster, the same means
     small = small.resize((LOOK_SIDE, LOOK_SIDE), Image.Resampling.BOX)

@@ -38,10 +38,10 @@ def caption_findings(
     prefix: str = "",
     suffix: str = "",
 ) -> list[Finding]:
-    """Findings about all captions; shares are taken without the regularisation pictures."""
+    """Findings about all captions; regularisation pictures go without the trigger and do not count for the shares."""
     found: list[Finding] = []
     for example in examples:
-        found += _one(example, trigger, tokens, prefix, suffix)
+        found += _one(example, None if example.prior else trigger, tokens, prefix, suffix)
         if example.caption_path is not None:
             found += _file(example.id, example.caption_path)
     own = [example for example in examples if not example.prior and any(example.captions)]

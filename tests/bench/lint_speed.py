@@ -1,43 +1,54 @@
-"""Pictures a second that lint decodes in full, hashes and measures: JPEGs of 1,024 x 1,024 pixels.
+"""What lint costs per picture, stage by stage, and pictures a second: JPEGs of 1,024 x 1,024 pixels.
 
-    python tests/bench/lint_speed.py [--pictures 200] [--workers 2]
+    python tests/bench/lint_speed.py [--pictures 200] [--workers 2] [--report FILE]
 
-Scan (header and SHA-256 of every byte) and measuring (full decode, sharpness, look for copies) are timed
-apart and together; the CPU seconds are those of all processes, so that a busy machine can be told from a slow
-program.
+Each picture is read, hashed (SHA-256 of every byte), decoded in full and measured. The stages are timed in CPU
+milliseconds of this process, best and median of all pictures: on a busy machine the best is what the work costs, and
+the median shows how much slower shared caches and cores make it. The same decoding is then timed while another
+process does it too: how much slower a picture gets says how much of a second core there is. At last the whole, in
+pictures a wall-clock second, with the time that the worker processes take to start.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import os
-import random
+import platform
 import resource
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from emotrain.config.schema import Folder
+from emotrain.dataset.duplicates import look_of
+from emotrain.dataset.images import load_picture, read_header
 from emotrain.dataset.lint import lint
-from emotrain.dataset.lint_pictures import Job
+from emotrain.dataset.lint_pictures import Job, edge_sharpness, measure
 from emotrain.dataset.lint_pool import measure_all
 from emotrain.dataset.scan import scan
 
 
-def make(folder: Path, count: int, originals: int = 4) -> int:
-    """Write `count` pictures with the detail of photographs; all bytes of them together."""
+def make(folder: Path, count: int, fields: int = 4) -> int:
+    """Write `count` different pictures with the detail of photographs; all bytes of them together."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(1024), np.fft.fftfreq(1024))) + 1 / 1024
-    for k in range(originals):
+    made = []
+    for _ in range(fields):
         field = np.real(np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, 1024, 1024))) / frequency**1.3))
-        field = np.moveaxis(field / field.std() * 44 + 128, 0, 2).clip(0, 255).astype(np.uint8)
-        Image.fromarray(field).save(folder / f"{k:04}.jpg", quality=88)
-    for k in range(originals, count):  # a byte behind the end makes another file of the same work
-        data = (folder / f"{k % originals:04}.jpg").read_bytes()
-        (folder / f"{k:04}.jpg").write_bytes(data + b"\0" * (k // originals))
+        made.append(np.moveaxis(field / field.std() * 44 + 128, 0, 2).clip(0, 255).astype(np.uint8))
+    for k in range(count):  # shifted round, turned and recoloured: as much work, and no copies
+        field = np.roll(made[k % fields], tuple(rng.integers(0, 1024, 2)), (0, 1))
+        field = np.rot90(field, int(rng.integers(4)))[:, :, rng.permutation(3)]
+        Image.fromarray(np.ascontiguousarray(field)).save(folder / f"{k:04}.jpg", quality=88)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -46,36 +57,110 @@ def cpu() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
+def milliseconds(work: Callable[[Path], object], paths: Sequence[Path]) -> tuple[float, float]:
+    """Best and median CPU time of one picture."""
+    taken = []
+    for path in paths:
+        start = time.process_time()
+        work(path)
+        taken.append(1000 * (time.process_time() - start))
+    return min(taken), statistics.median(taken)
+
+
+def stages(paths: Sequence[Path]) -> dict[str, tuple[float, float]]:
+    """CPU milliseconds of every stage by itself, and of all together."""
+    data = {path: path.read_bytes() for path in paths}
+    pictures = {path: load_picture(path).image for path in paths[:8]}
+    few = [path for path in paths for _ in range(len(paths) // 8) if path in pictures]
+    work: dict[str, tuple[Callable[[Path], object], Sequence[Path]]] = {
+        "read the file": (lambda path: path.read_bytes(), paths),
+        "SHA-256": (lambda path: hashlib.sha256(data[path]).hexdigest(), paths),
+        "header": (lambda path: read_header(data[path], path=path), paths),
+        "decode (Pillow alone)": (lambda path: Image.open(io.BytesIO(data[path])).load(), paths),
+        "read and decode as lint does": (load_picture, paths),
+        "sharpness": (lambda path: edge_sharpness(pictures[path]), few),
+        "look for copies": (lambda path: look_of(pictures[path]), few),
+        "read, decode and measure": (lambda path: measure(Job(path)), paths),
+    }
+    return {name: milliseconds(*parts) for name, parts in work.items()}
+
+
+def beside_another(paths: Sequence[Path]) -> tuple[float, float]:
+    """As "read, decode and measure", while another process does the same."""
+    code = "import sys; from tests.bench.lint_speed import burn; burn(sys.argv[1])"
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", code, str(paths[0])], env=where) as other:
+        time.sleep(2)  # until it is at work
+        try:
+            return milliseconds(lambda path: measure(Job(path)), paths)
+        finally:
+            other.kill()
+
+
+def burn(path: str) -> None:
+    """Decode one picture until killed."""
+    while True:
+        measure(Job(Path(path)))
+
+
+def whole(folder: str, paths: Sequence[Path], workers: int) -> dict[str, tuple[float, float]]:
+    """Pictures a wall-clock second and a CPU second: of the scan, of measuring, of all of lint."""
+    found = {}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        start, busy = time.perf_counter(), cpu()
+        work()
+        found[name] = len(paths) / (time.perf_counter() - start), len(paths) / (cpu() - busy)
+
+    jobs = [Job(path) for path in paths]
+    scanned = scan((Folder(path=folder),))
+    timed("scan (header and SHA-256)", lambda: scan((Folder(path=folder),)))
+    timed("measure, one process", lambda: measure_all(jobs, workers=1))
+    timed(f"measure, {workers} processes with their start", lambda: measure_all(jobs, workers=workers))
+    timed("measure and find copies, all of lint but the scan", lambda: lint(scanned, workers=workers))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     count = options.pictures
     with tempfile.TemporaryDirectory() as name:
         size = make(Path(name), count)
-        print(f"{count} JPEGs of 1,024 x 1,024, {size / count / 1000:.0f} kB each; load {os.getloadavg()[0]:.1f}")
-        start, busy = time.perf_counter(), cpu()
-        found = scan((Folder(path=name),))
-        scanned, scan_busy = time.perf_counter() - start, cpu() - busy
-        jobs = [Job(example.path) for example in found.examples]
-        start, busy = time.perf_counter(), cpu()
-        measured = measure_all(jobs, workers=options.workers)
-        decoded, decode_busy = time.perf_counter() - start, cpu() - busy
-        assert len(measured) == count
-        assert all(one.problem is None for one in measured)
-        chosen = random.Random(0).sample(jobs, 3)
-        assert all(Image.open(job.path).size == (1024, 1024) for job in chosen)
-        for what, wall, used in (
-            ("header and SHA-256", scanned, scan_busy),
-            (f"decode and measure, {options.workers} processes", decoded, decode_busy),
-            ("both", scanned + decoded, scan_busy + decode_busy),
-        ):
-            print(f"{what:<32} {count / wall:6.1f} a second; {count / used:6.1f} a second of CPU")
-        start = time.perf_counter()
-        report = lint(found, workers=options.workers)
-        whole = time.perf_counter() - start
-        print(f"lint as a whole, with copies ({len(report.findings)} findings): {count / whole:.1f} a second")
+        paths = sorted(Path(name).iterdir())
+        load = os.getloadavg()[0]
+        alone, beside = stages(paths), beside_another(paths)
+        rates = whole(name, paths, options.workers)
+    lines = [
+        "# Speed of lint",
+        "",
+        f"`python tests/bench/lint_speed.py --pictures {count} --workers {options.workers}`",
+        "",
+        f"{count} JPEGs of 1,024 x 1,024 pixels, {size / count / 1000:.0f} kB each; {platform.machine()}, "
+        f"{os.cpu_count()} cores, load {load:.1f} before the start; Pillow {Image.__version__}, libjpeg-turbo "
+        f"{features.version('libjpeg_turbo')}.",
+        "",
+        "| CPU milliseconds a picture | best | median |",
+        "| --- | --- | --- |",
+        *(f"| {stage} | {best:.2f} | {median:.2f} |" for stage, (best, median) in alone.items()),
+        f"| the same beside another process | {beside[0]:.2f} | {beside[1]:.2f} |",
+        "",
+        "| pictures a second | of wall clock | of CPU |",
+        "| --- | --- | --- |",
+        *(f"| {stage} | {wall:.0f} | {used:.0f} |" for stage, (wall, used) in rates.items()),
+        "",
+        f"Without start and other load, {options.workers} cores would make "
+        f"{1000 * options.workers / alone['read, decode and measure'][0]:.0f} a second at the best time, "
+        f"{1000 * options.workers / beside[1]:.0f} at the median beside another process.",
+        "",
+    ]
+    text = "\n".join(lines)
+    print(text)
+    if options.report is not None:
+        options.report.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

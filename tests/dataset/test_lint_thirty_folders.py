@@ -122,7 +122,10 @@ CASES: dict[str, tuple[Case, int, str | None, str]] = {
     "12 animated GIF": (of(lambda make: animated(make, "GIF"), "bad.gif"), 0, "animated", "warning"),
     "12 animated PNG": (of(lambda make: animated(make, "PNG"), "bad.png"), 0, "animated", "warning"),
     "13 TIFF of two pages": (of(lambda make: animated(make, "TIFF"), "bad.tif"), 0, "animated", "warning"),
-    "14 EXIF rotation": (of(lambda make: rotated(make, 6)), 0, "exif-rotated", "info"),
+    **{
+        f"14 EXIF rotation {turn}": (of(lambda make, turn=turn: rotated(make, turn)), 0, "exif-rotated", "info")
+        for turn in range(2, 9)
+    },
     "15 broken EXIF": (of(broken_exif), 0, "exif-damaged", "warning"),
     "16 claims 12,000 x 12,000": (of(lambda m: m.png_claiming(12_000, 12_000), "bad.png"), 3, TOO_MANY, "error"),
     "16 claims 20,000 x 20,000": (of(lambda m: m.png_claiming(20_000, 20_000), "bad.png"), 3, TOO_MANY, "error"),
@@ -130,10 +133,13 @@ CASES: dict[str, tuple[Case, int, str | None, str]] = {
     "17 text bomb": (of(text_bomb, "bad.png"), 3, "damaged", "error"),
     "18 one pixel": (of(lambda m: m.encode(Image.new("RGB", (1, 1))), "bad.png"), 3, "too-small", "error"),
     "18 a line": (of(lambda m: m.encode(Image.new("RGB", (8, 20_000))), "bad.png"), 3, "odd-shape", "error"),
+    "18 a thin line": (of(lambda m: m.encode(Image.new("RGB", (1, 20_000))), "bad.png"), 3, "too-small", "error"),
     "19 no pixels": (of(lambda m: m.png_claiming(0, 0), "bad.png"), 3, "not-a-picture", "error"),
     "19 wrong checksum": (of(bad_checksum, "bad.png"), 3, "damaged", "error"),
     "20 PNG named .jpg": (of(lambda m: m.encode(picture())), 0, "wrong-extension", "warning"),
     "20 upper case": (of(lambda m: m.encode(picture(), "JPEG"), "BAD.JPG"), 0, None, ""),
+    "20 upper case, long": (of(lambda m: m.encode(picture(), "JPEG"), "BAD.JPEG"), 0, None, ""),
+    "20 a text that is no caption": (lambda make: {"notes.md": "to do"}, 0, "other-file", "info"),
     "20 two extensions": (of(lambda m: m.encode(picture()), "bad.jpg.png"), 0, None, ""),
     "20 a program": (lambda make: {"setup.exe": b"MZ"}, 0, "other-file", "info"),
     "24 two pictures share a caption": (
@@ -144,9 +150,13 @@ CASES: dict[str, tuple[Case, int, str | None, str]] = {
     "26 empty caption": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": ""}, 0, "caption-empty", "warning"),
     "26 white space": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": " \n\t"}, 0, "caption-empty", "warning"),
     "26 UTF-8 with BOM": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": b"\xef\xbb\xbfcat"}, 0, None, ""),
-    "26 UTF-16": (
-        lambda m: {"bad.png": m.encode(picture()), "bad.txt": "a cat".encode("utf-16")}, 0, "caption-utf16", "info",
-    ),
+    **{
+        f"26 {kind}": (
+            lambda m, kind=kind: {"bad.png": m.encode(picture()), "bad.txt": "\ufeffa cat".encode(kind)},
+            0, "caption-utf16", "info",
+        )
+        for kind in ("utf-16-le", "utf-16-be")
+    },
     "26 latin-1": (
         lambda m: {"bad.png": m.encode(picture()), "bad.txt": "caf\u00e9 cat".encode("latin-1")},
         3, "caption-encoding", "error",
@@ -168,6 +178,7 @@ CASES: dict[str, tuple[Case, int, str | None, str]] = {
     "27 hidden files": (
         lambda m: {"Thumbs.db": b"x", ".DS_Store": b"x", "__MACOSX/._x.jpg": b"x", "._y.jpg": b"x"}, 0, None, "",
     ),
+    "27 a Mac's twin of a picture": (lambda m: {"._ok.png": b"\0\5\x16\7", "desktop.ini": b"x"}, 0, None, ""),
     "28 nested": (of(lambda m: m.encode(picture()), "a/b/c/bad.png"), 0, None, ""),
     "30 ICC profile": (
         of(lambda m: m.encode(picture(), "JPEG", icc_profile=m.swapped_profile())), 0, "icc", "info",
@@ -197,6 +208,70 @@ def test_a_bad_folder_gets_its_finding_and_exit_code(
     files_said, used = report["totals"].split(" files: ")
     assert int(files_said) >= 2
     assert not used.startswith("0 ")
+
+
+def test_a_rotated_picture_goes_into_the_bucket_of_its_turned_size(
+    folder: Any, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder({f"{turn}.jpg": rotated(make, turn) for turn in range(1, 9)})
+    _, report = lint(root, capsys)
+    sizes = {row["id"][5]: (row["width"], row["height"]) for row in report["pictures"]}
+    assert sizes == {str(turn): (160, 128) if turn < 5 else (128, 160) for turn in range(1, 9)}
+
+
+def test_a_caption_in_another_encoding_names_the_byte(
+    folder: Any, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder({"a.png": make.encode(picture()), "a.txt": b"caf\xe9 cat"})
+    code, report = lint(root, capsys)
+    assert code == 3
+    (message,) = (finding["message"] for finding in report["findings"] if finding["code"] == "caption-encoding")
+    assert "byte 3" in message
+
+
+def test_a_caption_that_is_a_link_out_of_the_folder_is_not_read(
+    folder: Any, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret.txt").write_text("a password", encoding="utf-8")
+    root = folder({"a.png": make.encode(picture()), "b.png": make.encode(picture(seed=1)), "b.txt": "two birds"})
+    (root / "a.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "zero.png").symlink_to("/dev/zero")
+    (root / "self.png").symlink_to(root / "self.png")
+    start = time.perf_counter()
+    code, report = lint(root, capsys)
+    assert time.perf_counter() - start < 2
+    for name in ("a.txt", "zero.png", "self.png"):
+        (root / name).unlink()
+    assert code == 3
+    found = {finding["file"]: finding["code"] for finding in report["findings"] if finding["severity"] == "error"}
+    assert found["data/a.png"] == "caption-link"
+    assert found["data/zero.png"] == "not-a-file"
+    assert found["data/self.png"] in ("broken-link", "unreadable")
+    assert "password" not in json.dumps(report)
+
+
+def test_empty_folders_and_deep_ones_are_no_reason_to_fail(
+    folder: Any, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder({"/".join("abcdefghij") + "/ok.png": make.encode(picture()), "a/ok.txt": "no picture of this name"})
+    (root / "empty" / "emptier").mkdir(parents=True)
+    code, report = lint(root, capsys)
+    assert code == 0
+    assert [row["id"] for row in report["pictures"]] == ["data/a/b/c/d/e/f/g/h/i/j/ok.png"]
+
+
+@pytest.mark.slow
+def test_ten_thousand_files_take_less_than_a_minute(folder: Any, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    files: dict[str, bytes | str] = {}
+    for k in range(5000):
+        files[f"{k % 50}/{k}.png"] = make.encode(picture(64, 64, seed=k))
+        files[f"{k % 50}/{k}.txt"] = f"thing {k}"
+    root = folder(files)
+    start = time.perf_counter()
+    code, report = lint(root, capsys)
+    assert time.perf_counter() - start < 60
+    assert code == 0
+    assert len(report["pictures"]) == 5000
 
 
 def test_a_folder_without_a_usable_picture_is_an_error(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
