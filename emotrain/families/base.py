@@ -58,6 +58,9 @@ class Family(Protocol):
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
         """Texts -> embeddings float32 on the CPU, a row per text, all of the same token count."""
 
+    def no_negative(self, empty: TextEmbeds) -> TextEmbeds:
+        """What the stock pipeline takes where no negative prompt is given; `empty` is the empty text, encoded."""
+
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, float32 [B, C, H, W].
 

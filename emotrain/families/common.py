@@ -39,6 +39,7 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     memory: MemoryPlan | None = None
+    force_zeros: bool = True  # SDXL's force_zeros_for_empty_prompt
 
 
 def digest_module(module: nn.Module, extra: Any) -> str:
@@ -74,6 +75,7 @@ class LoadedFamily(ABC):
         self.scheduler_config: dict[str, Any] = dict(parts.scheduler.config)
         self.device = parts.device
         self.dtype = parts.dtype
+        self.force_zeros = parts.force_zeros
         self.memory = parts.memory
         self.placement = parts.memory.sentence if parts.memory else ""
         self._waiting: frozenset[nn.Module] | None = None  # see `let_denoiser_wait`
@@ -136,6 +138,10 @@ class LoadedFamily(ABC):
             part.encoder.to(self.device)
         self.trained_encoders = frozenset(part.name for part in held)
         return tuple(part.name for part in held)
+
+    def no_negative(self, empty: TextEmbeds) -> TextEmbeds:
+        """What the stock pipeline takes where no negative prompt is given; `empty` is the empty text, encoded."""
+        return empty
 
     @staticmethod
     def to_rows(embeds: TextEmbeds) -> TextEmbeds:

@@ -122,6 +122,7 @@ def load(
         device=where,
         dtype=kind,
         memory=plan,
+        force_zeros=pieces.get("force_zeros", True),
     )
     built = family_class(found.family)(parts)
     _place(built, plan)

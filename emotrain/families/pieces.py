@@ -28,7 +28,8 @@ def load_pieces(
     The VAE is always float32: in half precision the real ones overflow or lose detail, and it is used once per picture.
 
     Returns:
-        `denoiser`, `vae`, `scheduler`, `text_encoder`..., `tokenizer`...; None where a T5 is absent.
+        `denoiser`, `vae`, `scheduler`, `text_encoder`..., `tokenizer`... (None where a T5 is absent), and
+        `force_zeros` where the folder says what SDXL takes for no negative prompt.
 
     Raises:
         ModelError: a piece is missing or cannot be read.
@@ -60,6 +61,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None, quanti
             ),
         ),
     }
+    pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
     for name in info.text_encoders:
         pieces[name], pieces[name.replace("text_encoder", "tokenizer")] = load_encoder(
             where, index, name, dtype, revision

@@ -35,10 +35,15 @@ class StableDiffusionXL(LoadedFamily):
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
         """prompt_embeds float32 [B, S, D + D'], pooled_prompt_embeds float32 [B, D'], on the CPU.
 
-        An empty caption is encoded like any other text; the stock pipeline's zeros stand in only
-        where no negative prompt is given at all.
+        An empty caption is encoded like any other text, so caption dropout trains what ComfyUI and others make
+        of an empty prompt; zeros, which stand for no negative prompt (see `no_negative`), would give the
+        cross-attention nothing to learn from: keys and values of zeros are zeros, with a LoRA as without.
         """
         return self.to_rows(self.encode_with_grad(texts))
+
+    def no_negative(self, empty: TextEmbeds) -> TextEmbeds:
+        """Zeros, unless the model's model_index.json says otherwise."""
+        return {key: torch.zeros_like(value) for key, value in empty.items()} if self.force_zeros else empty
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """Epsilon or v, float32 [B, C, H, W]."""
@@ -61,7 +66,8 @@ class StableDiffusionXL(LoadedFamily):
 
         built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
         built |= self.encoder_words("text_encoder", "text_encoder_2")
-        return StableDiffusionXLPipeline(**{**built, "add_watermarker": False, **parts})
+        built |= {"add_watermarker": False, "force_zeros_for_empty_prompt": self.force_zeros}
+        return StableDiffusionXLPipeline(**{**built, **parts})
 
     def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Classifier-free guidance."""

@@ -30,7 +30,8 @@ class Sampler:
     Args:
         family: with the live weights.
         prompts: as shown, [trigger] filled in.
-        texts: cached embeddings of the prompts, one row each; `negative` those of the empty text.
+        texts: cached embeddings of the prompts, one row each; `negative` those of the empty text, in whose
+            place the family may take something else (`no_negative`), as its stock pipeline does.
         size: width and height in pixels.
     """
 
@@ -53,7 +54,7 @@ class Sampler:
         self.requests = [
             DrawRequest(
                 text={key: value[i : i + 1] for key, value in texts.items()},
-                negative={key: value[:1] for key, value in negative.items()},
+                negative={key: value[:1] for key, value in family.no_negative(negative).items()},
                 width=size[0],
                 height=size[1],
                 seed=seed + i,
@@ -98,7 +99,7 @@ class Sampler:
             return request
         with torch.no_grad():
             text = text_of(self.family, [self.prompts[number - 1]], request.text)
-            negative = text_of(self.family, [""], request.negative)
+            negative = self.family.no_negative(text_of(self.family, [""], request.negative))
         return replace(request, text=text, negative=negative)
 
     def _draw_one(self, request: DrawRequest, number: int, path: Path) -> None:

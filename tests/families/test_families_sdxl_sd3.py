@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from emotrain.families import load_family
 from emotrain.families.base import Conditioning, DrawRequest
@@ -116,3 +117,31 @@ def test_folders_are_recognised(sdxl_folder: Path, sd3_folder: Path) -> None:
     assert sniff(str(sdxl_folder)).prediction == "epsilon"
     assert sniff(str(sd3_folder)).family == "sd3"
     assert sniff(str(sd3_folder)).prediction == "flow"
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sdxl_samples_are_the_stock_pipelines_pictures(sdxl_folder: Path, tmp_path: Path, zeros: bool) -> None:
+    """A prompt and nothing else: what stands for the negative prompt is said by the model, zeros in the public one."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from emotrain.runs.draw import Sampler
+
+    folder = tmp_path / "model"
+    shutil.copytree(sdxl_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
+    family = load_family(str(folder), device="cpu")
+    empty = family.encode_texts([""])
+    assert family.no_negative(empty)["prompt_embeds"].any() == (not zeros)
+    words: dict[str, Any] = {"size": (64, 64), "seed": 3, "steps": 2, "guidance": 5.0, "notify": lambda event: None}
+    sampler = Sampler(family, ["red apple"], family.encode_texts(["red apple"]), empty, **words)
+    sampler.folder = tmp_path / "samples"
+    sampler.draw(1)
+    stock = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    made = stock(
+        "red apple", width=64, height=64, num_inference_steps=2, guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    ours, theirs = (np.asarray(p, int) for p in (Image.open(sampler.path(1, 1)), made.images[0]))
+    assert np.abs(ours - theirs).max() <= 1

@@ -119,11 +119,11 @@ def picture(folder: Path, lora: Path | None) -> np.ndarray:
         pipeline.load_lora_weights(str(lora))
     words: dict[str, Any] = {"guidance_scale": 2.0}
     if "Flux" in type(pipeline).__name__:
-        words = {"guidance_scale": 0.0, "true_cfg_scale": 2.0, "max_sequence_length": 24}
+        words = {"guidance_scale": 0.0, "true_cfg_scale": 2.0, "negative_prompt": "", "max_sequence_length": 24}
     if "3" in type(pipeline).__name__:
         words["max_sequence_length"] = 24
     out = pipeline(
-        PROMPT, negative_prompt="", width=64, height=64, num_inference_steps=2,
+        PROMPT, width=64, height=64, num_inference_steps=2,
         generator=torch.Generator().manual_seed(42), **words,
     )  # fmt: skip
     return np.asarray(out.images[0].convert("RGB"), int)
