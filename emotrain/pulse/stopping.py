@@ -1,7 +1,8 @@
 """The decision to end a run: pure floats in, one sentence out (no torch).
 
 Nothing that hears only the training loss can feel over-training, since that loss goes on falling. So the decision
-rests on the probe: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors listen to it:
+rests on the probe: the loss of a few held-out pictures at fixed noise and timesteps (where none can be spared, of
+mirrored training pictures). The emo sensors listen to it:
 they are started anew at every best probe, and `scalar` below zero since then means that the run gets worse. The
 published signals of the training loss shorten the wait where they light.
 """
@@ -21,6 +22,7 @@ PATIENCE = 0.5  # of the best step: how long the probe may fail to improve
 PATIENCE_LIT = 0.35  # the same while the published signal is sustained
 MIN_BAD_PROBES = 4  # in a row, with scalar below zero
 NEGLIGIBLE = 0.002  # of the improvement so far: a smaller new best does not start the wait again
+NEGLIGIBLE_MIRRORED = 0.02  # the same for a probe of training pictures, which goes on falling as they are memorised
 MIN_STEPS = 60
 
 
@@ -31,10 +33,13 @@ class StopRule:
     Args:
         mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on probe and signal.
         min_steps: never before this step.
+        held_out: the probe hears held-out pictures; else training pictures, mirrored. Those fall on slowly while they
+            are learned by heart, so that only a fall of NEGLIGIBLE_MIRRORED of what was gained makes a new best.
     """
 
     mode: Literal["off", "signal", "trusted"] = "trusted"
     min_steps: int = MIN_STEPS
+    held_out: bool = True
     lit: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     base_loss: float | None = None
     best_step: int | None = None
@@ -54,15 +59,17 @@ class StopRule:
         self.probes += 1
         if self.base_loss is None:
             self.base_loss = loss
-        is_best = self.best_loss is None or loss < self.best_loss
+        gain = max(self.base_loss - loss, 0.0)
+        too_small = gain * (NEGLIGIBLE if self.held_out else NEGLIGIBLE_MIRRORED)
+        counts = self.anchor_loss == float("inf") or self.anchor_loss - loss > too_small
+        is_best = (self.best_loss is None or loss < self.best_loss) if self.held_out else counts
         if is_best:
             self.best_step, self.best_loss = step, loss
-        gain = max(self.base_loss - loss, 0.0)
-        if self.anchor_loss == float("inf") or self.anchor_loss - loss > NEGLIGIBLE * gain:
+        if counts:
             self.anchor_step, self.anchor_loss = step, loss
             self.averages = None
         self.averages, self.scalar, _ = listen(self.averages, loss)
-        still = NEGLIGIBLE * gain / max(loss, 1e-12)  # a fall too small to count is standing still
+        still = too_small / max(loss, 1e-12)  # a fall too small to count is standing still
         felt_no_fall = step != self.anchor_step and self.scalar <= still
         self.bad_probes = self.bad_probes + 1 if felt_no_fall else 0
         return is_best
@@ -119,8 +126,10 @@ class StopRule:
                 return f"the optimizer signalled READY TO STOP on {sum(self.lit)} of the last {WINDOW} steps"
             return None
         if self.bad_probes >= MIN_BAD_PROBES and step - self.anchor_step >= self.wait():
+            heard = "held-out loss" if self.held_out else "loss of mirrored pictures"
+            fell = "was lowest" if self.held_out else "last fell by more than a trifle"
             return (
-                f"the held-out loss was lowest at step {self.best_step} ({self.best_loss:.4g})"
+                f"the {heard} {fell} at step {self.best_step} ({self.best_loss:.4g})"
                 f" and has been felt to rise or stand still since"
                 f" (scalar {self.scalar:+.3f} on {self.bad_probes} probes in a row)"
             )

@@ -214,7 +214,7 @@ def build_optimizer_of(preset: Preset, adapter: Adapter) -> OptimizerLike:
     return build_optimizer(settings.name, adapter.parameters(), lr=preset.train.lr, **words)
 
 
-def build_stop_rule(preset: Preset) -> StopRule:
+def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:
     """The stop rule; the published signals exist for emo optimizers alone."""
     mode = preset.stop.mode
     if mode == "signal" and preset.train.optimizer.name not in EMO_OPTIMIZERS:
@@ -223,7 +223,7 @@ def build_stop_rule(preset: Preset) -> StopRule:
             "use `trusted`, which listens to the held-out loss",
         )
     least = MIN_STEPS if preset.stop.min_steps == "auto" else preset.stop.min_steps
-    return StopRule(mode, least)
+    return StopRule(mode, least, held_out)
 
 
 def build_probe(preset: Preset, model: Model, data: Data) -> Probe:

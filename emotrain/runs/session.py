@@ -67,7 +67,7 @@ class Session:
         self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
         self.model.family.place_denoiser()
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter)
-        self.stop_rule = build.build_stop_rule(preset)
+        self.stop_rule = build.build_stop_rule(preset, held_out=bool(self.pictures.held_out))
         self.size = settings.rules.resolutions[0]
         self.sampler = build.build_sampler(preset, self.model, self.size, self.notify)
         self.model.family.free_encoders()

@@ -39,7 +39,7 @@ class Ended:
 
 def trusted(record: Record, probe: str) -> Ended:
     """The product's own rule, fed with a recorded run."""
-    rule, losses = StopRule(), getattr(record, probe)
+    rule, losses = StopRule(held_out=probe == "held"), getattr(record, probe)
     rule.hear_probe(0, losses["0"])
     for step in range(1, record.steps + 1):
         rule.hear_step(record.ready[step - 1])

@@ -136,3 +136,17 @@ def test_without_a_signal_no_save_is_kept_for_it():
     for _ in range(100):
         rule.hear_step(False)
     assert rule.around_signals([50, 100]) == set()
+
+
+def test_mirrored_pictures_do_not_make_a_best_of_a_trifle():
+    def slow(step):  # 90 % of the fall by step 100, then the slow fall of pictures being learned by heart
+        return 1.5 - 0.9 * min(step / 100, 1) - 0.1 * max(step - 100, 0) / 900
+
+    rule = StopRule(held_out=False)
+    stopped, sentence = play(rule, slow)
+    assert stopped < 250
+    assert 90 <= rule.best_step <= 130
+    assert "mirrored" in sentence
+    heard_as_held_out = StopRule()
+    play(heard_as_held_out, slow, max_steps=500)
+    assert heard_as_held_out.best_step > 400
