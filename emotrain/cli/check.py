@@ -9,6 +9,7 @@ import typer
 from emotrain.cli import output
 from emotrain.cli.bar import progress
 from emotrain.cli.complete import preset_names
+from emotrain.cli.options import OneJson, Overrides
 
 
 def check(
@@ -18,11 +19,8 @@ def check(
             help="A preset file, or the name of a shipped one", autocompletion=preset_names
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key: section.key=value; repeatable"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    overrides: Overrides = None,
+    as_json: OneJson = False,
 ) -> None:
     """Validate a preset, its data and files.
 

@@ -9,12 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 import emotrain
 from emotrain.cli import output
+from emotrain.cli.options import OneJson
 
 _LIBRARIES = (
     "torch", "diffusers", "transformers", "peft", "safetensors", "pillow", "pydantic", "typer", "rich",
@@ -24,7 +23,7 @@ _LOW_DISK_GIB = 5.0
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    as_json: OneJson = False,
 ) -> None:
     """Report versions, devices and disk.
 

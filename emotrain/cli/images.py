@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.options import RUNS, OneJson, RunsDir
 
 _MEANING = {
     "suspicious": "its caption may be wrong, or the picture broken",
@@ -20,8 +20,8 @@ _MEANING = {
 
 def images(
     run: Annotated[str, typer.Argument(help="A run's folder or name")],
-    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    runs_dir: RunsDir = RUNS,
+    as_json: OneJson = False,
 ) -> None:
     """Show which pictures a run could not learn.
 

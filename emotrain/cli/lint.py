@@ -11,6 +11,7 @@ import typer
 from emotrain.cli import output
 from emotrain.cli.bar import progress
 from emotrain.cli.complete import preset_names
+from emotrain.cli.options import OneJson
 from emotrain.errors import ConfigError, DatasetError, ExitCode
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def lint(
             help="A folder of pictures, a preset file, or a shipped preset's name", autocompletion=preset_names
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    as_json: OneJson = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with thumbnails to this file")] = None,
     run: Annotated[
         str | None, typer.Option("--run", help="A run: its ranking of the pictures goes into the page")

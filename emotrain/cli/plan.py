@@ -8,6 +8,7 @@ import typer
 
 from emotrain.cli import output
 from emotrain.cli.complete import preset_names
+from emotrain.cli.options import OneJson, Overrides
 
 if TYPE_CHECKING:
     from emotrain.families.memory import MemoryPlan
@@ -19,11 +20,8 @@ def plan(
         str,
         typer.Argument(help="A preset file, or the name of a shipped one", autocompletion=preset_names),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key: section.key=value; repeatable"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    overrides: Overrides = None,
+    as_json: OneJson = False,
 ) -> None:
     """Say what a run needs before it starts.
 

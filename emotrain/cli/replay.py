@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.options import OneJson
 
 if TYPE_CHECKING:
     from emotrain.pulse.logs import LossLog
@@ -25,7 +26,7 @@ def replay(
     sensor: Annotated[Literal["faithful", "intent"], typer.Option("--sensor", help="The sensors' rule")] = "faithful",
     stopcoef: Annotated[float, typer.Option("--stopcoef", help="Loss below which 3.9 may stop", min=1e-12)] = 0.04,
     tensors: Annotated[int, typer.Option("--tensors", help="3.7.0: tensors with a gradient", min=1)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    as_json: OneJson = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw an SVG file")] = None,
 ) -> None:
     """Replay a loss log through an emo optimizer.

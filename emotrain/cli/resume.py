@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunsDir
 
 
 def resume(
@@ -14,23 +15,16 @@ def resume(
         int | None,
         typer.Option("--checkpoint", help="Go on from this step's checkpoint, not the newest"),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key of the run's preset; repeatable"),
-    ] = None,
+    overrides: Overrides = None,
     allow_config_change: Annotated[
         bool,
         typer.Option(
             "--allow-config-change", help="Go on although preset, data set or base have changed"
         ),
     ] = False,
-    runs_dir: Annotated[
-        Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")
-    ] = Path("runs"),
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Plain lines in place of the dashboard")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout")] = False,
+    runs_dir: RunsDir = RUNS,
+    plain: Plain = False,
+    as_json: EventsAsJson = False,
 ) -> None:
     """Go on with a run, bit for bit.
 

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunsDir
+
 
 def run(
     preset: Annotated[str, typer.Argument(help="A preset file, or the name of a shipped one")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key: section.key=value; repeatable"),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the run and its folder")
-    ] = None,
-    runs_dir: Annotated[
-        Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")
-    ] = Path("runs"),
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Plain lines in place of the dashboard")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout")] = False,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run and its folder")] = None,
+    runs_dir: RunsDir = RUNS,
+    plain: Plain = False,
+    as_json: EventsAsJson = False,
 ) -> None:
     """Train a LoRA.
 

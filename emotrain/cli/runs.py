@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.options import RUNS, RunsDir
 
 if TYPE_CHECKING:
     from emotrain.runs.lineage import Run
 
 app = typer.Typer()
 
-Dir = Annotated[Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
 _DIGEST = 64  # letters of a sha256
 
 
 @app.command("list")
-def list_(runs_dir: Dir = Path("runs"), as_json: Json = False) -> None:
+def list_(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
     """List all runs, the earliest first.
 
     Examples:
@@ -44,7 +43,7 @@ def list_(runs_dir: Dir = Path("runs"), as_json: Json = False) -> None:
 @app.command()
 def show(
     run: Annotated[str, typer.Argument(help="A run's folder or name")],
-    runs_dir: Dir = Path("runs"),
+    runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
     """Show one run: how it ended, what it builds on, what builds on it.
@@ -80,7 +79,7 @@ def show(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Two or more runs")],
-    runs_dir: Dir = Path("runs"),
+    runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
     """Compare runs: their results, and the preset keys in which they differ.

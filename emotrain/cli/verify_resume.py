@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
+from emotrain.cli.options import OneJson, Overrides
+
 
 def verify_resume(
     preset: Annotated[str, typer.Argument(help="A preset file, or the name of a shipped one")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one key: section.key=value; repeatable")
-    ] = None,
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps before the kill, and after it")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON")] = False,
+    as_json: OneJson = False,
 ) -> None:
     """Prove that resume is exact on this machine.
 

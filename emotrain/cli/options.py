@@ -1,0 +1,17 @@
+"""Options that several commands have, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one key of the preset: section.key=value; repeatable")
+]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")]
+Plain = Annotated[bool, typer.Option("--plain", help="Plain lines in place of the dashboard")]
+EventsAsJson = Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout")]
+OneJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
+RUNS = Path("runs")
