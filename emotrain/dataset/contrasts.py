@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,5 +105,6 @@ def _additive(
         of_column = np.bincount(columns, values - of_row[rows], num_captions) / (in_column + SHRINK)
     rest = values - of_row[rows] - of_column[columns]
     fitted = num_pictures + float((in_column / (in_column + SHRINK)).sum()) - 1.0
-    variance = float((rest**2).sum()) / max(len(values) - fitted, 1.0)
-    return of_row, of_column, max(float(np.sqrt(variance * (1.0 + 1.0 / in_row.mean()))), 1e-3)
+    free = max(len(values) - fitted, 1.0) / len(values)
+    spread = 1.4826 * float(np.median(np.abs(rest)))  # a few odd captions must not hide the others
+    return of_row, of_column, max(spread * math.sqrt((1.0 + 1.0 / in_row.mean()) / free), 1e-3)

@@ -35,8 +35,9 @@ Floats = NDArray[np.float64]
 BINS = 24
 MIN_VISITS = 3  # in each half of the run
 NO_CAPTION = "no caption"
-WRONG = -0.5  # contrast from where an own caption is taken for a wrong one: two thirds of the wrong ones are above
-HEARS = -1.5  # median contrast up to which the model makes enough of captions to tell
+WRONG = -0.5  # contrast from where an own caption is taken for a wrong one: two thirds of the wrong ones are above ...
+APART = 1.25  # ... if it is as many robust standard deviations above the others, whose captions may all be badly heard
+HEARS = -2.2  # median contrast up to which the model makes enough of captions to tell
 Z_OUTLIER = 3.5  # of medians and median deviations: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
 _ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
 
@@ -160,7 +161,7 @@ def rank(
     halves = _halves(sorted(one for one in records if one.captioned or one.id not in captioned))
     seen = [name for name in names if min(len(part.get(name, ())) for part in halves) >= MIN_VISITS]
     z_contrast = contrast_scores(contrasts)
-    hears = bool(z_contrast) and float(np.median(list(z_contrast.values()))) <= HEARS
+    suspects = _suspects(z_contrast)
     early, late = (np.array([np.mean(part[name]) for name in seen]) for part in halves)
     numbers: dict[str, tuple[float, ...]] = {}
     if seen:
@@ -170,7 +171,7 @@ def rank(
         )
         numbers = {row[0]: tuple(float(value) for value in row[1:]) for row in rows}
     scores = [
-        _score(name, numbers.get(name), sum(len(part.get(name, ())) for part in halves), z_contrast.get(name), hears)
+        _score(name, numbers.get(name), sum(len(part.get(name, ())) for part in halves), z_contrast.get(name), suspects)
         for name in names
     ]
     return tuple(sorted(scores, key=lambda one: (_ORDER[one.verdict], -one.score, one.id)))
@@ -202,17 +203,30 @@ def _sampling_error(halves: Sequence[Mapping[str, list[float]]], seen: Sequence[
     return float(max(np.median(errors), 1e-3)) if errors else 1.0
 
 
+def _suspects(z_contrast: Mapping[str, float]) -> frozenset[str] | None:
+    """Pictures whose captions seem wrong; None where the contrast cannot tell."""
+    values = list(z_contrast.values())
+    if not values or float(np.median(values)) > HEARS:
+        return None
+    apart = dict(zip(z_contrast, robust_z(values, 1e-3), strict=True))
+    return frozenset(name for name, value in z_contrast.items() if value >= WRONG and apart[name] >= APART)
+
+
 def _score(
-    name: str, numbers: tuple[float, ...] | None, visits: int, z_contrast: float | None, hears: bool
+    name: str,
+    numbers: tuple[float, ...] | None,
+    visits: int,
+    z_contrast: float | None,
+    suspects: frozenset[str] | None,
 ) -> PictureScore:
-    heard = z_contrast if hears else None
+    heard = None if suspects is None else z_contrast
     if numbers is None and heard is None:
         return PictureScore(name, "unseen", 0.0, visits, 0.0, 0.0, 0.0, 0.0, 0.0, z_contrast)
     early, late, z_early, z_late, z_fall = numbers or (0.0,) * 5
     from_start = min(z_early, z_late, z_late + z_fall)
     verdict: Verdict = "usual"
     score = heard if heard is not None else max(from_start, z_late, -z_fall if z_late < 0 else 0.0)
-    if heard >= WRONG if heard is not None else from_start >= Z_OUTLIER:
+    if name in suspects if suspects is not None and heard is not None else from_start >= Z_OUTLIER:
         verdict = "suspicious"
     elif z_late >= Z_OUTLIER:
         verdict, score = "hard", z_late

@@ -52,10 +52,10 @@ def lint_page(report: Report, ranking: Sequence[PictureScore] = (), *, title: st
 def _facts(report: Report) -> Html:
     counts = report.counts()
     facts: list[tuple[Part, str, str | None]] = [
-        (len(report.pictures), "pictures", None),
-        (counts["error"], "errors", "error" if counts["error"] else "good"),
-        (counts["warning"], "warnings", "warning" if counts["warning"] else "good"),
-        (counts["info"], "notes", None),
+        (len(report.pictures), _counted("picture", len(report.pictures)), None),
+        (counts["error"], _counted("error", counts["error"]), "error" if counts["error"] else "good"),
+        (counts["warning"], _counted("warning", counts["warning"]), "warning" if counts["warning"] else "good"),
+        (counts["info"], _counted("note", counts["info"]), None),
     ]
     if report.trigger:
         facts.append((report.trigger, "trigger", None))
@@ -66,6 +66,10 @@ def _facts(report: Report) -> Html:
         join(tag("div", tag("b", value, class_=colour), label, class_="fact") for value, label, colour in facts),
         class_="facts",
     )
+
+
+def _counted(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
 
 
 def _findings(report: Report) -> Html:

@@ -79,6 +79,13 @@ def test_a_contrast_tells_hard_from_suspicious() -> None:
     assert next(iter(scores)) == "data/05.png"
 
 
+def test_a_model_that_hardly_hears_any_caption_accuses_none() -> None:
+    """Own captions 1.5 deviations better than wrong ones: by chance a sixth of them are no better."""
+    rng = random.Random(0)
+    contrasts = [contrast(k, 0.12 * math.exp(-0.08 + rng.gauss(0, 0.05))) for k in range(16)]
+    assert {score.verdict for score in rank(run(), contrasts)} == {"usual"}
+
+
 def test_a_model_that_makes_nothing_of_captions_accuses_none() -> None:
     contrasts = [contrast(k, 0.12) for k in range(16)]
     scores = rank(run(), contrasts)
