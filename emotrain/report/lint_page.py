@@ -17,7 +17,7 @@ VERDICTS = {
     "suspicious": ("error", "its caption may be wrong, or the picture broken"),
     "hard": ("warning", "its loss stays far above the others'"),
     "memorised": ("warning", "its loss fell far below the others': seen too often, or a copy"),
-    "usual": ("good", "learned like the others"),
+    "usual": ("good", ""),
     "unseen": ("quiet", "seen too rarely to say"),
 }
 
@@ -168,7 +168,7 @@ def _ranking(scores: Sequence[PictureScore], pictures: Mapping[str, PictureRow])
         "comparison with those of other pictures: -3 is far better, 0 no better, so it may be wrong."
     )
     rows = [_ranking_row(score, pictures.get(score.id)) for score in scores[:RANKED]]
-    body = table(("", "verdict", "early", "late", "caption", "seen", "picture"), rows, numbers=(2, 3, 4, 5))
+    body = table(("", "picture", "verdict", "caption", "early", "late", "seen"), rows, numbers=(3, 4, 5, 6))
     rest = len(scores) - RANKED
     more = tag("p", f"{rest} more pictures, all further down.", class_="quiet") if rest > 0 else ""
     return join((tag("p", note, class_="quiet"), body, more))
@@ -176,17 +176,21 @@ def _ranking(scores: Sequence[PictureScore], pictures: Mapping[str, PictureRow])
 
 def _ranking_row(score: PictureScore, row: PictureRow | None) -> list[Part]:
     colour, meaning = VERDICTS[score.verdict]
-    verdict = join((tag("span", score.verdict, class_=colour), tag("div", meaning, class_="hint")))
     contrast = "–" if score.z_contrast is None else f"{score.z_contrast:+.1f}"
-    caption = tag("div", row.captions[0], class_="hint", dir="auto") if row and row.captions else ""
+    caption = tag("div", row.captions[0], class_="hint said", dir="auto") if row and row.captions else ""
     return [
         _thumbnail(row) if row is not None and row.preview else "",
-        verdict,
+        tag("div", tag("bdi", score.id), caption, class_="named"),
+        tag(
+            "div",
+            tag("span", score.verdict, class_=colour),
+            tag("div", meaning, class_="hint") if meaning else "",
+            class_="verdict",
+        ),
+        contrast,
         f"{score.z_early:+.1f}",
         f"{score.z_late:+.1f}",
-        contrast,
         score.visits,
-        join((tag("bdi", score.id), caption)),
     ]
 
 
@@ -207,7 +211,7 @@ def _tags(report: Report) -> Html | None:
         (
             tag("span", row.tag[:200], dir="auto"),
             row.count,
-            join((tag("meter", value=f"{row.share:.3f}", min=0, max=1), f" {row.share:.0%}")),
+            tag("span", tag("meter", value=f"{row.share:.3f}", min=0, max=1), f" {row.share:.0%}", class_="share"),
         )
         for row in report.tags
     ]
