@@ -1,8 +1,16 @@
 """Frozen layers that stay in the computer's memory and visit the GPU for their turn.
 
-diffusers' group offloading moves norm weights back before the backward pass needs them; here only
-Linear layers move. Their backward pass keeps the moved copy alive (autograd saves a view of it), so
-the parameter may go home as soon as its forward pass is done. Not measured on a GPU.
+Why not diffusers' `apply_group_offloading`: it is made for inference. It takes a layer's parameters home
+when its forward pass is done, and autograd, which remembers a frozen norm weight as the parameter itself,
+finds the one at home in the backward pass: another device, an error (with gradient checkpointing too,
+since the block is computed again under the same hooks). Without streams it takes the LoRA's trained
+weights home as well, away from their gradients. A test holds diffusers to this: when it fails, this file
+may go.
+
+Here only Linear layers move, which are nearly all of a model. Their backward pass keeps the moved copy
+alive (autograd saves a view of it), so the parameter may go home as soon as its forward pass is done.
+Use it with gradient checkpointing: without, all moved copies stay until the backward pass. Not measured
+on a GPU.
 """
 
 from __future__ import annotations

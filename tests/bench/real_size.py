@@ -101,6 +101,8 @@ def main() -> None:
     )
     if args.checkpointing:
         family.denoiser.enable_gradient_checkpointing()
+    expected = FAMILIES[family.name].variants[args.model].modules["attn-mlp"]
+    assert adapter.num_modules == expected, f"{adapter.num_modules} modules instead of {expected}"
     optimizer = build_optimizer("emosens", adapter.parameters(), lr=None)
     objective = build_objective(family.prediction, family.scheduler_config)
     zeros, sizes = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), args.size)

@@ -101,3 +101,62 @@ def test_offloaded_layers_give_the_same_gradients_though_their_weights_went_home
         module.weight.data.fill_(float("nan"))
     output.square().sum().backward()
     assert torch.equal(one.grad, two.grad)
+
+
+def test_group_offloading_of_diffusers_takes_weights_home_before_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Why offload.py exists: the backward pass finds what is at home, which is spoilt here as another device spoils it.
+
+    If this fails, diffusers keeps weights until they are used, and its group offloading may replace ours.
+    """
+    from diffusers.hooks import group_offloading
+
+    class Spoilt(group_offloading.ModuleGroup):  # type: ignore[misc]
+        def onload_(self) -> None:
+            for parameter, value in getattr(self, "kept", {}).items():
+                parameter.data = value
+            super().onload_()
+
+        def offload_(self) -> None:
+            super().offload_()
+            held = [p for module in self.modules for p in module.parameters()] + list(self.parameters)
+            self.kept = {p: p.data for p in held if not p.requires_grad}
+            for parameter in self.kept:
+                parameter.data = torch.full_like(parameter.data, float("nan"))
+
+    monkeypatch.setattr(group_offloading, "ModuleGroup", Spoilt)
+    device = torch.device("cpu")
+    expected = flux_gradients(lambda model: None)
+    theirs = flux_gradients(
+        lambda model: group_offloading.apply_group_offloading(model, device, device, offload_type="leaf_level")
+    )
+    ours = flux_gradients(lambda model: offload_linears(model, device, move=torch.clone))
+    assert all(torch.equal(one, two) for one, two in zip(ours, expected, strict=True))
+    assert any(not gradient.isfinite().all() for gradient in theirs)
+
+
+def flux_gradients(prepare: Any) -> list[torch.Tensor]:
+    """Of a small FLUX's LoRA, with gradient checkpointing, after `prepare` has had the model."""
+    import emotrain.assets.make_assets as maker
+    from emotrain.lora.adapter import add_adapter
+
+    torch.manual_seed(0)
+    model = maker.build_flux().requires_grad_(False)
+    model.enable_gradient_checkpointing()
+    prepare(model)
+    adapter = add_adapter(model, rank=2, targets="attn", family="flux", seed=0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+    output = model(
+        hidden_states=torch.randn(1, 16, config.in_channels, generator=generator),
+        encoder_hidden_states=torch.randn(1, 5, config.joint_attention_dim, generator=generator),
+        pooled_projections=torch.randn(1, config.pooled_projection_dim, generator=generator),
+        timestep=torch.tensor([0.5]), guidance=torch.tensor([3.5]) if config.guidance_embeds else None,
+        img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3),
+    ).sample  # fmt: skip
+    output.square().sum().backward()
+    return [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
