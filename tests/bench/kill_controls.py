@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kill_worker import NAME, Case, Plan, different, finish, in_child, train, wait
+from kill_line import wait
+from kill_worker import NAME, Case, Plan, different, finish, in_child, train
 
 from emotrain.train import remember
 from emotrain.train.checkpoint import CheckpointStore

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kill_controls import controls, damages, kill_after_commit
-from kill_worker import NAME, Case, Plan, Succession, different, finish, in_child, last_step, train, wait
+from kill_line import Succession, wait
+from kill_worker import NAME, Case, Plan, different, finish, in_child, last_step, train
 from power_cut import after_power_cut
 
 from emotrain.train.checkpoint import CheckpointStore
@@ -64,11 +65,13 @@ def succession(case: Case, points: set[int], journal: Path | None = None) -> Ite
     """
     runs_dir = case.work / "killed"
     line = Succession(points)
-    first = begin(case, runs_dir, Plan(succession=line, journal=journal))
+    out = case.work / "digest-last.json"
+    out.unlink(missing_ok=True)
+    first = begin(case, runs_dir, Plan(succession=line, journal=journal, out=out))
     left = sorted(points)
     for code in line.deaths(first):
         if code != -signal.SIGKILL:
-            parts = json.loads(case.session.out.read_text()) if case.session.out.exists() else {}
+            parts = json.loads(out.read_text()) if out.exists() else {}
             assert code == 0, f"{case.name}: the last copy ended with {code}"
             assert not left, f"{case.name}: points {left} were not reached"
             assert not different(case, parts), f"{case.name}: being copied changed {different(case, parts)}"
@@ -76,7 +79,6 @@ def succession(case: Case, points: set[int], journal: Path | None = None) -> Ite
         trail = case.trail.read_text() if case.trail.exists() else ""
         yield left.pop(0), runs_dir
         case.trail.write_text(trail)
-        case.session.out.unlink(missing_ok=True)
     line.close()
 
 

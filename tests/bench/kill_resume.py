@@ -25,9 +25,6 @@ from kill_parts import PARTS, fresh, run_part
 from kill_worker import Case, Plan, different, prepare
 from PIL import Image
 
-from emotrain.train.checkpoint import CheckpointStore
-from emotrain.train.manifest import MANIFEST
-
 ROOT = Path(__file__).parent.parent.parent
 # Eleven pictures to train on, one held out, in two bucket sizes: there are ragged batches, epochs end within steps and
 # between them, and the first batch is not always the largest. Captions vary, so that their order counts.
@@ -89,11 +86,10 @@ def build(name: str, options: argparse.Namespace) -> Case:
 
 
 def code_digest() -> str:
-    """Of the package and the bench: results of other code are left where they are, and done again."""
-    sha = hashlib.sha256(f"{CheckpointStore.__module__}{MANIFEST}".encode())
-    for path in sorted([*(ROOT / "emotrain").rglob("*.py"), *Path(__file__).parent.glob("kill_*.py")]):
-        if path.name != "kill_report.py":
-            sha.update(path.read_bytes())
+    """Of the package: results of other code are left where they are, and done again."""
+    sha = hashlib.sha256()
+    for path in sorted((ROOT / "emotrain").rglob("*.py")):
+        sha.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return sha.hexdigest()[:12]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ import random
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import power_cut
 import torch
+from kill_line import Succession, wait
 from torch import Tensor
 
 from emotrain.config.load import load
@@ -29,11 +29,12 @@ from emotrain.runs.folder import open_run
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Event, StepEnd
-from emotrain.train.loop import Outcome
+from emotrain.train.loop import Outcome, StopReason
 from emotrain.train.signals import StopSignals
 
 TIMES = ("step_s", "memory_gib")  # of metrics.jsonl: not part of what is promised
 NAME = "run"
+REFUSED = 5  # exit code
 
 
 def digest(value: Any) -> str:
@@ -86,15 +87,30 @@ class Watched(start.Session):
         tensors, documents = remember.capture(
             self.state, self.model.adapter, self.optimizer, self.stop_rule, self.expected
         )
-        del tensors["rng"], documents["rng"]
-        for key in ("resumes", "train_s"):
-            del documents["state"][key]
-        parts = {f"{stem}.tensors": digest(value) for stem, value in tensors.items()}
-        parts |= {f"{stem}.json": digest(value) for stem, value in documents.items()}
-        parts |= {"rng": digest([states, document]), "sentence": str(outcome)}
-        parts |= files_digest(self.folder.path)
-        self.out.write_text(json.dumps(parts))
+        tensors["rng"], documents["rng"] = states, document
+        self.out.write_text(json.dumps(end_digest(tensors, documents, outcome, self.folder.path)))
         return result
+
+
+def end_digest(tensors: dict[str, Any], documents: dict[str, Any], outcome: Outcome, folder: Path) -> dict[str, str]:
+    """Everything that a resume has to bring back, and what the run hands over."""
+    states, document = tensors.pop("rng"), documents.pop("rng")
+    documents.pop("identity", None)
+    state = {key: value for key, value in documents.pop("state").items() if key not in ("resumes", "train_s")}
+    parts = {f"{stem}.tensors": digest(value) for stem, value in tensors.items()}
+    parts |= {f"{stem}.json": digest(value) for stem, value in documents.items()}
+    parts |= {"state.json": digest(state), "rng": digest([states, document]), "sentence": str(outcome)}
+    return parts | files_digest(folder)
+
+
+def done_digest(run: Path) -> dict[str, str]:
+    """The same of a run that had ended when it was killed, from its last checkpoint; {} if it had not ended."""
+    info = open_run(run).info()
+    if not info["finished"]:
+        return {}
+    checkpoint, _ = CheckpointStore(run / "checkpoints").load()
+    outcome = Outcome(StopReason(info["stop_reason"]), info["stop_sentence"])
+    return end_digest(dict(checkpoint.tensors), dict(checkpoint.documents), outcome, run)
 
 
 def files_digest(folder: Path) -> dict[str, str]:
@@ -161,56 +177,6 @@ def in_child(work: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def wait(pid: int) -> int:
-    """Exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-class Succession:
-    """One run that is killed at many points: ahead of each kill it forks, and the copy goes on in its place.
-
-    So every kill is a real SIGKILL of a process that has done all of the run up to there, and no step is done twice
-    to get to the next point. The copy waits until the folder has been looked at. The caller waits for processes that
-    are not its own children, for which it becomes their reaper (Linux).
-    """
-
-    REAPER = 36  # PR_SET_CHILD_SUBREAPER, prctl(2)
-
-    def __init__(self, points: set[int]) -> None:
-        self.points = points
-        self._told, self._tell = os.pipe()
-        self._go, self._let_go = os.pipe()
-        self._alone = False
-        ctypes.CDLL(None).prctl(self.REAPER, 1, 0, 0, 0)
-
-    def die(self) -> None:
-        """In the run: leave a copy and be killed; returns in the copy, once it is let go."""
-        state = random.getstate()
-        if os.fork():
-            os.kill(os.getpid(), signal.SIGKILL)
-        random.setstate(state)  # Python seeds it anew in a fork
-        if not self._alone:
-            os.close(self._let_go)  # so that a caller that dies is seen
-            self._alone = True
-        os.write(self._tell, os.getpid().to_bytes(4, "little"))
-        if not os.read(self._go, 1):
-            os._exit(98)
-
-    def deaths(self, first: int) -> Iterator[int]:
-        """The caller's side: yields minus the signal of each death, at last the exit code of the copy that ended."""
-        pid = first
-        while (code := wait(pid)) == -signal.SIGKILL:
-            pid = int.from_bytes(os.read(self._told, 4), "little")
-            yield code
-            os.write(self._let_go, b"!")
-        yield code
-
-    def close(self) -> None:
-        """Give the pipes back."""
-        for descriptor in (self._told, self._tell, self._go, self._let_go):
-            os.close(descriptor)
-
-
 @dataclass
 class Plan:
     """What happens to one child: killed at points, or watched; with items left out of its checkpoint."""
@@ -223,6 +189,7 @@ class Plan:
     left_out: Callable[[dict[str, Any], dict[str, Any]], None] | None = None
     save_every: int | None = None
     step: int | None = None
+    out: Path | None = None
 
 
 def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
@@ -253,6 +220,7 @@ def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
     if plan.save_every is not None:
         save = preset.save.model_copy(update={"every": plan.save_every, "keep_last": 10_000})
         case.session.preset = preset = preset.model_copy(update={"save": save})
+    case.session.out = plan.out or case.session.out
     rng.seed_all(preset.train.seed)  # what `load` would do here
     if resume:
         start.resume(open_run(runs_dir / NAME), preset, step=plan.step, observers=())
@@ -280,11 +248,13 @@ def finish(case: Case, runs_dir: Path, plan: Plan | None = None) -> tuple[int, d
     resume = bool(CheckpointStore(run / "checkpoints").steps())
     if not resume and run.exists():
         code = wait(in_child(lambda: train(case, runs_dir, Plan(), resume=True)))
-        if code != 5:
+        if code != REFUSED:
             return code, {"resume without a checkpoint": "was not refused"}
         run.rename(runs_dir / f"dead-{time.monotonic_ns()}")
     code = wait(in_child(lambda: train(case, runs_dir, plan or Plan(), resume=resume)))
     parts = json.loads(case.session.out.read_text()) if case.session.out.exists() else {}
+    if code == REFUSED and (done := done_digest(run)):
+        return 0, done  # nothing was left to do, and all of it is there
     return code, parts
 
 
