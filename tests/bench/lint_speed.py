@@ -134,6 +134,8 @@ def main() -> None:
         load = os.getloadavg()[0]
         alone, beside = stages(paths), beside_another(paths)
         rates = whole(name, paths, options.workers)
+    one, several = (used for stage, (_, used) in rates.items() if stage.startswith("measure, "))
+    start = (count / several - count / one) / options.workers
     lines = [
         "# Speed of lint",
         "",
@@ -151,6 +153,9 @@ def main() -> None:
         "| pictures a second | of wall clock | of CPU |",
         "| --- | --- | --- |",
         *(f"| {stage} | {wall:.0f} | {used:.0f} |" for stage, (wall, used) in rates.items()),
+        "",
+        f"A worker process takes about {start:.1f} s of CPU to start, which is why {options.workers} of them make fewer "
+        f"pictures a CPU second: {1000 * options.workers * start / count:.1f} ms of each of {count}.",
         "",
         f"Without start and other load, {options.workers} cores would make "
         f"{1000 * options.workers / alone['read, decode and measure'][0]:.0f} a second at the best time, "
