@@ -200,7 +200,7 @@ class ValidateSection(Section):
     folder: Str | None = Field(None, description="a held-out folder of your own")
     fraction: Auto | Part = Field(
         "auto",
-        description="share of the pictures held out; auto: 3 where there are at least 12; 0: none",
+        description="share of the pictures held out; auto: 3 of 12 and more, 4 of 24 and more; 0: none",
     )
 
 

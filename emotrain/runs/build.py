@@ -35,8 +35,7 @@ from emotrain.train.losses import noise_like, sample_losses, uniforms
 from emotrain.train.probe import Probe
 
 Notify = Callable[[Event], None]
-HELD_OUT = 3  # pictures kept for the probe where the data set has at least
-ENOUGH = 12  # pictures
+HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the probe
 PROBE_DRAWS = 4
 EAR_SAMPLES = 60
 
@@ -100,7 +99,7 @@ def read_pictures(preset: Preset) -> Pictures:
     seed = preset.train.seed
     if fraction == "auto":
         usable = sum(not example.prior for example in examples)
-        count = HELD_OUT if usable >= ENOUGH else 0
+        count = next((held for enough, held in HELD_OUT if usable >= enough), 0)
         return Pictures(*split_held_out(examples, count=count, seed=seed))
     return Pictures(*split_held_out(examples, fraction=float(fraction), seed=seed))
 

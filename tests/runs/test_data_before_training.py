@@ -158,3 +158,10 @@ def test_a_run_with_a_held_out_folder_of_the_same_name_trains(tmp_path: Path, mo
         "save: {every: 2}", "log: {tensorboard: false}",
     )  # fmt: skip
     assert main(["run", str(path), "--json", "--runs-dir", str(tmp_path / "runs")]) == 0
+
+
+@pytest.mark.parametrize(("count", "held"), [(11, 0), (12, 3), (23, 3), (24, 4)])
+def test_some_pictures_are_held_out_where_there_are_enough(tmp_path: Path, count: int, held: int) -> None:
+    write(tmp_path / "data", "abcdefghijklmnopqrstuvwx"[:count])
+    pictures = read_pictures(load_preset(preset(tmp_path, "dataset: ./data"), (), "one"))
+    assert (len(pictures.train), len(pictures.held_out)) == (count - held, held)
