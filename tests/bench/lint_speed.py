@@ -154,8 +154,8 @@ def main() -> None:
         "| --- | --- | --- |",
         *(f"| {stage} | {wall:.0f} | {used:.0f} |" for stage, (wall, used) in rates.items()),
         "",
-        f"A worker process takes about {start:.1f} s of CPU to start, which is why {options.workers} of them make fewer "
-        f"pictures a CPU second: {1000 * options.workers * start / count:.1f} ms of each of {count}.",
+        f"A worker process takes about {start:.1f} s of CPU to start, which is why {options.workers} of them make "
+        f"fewer pictures a CPU second: {1000 * options.workers * start / count:.1f} ms of each of {count}.",
         "",
         f"Without start and other load, {options.workers} cores would make "
         f"{1000 * options.workers / alone['read, decode and measure'][0]:.0f} a second at the best time, "
