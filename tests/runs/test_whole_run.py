@@ -58,6 +58,29 @@ def test_a_run_leaves_a_lora_that_draws_the_live_picture_in_a_fresh_pipeline(tmp
     assert np.abs(live - without).max() > 1
 
 
+def test_trained_text_encoders_are_part_of_the_file(tmp_path):
+    """The prompt goes through the fresh pipeline's own text encoder here, with the LoRA on it."""
+    from diffusers import DiffusionPipeline
+
+    from emotrain.lora.file import read_lora
+
+    folder = train("quickstart", tmp_path, "sample.at_start=false", "network.text_encoder=true").folder
+    pipeline = DiffusionPipeline.from_pretrained(
+        resolve_base("builtin:tiny-sd"), torch_dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(folder.lora_last_path))
+    fresh = pipeline(
+        "inkmoji, rocket", width=64, height=64, num_inference_steps=2, guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(42),
+    ).images[0]  # fmt: skip
+    live = np.asarray(read_picture(folder.samples_dir / "step-00000004-1.png"), int)
+    assert np.abs(live - np.asarray(fresh.convert("RGB"), int)).max() <= 1
+    assert set(read_lora(folder.lora_last_path).parts) == {"unet", "text_encoder"}
+    rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
 def read_picture(path: Path):
     from PIL import Image
 
