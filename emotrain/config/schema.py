@@ -195,7 +195,9 @@ class StopSection(Section):
 class ValidateSection(Section):
     """The probe: pictures at fixed noise and timesteps."""
 
-    every: PositiveInt = Field(50, description="steps between two probes")
+    every: Auto | PositiveInt = Field(
+        "auto", description="steps between two probes; auto: so that they take 5 % of the run"
+    )
     probe_images: PositiveInt = Field(4, description="pictures in the probe")
     folder: Str | None = Field(None, description="a held-out folder of your own")
     fraction: Auto | Part = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ from emotrain.train.probe import Probe
 Notify = Callable[[Event], None]
 HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the probe
 PROBE_DRAWS = 4
+PROBE_SHARE = 0.05
 EAR_SAMPLES = 60
 
 
@@ -223,6 +225,21 @@ def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:
         )
     least = MIN_STEPS if preset.stop.min_steps == "auto" else preset.stop.min_steps
     return StopRule(mode, least, held_out)
+
+
+def probe_every(preset: Preset, held_out: int) -> int:
+    """Steps between two probes: the preset's, or so many that probes take PROBE_SHARE of the run.
+
+    Counted in forward passes: a step is about 2.5 of them per sample (forward, and backward to frozen weights' inputs),
+    a probe PROBE_DRAWS per picture and one for the drift.
+    """
+    every = preset.validate_.every
+    if every != "auto":
+        return every
+    pictures = held_out or preset.validate_.probe_images
+    step = 2.5 * preset.train.micro_batch_size * preset.train.gradient_accumulation_steps
+    wanted = pictures * (PROBE_DRAWS + 1) / (PROBE_SHARE * step)
+    return max(10, math.ceil(wanted / 10) * 10)
 
 
 def build_probe(preset: Preset, model: Model, data: Data) -> Probe:

@@ -151,7 +151,7 @@ class Session:
             gradient_accumulation_steps=preset.train.gradient_accumulation_steps,
             max_grad_norm=preset.train.max_grad_norm,
             seed=preset.train.seed,
-            probe_every=preset.validate_.every,
+            probe_every=build.probe_every(preset, len(self.pictures.held_out)),
             save_every=preset.save.every,
             sample_every=preset.sample.every,
             tell_ready=preset.train.optimizer.notify,

@@ -77,13 +77,10 @@ class Probe:
         draws: int = 4,
         seed: int = 0,
     ) -> None:
-        self.family, self.objective, self.adapter, self.empty_text = (
-            family,
-            objective,
-            adapter,
-            empty_text,
-        )
+        self.family, self.objective, self.adapter = family, objective, adapter
+        self.empty_text, self.draws = empty_text, draws
         self.parts: list[tuple[Batch, Tensor, Tensor]] = []
+        self._base: list[Tensor] = []  # what the base predicts where drift looks
         generator = torch.Generator().manual_seed(seed + 77_777)
         picture = 0
         for batch in batches:
@@ -115,20 +112,26 @@ class Probe:
 
     @torch.no_grad()
     def drift(self) -> float:
-        """Mean squared change that the adapter makes to predictions without a caption."""
-        changes = []
-        for part in self.parts[:1]:
-            for batch, noise, timesteps in self._pieces(*part):
-                latents = batch.latents.to(self.family.device)
-                timesteps = timesteps.to(self.family.device)
-                noisy = self.objective.add_noise(latents, noise.to(self.family.device), timesteps)
-                count = len(batch.ids)
-                with autocast(self.family):
-                    on = self.family.predict(noisy, timesteps, self._empty(count), sizes_of(batch))
-                    with self.adapter.off():
-                        off = self.family.predict(noisy, timesteps, self._empty(count), sizes_of(batch))
-                changes.append((on - off).float().pow(2).mean(dim=(1, 2, 3)))
+        """Mean squared change that the adapter makes to predictions without a caption, one draw a picture."""
+        if not self._base:
+            with self.adapter.off():
+                self._base = self._uncaptioned()
+        changes = [(on - off).pow(2).flatten() for on, off in zip(self._uncaptioned(), self._base, strict=True)]
         return float(torch.cat(changes).mean())
+
+    def _uncaptioned(self) -> list[Tensor]:
+        """Predictions for the first bucket's pictures with the empty caption, float32, piece by piece."""
+        batch, noise, timesteps = self.parts[0]
+        rows = [row * self.draws + row % self.draws for row in range(len(batch.ids) // self.draws)]
+        found = []
+        for piece, own_noise, own_timesteps in self._pieces(rows_of(batch, rows), noise[rows], timesteps[rows]):
+            own_timesteps = own_timesteps.to(self.family.device)
+            latents = piece.latents.to(self.family.device)
+            noisy = self.objective.add_noise(latents, own_noise.to(self.family.device), own_timesteps)
+            with autocast(self.family):
+                text = self._empty(len(piece.ids))
+                found.append(self.family.predict(noisy, own_timesteps, text, sizes_of(piece)).float())
+        return found
 
     def _empty(self, count: int) -> TextEmbeds:
         """Embeddings of the empty caption, `count` rows."""

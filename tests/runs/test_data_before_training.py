@@ -13,7 +13,7 @@ from PIL import Image
 from emotrain.cli.app import main
 from emotrain.config.load import load, load_preset
 from emotrain.errors import DatasetError
-from emotrain.runs.build import read_pictures
+from emotrain.runs.build import probe_every, read_pictures
 from emotrain.runs.lint import lint_preset
 from emotrain.runs.preflight import SHOWN, preflight
 
@@ -165,3 +165,11 @@ def test_some_pictures_are_held_out_where_there_are_enough(tmp_path: Path, count
     write(tmp_path / "data", "abcdefghijklmnopqrstuvwx"[:count])
     pictures = read_pictures(load_preset(preset(tmp_path, "dataset: ./data"), (), "one"))
     assert (len(pictures.train), len(pictures.held_out)) == (count - held, held)
+
+
+@pytest.mark.parametrize(("words", "every"), [("", 160), ("micro_batch_size: 4", 40), ("micro_batch_size: 64", 10)])
+def test_probes_are_so_rare_that_they_take_a_twentieth_of_the_run(tmp_path: Path, words: str, every: int) -> None:
+    loaded = load_preset(preset(tmp_path, "dataset: ./data", f"train: {{{words}}}"), (), "one")
+    assert probe_every(loaded, 4) == every
+    asked = load_preset(preset(tmp_path, "dataset: ./data", "validate: {every: 7}"), (), "one")
+    assert probe_every(asked, 4) == 7

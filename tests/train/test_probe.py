@@ -1,0 +1,64 @@
+"""The probe: fixed pictures, noise and timesteps; what it costs and what drift means."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_run import SCHEDULER, FakeData, FakeFamily
+
+from emotrain.diffusion import build_objective
+from emotrain.train.probe import Probe
+
+
+def probe_of(family: FakeFamily, draws: int = 4) -> Probe:
+    data = FakeData()
+    return Probe(family, build_objective("epsilon", SCHEDULER), family.adapter, [data.of([0, 1, 2])], {}, draws=draws)
+
+
+def shift_adapter(family: FakeFamily, by: float) -> None:
+    family.adapter.load_state({"layer.weight": torch.full((4, 4, 1, 1), by)})
+
+
+def test_the_same_adapter_gives_the_same_loss_and_another_one_another():
+    family = FakeFamily()
+    probe = probe_of(family)
+    first = probe.loss()
+    assert probe.loss() == first
+    shift_adapter(family, 0.1)
+    assert probe.loss() != first
+    assert probe_of(family, draws=2).loss() != probe.loss()
+
+
+def test_drift_is_the_mean_square_of_what_the_adapter_adds():
+    family = FakeFamily()
+    probe = probe_of(family)
+    assert probe.drift() == 0.0
+    shift_adapter(family, 0.1)
+    small = probe.drift()
+    shift_adapter(family, 0.3)
+    assert small > 0
+    assert probe.drift() == pytest.approx(9 * small, rel=1e-4)
+    assert family.adapter.on
+
+
+def test_drift_looks_at_one_draw_a_picture_and_asks_the_base_once(monkeypatch: pytest.MonkeyPatch):
+    family = FakeFamily()
+    probe = probe_of(family)
+    seen: list[tuple[int, bool]] = []
+    plain = family.predict
+
+    def counted(noisy, *rest):
+        seen.append((len(noisy), family.adapter.on))
+        return plain(noisy, *rest)
+
+    monkeypatch.setattr(family, "predict", counted)
+    probe.drift()
+    probe.drift()
+    assert [number for number, _ in seen] == [3, 3, 3]
+    assert [on for _, on in seen].count(False) == 1
