@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from emotrain.runs.session import Session
 
 SHARE = 0.1  # of the work of training
-SAMPLE = 3  # forward passes that training with one sample is worth
+SAMPLE = 2.5  # forward passes that training with one sample is worth: there, and back to frozen weights' inputs
 PLANS = ((7, 2), (3, 2), (3, 1), (2, 1))  # others, draws: dearest first
 FEWEST = 8  # pictures with captions of their own from where wrong ones stand out
 NAMED = 5  # pictures in the line for the user

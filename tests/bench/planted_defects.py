@@ -168,8 +168,8 @@ def digest(name: str) -> str:
     return whole.hexdigest()[:12]
 
 
-def cell(work: Path, name: str, seed: int) -> dict[str, float]:
-    path = work / f"{name}-{digest(name)}-{seed}.json"
+def cell(work: Path, name: str, code: str, seed: int) -> dict[str, float]:
+    path = work / f"{name}-{code}-{seed}.json"
     if not path.is_file():
         start = time.process_time()
         result = measure(name, seed) | {"CPU seconds": time.process_time() - start}
@@ -201,8 +201,9 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     results = []
+    code = digest(options.preset)  # once: what runs is what was loaded, whatever is edited meanwhile
     for seed in options.seeds:
-        results.append(cell(options.work, options.preset, seed))
+        results.append(cell(options.work, options.preset, code, seed))
         shown = ", ".join(f"{key} {value:.3f}" for key, value in results[-1].items())
         print(f"seed {seed}: {shown}", flush=True)
     text = report(options.preset, options.seeds, results)

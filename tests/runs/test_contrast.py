@@ -35,9 +35,9 @@ def test_a_plan_costs_a_tenth_of_the_run_at_most(pictures, samples):
 
 
 def test_plans_of_usual_runs():
-    assert plan_contrast(29, 400) == Plan(29, 3, 1)
+    assert plan_contrast(29, 400) == Plan(29, 2, 1)
     assert plan_contrast(30, 3000) == Plan(30, 7, 2)
-    assert plan_contrast(300, 1000) == Plan(100, 2, 1)
+    assert plan_contrast(300, 1000) == Plan(83, 2, 1)
     assert plan_contrast(7, 10**6) is None  # too few to tell which one stands out
     assert plan_contrast(29, 20) is None
 
@@ -59,7 +59,7 @@ def run(tmp_path: Path, name: str, *extra: str, observers=()):
 
 
 def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(contrast, "SHARE", 0.4)
+    monkeypatch.setattr(contrast, "SHARE", 0.5)
     heard = Listener()
     written = []
     whole = contrast.contrastive_losses
@@ -73,7 +73,7 @@ def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(t
     result = run(tmp_path, "one", observers=[heard])
     assert written == [True]
     rows = [json.loads(line) for line in (run_dir / "picture_contrast.jsonl").read_text().splitlines()]
-    assert len(rows) == 29
+    assert len(rows) == 32 - len(result.folder.info()["held_out"])
     assert {(len(row["own"]), len(row["others"])) for row in rows} == {(1, 2)}
     capsys.readouterr()
     assert main(["images", str(result.folder.path), "--json"]) == 0
