@@ -168,3 +168,5 @@ class ConsoleLines:
             self._line(f"LoRA: {short_path(event.lora)}")
         if event.resume_command:
             self._line(f"resume with: {event.resume_command}")
+        if event.all_command:
+            self._line(f"train on all pictures, the held-out ones too, for as long: {event.all_command}")

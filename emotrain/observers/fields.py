@@ -131,6 +131,7 @@ def _end_row(event: RunEnd) -> dict[str, Any]:
         "best_loss": finite(event.best_loss),
         "seconds": finite(event.seconds),
         "resume_command": event.resume_command,
+        "all_command": event.all_command,
         "metrics": {name: finite(value) for name, value in event.metrics.items()},
     }
 

@@ -63,6 +63,8 @@ def _rows(board: Board, end: RunEnd) -> list[tuple[str, str, str]]:
         rows.append(("warnings", text, ""))
     if end.resume_command:
         rows.append(("go on", end.resume_command, "value"))
+    if end.all_command:
+        rows.append(("with all", end.all_command, ""))
     return rows
 
 

@@ -235,6 +235,7 @@ class Session:
             best_loss=state.best_loss,
             seconds=seconds,
             resume_command=f"emotrain resume {folder.path}" if interrupted else None,
+            all_command=self.all_command(outcome),
         )
         self.notify(end)
         code = ExitCode.OK
@@ -243,6 +244,16 @@ class Session:
         elif outcome.reason is StopReason.DIVERGED:
             code = ExitCode.DIVERGED
         return Result(folder, end, code)
+
+    def all_command(self, outcome: Outcome) -> str | None:
+        """How to train on all pictures for the steps that were found; None where none were held out of the folder."""
+        best, preset = self.state.best_step, self.preset
+        if outcome.reason is not StopReason.SIGNAL or not best or not self.pictures.held_out:
+            return None
+        if preset.validate_.folder is not None:
+            return None
+        words = f"validate.fraction=0 --set stop.mode=off --set train.max_steps={best}"
+        return f"emotrain run {self.folder.preset_path} --name {self.folder.name}-all --set {words}"
 
     def close(self) -> None:
         """Let every observer finish, whatever happened."""

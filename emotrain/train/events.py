@@ -106,6 +106,7 @@ class RunEnd:
     best_loss: float | None
     seconds: float
     resume_command: str | None = None
+    all_command: str | None = None  # trains on the held-out pictures too, for the number of steps that was found
     metrics: dict[str, float] = field(default_factory=dict)
 
 

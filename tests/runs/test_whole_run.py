@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import CheckpointError
 from emotrain.families.table import resolve_base
 from emotrain.observers.json_events import JsonEvents
+from emotrain.pulse.stopping import StopRule
 from emotrain.runs import start
 from emotrain.runs.folder import open_run
 
@@ -21,7 +24,7 @@ SHORT = (
     "validate.every=2",
     "sample.every=4",
     "sample.steps=2",
-    "sample.prompts=[\"[trigger], rocket\"]",
+    'sample.prompts=["[trigger], rocket"]',
     "save.every=2",
     "save.dtype=fp32",
     "log.tensorboard=false",
@@ -166,3 +169,17 @@ def test_no_caption_dropout_and_full_dropout_train_different_loras(tmp_path):
 def test_an_open_run_is_found_by_name(tmp_path):
     train("quickstart", tmp_path, "train.max_steps=1", "sample.every=0", name="mine")
     assert open_run("mine", tmp_path).name == "mine"
+
+
+def test_the_offer_to_train_on_all_pictures_can_be_run_as_it_is_printed(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRule, "decide", lambda self, step: "enough" if step == 4 else None)
+        result = train("quickstart", tmp_path, "sample.every=0", "train.max_steps=9")
+    assert (result.end.stop_reason, len(result.folder.info()["held_out"])) == ("signal", 4)
+    command = shlex.split(result.end.all_command)
+    assert command[0] == "emotrain"
+    assert main([*command[1:], "--runs-dir", str(tmp_path), "--plain"]) == 0
+    folder = open_run(tmp_path / "one-all")
+    info = folder.info()
+    assert (info["steps"], info["held_out"]) == (result.end.best_step, [])
+    assert "32 pictures" in capsys.readouterr().err
