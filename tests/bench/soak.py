@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would runs
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / "results.jsonl"
     rows = read(results)
