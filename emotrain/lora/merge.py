@@ -63,13 +63,16 @@ def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -
     first = loras[0][0]
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
+    convolutions = {
+        key.rpartition(".lora_")[0] for lora, _ in loras for key, one in lora.state.items() if one.ndim == 4
+    }
     for lora, weight in loras:
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of {lora.path} is {weight}")
         if lora.family != first.family:
             raise ModelError(f"{first.path} is a LoRA for {first.family}, {lora.path} is one for {lora.family}")
         for path, pair in pairs(lora.state, lora.alphas).items():
-            down, up = names.as_layer(pair.down, pair.up, is_conv=False)
+            down, up = names.as_layer(pair.down, pair.up, is_conv=path in convolutions)
             known = downs.get(path)
             if known and (known[0].shape[1:], ups[path][0].shape[0]) != (down.shape[1:], up.shape[0]):
                 raise ModelError(f"{lora.path}: `{path}` has another shape than in {first.path}")

@@ -75,10 +75,10 @@ def test_different_families_and_odd_weights_are_refused() -> None:
         merge([])
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
-def test_a_merged_file_does_what_both_files_do(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "both"), [("sd15", "attn-mlp"), ("sd15", "all"), ("flux", "attn-mlp")])
+def test_a_merged_file_does_what_both_files_do(family: str, both: str, tmp_path: Path) -> None:
     paths = []
-    for number, targets in enumerate(("attn", "attn-mlp")):
+    for number, targets in enumerate(("attn" if both != "all" else "all", both)):
         t = trained(family, targets=targets)
         paths.append(tmp_path / f"{number}.safetensors")
         save_lora(
@@ -96,6 +96,17 @@ def test_a_merged_file_does_what_both_files_do(family: str, tmp_path: Path) -> N
     assert torch.allclose(output(family, model), output(family, expected), atol=1e-6)
     assert merged.metadata["modelspec.trigger_phrase"] == "word0, word1"
     assert merged.metadata["emotrain.parents"].count("sha256") == 2
+
+
+def test_convolutions_that_are_cut_to_a_rank_can_be_read_by_diffusers(tmp_path: Path) -> None:
+    state, alphas = weights("sd15", "all")
+    save_lora(tmp_path / "a.safetensors", state, alphas=alphas, family="sd15", dtype="fp32", metadata={})
+    parts = [(tmp_path / "a.safetensors", 0.5)] * 2
+    written, merged = merge_files(parts, tmp_path / "less.safetensors", rank=2)
+    assert {key: value.shape for key, value in read_lora(written.path).state.items()} == {
+        key: torch.Size((2, *value.shape[1:]) if ".lora_A." in key else (len(value), 2, *value.shape[2:]))
+        for key, value in state.items()
+    }
 
 
 def test_a_merge_keeps_float16_only_where_it_is_exact(tmp_path: Path) -> None:
