@@ -241,8 +241,7 @@ def _scheduler(found: Sniffed) -> tuple[str, dict[str, Any]]:
 
 
 def _index(found: Sniffed, texts: dict[str, Any], skip: set[str]) -> dict[str, Any]:
-    info = FAMILIES[found.family]
-    denoiser = public_configs()["denoiser"][found.variant]["class"]
+    info, denoiser = FAMILIES[found.family], public_configs()["denoiser"][found.variant]["class"]
     index: dict[str, Any] = {
         "_class_name": info.pipeline,
         info.denoiser: ["diffusers", denoiser],
