@@ -234,7 +234,8 @@ def _describe(preset: Preset, result: Preflight) -> None:
     network, train = preset.network, preset.train
     targets = network.targets if isinstance(network.targets, str) else ", ".join(network.targets)
     alpha = network.alpha if network.alpha is not None else network.rank
-    result.facts.append(("network", f"LoRA of rank {network.rank}, alpha {alpha:g}, on {targets}"))
+    texts = " and the CLIP text encoders" if network.text_encoder else ""
+    result.facts.append(("network", f"LoRA of rank {network.rank}, alpha {alpha:g}, on {targets}{texts}"))
     lr = "its own pace" if train.lr is None else f"lr {train.lr:g}"
     result.facts.append(("optimizer", f"{train.optimizer.name}, {lr}, stop {preset.stop.mode}"))
     if preset.dataset.trigger is None and any("[trigger]" in p for p in preset.sample.prompts):
