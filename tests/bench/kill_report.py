@@ -13,49 +13,49 @@ import emotrain
 TITLES = {
     "points": "SIGKILL at every point",
     "random": "SIGKILL at a random time, resumes killed again",
+    "chain": "killed after every step: resume of a resume of a resume",
     "steps": "resume from the checkpoint of every step",
-    "controls": "one item taken out of the checkpoint",
-    "damage": "a file of the newest checkpoint damaged",
     "power": "power cut: what was not synced may be gone",
+    "damage": "a file of the newest checkpoint damaged",
+    "controls": "one item taken out of the checkpoint",
 }
+Rows = list[dict[str, Any]]
 
 
-def page(results: list[dict[str, Any]], notes: list[str]) -> str:
+def page(results: Rows, notes: list[str]) -> str:
     """Markdown."""
     lines = [*HEAD.format(**machine()).strip().split("\n"), ""]
     lines += ["| what | case | runs | as it should be | checkpoints lost | most steps repeated | minutes |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|"]
-    results = together(results)
     for part, title in TITLES.items():
-        for facts in (one for one in results if one["part"] == part):
-            rows = facts["rows"]
-            lost = sum(bool(row.get("lost")) for row in rows) if part in ("points", "random", "power") else "-"
-            repeated = max((row.get("repeated", 0) for row in rows), default=0)
-            shown = repeated if part in ("points", "random") else "-"
-            what = title
-            if part == "points":
-                what += f" ({len({row['point'] for row in rows})} of {facts['points']} points)"
-            good = sum(row["ok"] for row in rows)
-            minutes = facts["seconds"] / 60
-            lines.append(f"| {what} | {facts['case']} | {len(rows)} | {good} | {lost} | {shown} | {minutes:.1f} |")
-    kills = sum(row.get("kills", 0) for facts in results for row in facts["rows"])
-    lines += ["", f"The runs killed at a random time took {kills} kills in all.", "", *failures(results)]
+        for case in dict.fromkeys(row["case"] for row in results if row["part"] == part):
+            rows = [row for row in results if (row["part"], row["case"]) == (part, case)]
+            lines.append(f"| {title}{detail(part, rows)} | {case} | {figures(part, rows)} |")
+    kills = sum(row.get("kills", 0) for row in results if row["part"] == "random")
+    runs = sum(row["part"] == "random" for row in results)
+    good = sum(row["ok"] for row in results)
+    lines += ["", f"In all {len(results)} runs, {good} as they should be. The {runs} runs that were killed at a random"]
+    lines += [f"time took {kills} kills. Minutes are those of one of several processes on two busy cores.", ""]
+    lines += failures(results)
     lines += ["## What this does not cover", "", *(f"- {note}" for note in notes), ""] if notes else []
     lines += taken_out(results)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def together(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of several calls for the same part of the same case as one."""
-    joined: dict[tuple[str, str], dict[str, Any]] = {}
-    for facts in results:
-        key = facts["case"], facts["part"]
-        if key in joined and facts["part"] != "controls":
-            joined[key]["rows"] += facts["rows"]
-            joined[key]["seconds"] += facts["seconds"]
-        else:
-            joined[key] = {**facts, "rows": list(facts["rows"])}
-    return list(joined.values())
+def detail(part: str, rows: Rows) -> str:
+    """How many points there are, and how many of them left folders of their own."""
+    if part != "points":
+        return ""
+    same = sum("same_as" in row for row in rows)
+    return f" ({len(rows)} of {rows[0]['points']} points; {len(rows) - same} different folders)"
+
+
+def figures(part: str, rows: Rows) -> str:
+    """Runs, good ones, lost checkpoints, repeated steps, minutes."""
+    lost = sum(bool(row.get("lost")) for row in rows) if part in ("points", "random", "power", "chain") else "-"
+    repeated = max(row.get("repeated", 0) for row in rows) if part in ("points", "random", "chain") else "-"
+    minutes = sum(row["seconds"] for row in rows) / 60
+    return f"{len(rows)} | {sum(row['ok'] for row in rows)} | {lost} | {repeated} | {minutes:.1f}"
 
 
 def machine() -> dict[str, Any]:
@@ -69,32 +69,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def failures(results: list[dict[str, Any]]) -> list[str]:
+def failures(results: Rows) -> list[str]:
     """Every run that was not as it should be."""
-    lines = []
-    for facts in results:
-        for row in facts["rows"]:
-            if not row["ok"]:
-                words = ", ".join(f"{key} {value}" for key, value in row.items() if key != "ok")
-                lines.append(f"- {facts['case']}, {facts['part']}: {words}")
+    bad = [row for row in results if not row["ok"]]
+    lines = [f"- {', '.join(f'{key} {value}' for key, value in row.items() if key != 'digest')}" for row in bad]
     return ["## What was not as it should be", "", *(lines or ["Nothing."]), ""]
 
 
-def taken_out(results: list[dict[str, Any]]) -> list[str]:
+def taken_out(results: Rows) -> list[str]:
     """How each control was caught."""
-    lines = ["## What shows when an item is taken out", ""]
-    for facts in (one for one in results if one["part"] == "controls"):
-        lines += [
-            f"### {facts['case']}",
-            "",
-            "| item | resumed half way | resumed at the last checkpoint |",
-            "|---|---|---|",
-        ]
-        for row in facts["rows"]:
+    rows = [row for row in results if row["part"] == "controls"]
+    lines = ["## What shows when an item is taken out", ""] if rows else []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        lines += [f"### {case}", "", "| item | resumed half way | resumed at the last checkpoint |", "|---|---|---|"]
+        for row in (one for one in rows if one["case"] == case):
             cells = [
                 f"refused, exit {code}" if code else ", ".join(differs) or "-" for _, code, differs in row["shown"]
             ]
-            lines.append(f"| {row['item']} | {' | '.join(cells)} |")
+            lines.append(f"| {row['key']} | {' | '.join(cells)} |")
         lines.append("")
     return lines
 
@@ -108,22 +100,26 @@ sha256 over the adapter, the best adapter, the optimizer's tensors and its emoti
 random generator (torch, numpy, python; an observer draws from all of them at every step), both LoRA files, the sample
 pictures, and the logs without their times.
 
-- **SIGKILL at every point**: ahead of every creation, rename, removal and fsync below the runs folder, and ahead of and
-  after every stage of a save and prune; from before the run folder is there until the lock is gone. Every run is killed
-  once, then resumed to its end. Where no checkpoint had been committed, `resume` has to refuse (exit 5), and the run is
-  started anew.
+- **SIGKILL at every point**: ahead of every creation, rename, removal and fsync below the runs folder, and ahead of
+  and after every stage of a save and prune; from before the run folder is there until the lock is gone. The run forks
+  ahead of each kill; the killed process's folder is copied and resumed to the end, then the fork goes on to the next
+  point, and its own end is compared too. Where a folder equals an earlier one to the byte, the resume is not done
+  twice. Where no checkpoint had been committed, `resume` has to refuse (exit 5), and the run is started anew.
 - **At a random time**: from outside; half of the resumes are killed again, up to three times in a chain.
+- **After every step**: a checkpoint after each step, killed right after its commit, resumed, killed after the next.
 - **Every step**: a checkpoint after each step, resumed with `--checkpoint STEP`.
-- **One item taken out**: what a fresh run would have stands in the checkpoint for one item at a time. The result has to
-  differ or the resume has to be refused; the first line takes nothing out and has to be equal.
-- **Damage**: each file of the newest checkpoint cut, with one bit flipped, missing, or an older checkpoint's. The one
-  before has to be used and the damaged one kept.
-- **Power cut**: killed at a random point; then only what had been fsynced is sure to be there. Other names come and go
-  by chance, other files are whole, half, zeros or empty. Logs and sample pictures are not compared here: they are not
-  fsynced.
+- **Power cut**: killed at a random point; then only what had been fsynced is sure to be there. Other names come and
+  go by chance, other files are whole, half, zeros or empty, and so is what was added to a log since its last fsync.
+  Logs and sample pictures are compared as everything else.
+- **Damage**: each file of the newest checkpoint cut in half or by a byte, emptied, zeroed, lengthened, missing, an
+  older checkpoint's, or with one bit flipped at its first byte, in its header, at a third, at two thirds and at its
+  last byte. The checkpoint before has to be used and the damaged one kept.
+- **One item taken out**: what a fresh run would have stands in the checkpoint for one item at a time. The result has
+  to differ or the resume has to be refused; the first line takes nothing out and has to be equal.
 
-"Checkpoints lost" counts runs whose newest checkpoint was older than the last committed one. Children are forked from a
-process that has loaded model and data, so that hundreds of runs take minutes.
+Each run has 5 steps, a checkpoint at 2, 4 and 5, eleven pictures in two bucket sizes, so that batches are ragged,
+epochs end within steps and between them, and the largest batch is tried first where the first one is smaller.
+"Checkpoints lost" counts runs whose newest checkpoint was older than the last committed one.
 
 emotrain {version}, torch {torch}, Python {python}, {system}, {cores} cores, one thread. No GPU was used: nothing here
 says anything about CUDA.
