@@ -220,10 +220,11 @@ def _resource_problem(failure: Exception) -> EmotrainError | None:
 
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("the disk is full", "free some space; finished files are intact")
-    if type(failure).__name__ == "OutOfMemoryError":
-        return ResourceError(
-            "the GPU is out of memory", "`emotrain plan PRESET` shows which settings save memory"
-        )
+    if "torch" in sys.modules:
+        from emotrain.train.memory import is_out_of_memory
+
+        if is_out_of_memory(failure):
+            return ResourceError("out of memory", "`emotrain plan PRESET` shows which settings save memory")
     return None
 
 
