@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -109,11 +110,12 @@ class Sampler:
         """Bring the pictures drawn since the last call to the disk.
 
         Raises:
-            OSError: the disk refuses, or a picture was taken away.
+            OSError: the disk refuses.
         """
         fresh, self._fresh = dict.fromkeys(self._fresh), []
         for path in fresh:
-            fsync_file(path)
+            with contextlib.suppress(FileNotFoundError):  # its user may have taken it away
+                fsync_file(path)
         for folder in (self.folder, self.folder.parent) if fresh else ():
             fsync_folder(folder)
 
