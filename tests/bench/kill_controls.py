@@ -117,7 +117,7 @@ def harm(path: Path, older: Path, kind: str) -> bool:
         content[places[kind[5:]]] ^= 16
     now = {
         "half": content[: size // 2],
-        "a byte short": content[:-1],
+        "a byte short": content.rstrip(b"\n")[:-1],  # a line break at the end of JSON means nothing
         "empty": b"",
         "zeros": bytes(size),
         "a byte more": content + b"\0",

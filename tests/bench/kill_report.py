@@ -72,7 +72,10 @@ def machine() -> dict[str, Any]:
 def failures(results: Rows) -> list[str]:
     """Every run that was not as it should be."""
     bad = [row for row in results if not row["ok"]]
-    lines = [f"- {', '.join(f'{key} {value}' for key, value in row.items() if key != 'digest')}" for row in bad]
+    lines = [
+        f"- {', '.join(f'{key} {value}' for key, value in row.items() if key not in ('digest', 'commit'))}"
+        for row in bad
+    ]
     return ["## What was not as it should be", "", *(lines or ["Nothing."]), ""]
 
 

@@ -150,7 +150,7 @@ def slope(values: list[float]) -> tuple[float, float]:
     return growth, 2 * float(np.sqrt((rest @ rest) / (len(values) - 2) / (x @ x)))
 
 
-def page(rows: list[dict[str, Any]], steps: int) -> str:
+def page(rows: list[dict[str, Any]], steps: int, notes: list[str]) -> str:
     """The report."""
     process = max({row["process"] for row in rows}, key=lambda p: sum(row["process"] == p for row in rows))
     own = [row for row in rows if row["process"] == process]
@@ -173,6 +173,7 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
         "",
         f"Memory is that of the {len(own)} runs of one process; the first {WARM}, in which libraries fill their",
         "caches, are left out of the growth.",
+        *notes,
         "",
         "| run | interrupted by | resident MiB | tensors | files | same end |",
         "|---:|---|---:|---:|---:|---|",
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--note", action="append", default=[], help="a line for the report")
     options = parser.parse_args()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would runs
@@ -238,7 +240,7 @@ def main() -> None:
         )
         shutil.rmtree(runs_dir)
     if options.report and len(rows) > WARM + 2:
-        options.report.write_text(page(rows, options.steps))
+        options.report.write_text(page(rows, options.steps, options.note))
 
 
 if __name__ == "__main__":
