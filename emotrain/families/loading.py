@@ -107,7 +107,7 @@ def load(
     found = sniff(base, family, revision)
     text_gib = trained_text_gib(found, kind) if train_text else 0.0
     plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing, text_gib)
-    require_backend(plan.quantize)
+    require_backend(plan.quantize, where.type)
     pieces = load_pieces(found, kind, revision, quantization(plan.quantize, kind))
     if vae is not None:
         pieces["vae"] = load_vae(vae, found)

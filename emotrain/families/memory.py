@@ -72,16 +72,21 @@ def installed_backends() -> frozenset[str]:
     return frozenset(found)
 
 
-def require_backend(quantize: str) -> None:
-    """Refuse a quantisation whose library is not installed.
+def require_backend(quantize: str, device: str = "cuda") -> None:
+    """Refuse a quantisation whose library is not installed, or does not work on the device ("cpu", "cuda", ...).
 
     Raises:
-        ConfigError: not installed.
+        ConfigError: not installed, or bitsandbytes without a GPU.
     """
     if quantize != "none" and quantize not in installed_backends():
         raise ConfigError(
             f"model.quantize is `{quantize}`, which needs `{BACKENDS[quantize]}`",
             "install it with `pip install 'emotrain[quantize]'`, or leave model.quantize out",
+        )
+    if device == "cpu" and BACKENDS.get(quantize) == "bitsandbytes":
+        raise ConfigError(
+            f"model.quantize is `{quantize}`, which is made on a GPU, and none is in use",
+            "leave model.quantize out, or take fp8, which works on the CPU too",
         )
 
 

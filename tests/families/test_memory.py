@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from emotrain.errors import ConfigError
+from emotrain.families import memory
 from emotrain.families.memory import choose_memory, require_backend
 from emotrain.families.offload import offload_linears
 
@@ -160,3 +161,13 @@ def flux_gradients(prepare: Any) -> list[torch.Tensor]:
     ).sample  # fmt: skip
     output.square().sum().backward()
     return [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_what_only_a_gpu_can_quantise_is_refused_without_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "installed_backends", lambda: frozenset({"int8", "nf4", "fp8"}))
+    with pytest.raises(ConfigError, match="GPU"):
+        memory.require_backend(kind, "cpu")
+    memory.require_backend(kind, "cuda")
+    memory.require_backend("fp8", "cpu")
+    memory.require_backend("none", "cpu")
