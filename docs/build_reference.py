@@ -1,7 +1,7 @@
 """Write docs/reference from the code: cli.md from the help, preset.md and presets.schema.json from the schema.
 
-    python docs/build_reference.py            # write
-    python docs/build_reference.py --check    # exit 1 if a page is not current
+python docs/build_reference.py            # write
+python docs/build_reference.py --check    # exit 1 if a page is not current
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def pages() -> dict[Path, str]:
 def stale() -> list[str]:
     """Names of the files that differ from what the code says."""
     return [
-        path.name
-        for path, text in pages().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
+        path.name for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
 
 

@@ -111,9 +111,7 @@ def _add(app: typer.Typer, command: Command) -> None:
     else:
         function = getattr(module, command.name.replace("-", "_"))
         text = help_text(function.__doc__)
-        app.command(command.name, help=text, rich_help_panel=panel, context_settings=_CONTEXT)(
-            function
-        )
+        app.command(command.name, help=text, rich_help_panel=panel, context_settings=_CONTEXT)(function)
 
 
 def _add_stub(app: typer.Typer, command: Command) -> None:
@@ -249,5 +247,3 @@ def _write_traceback(failure: Exception) -> Path:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(versions + text)
     return Path(name)
-
-

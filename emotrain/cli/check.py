@@ -15,9 +15,7 @@ from emotrain.cli.options import OneJson, Overrides
 def check(
     preset: Annotated[
         str,
-        typer.Argument(
-            help="A preset file, or the name of a shipped one", autocompletion=preset_names
-        ),
+        typer.Argument(help="A preset file, or the name of a shipped one", autocompletion=preset_names),
     ],
     overrides: Overrides = None,
     as_json: OneJson = False,

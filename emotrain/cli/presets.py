@@ -32,12 +32,8 @@ def list_presets(as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    preset: Annotated[
-        str, typer.Argument(help="A shipped name or a file", autocompletion=preset_names)
-    ],
-    resolved: Annotated[
-        bool, typer.Option("--resolved", help="Every key written out, `extends` merged")
-    ] = False,
+    preset: Annotated[str, typer.Argument(help="A shipped name or a file", autocompletion=preset_names)],
+    resolved: Annotated[bool, typer.Option("--resolved", help="Every key written out, `extends` merged")] = False,
 ) -> None:
     """Show a preset, as it is written or with every key.
 
@@ -60,9 +56,7 @@ def show(
 @app.command()
 def copy(
     name: Name,
-    target: Annotated[
-        Path | None, typer.Argument(help="The new file  [default: NAME.yaml here]")
-    ] = None,
+    target: Annotated[Path | None, typer.Argument(help="The new file  [default: NAME.yaml here]")] = None,
 ) -> None:
     """Copy a shipped preset to a file of your own.
 

@@ -18,9 +18,7 @@ def resume(
     overrides: Overrides = None,
     allow_config_change: Annotated[
         bool,
-        typer.Option(
-            "--allow-config-change", help="Go on although preset, data set or base have changed"
-        ),
+        typer.Option("--allow-config-change", help="Go on although preset, data set or base have changed"),
     ] = False,
     runs_dir: RunsDir = RUNS,
     plain: Plain = False,

@@ -26,9 +26,7 @@ def draws() -> tuple[object, ...]:
 
 
 def test_every_generator_goes_on_where_it_was_after_a_trip_through_json() -> None:
-    for _ in range(
-        3
-    ):  # an odd number of normal draws leaves half a pair behind in numpy and python
+    for _ in range(3):  # an odd number of normal draws leaves half a pair behind in numpy and python
         np.random.standard_normal()
         random.gauss(0, 1)
         tensors, document = rng.capture()

@@ -89,7 +89,5 @@ with StopSignals(on_quit=lambda: os.write(1, b"cursor back")) as stop:
     finally:
         os.write(1, b"never")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (130, b"cursor back")
