@@ -16,7 +16,7 @@ _USUAL_LR = {
     "prodigy": "1.0",
     "schedulefree": "1e-3",
 }
-_EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "notify")
+_EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
 
 
 def check_rules(root: Node) -> tuple[list[Problem], list[str]]:

@@ -146,6 +146,9 @@ class OptimizerSection(Section):
     sensor: Literal["faithful", "intent"] = Field(
         "faithful", description="emo: as published, or as its text says it is meant"
     )
+    bias_correction: Bool = Field(
+        True, description="emosens, emonavi: correct the moments' start at zero, as Adam does; false: as published"
+    )
     notify: Bool = Field(True, description="emo: say so when the stop signal lights")
 
 

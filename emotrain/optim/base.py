@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from emotrain.optim.batches import Batch, gather, refuse_sparse, state_dtype
+from emotrain.optim.kernels import correction_at
 from emotrain.optim.lengths import scope_of, step_lengths
 from emotrain.optim.shadow import follow_shadow
 from emotrain.optim.state import check_state, emotion_to_dict, load_tensors, reading_from_dict
@@ -49,6 +50,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         writer: a TensorBoard-like object; gets `emoLR/*` and `emostate/*` once per step.
         generation: one of the class's `generations`, the first by default; "3.7" means 3.7.6.
         sensor: "faithful" or "intent", see `emotrain.pulse.signal.listen`.
+        bias_correction: correct EmoSens's and EmoNavi's moments for their start at zero, which the published rule
+            leaves out: its first 40 steps are two to three times as long as its pulse says. No effect elsewhere.
 
     Raises:
         ValueError: a word out of its range.
@@ -72,6 +75,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         writer: Writer | None = None,
         generation: str | None = None,
         sensor: Sensor = "faithful",
+        bias_correction: bool = False,
     ) -> None:
         self.generation = self._choose(generation)
         if sensor not in SENSORS:
@@ -81,6 +85,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self.use_shadow = use_shadow
         self.stopcoef = stopcoef
         self.sensor = sensor
+        self.bias_correction = bias_correction
         self.notify = notify
         self.writer = writer
         self.reading: Reading | None = None
@@ -220,6 +225,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             "use_shadow",
             "stopcoef",
             "sensor",
+            "bias_correction",
             "notify",
             "reading",
             "_emotion",
@@ -279,6 +285,9 @@ class EmoOptimizer(torch.optim.Optimizer):
             known = ", ".join(cls.generations)
             raise ValueError(f"{cls.__name__} has generation {known}, got {generation!r}")
         return name
+
+    def _correction(self, group: dict[str, Any]) -> float:
+        return correction_at(group["betas"], self._emotion.step) if self.bias_correction else 1.0
 
     def _count_gradients(self) -> int:
         return max(1, sum(p.grad is not None for group in self.param_groups for p in group["params"]))

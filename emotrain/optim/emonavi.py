@@ -26,4 +26,4 @@ class EmoNavi(EmoOptimizer):
         return ("exp_avg", "exp_avg_sq")
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
-        momentum_descent(batch, betas=group["betas"], eps=group["eps"])
+        momentum_descent(batch, betas=group["betas"], eps=group["eps"], correction=self._correction(group))

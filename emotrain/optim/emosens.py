@@ -31,7 +31,7 @@ class EmoSens(EmoOptimizer):
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
         if self.generation != "3.7.0":
-            momentum_descent(batch, betas=group["betas"], eps=group["eps"])
+            momentum_descent(batch, betas=group["betas"], eps=group["eps"], correction=self._correction(group))
             return
         m, beta1 = batch.state["exp_avg"], group["betas"][0]
 

@@ -6,6 +6,7 @@ with. They read memory linearly, so they are used for contiguous tensors only.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from functools import cache
@@ -21,20 +22,30 @@ _FAR = 1e12  # a step so late that AdamW's bias corrections 1 - beta**step are e
 _REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError)
 
 
-def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) -> None:
-    """AdamW without bias correction (EmoNavi; EmoSens 3.7.6 and 3.9), in place.
+def correction_at(betas: tuple[float, float], step: int) -> float:
+    """What takes the start at zero out of m / sqrt(v) at a step (1, 2, ...): sqrt(1 - b2^step) / (1 - b1^step).
 
-    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= decay p;  p -= eta m / (sqrt(v) + eps)
+    Kingma and Ba 2015 (arXiv:1412.6980), section 2, the efficient order.
+    """
+    return math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
+
+
+def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float, correction: float = 1.0) -> None:
+    """AdamW whose bias correction is left to the caller (EmoNavi; EmoSens 3.7.6 and 3.9), in place.
+
+    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= decay p;  p -= eta correction m / (sqrt(v) + eps)
 
     Args:
         batch: with state "exp_avg" (m) and "exp_avg_sq" (v) and single numbers for eta and decay.
         betas: b1, b2.
         eps: added to the root.
+        correction: 1.0 as published, or `correction_at` the step.
     """
     assert isinstance(batch.eta, float)
     m, v = batch.state["exp_avg"], batch.state["exp_avg_sq"]
     device = batch.params[0].device
-    if batch.linear and batch.eta > 0.0 and has_fused_adamw(device.type):
+    eta = batch.eta * correction
+    if batch.linear and eta > 0.0 and has_fused_adamw(device.type):
         torch._fused_adamw_(
             batch.params,
             batch.grads,
@@ -43,10 +54,10 @@ def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) ->
             [],
             [_far_step(device)] * len(m),
             amsgrad=False,
-            lr=batch.eta,
+            lr=eta,
             beta1=betas[0],
             beta2=betas[1],
-            weight_decay=_rounded_decay(batch) / batch.eta,
+            weight_decay=_rounded_decay(batch) / eta,
             eps=eps,
             maximize=False,
         )
@@ -57,7 +68,7 @@ def momentum_descent(batch: Batch, *, betas: tuple[float, float], eps: float) ->
     root = torch._foreach_sqrt(v)
     torch._foreach_add_(root, eps)
     _decay(batch.params, batch.decay, batch.as_factor)
-    torch._foreach_addcdiv_(batch.params, m, root, -batch.eta)
+    torch._foreach_addcdiv_(batch.params, m, root, -eta)
 
 
 def descend(batch: Batch, direction: Callable[[slice], Tensors]) -> None:

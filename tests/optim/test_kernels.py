@@ -140,3 +140,38 @@ def test_gradients_are_left_as_they_were() -> None:
         optimizer.observe(0.3)
         optimizer.step()
         assert torch.equal(param.grad, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("name", "lr"), [("emosens", None), ("emonavi", 1e-3)])
+def test_with_bias_correction_it_is_adamw_at_the_emotions_step_length(
+    name: str, lr: float | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        without_fused(monkeypatch)
+    torch.manual_seed(4)
+    mine = torch.nn.Parameter(torch.randn(5, 7))
+    theirs = torch.nn.Parameter(mine.detach().clone())
+    optimizer = EMO[name]([mine], lr, bias_correction=True, weight_decay=0.1, notify=False)
+    adamw = torch.optim.AdamW([theirs], betas=(0.9, 0.995), weight_decay=0.1)
+    for step in range(60):
+        mine.grad = torch.randn(mine.shape, generator=torch.Generator().manual_seed(step))
+        theirs.grad = mine.grad.clone()
+        reading = optimizer.observe(1.0 - 0.003 * step)
+        assert reading.drive == 1.0  # elsewhere EmoNavi's decay follows lr alone
+        optimizer.step()
+        adamw.param_groups[0]["lr"] = reading.pulse
+        adamw.step()
+    assert torch.allclose(mine, theirs, rtol=0, atol=1e-5)
+    assert float((mine.detach() - run_plain(name, lr)).abs().max()) > 1e-3  # the published rule goes another way
+
+
+def run_plain(name: str, lr: float | None) -> torch.Tensor:
+    torch.manual_seed(4)
+    param = torch.nn.Parameter(torch.randn(5, 7))
+    optimizer = EMO[name]([param], lr, weight_decay=0.1, notify=False)
+    for step in range(60):
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.observe(1.0 - 0.003 * step)
+        optimizer.step()
+    return param.detach()
