@@ -90,6 +90,7 @@ INSIDE = {
         "max_train_steps": "train.max_steps",
         "optimizer_type": "train.optimizer",
         "clip_grad_norm": "train.max_grad_norm",
+        "use_ema": "train.ema",
         "min_snr_gamma": "train.loss.min_snr_gamma",
         "snr_gamma": "train.loss.min_snr_gamma",
         "noise_offset": "train.loss.noise_offset",

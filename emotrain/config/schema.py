@@ -178,6 +178,10 @@ class TrainSection(Section):
     gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes in one optimizer step")
     max_steps: PositiveInt = Field(3000, description="a ceiling, not a target")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
+    ema: Bool = Field(
+        True,
+        description="measure, sample and hand over the weights' average over the last tenth of the steps",
+    )
     gradient_checkpointing: Auto | Bool = Field(
         "auto", description="less memory for a slower step; auto: where it does not fit"
     )

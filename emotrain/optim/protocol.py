@@ -14,8 +14,13 @@ from emotrain.pulse.reading import Reading
 class OptimizerLike(Protocol):
     """An optimizer that is told the loss of each step."""
 
-    param_groups: list[dict[str, Any]]
-    reading: Reading | None
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters with their settings, as torch has them."""
+
+    @property
+    def reading(self) -> Reading | None:
+        """What was felt last, None before the first loss."""
 
     @property
     def should_stop(self) -> bool:
@@ -37,7 +42,7 @@ class OptimizerLike(Protocol):
         """Go on from a state."""
 
     def eval_mode(self) -> AbstractContextManager[None]:
-        """Within it the parameters are the ones to look at and to save (schedule-free averages them)."""
+        """Within it the parameters are the ones to look at and to save (an average, where one is kept)."""
 
     def train_mode(self) -> AbstractContextManager[None]:
         """Within it the parameters are the ones to train."""

@@ -23,6 +23,7 @@ from emotrain.families.common import LoadedFamily, digest_module, words_of
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
 from emotrain.lora.adapter import Adapter
 from emotrain.lora.file import LoraFile
+from emotrain.optim.averaged import Averaged
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
@@ -206,13 +207,14 @@ def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sa
     )
 
 
-def build_optimizer_of(preset: Preset, adapter: Adapter) -> OptimizerLike:
-    """The optimizer with the words that the preset gives."""
+def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    """The optimizer with the words that the preset gives, averaged unless it does that by itself."""
     settings = preset.train.optimizer
     words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
     if settings.name in EMO_OPTIMIZERS:
         words["notify"] = False  # the loop says it, as an event
-    return build_optimizer(settings.name, adapter.parameters(), lr=preset.train.lr, **words)
+    optimizer = build_optimizer(settings.name, params, lr=preset.train.lr, **words)
+    return Averaged(optimizer) if preset.train.ema and settings.name != "schedulefree" else optimizer
 
 
 def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:

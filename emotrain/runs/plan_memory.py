@@ -18,7 +18,7 @@ from emotrain.families.memory import (
 )
 from emotrain.families.sniff import Sniffed
 from emotrain.families.texts import encoder_parameters
-from emotrain.optim.registry import build_optimizer
+from emotrain.runs.build import build_optimizer_of
 from emotrain.runs.footprint import Footprint
 
 QUANTIZERS = frozenset({"int8", "nf4"})
@@ -26,11 +26,9 @@ QUANTIZERS = frozenset({"int8", "nf4"})
 
 def state_bytes_per_number(preset: Preset) -> float:
     """Bytes of optimizer state for each trained number, measured on a small LoRA pair."""
-    settings = preset.train.optimizer
-    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
     rank = preset.network.rank
     parameters = [nn.Parameter(torch.randn(s, generator=torch.Generator())) for s in ((rank, 640), (640, rank))]
-    optimizer = build_optimizer(settings.name, parameters, lr=preset.train.lr, **words)
+    optimizer = build_optimizer_of(preset, parameters)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.observe(1.0)

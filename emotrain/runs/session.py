@@ -66,7 +66,7 @@ class Session:
                 adapters.check_text_modules(self.found, counts)
         self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
         self.model.family.place_denoiser()
-        self.optimizer = build.build_optimizer_of(preset, self.model.adapter)
+        self.optimizer = build.build_optimizer_of(preset, self.model.adapter.parameters())
         self.stop_rule = build.build_stop_rule(preset, held_out=bool(self.pictures.held_out))
         self.size = settings.rules.resolutions[0]
         self.sampler = build.build_sampler(preset, self.model, self.size, self.notify)

@@ -98,12 +98,14 @@ class Cell:
     lr: float | None = None
     words: tuple[tuple[str, Any], ...] = ()  # of the optimizer
     ear: str = "raw"
+    ema: bool = True
 
     @property
     def name(self) -> str:
         """The folder of this cell."""
         rate = f"-{self.lr:g}" if self.lr else ""
-        words = "".join(f"-{value}" for _, value in self.words) + ("" if self.ear == "raw" else f"-{self.ear}")
+        words = "".join(f"-{key}={value}" for key, value in self.words) + ("" if self.ear == "raw" else f"-{self.ear}")
+        words += "-averaged" if self.ema else ""
         return f"{self.task.name}-mb{self.micro_batch}-seed{self.seed}-{self.optimizer}{rate}{words}"
 
     def preset(self, train: Path, probe: Path) -> Preset:
@@ -125,6 +127,7 @@ class Cell:
                     "lr": self.lr,
                     "optimizer": {"name": self.optimizer, **dict(self.words)},
                     "loss": {"ear": self.ear},
+                    "ema": self.ema,
                 },
                 "validate": {"folder": str(probe), "every": EVERY, "probe_images": 3},
                 "stop": {"mode": "off"},
@@ -215,7 +218,7 @@ class LongRun:
         empty = family.encode_texts([""])
         held = whole.fixed([example.id for example in pictures.held_out])
         self.data = whole.without([example.id for example in pictures.held_out])
-        self.optimizer = build.build_optimizer_of(preset, self.model.adapter)
+        self.optimizer = build.build_optimizer_of(preset, self.model.adapter.parameters())
         self.ear = build.build_ear(preset, self.model, self.data, [])
         self.state = TrainState()
 
@@ -284,13 +287,13 @@ class LongRun:
             self.bench.wear(state)
         self.bench.adapter.load_state(state)
 
-    def kept(self) -> list[int]:
-        """The steps whose adapter was kept, in order."""
-        return sorted(int(step) for step in self.record.held)
+    def kept(self, last: int | None = None) -> list[int]:
+        """The steps whose adapter was kept, in order; up to `last`."""
+        return sorted(int(step) for step in self.record.held if last is None or int(step) <= last)
 
-    def best(self) -> int:
+    def best(self, last: int | None = None) -> int:
         """The step with the lowest held-out loss: on a coarse grid first, then around its lowest point."""
-        kept = self.kept()
+        kept = self.kept(last)
         coarse = sorted({kept[round(i * (len(kept) - 1) / 12)] for i in range(13)})
         around = coarse
         for _ in range(4):
@@ -303,4 +306,5 @@ class LongRun:
             if not new:
                 break
             around = [*around, *new]
-        return min((int(step) for step in self.record.true), key=lambda step: self.record.true[str(step)])
+        measured = [step for step in kept if str(step) in self.record.true]
+        return min(measured, key=lambda step: self.record.true[str(step)])

@@ -59,6 +59,7 @@ SAMPLES = {
     "start_from.continue": "old_run",
     "train.optimizer": "emoairy",
     "train.gradient_checkpointing": True,
+    "train.ema": False,
     "sample.prompts": "a cat",
     "save.dtype": "bf16",
 }

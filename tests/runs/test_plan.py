@@ -103,8 +103,9 @@ def test_plan_says_exit_6_where_it_does_not_fit(monkeypatch: Any, capsys: Any) -
 
 
 def test_optimizer_state_is_counted_by_looking(sdxl_preset: Path) -> None:
-    adamw = load_preset(sdxl_preset, ["train.optimizer=adamw", "train.lr=1e-4"])
-    assert planning.state_bytes_per_number(adamw) == pytest.approx(8.0, rel=0.01)
+    for ema, wanted in (("false", 8.0), ("true", 12.0)):
+        adamw = load_preset(sdxl_preset, ["train.optimizer=adamw", "train.lr=1e-4", f"train.ema={ema}"])
+        assert planning.state_bytes_per_number(adamw) == pytest.approx(wanted, rel=0.01)
 
 
 def test_a_half_covered_model_is_refused(sdxl_preset: Path) -> None:

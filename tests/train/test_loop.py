@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_run import FakeData, Recorder, limits, make_parts
 
 from emotrain.optim import EmoSens
+from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import StopRule
 from emotrain.train.events import Notice, ProbeEnd, StepEnd
@@ -140,11 +141,15 @@ def test_the_best_adapter_is_kept_and_is_not_the_last_one():
     assert not torch.equal(state.best_adapter["layer.weight"], parts.adapter.state()["layer.weight"])
 
 
-def test_schedule_free_is_probed_and_kept_with_its_averaged_weights():
-    pytest.importorskip("schedulefree")
+@pytest.mark.parametrize("kind", ["schedulefree", "averaged"])
+def test_an_averaging_optimizer_is_probed_and_kept_with_its_averaged_weights(kind: str):
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder)
-    optimizer = build_optimizer("schedulefree", parts.adapter.parameters(), lr=0.05)
+    if kind == "schedulefree":
+        pytest.importorskip("schedulefree")
+        optimizer = build_optimizer("schedulefree", parts.adapter.parameters(), lr=0.05)
+    else:
+        optimizer = Averaged(build_optimizer("adamw", parts.adapter.parameters(), lr=0.05))
     falling = iter([4.0, 3.0, 2.0, 1.0])
     parts = replace(
         parts,
