@@ -165,7 +165,8 @@ class LossSection(Section):
     )
     ear: Literal["auto", "raw", "corrected"] = Field(
         "auto",
-        description="what the emotion hears: the raw loss, or the loss corrected for its timesteps",
+        description="what the emotion hears: the loss, begun at the base's mean (auto) or at the first one, as"
+        " published (raw), or the loss divided by the base's at its timestep (corrected)",
     )
 
 

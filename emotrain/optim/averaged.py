@@ -49,6 +49,10 @@ class Averaged:
         """The inner optimizer's stop signal."""
         return self.inner.should_stop
 
+    def begin(self, loss: float) -> None:
+        """Tell what the loss is before the first step."""
+        self.inner.begin(loss)
+
     def observe(self, loss: float | Tensor) -> Reading:
         """Tell the mean loss of the whole step."""
         return self.inner.observe(loss)

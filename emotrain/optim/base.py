@@ -100,6 +100,19 @@ class EmoOptimizer(torch.optim.Optimizer):
         """Whether the stop signal is lit; whether a run ends is decided elsewhere."""
         return self._emotion.ready
 
+    def begin(self, loss: float) -> None:
+        """Tell what the loss is before the first step, as the mean of many: the averages begin there.
+
+        Without it they begin at the first loss observed, as published.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+            RuntimeError: a loss was observed already.
+        """
+        if self._emotion.step:
+            raise RuntimeError(f"{type(self).__name__}.begin() was called after {self._emotion.step} steps")
+        self._emotion = start(self.generation, loss)
+
     def observe(self, loss: float | Tensor) -> Reading:
         """Tell the optimizer the loss, once per optimizer step and before `step`.
 

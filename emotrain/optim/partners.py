@@ -45,6 +45,10 @@ class Partner:
         """The inner optimizer's groups."""
         return self.inner.param_groups
 
+    def begin(self, loss: float) -> None:
+        """Tell what the loss is before the first step, for the display."""
+        self._emotion = start("3.9", loss)
+
     def observe(self, loss: float | Tensor) -> Reading:
         """Tell the mean loss of the step.
 

@@ -26,6 +26,9 @@ class OptimizerLike(Protocol):
     def should_stop(self) -> bool:
         """Whether the optimizer's own stop signal is lit."""
 
+    def begin(self, loss: float) -> None:
+        """Tell what the loss is before the first step, as the mean of many."""
+
     def observe(self, loss: float | Tensor) -> Reading:
         """Tell the mean loss of the whole step; call it before `step`."""
 

@@ -87,12 +87,22 @@ def canonical_generation(generation: str) -> str:
     return name
 
 
-def start(generation: str = "3.9") -> EmotionState:
-    """The emotion before the first step."""
+def start(generation: str = "3.9", loss: float | None = None) -> EmotionState:
+    """The emotion before the first step.
+
+    Args:
+        generation: see `canonical_generation`.
+        loss: what the loss is before training, the mean of many; the averages begin there. None, as published: they
+            begin at the first loss, whose luck `long` then carries for a hundred steps.
+
+    Raises:
+        NonFiniteLossError: `loss` is NaN or infinite.
+    """
     name = canonical_generation(generation)
+    averages = None if loss is None else _hear(None, loss)
     if name in RHYTHMS:
-        return EmotionState(name, noise_est=1.0, d_est=0.02)
-    return EmotionState(name)
+        return EmotionState(name, averages=averages, noise_est=1.0, d_est=0.02)
+    return EmotionState(name, averages=averages)
 
 
 def listen(averages: Averages | None, loss: float, sensor: Sensor = "faithful") -> tuple[Averages, float, float]:

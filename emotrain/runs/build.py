@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ Notify = Callable[[Event], None]
 HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the probe
 PROBE_DRAWS = 4
 PROBE_SHARE = 0.05
-EAR_SAMPLES = 60
+EAR_SAMPLES = {"auto": 32, "corrected": 64}
 
 
 @dataclass(frozen=True)
@@ -258,24 +258,25 @@ def build_probe(preset: Preset, model: Model, data: Data) -> Probe:
 
 
 @torch.no_grad()
-def build_ear(preset: Preset, model: Model, data: CachedDataset, expected: Sequence[float] | None) -> Ear:
-    """The ear; a corrected one first learns what the base's loss is along the noise scale."""
-    if preset.train.loss.ear != "corrected":
+def build_ear(preset: Preset, model: Model, data: CachedDataset) -> Ear:
+    """The ear of a new run: it listens to the base first, unless it is to begin at the first loss."""
+    kind = preset.train.loss.ear
+    if kind == "raw":
         return Ear()
-    if expected:
-        return Ear(list(expected))
-    positions: list[float] = []
-    losses: list[float] = []
-    micro_step = 0
-    seed = preset.train.seed + 1
+    batches: list[tuple[list[float], list[float]]] = []  # places on the noise scale and losses
+    seen, seed = 0, preset.train.seed + 1
     with model.adapter.off():
-        while len(losses) < EAR_SAMPLES:
-            batch = data.batch(micro_step)
+        while seen < EAR_SAMPLES[kind]:
+            batch = data.batch(len(batches))
             tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
-            u = uniforms(seed, len(losses), len(batch.ids))
-            timesteps = model.objective.timesteps(u, tokens)
-            noise = noise_like(batch.latents, seed, micro_step)
-            losses += sample_losses(model.family, model.objective, batch, noise, timesteps).tolist()
-            positions += model.objective.position(timesteps).tolist()
-            micro_step += 1
-    return Ear(expected_by_bins(positions, losses))
+            timesteps = model.objective.timesteps(uniforms(seed, seen, len(batch.ids)), tokens)
+            noise = noise_like(batch.latents, seed, len(batches))
+            each = sample_losses(model.family, model.objective, batch, noise, timesteps)
+            weighted = each * batch.weights.to(each.device)
+            batches.append((model.objective.position(timesteps).tolist(), weighted.tolist()))
+            seen += len(batch.ids)
+    places = [place for part, _ in batches for place in part]
+    losses = [loss for _, part in batches for loss in part]
+    ear = Ear(expected_by_bins(places, losses) if kind == "corrected" else [])
+    ear.start = ear.hear(places, losses)
+    return ear

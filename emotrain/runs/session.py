@@ -19,6 +19,7 @@ from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.no_room import explained
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
+from emotrain.train.ear import Ear
 from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, StopReason, fit
 from emotrain.train.signals import StopSignals
@@ -114,7 +115,8 @@ class Session:
         self.store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
         files = finish.file_observers(preset, folder)
         self.observers += files
-        ear = build.build_ear(preset, self.model, self.data.train, self.expected)
+        new = self.checkpoint is None
+        ear = build.build_ear(preset, self.model, self.data.train) if new else Ear(self.expected)
         self.expected = ear.expected
         self.notify(self.start_event(folder))
         self.records = finish.PictureLosses(folder.path / "picture_losses.jsonl", self.state.step)

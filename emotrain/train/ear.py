@@ -1,5 +1,8 @@
 """What the emotion hears: the raw loss, or the loss corrected for where on the noise scale it was taken.
 
+Its averages should begin at what the base's loss is in the mean. The first loss of a run is one draw, often off by a
+fifth; the slowest average carries that for a hundred steps, and the emotion takes it for progress, or for its absence.
+
 A loss of 0.9 says nothing by itself: at one end of the noise scale that is usual, at the other it is terrible. The
 corrected ear divides every sample's loss by what the base model has at that position, so that 1.0 means "as the base".
 Only what the emotion hears is corrected; the gradient is that of the raw loss and stays unbiased.
@@ -19,9 +22,11 @@ class Ear:
 
     Args:
         expected: the base's mean loss in `BINS` equal parts of the noise scale; empty for the raw ear.
+        start: what this ear hears of the base in the mean, where the averages begin; None: at the first loss.
     """
 
     expected: list[float] = field(default_factory=list)
+    start: float | None = None
 
     def hear(self, positions: Sequence[float], losses: Sequence[float]) -> float:
         """Mean over the samples of one step, each divided by the expected loss at its position (0..1)."""

@@ -207,11 +207,19 @@ def _probe(parts: Parts, probe: Probe, state: TrainState) -> None:
     )
 
 
-def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], float] = time.monotonic) -> Outcome:
-    """Train until the stop rule, the ceiling, a signal or non-finite numbers end it; `state` is changed in place."""
-    if state.step == 0 and state.base_probe_loss is None:
+def before_first_step(parts: Parts, state: TrainState) -> None:
+    """Tell the emotion what the base's loss is, measure the base, draw its samples."""
+    if parts.ear.start is not None:
+        parts.optimizer.begin(parts.ear.start)
+    if state.base_probe_loss is None:
         run_probe(parts, state)
         run_sample(parts, 0)
+
+
+def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], float] = time.monotonic) -> Outcome:
+    """Train until the stop rule, the ceiling, a signal or non-finite numbers end it; `state` is changed in place."""
+    if state.step == 0:
+        before_first_step(parts, state)
     if state.step and (sentence := parts.stop_rule.decide(state.step)):
         return Outcome(StopReason.SIGNAL, sentence)  # it had ended, but died before the hand-over
     while state.step < limits.max_steps:

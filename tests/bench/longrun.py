@@ -97,14 +97,14 @@ class Cell:
     optimizer: str = "emosens"
     lr: float | None = None
     words: tuple[tuple[str, Any], ...] = ()  # of the optimizer
-    ear: str = "raw"
+    ear: str = "auto"
     ema: bool = True
 
     @property
     def name(self) -> str:
         """The folder of this cell."""
         rate = f"-{self.lr:g}" if self.lr else ""
-        words = "".join(f"-{key}={value}" for key, value in self.words) + ("" if self.ear == "raw" else f"-{self.ear}")
+        words = "".join(f"-{key}={value}" for key, value in self.words) + ("" if self.ear == "auto" else f"-{self.ear}")
         words += "-averaged" if self.ema else ""
         return f"{self.task.name}-mb{self.micro_batch}-seed{self.seed}-{self.optimizer}{rate}{words}"
 
@@ -219,7 +219,7 @@ class LongRun:
         held = whole.fixed([example.id for example in pictures.held_out])
         self.data = whole.without([example.id for example in pictures.held_out])
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter.parameters())
-        self.ear = build.build_ear(preset, self.model, self.data, [])
+        self.ear = build.build_ear(preset, self.model, self.data)
         self.state = TrainState()
 
         def probe(batches: list[Any]) -> Probe:

@@ -193,3 +193,13 @@ def test_a_comparison_partner_resumes_exactly_and_refuses_anothers_state(name: s
     assert other.reading == optimizer.reading
     with pytest.raises(WrongStateError, match="is of the optimizer `unknown`"):
         other.load_state_dict(torch.optim.SGD(params).state_dict())
+
+
+def test_what_the_loss_was_before_the_first_step_can_be_told_until_then() -> None:
+    params, optimizer = make("emosens")
+    optimizer.begin(2.0)
+    assert optimizer.observe(1.0).scalar > 0  # it has fallen
+    _, published = make("emosens")
+    assert published.observe(1.0).scalar == 0
+    with pytest.raises(RuntimeError, match="after 1 steps"):
+        optimizer.begin(2.0)

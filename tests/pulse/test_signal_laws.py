@@ -170,3 +170,19 @@ def test_3_7_means_3_7_6_and_unknown_generations_are_named() -> None:
 def test_an_unknown_sensor_is_refused() -> None:
     with pytest.raises(ValueError, match="faithful, intent, got 'loud'"):
         listen(None, 1.0, "loud")  # type: ignore[arg-type]
+
+
+@given(st.floats(1e-3, 1e3), losses, generations)
+def test_an_emotion_begun_at_a_loss_has_heard_but_not_felt_it(base: float, series: list[float], kind: str) -> None:
+    begun, first = start(kind, base), start(kind)
+    assert replace(begun, averages=None) == first
+    state, reading, _ = feel(begun, series[0])
+    told = feel(feel(first, base)[0], series[0])[0]
+    assert state.step == 1
+    assert state.averages == told.averages
+    assert reading.scalar == listen(begun.averages, series[0])[1]
+
+
+def test_an_emotion_does_not_begin_at_a_loss_that_is_not_finite() -> None:
+    with pytest.raises(NonFiniteLossError):
+        start("3.9", math.nan)

@@ -29,7 +29,7 @@ PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], trigger: inkmoji, resolution: 64, buckets: {step: 8, min: 64, max: 64}}
 network: {rank: 2, alpha: 2, targets: attn}
-train: {max_steps: 6, gradient_accumulation_steps: 2, micro_batch_size: 2}
+train: {max_steps: 6, gradient_accumulation_steps: 2, micro_batch_size: 2, loss: {ear: corrected}}
 save: {every: 2, keep_last: 3}
 validate: {every: 3, probe_images: 1}
 sample: {every: 0}
