@@ -51,6 +51,7 @@ def replay(
         sensor=sensor,
         stopcoef=stopcoef,
         num_tensors=tensors,
+        start_loss=losses.start_loss,
     )
     if losses.left_out:
         output.warning(f"{losses.left_out} losses are not finite and were left out")

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,17 @@ _EVENT_FILES = "*tfevents*"
 
 @dataclass(frozen=True)
 class LossLog:
-    """A series of losses: `column` is where they were found, `left_out` counts values that are not finite."""
+    """A series of losses: `column` is where they were found, `left_out` counts values that are not finite.
+
+    `start_loss` is the base's mean loss that a run of ours began its averages at, None in other logs.
+    """
 
     source: Path
     column: str
     steps: tuple[int, ...]
     losses: tuple[float, ...]
     left_out: int = 0
+    start_loss: float | None = None
 
 
 def read_log(path: Path, column: str | None = None) -> LossLog:
@@ -44,7 +48,8 @@ def read_log(path: Path, column: str | None = None) -> LossLog:
     """
     if path.is_dir():
         if (path / "metrics.jsonl").is_file():
-            return read_log(path / "metrics.jsonl", column)
+            log = read_log(path / "metrics.jsonl", column)
+            return replace(log, start_loss=_start_loss(path / "run.json")) if log.column == "heard" else log
         return _from_events(path, sorted(path.rglob(_EVENT_FILES)), column)
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such log", "give a metrics.jsonl, a CSV, or a TensorBoard folder")
@@ -56,6 +61,16 @@ def read_log(path: Path, column: str | None = None) -> LossLog:
         raise ConfigError(f"{path}: cannot be read as text: {error}", "give a JSON, CSV or event file") from error
     rows = _rows(path, text)
     return _from_rows(path, rows, column)
+
+
+def _start_loss(path: Path) -> float | None:
+    """What a run's `run.json` says of the loss that its emotion began at."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("start_loss")
+    except (OSError, ValueError, AttributeError):  # a log without its run is still a log
+        return None
+    loss = _number(said)
+    return loss if math.isfinite(loss) else None
 
 
 def _rows(path: Path, text: str) -> list[Mapping[str, Any]]:

@@ -60,6 +60,7 @@ def replay(
     sensor: Sensor = "faithful",
     stopcoef: float = 0.04,
     num_tensors: int = 1,
+    start_loss: float | None = None,
 ) -> Replay:
     """Feed losses through a generation and through every stop signal.
 
@@ -71,6 +72,7 @@ def replay(
         sensor: see `emotrain.pulse.signal.listen`.
         stopcoef: of the 3.9 signal.
         num_tensors: 3.7.0 only, see `emotrain.pulse.signal.feel`.
+        start_loss: where the averages begin, see `emotrain.pulse.signal.start`.
 
     Raises:
         ValueError: the generation is unknown, or steps and losses differ in number.
@@ -78,7 +80,7 @@ def replay(
     """
     name = canonical_generation(generation)
     scope = (1e-3 if name == "3.6" else 1.0) if lr is None else lr
-    state, readings = start(name), []
+    state, readings = start(name, start_loss), []
     for loss in losses:
         state, reading, _ = feel(state, loss, scope=scope, sensor=sensor, num_tensors=num_tensors)
         readings.append(reading)
@@ -87,15 +89,20 @@ def replay(
         steps=tuple(steps),
         losses=tuple(losses),
         readings=tuple(readings),
-        signals=tuple(_signal(spec, steps, losses, sensor, stopcoef) for spec in SIGNALS),
+        signals=tuple(_signal(spec, steps, losses, sensor, stopcoef, start_loss) for spec in SIGNALS),
     )
 
 
 def _signal(
-    spec: tuple[str, str, Watch], steps: Sequence[int], losses: Sequence[float], sensor: Sensor, stopcoef: float
+    spec: tuple[str, str, Watch],
+    steps: Sequence[int],
+    losses: Sequence[float],
+    sensor: Sensor,
+    stopcoef: float,
+    start_loss: float | None,
 ) -> Signal:
     name, generation, watch = spec
-    state, lit = start(generation), []
+    state, lit = start(generation, start_loss), []
     for step, loss in zip(steps, losses, strict=True):
         state, _, ready = feel(state, loss, sensor=sensor, stopcoef=stopcoef, watch=watch)
         if ready:

@@ -118,6 +118,8 @@ class Session:
         new = self.checkpoint is None
         ear = build.build_ear(preset, self.model, self.data.train) if new else Ear(self.expected)
         self.expected = ear.expected
+        if new:
+            folder.update_info(start_loss=ear.start)
         self.notify(self.start_event(folder))
         self.records = finish.PictureLosses(folder.path / "picture_losses.jsonl", self.state.step)
         self.logs = [self.records, *(one for one in files if isinstance(one, finish.Log))]

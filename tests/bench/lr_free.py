@@ -24,6 +24,8 @@ import torch
 from longrun import Cell, LongRun, Task
 from stop_regret import FIRST
 
+from emotrain.pulse.draw import Panel, svg
+
 STEPS = 400
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PUBLISHED = (("bias_correction", False),)
@@ -153,6 +155,26 @@ def summary(tables: dict[str, list[Row]]) -> list[str]:
     return lines
 
 
+def plot(tasks: Sequence[Task], tables: dict[str, list[Row]], work: Path) -> str:
+    """Probe of 3 held-out pictures along the run, seed 0: EmoSens, the best AdamW, AdamW 1e-4, two without a rate."""
+    panels = []
+    for task in tasks:
+        rows = [row for row in tables.get(task.name, []) if row.seed == 0]
+        swept = [row for row in rows if row.label.startswith("adamw") and "averaged" not in row.label]
+        if not swept:
+            continue
+        best = min(swept, key=lambda row: row.lowest).label
+        wanted = ("emosens 1", best, "adamw 0.0001", "prodigy 1", "schedulefree 0.0025")
+        curves = []
+        for shape in shapes():
+            if shape.seed == 0 and label(shape) in wanted:
+                held = LongRun(replace(shape, task=task), work).record.held
+                points = sorted((int(step), loss) for step, loss in held.items() if int(step) <= STEPS)
+                curves.append((label(shape), points))
+        panels.append(Panel(task.name, curves, log=True))
+    return svg(panels, title="LR 1.0 beside the others", panel_height=150)
+
+
 def tasks_of(args: argparse.Namespace) -> list[Task]:
     """The usual four, or one of a style from outside for each model."""
     if not args.pictures:
@@ -174,7 +196,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tables: dict[str, list[Row]] = {}
-    for task in tasks_of(args):
+    tasks = tasks_of(args)
+    for task in tasks:
         for shape in shapes():
             cell = replace(shape, task=task)
             if args.kept_only and not (args.work / cell.name / "record.json").exists():
@@ -190,6 +213,7 @@ def main() -> None:
         about = (__doc__ or "").split("\n\n", 2)[2].splitlines()
         head = ["# LR 1.0 beside the others", "", "`python tests/bench/lr_free.py`", "", *about, ""]
         (args.report / "lr_free.md").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+        (args.report / "lr_free.svg").write_text(plot(tasks, tables, args.work), encoding="utf-8")
 
 
 if __name__ == "__main__":

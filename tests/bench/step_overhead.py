@@ -32,6 +32,7 @@ from emotrain.observers.dashboard import Dashboard, make_console
 from emotrain.observers.metrics_log import MetricsLog
 from emotrain.observers.tensorboard import TensorBoard
 from emotrain.optim import EmoSens
+from emotrain.optim.averaged import Averaged
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs.finish import PictureLosses
 from emotrain.train.ear import Ear
@@ -109,7 +110,8 @@ class Ours:
         self.state, self.limits = TrainState(), Limits(10**6, 1, 1.0, 1, 10**6, 10**6, 0)
         self.parts = Parts(
             family=family, objective=build_objective("epsilon", SCHEDULER), adapter=adapter,
-            optimizer=EmoSens(adapter.parameters()), data=data, stop_rule=StopRule(), ear=Ear(), probe=None,
+            optimizer=Averaged(EmoSens(adapter.parameters(), bias_correction=True)),
+            data=data, stop_rule=StopRule(), ear=Ear(), probe=None,
             notify=self.notify, save=lambda state: None, sample=lambda step: None,
             record=losses.write, interrupted=lambda: False,
         )  # fmt: skip

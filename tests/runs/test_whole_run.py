@@ -15,6 +15,8 @@ from emotrain.config.load import load_preset
 from emotrain.errors import CheckpointError
 from emotrain.families.table import resolve_base
 from emotrain.observers.json_events import JsonEvents
+from emotrain.pulse.logs import read_log
+from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import start
 from emotrain.runs.folder import open_run
@@ -173,6 +175,16 @@ def test_the_emotion_begins_at_the_base_s_mean_loss_unless_it_is_to_hear_as_publ
     assert rows["auto"]["scalar"] != 0
     assert rows["corrected"]["long"] == pytest.approx(1.0, rel=0.1)
     assert rows["corrected"]["heard"] != rows["corrected"]["loss"]
+
+
+@pytest.mark.parametrize("ear", ["auto", "raw"])
+def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, ear):
+    folder = train("quickstart", tmp_path, f"train.loss.ear={ear}", "sample.every=0").folder
+    log = read_log(folder.path)
+    felt = replay(log.steps, log.losses, start_loss=log.start_loss)
+    rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
+    for word in ("scalar", "trust", "pulse", "long"):
+        assert [getattr(reading, word) for reading in felt.readings] == [row[word] for row in rows]
 
 
 def test_no_caption_dropout_and_full_dropout_train_different_loras(tmp_path):
