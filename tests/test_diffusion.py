@@ -45,7 +45,7 @@ def test_noise_and_velocity_are_the_schedulers_own(schedule: str, zero_snr: bool
     scheduler = DDPMScheduler(**config, prediction_type="v_prediction")
     objective = build_objective("v_prediction", config)
     latents, noise = pair()
-    near = 5e-5 if schedule == "squaredcos_cap_v2" else 1e-6  # its betas reach 0.999: float32 rounding counts
+    near = 5e-5 if schedule == "squaredcos_cap_v2" else 1e-5  # its betas reach 0.999: float32 rounding counts
     noisy = objective.add_noise(latents, noise, TIMES)
     assert torch.allclose(noisy, scheduler.add_noise(latents, noise, TIMES.long()), atol=near)
     velocity = objective.target(latents, noise, TIMES)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from emotrain.optim.batches import Batch, gather, refuse_sparse, state_dtype
+from emotrain.optim.batches import Batch, fill, gather, refuse_sparse
 from emotrain.optim.kernels import correction_at
 from emotrain.optim.lengths import scope_of, step_lengths
 from emotrain.optim.shadow import follow_shadow
@@ -29,8 +29,8 @@ from emotrain.pulse.signal import (
     canonical_generation,
     feel,
     start,
-    state_from_dict,
 )
+from emotrain.pulse.state import state_from_dict
 
 LOG = logging.getLogger("emotrain.optim")
 
@@ -179,11 +179,12 @@ class EmoOptimizer(torch.optim.Optimizer):
         lengths, self._emotion, reading = step_lengths(self.param_groups, members, self._emotion, self.reading)
         self.reading = reading
         self._prepare(members)
-        factor = self._decays_by_factor()
+        factor, slots = self._decays_by_factor(), self._slots()
         for group, params, own, (eta, decay) in zip(self.param_groups, members, grads, lengths, strict=True):
             for originals, batch in gather(params, own, eta, decay):
                 batch.as_factor = factor
-                self._fill(originals, batch)
+                if slots or self.use_shadow:
+                    fill([self.state[p] for p in originals], batch, originals, slots, self.use_shadow)
                 if self.use_shadow:
                     follow_shadow(batch, reading)
                 self._update(batch, group)
@@ -233,22 +234,9 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the writer, so that a copied optimizer feels on."""
-        own = (
-            "generation",
-            "use_shadow",
-            "stopcoef",
-            "sensor",
-            "bias_correction",
-            "notify",
-            "reading",
-            "_emotion",
-            "_heard",
-        )
-        return {
-            **super().__getstate__(),
-            **{key: getattr(self, key) for key in own},
-            "writer": None,
-        }
+        words = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
+        own = {key: getattr(self, key) for key in (*words, "reading", "_emotion", "_heard")}
+        return {**super().__getstate__(), **own, "writer": None}
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
@@ -304,17 +292,3 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _count_gradients(self) -> int:
         return max(1, sum(p.grad is not None for group in self.param_groups for p in group["params"]))
-
-    def _fill(self, originals: list[Tensor], batch: Batch) -> None:
-        slots = self._slots()
-        if not slots and not self.use_shadow:
-            return
-        states = [self.state[p] for p in originals]
-        for state, param, linear in zip(states, originals, batch.params, strict=True):
-            for slot in slots:
-                if slot not in state:
-                    state[slot] = torch.zeros_like(linear, dtype=state_dtype(param))
-            if self.use_shadow and "shadow" not in state:
-                state["shadow"] = linear.detach().clone()
-        wanted = (*slots, "shadow") if self.use_shadow else slots
-        batch.state = {slot: [state[slot] for state in states] for slot in wanted}

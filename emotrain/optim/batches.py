@@ -43,6 +43,28 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in HALF_DTYPES else param.dtype
 
 
+def fill(
+    states: list[dict[str, Tensor]], batch: Batch, originals: list[Tensor], slots: tuple[str, ...], shadow: bool
+) -> None:
+    """Give a batch its state tensors, made at a parameter's first step.
+
+    Args:
+        states: the optimizer's state of each parameter, filled where a slot is missing.
+        batch: gets `state`.
+        originals: the parameters.
+        slots: names of the tensors that start at zero.
+        shadow: with a slow copy of the weights.
+    """
+    for state, param, linear in zip(states, originals, batch.params, strict=True):
+        for slot in slots:
+            if slot not in state:
+                state[slot] = torch.zeros_like(linear, dtype=state_dtype(param))
+        if shadow and "shadow" not in state:
+            state["shadow"] = linear.detach().clone()
+    wanted = (*slots, "shadow") if shadow else slots
+    batch.state = {slot: [state[slot] for state in states] for slot in wanted}
+
+
 def refuse_sparse(grads: Sequence[Sequence[Tensor]]) -> None:
     """Raise RuntimeError where a gradient is sparse."""
     if any(grad.is_sparse for group in grads for grad in group):

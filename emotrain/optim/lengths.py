@@ -9,7 +9,8 @@ from torch import Tensor
 
 from emotrain.optim.batches import Length
 from emotrain.pulse.reading import Reading
-from emotrain.pulse.signal import EmotionState, pulse_at, tensor_pulses
+from emotrain.pulse.signal import pulse_at, tensor_pulses
+from emotrain.pulse.state import EmotionState
 
 
 def scope_of(group: dict[str, Any], generation: str) -> float:

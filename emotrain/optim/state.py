@@ -11,7 +11,7 @@ import torch
 from emotrain.errors import CheckpointError
 from emotrain.optim.batches import state_dtype
 from emotrain.pulse.reading import Reading
-from emotrain.pulse.signal import EmotionState, state_to_dict
+from emotrain.pulse.state import EmotionState, state_to_dict
 
 if TYPE_CHECKING:
     from emotrain.optim.base import EmoOptimizer

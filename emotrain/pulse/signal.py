@@ -7,12 +7,13 @@ arithmetic is float64 in the order written here: one branch of the sensors is de
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from emotrain.errors import DivergedError
 from emotrain.pulse.reading import Reading
+from emotrain.pulse.state import Averages, EmotionState
 
 Sensor = Literal["faithful", "intent"]
 Watch = Literal["long", "scalar"]
@@ -24,15 +25,6 @@ _EDGE = math.nextafter(1.0, 0.0)  # tanh rounds to 1 from 19.1 on; a scalar stay
 
 class NonFiniteLossError(DivergedError, ValueError):
     """A loss that is NaN or infinite; the averages have not been touched."""
-
-
-@dataclass(frozen=True)
-class Averages:
-    """Moving averages of the loss with the weights 0.30, 0.05 and 0.01; all start at the first loss."""
-
-    short: float
-    medium: float
-    long: float
 
 
 @dataclass(frozen=True)
@@ -54,25 +46,6 @@ RHYTHMS = {
     "3.9": Rhythm(1.50, 0.80, 1e-10, True, True, 1e-8, 3e-3, True),
 }
 GENERATIONS = ("3.6", "3.7.0", "3.7.6", "3.9")
-
-
-@dataclass(frozen=True)
-class EmotionState:
-    """All that the emotion remembers from step to step.
-
-    `noise_est` and `d_est` are emoPulse's noise and signal, `history` and `chain` its slow parts; `recent` the last
-    values the windowed stop signal looks at; `ready` whether the signal is lit.
-    """
-
-    generation: str
-    step: int = 0
-    averages: Averages | None = None
-    noise_est: float = 0.0
-    d_est: float = 0.0
-    history: float = 1.0
-    chain: float = 0.0
-    recent: tuple[float, ...] = ()
-    ready: bool = False
 
 
 def canonical_generation(generation: str) -> str:
@@ -218,24 +191,6 @@ def tensor_pulses(state: EmotionState, trust: float, scopes: Sequence[float]) ->
         d = 0.9 * d + 0.1 * max(trust, 0.0)
         pulses.append(min(min(d, 20.0 * scope) / max(noise, 1e-10), 1e-3))
     return pulses, replace(state, noise_est=noise, d_est=d)
-
-
-def state_to_dict(state: EmotionState) -> dict[str, Any]:
-    """Plain numbers, strings and lists, ready for JSON."""
-    plain = asdict(state)
-    plain["averages"] = [] if state.averages is None else list(asdict(state.averages).values())
-    plain["recent"] = list(state.recent)
-    return plain
-
-
-def state_from_dict(plain: Mapping[str, Any]) -> EmotionState:
-    """The inverse of `state_to_dict`; `plain` is not touched."""
-    words = dict(plain)
-    averages = words.pop("averages")
-    return EmotionState(
-        **{**words, "recent": tuple(words["recent"])},
-        averages=Averages(*averages) if averages else None,
-    )
 
 
 def _hear(averages: Averages | None, loss: float) -> Averages:

@@ -18,9 +18,8 @@ from emotrain.pulse.signal import (
     feel,
     listen,
     start,
-    state_from_dict,
-    state_to_dict,
 )
+from emotrain.pulse.state import state_from_dict, state_to_dict
 
 losses = st.lists(st.floats(1e-4, 1e6), min_size=1, max_size=60)
 wild_losses = st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=60)
