@@ -14,16 +14,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from emotrain.pulse.signal import Averages, listen
+from emotrain.pulse.signal import listen
+from emotrain.pulse.state import Averages
 
 WINDOW = 32  # steps that a published signal is watched over
 DENSE = 0.9  # share of lit steps in the window that counts as sustained
-PATIENCE = 0.5  # of the best step: how long the probe may fail to improve
-PATIENCE_LIT = 0.35  # the same while the published signal is sustained
-MIN_BAD_PROBES = 4  # in a row, with scalar below zero
-NEGLIGIBLE = 0.002  # of the improvement so far: a smaller new best does not start the wait again
-NEGLIGIBLE_MIRRORED = 0.02  # the same for a probe of training pictures, which goes on falling as they are memorised
+PATIENCE = 0.4  # of the best step: how long the probe may fail to improve
+PATIENCE_LIT = 0.3  # the same while the published signal is sustained
+MIN_BAD_PROBES = 2  # in a row, with scalar below zero
+NEGLIGIBLE = 0.005  # of the improvement so far: a smaller new best does not start the wait again
+NEGLIGIBLE_MIRRORED = 0.03  # the same for a probe of training pictures, which goes on falling as they are memorised
 MIN_STEPS = 60
+HOPE = 200  # steps that a run gets in which no probe is better than the base
 
 
 @dataclass
@@ -97,6 +99,8 @@ class StopRule:
 
     def wait(self) -> int:
         """Steps after the best probe that the rule waits for a better one."""
+        if not self.anchor_step:
+            return HOPE
         share = PATIENCE_LIT if self.sustained else PATIENCE
         return max(round(share * self.anchor_step), 1)
 
@@ -112,7 +116,7 @@ class StopRule:
 
     def expected_end(self, step: int, max_steps: int) -> tuple[int, int] | None:
         """First and last step at which the run is expected to end, once the probe has begun to fail."""
-        if self.mode != "trusted" or self.bad_probes < 2:
+        if self.mode != "trusted" or not self.bad_probes:
             return None
         first = max(step, self.min_steps, self.anchor_step + self.wait())
         return min(first, max_steps), min(round(first * 1.5), max_steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from emotrain.pulse.stopping import DENSE, WINDOW, StopRule
+from emotrain.pulse.stopping import DENSE, HOPE, WINDOW, StopRule
 
 
 def play(rule: StopRule, curve, *, every: int = 10, max_steps: int = 2000, ready=lambda step: False):
@@ -55,6 +55,15 @@ def test_one_bad_probe_does_not_end_the_run():
     rule = StopRule()
     _, sentence = play(rule, lambda s: 5.0 if s == 300 else fall(s))
     assert sentence is None
+
+
+def test_a_run_that_has_gained_nothing_yet_is_given_time():
+    late = lambda s: 1.0 + 0.01 * (s > 0) if s <= 150 else 1.0 - (s - 150) / 1000  # noqa: E731
+    step, _ = play(StopRule(), late, every=20, max_steps=500)
+    assert step == 500
+    step, sentence = play(StopRule(), lambda s: 1.0 + s / 1000, every=20)
+    assert step == HOPE
+    assert "step 0" in sentence
 
 
 def test_off_never_ends():
@@ -139,8 +148,8 @@ def test_without_a_signal_no_save_is_kept_for_it():
 
 
 def test_mirrored_pictures_do_not_make_a_best_of_a_trifle():
-    def slow(step):  # 90 % of the fall by step 100, then the slow fall of pictures being learned by heart
-        return 1.5 - 0.9 * min(step / 100, 1) - 0.1 * max(step - 100, 0) / 900
+    def slow(step):  # 80 % of the fall by step 100, then the slow fall of pictures being learned by heart
+        return 1.5 - 0.8 * min(step / 100, 1) - 0.2 * max(step - 100, 0) / 900
 
     rule = StopRule(held_out=False)
     stopped, sentence = play(rule, slow)
