@@ -204,7 +204,8 @@ class ValidateSection(Section):
     """The probe: pictures at fixed noise and timesteps."""
 
     every: Auto | PositiveInt = Field(
-        "auto", description="steps between two probes; auto: so that they take 5 % of the run"
+        "auto",
+        description="steps between two probes; auto: so that they take 5 % of the run, 10 % of a built-in model's",
     )
     probe_images: PositiveInt = Field(4, description="pictures in the probe")
     folder: Str | None = Field(None, description="a held-out folder of your own")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emotrain.config.builtin import is_builtin
 from emotrain.config.schema import EMO_OPTIMIZERS, Preset
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.captions import fill_trigger
@@ -40,6 +41,7 @@ Notify = Callable[[Event], None]
 HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the probe
 PROBE_DRAWS = 4
 PROBE_SHARE = 0.05
+PROBE_SHARE_TINY = 0.10  # of a built-in model, whose runs are so short that a twentieth is too seldom
 EAR_SAMPLES = {"auto": 32, "corrected": 64}
 
 
@@ -233,14 +235,16 @@ def probe_every(preset: Preset, held_out: int) -> int:
     """Steps between two probes: the preset's, or so many that probes take PROBE_SHARE of the run.
 
     Counted in forward passes: a step is about 2.5 of them per sample (forward, and backward to frozen weights' inputs),
-    a probe PROBE_DRAWS per picture and one for the drift.
+    a probe PROBE_DRAWS per picture and one for the drift. With a built-in model what a step does besides takes as long
+    as 1.2 samples (tests/bench/probe_cost.py).
     """
     every = preset.validate_.every
     if every != "auto":
         return every
     pictures = held_out or preset.validate_.probe_images
-    step = 2.5 * preset.train.micro_batch_size * preset.train.gradient_accumulation_steps
-    wanted = pictures * (PROBE_DRAWS + 1) / (PROBE_SHARE * step)
+    tiny = is_builtin(preset.model.base)
+    samples = preset.train.micro_batch_size * preset.train.gradient_accumulation_steps + (1.2 if tiny else 0.0)
+    wanted = pictures * (PROBE_DRAWS + 1) / ((PROBE_SHARE_TINY if tiny else PROBE_SHARE) * 2.5 * samples)
     return max(10, math.ceil(wanted / 10) * 10)
 
 

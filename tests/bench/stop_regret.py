@@ -7,7 +7,8 @@ Each cell is one long run (see longrun.py) whose oracle is its lowest true held-
 (loss of the LoRA that is handed over - oracle) / (base - oracle). Every rule is tried on the same recorded runs: they
 hear only what was known at each step. Cells are kept in the work folder and used again.
 
-"held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped.
+"held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped; both as often as
+the product does when left to itself (every 20 steps with micro-batches of 4, every 30 with 1).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from longrun import EVERY, Cell, LongRun, Record, Task
 from emotrain.pulse.draw import Panel, svg
 from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
+from emotrain.runs.build import probe_every
 
 FIRST = {("tiny-sd", 4): (400, 900), ("tiny-sd", 1): (500, 1800)}
 FIRST |= {("tiny-flux", 4): (500, 1200), ("tiny-flux", 1): (900, 2400)}
@@ -37,13 +39,13 @@ class Ended:
     chosen: int
 
 
-def trusted(record: Record, probe: str) -> Ended:
-    """The product's own rule, fed with a recorded run."""
+def trusted(record: Record, probe: str, every: int) -> Ended:
+    """The product's own rule, fed with every so many steps' probe of a recorded run."""
     rule, losses = StopRule(held_out=probe == "held"), getattr(record, probe)
     rule.hear_probe(0, losses["0"])
     for step in range(1, record.steps + 1):
         rule.hear_step(record.ready[step - 1])
-        if str(step) in losses:
+        if step % every == 0:
             rule.hear_probe(step, losses[str(step)])
         if rule.decide(step):
             return Ended(step, rule.best_step or 0)
@@ -57,19 +59,19 @@ def at_step(record: Record, step: int | None) -> Ended:
     return Ended(step, min(-(-step // EVERY) * EVERY, max(map(int, record.held))))
 
 
-def quiet(record: Record) -> Ended:
+def quiet(record: Record, _: int) -> Ended:
     """The first READY of generations 3.6 to 3.7.6, on the same losses."""
     steps = range(1, len(record.heard) + 1)
     signals = {signal.name: signal.first for signal in replay(list(steps), record.heard).signals}
     return at_step(record, signals["3.6-3.7.6 navi/sens"])
 
 
-def ready(record: Record) -> Ended:
+def ready(record: Record, _: int) -> Ended:
     """The first READY of 3.9."""
     return at_step(record, record.ready.index(True) + 1 if True in record.ready else None)
 
 
-def patient(record: Record, wait: int = 100) -> Ended:
+def patient(record: Record, _: int, wait: int = 100) -> Ended:
     """Patience on the training loss: its average over about 50 steps has not improved for 100 steps."""
     average, best, best_step = record.losses[0], float("inf"), 0
     for step, loss in enumerate(record.losses, 1):
@@ -81,18 +83,18 @@ def patient(record: Record, wait: int = 100) -> Ended:
     return at_step(record, None)
 
 
-RULES: dict[str, Callable[[Record], Ended]] = {
-    "trusted, held out": lambda record: trusted(record, "held"),
-    "trusted, mirrored": lambda record: trusted(record, "mirrored"),
+RULES: dict[str, Callable[[Record, int], Ended]] = {
+    "trusted, held out": lambda record, every: trusted(record, "held", every),
+    "trusted, mirrored": lambda record, every: trusted(record, "mirrored", every),
     "first READY of 3.9": ready,
     "quiet signal (3.7.6)": quiet,
     "patience on the training loss": patient,
-    "200 steps": lambda record: at_step(record, 200),
-    "500 steps": lambda record: at_step(record, 500),
-    "1,000 steps": lambda record: at_step(record, 1000),
-    "the last step": lambda record: Ended(None, max(map(int, record.held))),
-    "lowest held-out probe, no stop": lambda record: lowest(record, "held"),
-    "lowest mirrored probe, no stop": lambda record: lowest(record, "mirrored"),
+    "200 steps": lambda record, _: at_step(record, 200),
+    "500 steps": lambda record, _: at_step(record, 500),
+    "1,000 steps": lambda record, _: at_step(record, 1000),
+    "the last step": lambda record, _: Ended(None, max(map(int, record.held))),
+    "lowest held-out probe, no stop": lambda record, _: lowest(record, "held"),
+    "lowest mirrored probe, no stop": lambda record, _: lowest(record, "mirrored"),
 }
 
 
@@ -125,9 +127,17 @@ class Judged:
     steps_ratio: float | None  # steps used over the oracle's
 
 
+def listens_every(cell: Cell) -> int:
+    """Steps between two probes where the preset says `auto`: probes may take a tenth of a small model's run."""
+    preset = cell.preset(Path("train"), Path("probe"))
+    return probe_every(
+        preset.model_copy(update={"validate_": preset.validate_.model_copy(update={"every": "auto"})}), 3
+    )
+
+
 def judge(run: LongRun) -> list[Judged]:
     """Every rule on one run; asking for a step's true loss may lower the oracle, so that comes first."""
-    ended = {name: rule(run.record) for name, rule in RULES.items()}
+    ended = {name: rule(run.record, listens_every(run.cell)) for name, rule in RULES.items()}
     for one in ended.values():
         run.true(one.chosen)
     oracle = run.best()
