@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Averages:
-    """Moving averages of the loss with the weights 0.30, 0.05 and 0.01; all start at the first loss."""
+    """Moving averages of the loss with the weights 0.30, 0.05 and 0.01; all start at one loss."""
 
     short: float
     medium: float

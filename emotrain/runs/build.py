@@ -263,22 +263,24 @@ def build_probe(preset: Preset, model: Model, data: Data) -> Probe:
 
 @torch.no_grad()
 def build_ear(preset: Preset, model: Model, data: CachedDataset) -> Ear:
-    """The ear of a new run: it listens to the base first, unless it is to begin at the first loss."""
+    """The ear of a new run: it listens to the untrained model first, unless it is to begin at the first loss.
+
+    That is the base; where the LoRA goes on from another run's, with that one: the emotion hears what is gained here.
+    """
     kind = preset.train.loss.ear
     if kind == "raw":
         return Ear()
     batches: list[tuple[list[float], list[float]]] = []  # places on the noise scale and losses
     seen, seed = 0, preset.train.seed + 1
-    with model.adapter.off():
-        while seen < EAR_SAMPLES[kind]:
-            batch = data.batch(len(batches))
-            tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
-            timesteps = model.objective.timesteps(uniforms(seed, seen, len(batch.ids)), tokens)
-            noise = noise_like(batch.latents, seed, len(batches))
-            each = sample_losses(model.family, model.objective, batch, noise, timesteps)
-            weighted = each * batch.weights.to(each.device)
-            batches.append((model.objective.position(timesteps).tolist(), weighted.tolist()))
-            seen += len(batch.ids)
+    while seen < EAR_SAMPLES[kind]:
+        batch = data.batch(len(batches))
+        tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
+        timesteps = model.objective.timesteps(uniforms(seed, seen, len(batch.ids)), tokens)
+        noise = noise_like(batch.latents, seed, len(batches))
+        each = sample_losses(model.family, model.objective, batch, noise, timesteps)
+        weighted = each * batch.weights.to(each.device)
+        batches.append((model.objective.position(timesteps).tolist(), weighted.tolist()))
+        seen += len(batch.ids)
     places = [place for part, _ in batches for place in part]
     losses = [loss for _, part in batches for loss in part]
     ear = Ear(expected_by_bins(places, losses) if kind == "corrected" else [])

@@ -139,6 +139,7 @@ def test_continue_starts_from_the_weights_of_another_run(tmp_path):
     parents = second.folder.info()["parents"]
     assert [parent["kind"] for parent in parents] == ["continue"]
     assert second.folder.info()["base_loss"] == pytest.approx(first.folder.info()["best_loss"], rel=1e-3)
+    assert second.folder.info()["start_loss"] < first.folder.info()["start_loss"]  # the emotion begins where it is
 
 
 def test_a_stack_lies_under_the_new_lora_and_only_the_new_one_is_exported(tmp_path):
