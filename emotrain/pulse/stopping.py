@@ -1,14 +1,20 @@
 """The decision to end a run: pure floats in, one sentence out (no torch).
 
 Nothing that hears only the training loss can feel over-training, since that loss goes on falling. So the decision
-rests on the probe: the loss of a few held-out pictures at fixed noise and timesteps (where none can be spared, of
-mirrored training pictures). The emo sensors listen to it:
-they are started anew at every best probe, and `scalar` below zero since then means that the run gets worse. The
-published signals of the training loss shorten the wait where they light.
+rests on the probe: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors listen to it: they
+are started anew at every best probe, and `scalar` below zero since then means that the run gets worse. The published
+signals of the training loss shorten the wait where they light.
+
+Where no pictures can be spared the probe mirrors training pictures. Their loss goes on falling slowly while the
+pictures are learned by heart, but no longer as fast as that of the same pictures as they are. So a fall counts as far
+as it exceeds SHARED of what the pictures as they are have gained. Mirroring is no fair measure of what is not symmetric
+(light from the left, lettering, a grid): where the mirrored pictures have gained little when their fall ends, the rule
+listens to the pictures as they are, and can tell a standstill only.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +29,11 @@ PATIENCE = 0.4  # of the best step: how long the probe may fail to improve
 PATIENCE_LIT = 0.3  # the same while the published signal is sustained
 MIN_BAD_PROBES = 2  # in a row, with scalar below zero
 NEGLIGIBLE = 0.005  # of the improvement so far: a smaller new best does not start the wait again
-NEGLIGIBLE_MIRRORED = 0.03  # the same for a probe of training pictures, which goes on falling as they are memorised
+NEGLIGIBLE_PLAIN = 0.03  # the same for training pictures as they are, which go on falling as they are memorised
+SHARED = 0.35  # of what pictures gain as they are: mirrored ones that gain less are being memorised
+FAST = 0.1  # of the improvement so far: a fall of mirrored pictures that counts whatever it is
+UNFAIR = 0.4  # of the gain of pictures as they are: if mirrored ones have gained less, mirroring is not fair
+MIN_GAIN = 0.02  # of the base's loss: before that nothing is said about mirroring
 MIN_STEPS = 60
 HOPE = 200  # steps that a run gets in which no probe is better than the base
 
@@ -35,8 +45,7 @@ class StopRule:
     Args:
         mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on probe and signal.
         min_steps: never before this step.
-        held_out: the probe hears held-out pictures; else training pictures, mirrored. Those fall on slowly while they
-            are learned by heart, so that only a fall of NEGLIGIBLE_MIRRORED of what was gained makes a new best.
+        held_out: the probe hears held-out pictures; else training pictures, mirrored.
     """
 
     mode: Literal["off", "signal", "trusted"] = "trusted"
@@ -44,10 +53,14 @@ class StopRule:
     held_out: bool = True
     lit: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     base_loss: float | None = None
+    base_plain: float | None = None  # loss of the mirrored pictures as they are
+    unfair: bool = False  # mirroring: the rule listens to the pictures as they are
+    heard_loss: float = field(default=math.nan, compare=False)  # what the last probe said
     best_step: int | None = None
     best_loss: float | None = None
     anchor_step: int = 0  # last best that was worth starting the wait again
-    anchor_loss: float = float("inf")
+    anchor_loss: float = math.inf
+    anchor_plain: float = math.inf
     averages: Averages | None = None
     scalar: float = 0.0
     bad_probes: int = 0
@@ -56,25 +69,56 @@ class StopRule:
     densest: int = 0  # most lit steps in any window so far
     densest_end: int = 0  # the last step of the first such window
 
-    def hear_probe(self, step: int, loss: float) -> bool:
-        """Take in one probe loss; true when it is the best so far. Step 0 is the base."""
+    def hear_probe(self, step: int, loss: float, plain: float | None = None) -> bool:
+        """Take in one probe; true when it is the best so far. Step 0 is the base.
+
+        Args:
+            step: steps done.
+            loss: of the held-out or the mirrored pictures, finite.
+            plain: of the mirrored pictures as they are.
+        """
         self.probes += 1
         if self.base_loss is None:
-            self.base_loss = loss
-        gain = max(self.base_loss - loss, 0.0)
-        too_small = gain * (NEGLIGIBLE if self.held_out else NEGLIGIBLE_MIRRORED)
-        counts = self.anchor_loss == float("inf") or self.anchor_loss - loss > too_small
+            self.base_loss, self.base_plain = loss, plain
+        if plain is not None:
+            loss, plain = self._fair(loss, plain)
+        self.heard_loss = loss
+        felt, gain = self._felt(loss, plain), max(self.base_loss - loss, 0.0)
+        too_small = gain * (NEGLIGIBLE_PLAIN if self.unfair else NEGLIGIBLE)
+        counts = self.anchor_loss - felt > too_small
+        if plain is not None:
+            counts = counts or self.anchor_loss - loss > FAST * gain
         is_best = (self.best_loss is None or loss < self.best_loss) if self.held_out else counts
         if is_best:
             self.best_step, self.best_loss = step, loss
         if counts:
-            self.anchor_step, self.anchor_loss = step, loss
+            self.anchor_step, self.anchor_loss, felt = step, loss, loss
+            self.anchor_plain = math.inf if plain is None else plain
             self.averages = None
-        self.averages, self.scalar, _ = listen(self.averages, loss)
-        still = too_small / max(loss, 1e-12)  # a fall too small to count is standing still
+        self.averages, self.scalar, _ = listen(self.averages, felt)
+        still = too_small / max(felt, 1e-12)  # a fall too small to count is standing still
         felt_no_fall = step != self.anchor_step and self.scalar <= still
         self.bad_probes = self.bad_probes + 1 if felt_no_fall else 0
         return is_best
+
+    def _felt(self, loss: float, plain: float | None) -> float:
+        """A mirrored loss without what comes of learning the pictures by heart since the anchor."""
+        if plain is None or math.isinf(self.anchor_plain):
+            return loss
+        return loss + SHARED * max(self.anchor_plain - plain, 0.0)
+
+    def _fair(self, loss: float, plain: float) -> tuple[float, float | None]:
+        """What to listen to: mirrored pictures and the same as they are, or these alone."""
+        assert self.base_loss is not None
+        assert self.base_plain is not None
+        if self.unfair:
+            return plain, None
+        gained, fell = self.base_plain - plain, self._felt(loss, plain) < self.anchor_loss
+        if not fell and gained > MIN_GAIN * self.base_plain and self.base_loss - loss < UNFAIR * gained:
+            self.unfair = True
+            self.base_loss, self.anchor_loss, self.best_loss = self.base_plain, math.inf, None
+            return plain, None
+        return loss, plain
 
     def hear_step(self, ready: bool) -> None:
         """Take in the optimizer's own stop signal of one step."""
@@ -130,8 +174,10 @@ class StopRule:
                 return f"the optimizer signalled READY TO STOP on {sum(self.lit)} of the last {WINDOW} steps"
             return None
         if self.bad_probes >= MIN_BAD_PROBES and step - self.anchor_step >= self.wait():
-            heard = "held-out loss" if self.held_out else "loss of mirrored pictures"
-            fell = "was lowest" if self.held_out else "last fell by more than a trifle"
+            heard = (
+                "held-out loss" if self.held_out else f"loss of {'training' if self.unfair else 'mirrored'} pictures"
+            )
+            fell = "was lowest" if self.held_out else "last fell by what counts"
             return (
                 f"the {heard} {fell} at step {self.best_step} ({self.best_loss:.4g})"
                 f" and has been felt to rise or stand still since"
@@ -147,10 +193,13 @@ class StopRule:
             "min_steps": self.min_steps,
             "lit": list(self.lit),
             "base_loss": self.base_loss,
+            "base_plain": self.base_plain,
+            "unfair": self.unfair,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
             "anchor_step": self.anchor_step,
-            "anchor_loss": None if self.anchor_loss == float("inf") else self.anchor_loss,
+            "anchor_loss": _finite(self.anchor_loss),
+            "anchor_plain": _finite(self.anchor_plain),
             "averages": [average.short, average.medium, average.long] if average else None,
             "scalar": self.scalar,
             "bad_probes": self.bad_probes,
@@ -162,11 +211,19 @@ class StopRule:
     def load_document(self, document: dict[str, Any]) -> None:
         """Inverse of `to_document`; mode and min_steps stay as this rule was built."""
         self.lit = deque(document["lit"], maxlen=WINDOW)
-        self.base_loss = document["base_loss"]
+        self.base_loss, self.base_plain = document["base_loss"], document["base_plain"]
+        self.unfair = document["unfair"]
         self.best_step, self.best_loss = document["best_step"], document["best_loss"]
         self.anchor_step = document["anchor_step"]
-        self.anchor_loss = float("inf") if document["anchor_loss"] is None else document["anchor_loss"]
+        self.anchor_loss, self.anchor_plain = (
+            math.inf if document[key] is None else document[key] for key in ("anchor_loss", "anchor_plain")
+        )
         self.averages = Averages(*document["averages"]) if document["averages"] else None
         self.scalar, self.bad_probes = document["scalar"], document["bad_probes"]
         self.probes, self.heard = document["probes"], document["heard"]
         self.densest, self.densest_end = document["densest"]
+
+
+def _finite(value: float) -> float | None:
+    """Infinity is no JSON."""
+    return value if math.isfinite(value) else None

@@ -151,10 +151,11 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, the probe's batches, and the embeddings of the empty caption."""
+    """What is trained on, the probe's batches, the same not mirrored, and the embeddings of the empty caption."""
 
     train: CachedDataset
     probe: list[Batch]
+    plain: list[Batch]
     empty_text: dict[str, torch.Tensor]
 
 
@@ -178,7 +179,7 @@ def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: Loa
     held = [example.id for example in pictures.held_out]
     batches = whole.fixed(held) if held else whole.fixed(mirrored, flip=True)
     train = whole.without(held) if held else whole
-    return Data(train, batches, empty)
+    return Data(train, batches, [] if held else whole.fixed(mirrored), empty)
 
 
 def mirrored_ids(preset: Preset, pictures: Pictures) -> list[str]:
@@ -244,17 +245,18 @@ def probe_every(preset: Preset, held_out: int) -> int:
     pictures = held_out or preset.validate_.probe_images
     tiny = is_builtin(preset.model.base)
     samples = preset.train.micro_batch_size * preset.train.gradient_accumulation_steps + (1.2 if tiny else 0.0)
-    wanted = pictures * (PROBE_DRAWS + 1) / ((PROBE_SHARE_TINY if tiny else PROBE_SHARE) * 2.5 * samples)
+    draws = PROBE_DRAWS if held_out else 2 * PROBE_DRAWS  # mirrored, and as they are
+    wanted = pictures * (draws + 1) / ((PROBE_SHARE_TINY if tiny else PROBE_SHARE) * 2.5 * samples)
     return max(10, math.ceil(wanted / 10) * 10)
 
 
-def build_probe(preset: Preset, model: Model, data: Data) -> Probe:
-    """The probe of a run."""
+def build_probe(preset: Preset, model: Model, data: Data, batches: list[Batch]) -> Probe:
+    """A probe of a run on these pictures."""
     return Probe(
         model.family,
         model.objective,
         model.adapter,
-        data.probe,
+        batches,
         data.empty_text,
         draws=PROBE_DRAWS,
         seed=preset.train.seed,

@@ -126,6 +126,7 @@ class Session:
         if self.sampler is not None:
             self.sampler.folder = folder.samples_dir
             self.logs.append(self.sampler)
+        plain = self.data.plain
         parts = Parts(
             family=self.model.family,
             objective=self.model.objective,
@@ -134,12 +135,13 @@ class Session:
             data=self.data.train,
             stop_rule=self.stop_rule,
             ear=ear,
-            probe=build.build_probe(preset, self.model, self.data),
+            probe=build.build_probe(preset, self.model, self.data, self.data.probe),
             notify=self.notify,
             save=self.save,
             sample=self.sample,
             record=self.record,
             interrupted=lambda: bool(signals),
+            plain_probe=build.build_probe(preset, self.model, self.data, plain) if plain else None,
         )
         if self.checkpoint is not None:  # the random state is put back last, after everything that may draw
             for line in rng.restore(self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]):

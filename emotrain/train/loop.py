@@ -38,6 +38,12 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
+UNFAIR = (
+    "mirrored, the pictures have hardly gained what they have as they are: the probe listens to these from now on,"
+    " which cannot feel over-training; a folder of others would (validate.folder)"
+)
+
+
 class StopReason(StrEnum):
     """Why the loop ended."""
 
@@ -73,6 +79,7 @@ class Parts:
     sample: Callable[[int], None]
     record: Callable[[int, Sequence[Sample]], None]
     interrupted: Callable[[], bool]
+    plain_probe: Probe | None = None  # the mirrored pictures of `probe` as they are
 
 
 @dataclass(frozen=True)
@@ -182,29 +189,24 @@ def run_sample(parts: Parts, step: int) -> None:
 
 def _probe(parts: Parts, probe: Probe, state: TrainState) -> None:
     loss = with_memory(f"at the probe of step {state.step}", probe.loss)
-    if not math.isfinite(loss):
+    plain = parts.plain_probe.loss() if parts.plain_probe else None
+    if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
         parts.notify(Notice(f"the probe at step {state.step} was not finite and is left out"))
         return
-    if state.base_probe_loss is None:
-        state.base_probe_loss = loss
     rule = parts.stop_rule
-    if rule.hear_probe(state.step, loss):
-        state.best_step, state.best_loss = state.step, loss
+    was_unfair = rule.unfair
+    if rule.hear_probe(state.step, loss, plain):
+        state.best_step, state.best_loss = state.step, rule.heard_loss
         state.best_adapter = parts.adapter.state()
+    if rule.unfair and not was_unfair:
+        parts.notify(Notice(UNFAIR))
+    state.base_probe_loss = rule.base_loss
+    assert rule.base_loss is not None
     assert rule.best_step is not None
     assert rule.best_loss is not None
     drift = probe.drift() if state.step else 0.0
-    parts.notify(
-        ProbeEnd(
-            state.step,
-            loss,
-            rule.scalar,
-            state.base_probe_loss,
-            drift,
-            rule.best_step,
-            rule.best_loss,
-        )
-    )
+    heard = (rule.heard_loss, rule.scalar, rule.base_loss)
+    parts.notify(ProbeEnd(state.step, *heard, drift, rule.best_step, rule.best_loss))
 
 
 def before_first_step(parts: Parts, state: TrainState) -> None:

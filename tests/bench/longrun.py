@@ -146,6 +146,7 @@ class Record:
     pulse: list[float] = field(default_factory=list)
     held: dict[str, float] = field(default_factory=dict)  # probe on held-out pictures, by step
     mirrored: dict[str, float] = field(default_factory=dict)  # probe on mirrored training pictures
+    plain: dict[str, float] = field(default_factory=dict)  # probe on the same as they are, where it was asked for
     true: dict[str, float] = field(default_factory=dict)  # held-out loss, right captions
     wrong: dict[str, float] = field(default_factory=dict)  # the same with wrong captions
     drift: dict[str, float] = field(default_factory=dict)  # change of predictions without the trigger
@@ -179,6 +180,7 @@ class LongRun:
         if self.file.exists():
             self.record = Record(**json.loads(self.file.read_text(encoding="utf-8")))
         self.bench: Bench | None = None
+        self.plain_probe: Probe | None = None  # once built
 
     def save(self) -> None:
         temporary = self.file.with_suffix(".tmp")
@@ -225,6 +227,7 @@ class LongRun:
         def probe(batches: list[Any]) -> Probe:
             return Probe(family, self.model.objective, self.model.adapter, batches, empty, draws=4, seed=cell.seed)
 
+        self.plain_probe = probe(whole.fixed(mirror))
         self.probe = BothProbes(probe(held), probe(whole.fixed(mirror, flip=True)), self.record, self.state, self._keep)
 
     def _keep(self, step: int) -> None:
@@ -257,7 +260,18 @@ class LongRun:
         limits = Limits(limit, 1, 1.0, self.cell.seed, EVERY, 10**9, 0)
         fit(parts, limits, self.state)
 
-    # ------------------------------------------------------------ the truth
+    # ------------------------------------------------------------ measured when asked for
+
+    def plain(self, step: int) -> float:
+        """Probe loss of the mirrored pictures as they are, with the adapter kept at a step."""
+        if str(step) not in self.record.plain:
+            if self.plain_probe is None:
+                self._build()
+            assert self.plain_probe is not None
+            self.model.adapter.load_state(load_file(self.folder / f"{step:05d}.safetensors"))
+            self.record.plain[str(step)] = self.plain_probe.loss()
+            self.save()
+        return self.record.plain[str(step)]
 
     def true(self, step: int) -> float:
         """Held-out loss of the adapter kept at a step (a multiple of EVERY), mean of all pictures and draws."""

@@ -36,7 +36,7 @@ def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, flo
     preset = load_preset(preset_name, words, "cost")
     session = Session(preset, [])
     session.load()
-    probe = build_probe(preset, session.model, session.data)
+    probe = build_probe(preset, session.model, session.data, session.data.probe)
     parts = Parts(
         family=session.model.family,
         objective=session.model.objective,

@@ -7,8 +7,9 @@ Each cell is one long run (see longrun.py) whose oracle is its lowest true held-
 (loss of the LoRA that is handed over - oracle) / (base - oracle). Every rule is tried on the same recorded runs: they
 hear only what was known at each step. Cells are kept in the work folder and used again.
 
-"held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped; both as often as
-the product does when left to itself (every 20 steps with micro-batches of 4, every 30 with 1).
+"held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped and as they are;
+both as often as the product does when left to itself, so that probes take a tenth of the run: every 20 steps with
+micro-batches of 4 and every 30 with 1; mirrored, every 30 and every 50.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from longrun import EVERY, Cell, LongRun, Record, Task
+from longrun import EVERY, Cell, LongRun, Task
 
 from emotrain.pulse.draw import Panel, svg
 from emotrain.pulse.replay import replay
@@ -39,68 +40,73 @@ class Ended:
     chosen: int
 
 
-def trusted(record: Record, probe: str, every: int) -> Ended:
-    """The product's own rule, fed with every so many steps' probe of a recorded run."""
+def trusted(run: LongRun, probe: str) -> Ended:
+    """The product's own rule, fed with a recorded run as often as a run probes when left to itself."""
+    record, every = run.record, listens_every(run.cell, 3 if probe == "held" else 0)
     rule, losses = StopRule(held_out=probe == "held"), getattr(record, probe)
-    rule.hear_probe(0, losses["0"])
-    for step in range(1, record.steps + 1):
-        rule.hear_step(record.ready[step - 1])
+    for step in range(record.steps + 1):
+        if step:
+            rule.hear_step(record.ready[step - 1])
         if step % every == 0:
-            rule.hear_probe(step, losses[str(step)])
-        if rule.decide(step):
+            plain = None if probe == "held" else run.plain(step)
+            rule.hear_probe(step, losses[str(step)], plain)
+        if step and rule.decide(step):
             return Ended(step, rule.best_step or 0)
     return Ended(None, rule.best_step or 0)
 
 
-def at_step(record: Record, step: int | None) -> Ended:
+def at_step(run: LongRun, step: int | None) -> Ended:
     """Stop at a step and hand over what there is, rounded up to where an adapter was kept."""
-    if step is None or step > record.steps:
-        return Ended(None, max(map(int, record.held)))
-    return Ended(step, min(-(-step // EVERY) * EVERY, max(map(int, record.held))))
+    last = run.kept()[-1]
+    if step is None or step > run.record.steps:
+        return Ended(None, last)
+    return Ended(step, min(-(-step // EVERY) * EVERY, last))
 
 
-def quiet(record: Record, _: int) -> Ended:
+def quiet(run: LongRun) -> Ended:
     """The first READY of generations 3.6 to 3.7.6, on the same losses."""
-    steps = range(1, len(record.heard) + 1)
-    signals = {signal.name: signal.first for signal in replay(list(steps), record.heard).signals}
-    return at_step(record, signals["3.6-3.7.6 navi/sens"])
+    heard = run.record.heard
+    signals = {signal.name: signal.first for signal in replay(list(range(1, len(heard) + 1)), heard).signals}
+    return at_step(run, signals["3.6-3.7.6 navi/sens"])
 
 
-def ready(record: Record, _: int) -> Ended:
+def ready(run: LongRun) -> Ended:
     """The first READY of 3.9."""
-    return at_step(record, record.ready.index(True) + 1 if True in record.ready else None)
+    lit = run.record.ready
+    return at_step(run, lit.index(True) + 1 if True in lit else None)
 
 
-def patient(record: Record, _: int, wait: int = 100) -> Ended:
+def patient(run: LongRun, wait: int = 100) -> Ended:
     """Patience on the training loss: its average over about 50 steps has not improved for 100 steps."""
-    average, best, best_step = record.losses[0], float("inf"), 0
-    for step, loss in enumerate(record.losses, 1):
+    losses = run.record.losses
+    average, best, best_step = losses[0], float("inf"), 0
+    for step, loss in enumerate(losses, 1):
         average += (loss - average) / min(step, 50)
         if average < best:
             best, best_step = average, step
         elif step - best_step >= wait:
-            return at_step(record, step)
-    return at_step(record, None)
+            return at_step(run, step)
+    return at_step(run, None)
 
 
-RULES: dict[str, Callable[[Record, int], Ended]] = {
-    "trusted, held out": lambda record, every: trusted(record, "held", every),
-    "trusted, mirrored": lambda record, every: trusted(record, "mirrored", every),
+RULES: dict[str, Callable[[LongRun], Ended]] = {
+    "trusted, held out": lambda run: trusted(run, "held"),
+    "trusted, mirrored": lambda run: trusted(run, "mirrored"),
     "first READY of 3.9": ready,
     "quiet signal (3.7.6)": quiet,
     "patience on the training loss": patient,
-    "200 steps": lambda record, _: at_step(record, 200),
-    "500 steps": lambda record, _: at_step(record, 500),
-    "1,000 steps": lambda record, _: at_step(record, 1000),
-    "the last step": lambda record, _: Ended(None, max(map(int, record.held))),
-    "lowest held-out probe, no stop": lambda record, _: lowest(record, "held"),
-    "lowest mirrored probe, no stop": lambda record, _: lowest(record, "mirrored"),
+    "200 steps": lambda run: at_step(run, 200),
+    "500 steps": lambda run: at_step(run, 500),
+    "1,000 steps": lambda run: at_step(run, 1000),
+    "the last step": lambda run: Ended(None, run.kept()[-1]),
+    "lowest held-out probe, no stop": lambda run: lowest(run, "held"),
+    "lowest mirrored probe, no stop": lambda run: lowest(run, "mirrored"),
 }
 
 
-def lowest(record: Record, probe: str) -> Ended:
+def lowest(run: LongRun, probe: str) -> Ended:
     """The lowest probe of the whole long run: what a rule that never stops too early would hand over."""
-    losses = getattr(record, probe)
+    losses = getattr(run.record, probe)
     return Ended(None, int(min(losses, key=losses.__getitem__)))
 
 
@@ -127,7 +133,7 @@ class Judged:
     steps_ratio: float | None  # steps used over the oracle's
 
 
-def listens_every(cell: Cell) -> int:
+def listens_every(cell: Cell, held_out: int) -> int:
     """Steps between two probes where the preset says `auto`: probes may take a tenth of a small model's run."""
     preset = cell.preset(Path("train"), Path("probe"))
     return probe_every(
@@ -137,7 +143,7 @@ def listens_every(cell: Cell) -> int:
 
 def judge(run: LongRun) -> list[Judged]:
     """Every rule on one run; asking for a step's true loss may lower the oracle, so that comes first."""
-    ended = {name: rule(run.record, listens_every(run.cell)) for name, rule in RULES.items()}
+    ended = {name: rule(run) for name, rule in RULES.items()}
     for one in ended.values():
         run.true(one.chosen)
     oracle = run.best()

@@ -194,6 +194,18 @@ def test_no_caption_dropout_and_full_dropout_train_different_loras(tmp_path):
     assert some.folder.lora_last_path.read_bytes() != none.folder.lora_last_path.read_bytes()
 
 
+def test_where_nothing_is_held_out_pictures_are_probed_mirrored_and_as_they_are(tmp_path, monkeypatch):
+    heard = []
+    hear = StopRule.hear_probe
+    monkeypatch.setattr(StopRule, "hear_probe", lambda rule, *told: (heard.append(told), hear(rule, *told))[1])
+    train("quickstart", tmp_path, "validate.fraction=0", "sample.every=0", name="all")
+    train("quickstart", tmp_path, "sample.every=0", name="held")
+    assert [step for step, *_ in heard] == [0, 2, 4] * 2
+    for _, mirrored, plain in heard[:3]:
+        assert 0.3 < plain < mirrored < 0.9  # the base knows these shapes as they are
+    assert [plain for *_, plain in heard[3:]] == [None] * 3
+
+
 def test_an_open_run_is_found_by_name(tmp_path):
     train("quickstart", tmp_path, "train.max_steps=1", "sample.every=0", name="mine")
     assert open_run("mine", tmp_path).name == "mine"
