@@ -40,9 +40,9 @@ def shapes() -> list[Cell]:
     return [
         *[replace(own, seed=seed) for seed in (0, 1, 2)],
         *[replace(own, seed=seed, words=PUBLISHED, ema=False) for seed in (0, 1, 2)],
-        *[replace(own, seed=seed, ema=False) for seed in (0, 1)],
-        *[replace(own, seed=seed, words=PUBLISHED) for seed in (0, 1)],
-        *[replace(own, seed=seed, ear="corrected") for seed in (0, 1)],
+        replace(own, ema=False),
+        replace(own, words=PUBLISHED),
+        replace(own, ear="corrected"),
         replace(own, words=CALM),
         replace(own, optimizer="emoairy"),
         replace(own, optimizer="emocats"),
