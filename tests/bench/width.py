@@ -150,8 +150,8 @@ def table(widths: list[int], depth: int, steps: int, seeds: int, spread: float) 
             learned.append(" ".join(f"{one[0]:.0%}" for one in tries))
             moved.append(f"{means[1]:.2f}")
             lengths.append(f"{means[2]:.1e}")
-        own = " ".join(lengths) if name.startswith("emo") else "-"
-        lines.append(f"| {label} | " + " | ".join([*learned, *moved]) + f" | {own} |")
+        said = " ".join(lengths) if name.startswith("emo") else "-"
+        lines.append(f"| {label} | " + " | ".join([*learned, *moved]) + f" | {said} |")
         print(lines[-1], flush=True)
     return lines
 
