@@ -163,10 +163,11 @@ class LossSection(Section):
     shift: Auto | PositiveFloat = Field(
         "auto", description="flow models: shift of the timesteps; auto: by the resolution"
     )
-    ear: Literal["auto", "raw", "corrected"] = Field(
+    ear: Literal["auto", "raw", "mean", "corrected"] = Field(
         "auto",
-        description="what the emotion hears: the loss, begun at the base's mean (auto) or at the first one, as"
-        " published (raw), or the loss divided by the base's at its timestep (corrected)",
+        description="what the emotion hears: the loss from the first step on, as published (raw); the loss, begun at"
+        " the base's mean (mean); the loss divided by the base's at its timestep (corrected); auto: corrected where a"
+        " step has fewer than 4 samples, else mean",
     )
 
 

@@ -42,7 +42,8 @@ HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for 
 PROBE_DRAWS = 4
 PROBE_SHARE = 0.05
 PROBE_SHARE_TINY = 0.10  # of a built-in model, whose runs are so short that a twentieth is too seldom
-EAR_SAMPLES = {"auto": 32, "corrected": 64}
+EAR_SAMPLES = {"mean": 32, "corrected": 64}
+FEW_SAMPLES = 4  # a step of fewer is heard corrected: which timesteps were drawn is most of its noise
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,9 @@ def build_ear(preset: Preset, model: Model, data: CachedDataset) -> Ear:
 
     That is the base; where the LoRA goes on from another run's, with that one: the emotion hears what is gained here.
     """
-    kind = preset.train.loss.ear
+    train, kind = preset.train, preset.train.loss.ear
+    if kind == "auto":
+        kind = "corrected" if train.micro_batch_size * train.gradient_accumulation_steps < FEW_SAMPLES else "mean"
     if kind == "raw":
         return Ear()
     batches: list[tuple[list[float], list[float]]] = []  # places on the noise scale and losses

@@ -136,9 +136,8 @@ class Judged:
 def listens_every(cell: Cell, held_out: int) -> int:
     """Steps between two probes where the preset says `auto`: probes may take a tenth of a small model's run."""
     preset = cell.preset(Path("train"), Path("probe"))
-    return probe_every(
-        preset.model_copy(update={"validate_": preset.validate_.model_copy(update={"every": "auto"})}), 3
-    )
+    listening = preset.validate_.model_copy(update={"every": "auto"})
+    return probe_every(preset.model_copy(update={"validate_": listening}), held_out)
 
 
 def judge(run: LongRun) -> list[Judged]:
