@@ -163,11 +163,10 @@ class LossSection(Section):
     shift: Auto | PositiveFloat = Field(
         "auto", description="flow models: shift of the timesteps; auto: by the resolution"
     )
-    ear: Literal["auto", "raw", "mean", "corrected"] = Field(
+    ear: Literal["auto", "raw", "corrected"] = Field(
         "auto",
-        description="what the emotion hears: the loss from the first step on, as published (raw); the loss, begun at"
-        " the base's mean (mean); the loss divided by the base's at its timestep (corrected); auto: corrected where a"
-        " step has fewer than 4 samples, else mean",
+        description="what the emotion hears: the loss, begun at the base's mean (auto) or at the first one, as"
+        " published (raw), or the loss divided by the base's at its timestep (corrected)",
     )
 
 
@@ -182,7 +181,8 @@ class TrainSection(Section):
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
     ema: Bool = Field(
         True,
-        description="measure, sample and hand over the weights' average over the last tenth of the steps",
+        description="measure, sample and hand over the weights' average over the last tenth of the steps (schedulefree"
+        " has its own)",
     )
     gradient_checkpointing: Auto | Bool = Field(
         "auto", description="less memory for a slower step; auto: where it does not fit"

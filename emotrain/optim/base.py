@@ -51,7 +51,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         generation: one of the class's `generations`, the first by default; "3.7" means 3.7.6.
         sensor: "faithful" or "intent", see `emotrain.pulse.signal.listen`.
         bias_correction: correct EmoSens's and EmoNavi's moments for their start at zero, which the published rule
-            leaves out: its first 40 steps are two to three times as long as its pulse says. No effect elsewhere.
+            leaves out: its steps 3 to 50 are two to three times as long as its pulse says. No effect elsewhere.
 
     Raises:
         ValueError: a word out of its range.

@@ -48,8 +48,7 @@ def read_log(path: Path, column: str | None = None) -> LossLog:
     """
     if path.is_dir():
         if (path / "metrics.jsonl").is_file():
-            log = read_log(path / "metrics.jsonl", column)
-            return replace(log, start_loss=_start_loss(path / "run.json")) if log.column == "heard" else log
+            return read_log(path / "metrics.jsonl", column)
         return _from_events(path, sorted(path.rglob(_EVENT_FILES)), column)
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such log", "give a metrics.jsonl, a CSV, or a TensorBoard folder")
@@ -60,7 +59,10 @@ def read_log(path: Path, column: str | None = None) -> LossLog:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}", "give a JSON, CSV or event file") from error
     rows = _rows(path, text)
-    return _from_rows(path, rows, column)
+    log = _from_rows(path, rows, column)
+    if path.name == "metrics.jsonl" and log.column in ("heard", "loss"):
+        return replace(log, start_loss=_start_loss(path.with_name("run.json")))
+    return log
 
 
 def _start_loss(path: Path) -> float | None:

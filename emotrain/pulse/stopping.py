@@ -113,8 +113,8 @@ class StopRule:
         assert self.base_plain is not None
         if self.unfair:
             return plain, None
-        gained, fell = self.base_plain - plain, self._felt(loss, plain) < self.anchor_loss
-        if not fell and gained > MIN_GAIN * self.base_plain and self.base_loss - loss < UNFAIR * gained:
+        gained = self.base_plain - plain
+        if loss >= self.anchor_loss and gained > MIN_GAIN * self.base_plain and self.base_loss - loss < UNFAIR * gained:
             self.unfair = True
             self.base_loss, self.anchor_loss, self.best_loss = self.base_plain, math.inf, None
             return plain, None

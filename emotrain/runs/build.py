@@ -42,8 +42,7 @@ HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for 
 PROBE_DRAWS = 4
 PROBE_SHARE = 0.05
 PROBE_SHARE_TINY = 0.10  # of a built-in model, whose runs are so short that a twentieth is too seldom
-EAR_SAMPLES = {"mean": 32, "corrected": 64}
-FEW_SAMPLES = 4  # a step of fewer is heard corrected: which timesteps were drawn is most of its noise
+EAR_SAMPLES = {"auto": 32, "corrected": 64}
 
 
 @dataclass(frozen=True)
@@ -237,8 +236,8 @@ def probe_every(preset: Preset, held_out: int) -> int:
     """Steps between two probes: the preset's, or so many that probes take PROBE_SHARE of the run.
 
     Counted in forward passes: a step is about 2.5 of them per sample (forward, and backward to frozen weights' inputs),
-    a probe PROBE_DRAWS per picture and one for the drift. With a built-in model what a step does besides takes as long
-    as 1.2 samples (tests/bench/probe_cost.py).
+    a probe PROBE_DRAWS per picture (mirrored ones twice) and one for the drift. With a built-in model what a step does
+    besides takes as long as 1.2 samples (tests/bench/probe_cost.py).
     """
     every = preset.validate_.every
     if every != "auto":
@@ -265,19 +264,18 @@ def build_probe(preset: Preset, model: Model, data: Data, batches: list[Batch]) 
 
 
 @torch.no_grad()
-def build_ear(preset: Preset, model: Model, data: CachedDataset) -> Ear:
+def build_ear(preset: Preset, model: Model, data: CachedDataset, notify: Notify) -> Ear:
     """The ear of a new run: it listens to the untrained model first, unless it is to begin at the first loss.
 
     That is the base; where the LoRA goes on from another run's, with that one: the emotion hears what is gained here.
     """
-    train, kind = preset.train, preset.train.loss.ear
-    if kind == "auto":
-        kind = "corrected" if train.micro_batch_size * train.gradient_accumulation_steps < FEW_SAMPLES else "mean"
+    kind = preset.train.loss.ear
     if kind == "raw":
         return Ear()
     batches: list[tuple[list[float], list[float]]] = []  # places on the noise scale and losses
     seen, seed = 0, preset.train.seed + 1
     while seen < EAR_SAMPLES[kind]:
+        notify(Phase("listening to the model as it is", seen, EAR_SAMPLES[kind]))
         batch = data.batch(len(batches))
         tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
         timesteps = model.objective.timesteps(uniforms(seed, seen, len(batch.ids)), tokens)
@@ -286,8 +284,12 @@ def build_ear(preset: Preset, model: Model, data: CachedDataset) -> Ear:
         weighted = each * batch.weights.to(each.device)
         batches.append((model.objective.position(timesteps).tolist(), weighted.tolist()))
         seen += len(batch.ids)
-    places = [place for part, _ in batches for place in part]
-    losses = [loss for _, part in batches for loss in part]
+    notify(Phase("listening to the model as it is", seen, seen))
+    pairs = [pair for part in batches for pair in zip(*part, strict=True) if math.isfinite(pair[1])]
+    if not pairs:
+        notify(Notice("no loss of the model as it is was finite: the emotion begins at the first loss"))
+        return Ear()
+    places, losses = [place for place, _ in pairs], [loss for _, loss in pairs]
     ear = Ear(expected_by_bins(places, losses) if kind == "corrected" else [])
     ear.start = ear.hear(places, losses)
     return ear

@@ -9,6 +9,7 @@ from typing import Any
 from emotrain.errors import CheckpointError, Problem
 
 FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
+FIXED = ("train.loss.ear ", "train.ema ")  # what a checkpoint's state depends on: they cannot change at all
 MOST_NAMES = 5
 
 
@@ -37,7 +38,7 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
     """The differences in words, one line each, where `allow` lets them pass.
 
     Raises:
-        CheckpointError: there are differences and they are not allowed.
+        CheckpointError: there are differences and they are not allowed, or never are.
     """
     lines = [
         *preset_changes(before.preset, after.preset),
@@ -45,6 +46,9 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
     ]
     if before.base != after.base:
         lines.append("model.base holds other weights than those that the run was started on")
+    for line in lines:
+        if line.startswith(FIXED):
+            raise CheckpointError(line, "put it back: it cannot change within a run")
     if lines and not allow:
         hint = "put it back, or go on all the same with --allow-config-change (the result is then another one)"
         problems = (*(Problem(line) for line in lines[:-1]), Problem(lines[-1], hint))

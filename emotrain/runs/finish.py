@@ -97,10 +97,12 @@ def hand_over(session: Session, outcome: Outcome) -> Path:
     session.notify(Phase("writing and checking the LoRA"))
     with session.optimizer.eval_mode():
         last = session.model.adapter.state()
-    best = session.state.best_adapter or last
+    best, best_step = session.state.best_adapter or last, session.state.best_step
+    if best_step == 0:
+        session.notify(Notice("no probe was better than without the LoRA: lora.safetensors is the LoRA of step 0"))
     for path, state, step in (
         (session.folder.lora_last_path, last, session.state.step),
-        (session.folder.lora_path, best, session.state.best_step or session.state.step),
+        (session.folder.lora_path, best, session.state.step if best_step is None else best_step),
     ):
         write_lora(session, path, state, step, outcome)
     session.notify(Phase("writing and checking the LoRA", 1, 1))

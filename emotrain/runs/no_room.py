@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,11 +15,12 @@ from emotrain.families.table import Sniffed
 from emotrain.runs.plan import footprint_of
 from emotrain.runs.plan_memory import Memory, state_bytes_per_number
 from emotrain.train.events import Phase
-from emotrain.train.loop import Outcome
 from emotrain.train.memory import OutOfMemory, is_out_of_memory, rehearse, with_memory
 
 if TYPE_CHECKING:
     from emotrain.runs.session import Session
+
+T = TypeVar("T")
 
 # From what costs nothing but time to what changes the result; names as in `Memory.savings`.
 COSTS = {
@@ -59,14 +60,14 @@ def try_largest(session: Session) -> None:
     session.notify(Phase(name, 1, 1))
 
 
-def explained(session: Session, fit: Callable[[], Outcome]) -> Outcome:
-    """What `fit` returns; run.json says so where memory runs out.
+def explained(session: Session, doing: str, work: Callable[[], T]) -> T:
+    """What `work` returns; run.json says so where memory runs out.
 
     Raises:
         OutOfMemory: with a hint what to change, and how to go on.
     """
     try:
-        return with_memory("in the optimizer's step", fit)
+        return with_memory(doing, work)
     except OutOfMemory as error:
         failed = error.with_traceback(None)
     with contextlib.suppress(ResourceError):

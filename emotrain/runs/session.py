@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,10 @@ class Session:
         files = finish.file_observers(preset, folder)
         self.observers += files
         new = self.checkpoint is None
-        ear = build.build_ear(preset, self.model, self.data.train) if new else Ear(self.expected)
+        ear = Ear(self.expected)
+        if new:
+            listen = partial(build.build_ear, preset, self.model, self.data.train, self.notify)
+            ear = explained(self, "while listening to the model as it is", listen)
         self.expected = ear.expected
         if new:
             folder.update_info(start_loss=ear.start)
@@ -146,7 +150,7 @@ class Session:
         if self.checkpoint is not None:  # the random state is put back last, after everything that may draw
             for line in rng.restore(self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]):
                 self.notify(Notice(line))
-        outcome = explained(self, lambda: fit(parts, self.limits(), self.state))
+        outcome = explained(self, "in the optimizer's step", lambda: fit(parts, self.limits(), self.state))
         return self.end(outcome, signals, time.monotonic() - started)
 
     def limits(self) -> Limits:

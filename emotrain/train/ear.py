@@ -4,8 +4,9 @@ Its averages should begin at what the base's loss is in the mean. The first loss
 fifth; the slowest average carries that for a hundred steps, and the emotion takes it for progress, or for its absence.
 
 A loss of 0.9 says nothing by itself: at one end of the noise scale that is usual, at the other it is terrible. The
-corrected ear divides every sample's loss by what the base model has at that position, so that 1.0 means "as the base".
-Only what the emotion hears is corrected; the gradient is that of the raw loss and stays unbiased.
+corrected ear divides every sample's loss by what the base model has at that position, relative to its mean: a loss as
+the base's is heard as the base's mean, so that absolute bounds (`stopcoef`) keep their sense. Only what the emotion
+hears is corrected; the gradient is that of the raw loss and stays unbiased.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Ear:
     """Turns the losses of one step into the number that the optimizer observes.
 
     Args:
-        expected: the base's mean loss in `BINS` equal parts of the noise scale; empty for the raw ear.
+        expected: the base's loss in `BINS` equal parts of the noise scale, over its mean; empty for the raw ear.
         start: what this ear hears of the base in the mean, where the averages begin; None: at the first loss.
     """
 
@@ -44,7 +45,13 @@ class Ear:
 
 
 def expected_by_bins(positions: Sequence[float], losses: Sequence[float]) -> list[float]:
-    """Mean loss in each of `BINS` parts of the noise scale; empty parts take their nearest neighbour's."""
+    """Mean loss in each of `BINS` parts of the noise scale, over the mean of all.
+
+    Empty parts take their nearest neighbour's.
+
+    Raises:
+        ValueError: no losses.
+    """
     sums, counts = [0.0] * BINS, [0] * BINS
     for position, loss in zip(positions, losses, strict=True):
         part = min(int(position * BINS), BINS - 1)
@@ -54,4 +61,5 @@ def expected_by_bins(positions: Sequence[float], losses: Sequence[float]) -> lis
     if not filled:
         raise ValueError("no losses to learn the expected loss from")
     nearest = [min(filled, key=lambda j: abs(i - j)) for i in range(BINS)]
-    return [sums[j] / counts[j] for j in nearest]
+    mean = sum(losses) / len(losses)
+    return [sums[j] / counts[j] / mean for j in nearest]

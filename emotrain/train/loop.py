@@ -189,7 +189,7 @@ def run_sample(parts: Parts, step: int) -> None:
 
 def _probe(parts: Parts, probe: Probe, state: TrainState) -> None:
     loss = with_memory(f"at the probe of step {state.step}", probe.loss)
-    plain = parts.plain_probe.loss() if parts.plain_probe else None
+    plain = with_memory(f"at the probe of step {state.step}", parts.plain_probe.loss) if parts.plain_probe else None
     if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
         parts.notify(Notice(f"the probe at step {state.step} was not finite and is left out"))
         return

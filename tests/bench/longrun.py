@@ -221,7 +221,7 @@ class LongRun:
         held = whole.fixed([example.id for example in pictures.held_out])
         self.data = whole.without([example.id for example in pictures.held_out])
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter.parameters())
-        self.ear = build.build_ear(preset, self.model, self.data)
+        self.ear = build.build_ear(preset, self.model, self.data, lambda event: None)
         self.state = TrainState()
 
         def probe(batches: list[Any]) -> Probe:

@@ -14,7 +14,7 @@ direction in common (half of their square) and a spectrum that falls as 1/index.
 Printed is the share of the teacher that is learned, without the noise: 1 - error / error of the stack alone, the best
 of every 50 steps, which is what a stop rule would find. The coordinate check (Yang et al. 2022, Tensor Programs V,
 arXiv:2203.03466, appendix D.1) is the root mean square of the change of the output after 10 steps, over that of the
-teacher's change: it should not depend on the width. Two numbers in a cell are two seeds; widths over 1,024 have one.
+teacher's change: it should not depend on the width. Two numbers in a cell are two seeds; widths from 1,024 on have one.
 
 Shape letters: B rows, D width.
 """

@@ -192,6 +192,15 @@ def test_where_mirroring_is_not_fair_the_pictures_are_heard_as_they_are():
     assert again == rule
 
 
+def test_mirrored_pictures_that_lag_behind_but_still_fall_are_heard_on():
+    rule = StopRule(held_out=False)
+    told = [(1.0, 1.0), (0.99, 0.95), (0.8, 0.7), (0.6, 0.55), (0.6, 0.5), (0.65, 0.4), (0.7, 0.3)]
+    for place, (mirrored, plain) in enumerate(told):
+        rule.hear_probe(50 * place, mirrored, plain)
+    assert not rule.unfair
+    assert rule.best_step == 150
+
+
 def test_nothing_is_said_about_mirroring_before_anything_was_gained():
     rule = StopRule(held_out=False)
     play(rule, lambda s: 1.0 + s / 1e5, plain=lambda s: 1.0 - s / 1e5)

@@ -191,6 +191,10 @@ def test_what_has_changed_is_refused_by_name_and_nothing_is_written(
     with pytest.raises(CheckpointError, match=r"train.max_grad_norm was 1.0 .* is 0.5 now") as caught:
         resume(place, half, "train.max_grad_norm=0.5")
     assert "--allow-config-change" in (caught.value.hint or "")
+    for word in ("train.loss.ear=raw", "train.ema=false"):
+        with pytest.raises(CheckpointError, match=f"{word.split('=')[0]} was") as caught:
+            resume(place, half, word, allow_config_change=True)
+        assert "cannot change within a run" in (caught.value.hint or "")
     caption = place / "pictures" / "3.txt"
     caption.write_text("another one")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from pathlib import Path
@@ -14,11 +15,12 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import CheckpointError
 from emotrain.families.table import resolve_base
+from emotrain.lora.file import read_lora
 from emotrain.observers.json_events import JsonEvents
 from emotrain.pulse.logs import read_log
 from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
-from emotrain.runs import start
+from emotrain.runs import build, start
 from emotrain.runs.folder import open_run
 
 SHORT = (
@@ -67,8 +69,6 @@ def test_trained_text_encoders_are_part_of_the_file(tmp_path):
     """The prompt goes through the fresh pipeline's own text encoder here, with the LoRA on it."""
     from diffusers import DiffusionPipeline
 
-    from emotrain.lora.file import read_lora
-
     folder = train("quickstart", tmp_path, "sample.at_start=false", "network.text_encoder=true").folder
     pipeline = DiffusionPipeline.from_pretrained(
         resolve_base("builtin:tiny-sd"), torch_dtype=torch.float32, local_files_only=True
@@ -111,7 +111,6 @@ def draw_fresh(model: str, lora: Path | None, prompt: str):
 
 
 def test_the_same_seed_gives_the_same_bytes_whoever_watches(tmp_path):
-    import io
 
     quiet = train("quickstart", tmp_path / "a", "sample.every=0")
     watched = train("quickstart", tmp_path / "b", observers=[JsonEvents(io.StringIO())])
@@ -147,7 +146,6 @@ def test_a_stack_lies_under_the_new_lora_and_only_the_new_one_is_exported(tmp_pa
     stack = f"start_from.stack=[{{path: {first.folder.lora_path}, weight: 1.0}}]"
     second = train("quickstart", tmp_path, stack, "sample.every=0", "train.max_steps=1", "network.rank=2", name="two")
     assert second.folder.info()["base_loss"] == pytest.approx(first.folder.info()["best_loss"], rel=1e-3)
-    from emotrain.lora.file import read_lora
 
     ranks = {v.shape[0] for k, v in read_lora(second.folder.lora_path).state.items() if k.endswith("lora_A.weight")}
     assert ranks == {2}
@@ -165,25 +163,50 @@ def test_gradient_accumulation_hears_the_whole_step(tmp_path):
 
 def test_the_emotion_begins_at_the_base_s_mean_loss_unless_it_is_to_hear_as_published(tmp_path):
     rows = {}
-    for ear in ("mean", "raw", "corrected"):
+    for ear in ("auto", "raw", "corrected"):
         result = train("quickstart", tmp_path, f"train.loss.ear={ear}", "sample.every=0", name=ear)
         rows[ear] = json.loads(result.folder.metrics_path.read_text().splitlines()[0])
-    assert rows["mean"]["loss"] == rows["raw"]["loss"] == rows["corrected"]["loss"]  # of the base, in each
-    assert rows["mean"]["heard"] == rows["raw"]["heard"] == rows["raw"]["loss"]
+    assert rows["auto"]["loss"] == rows["raw"]["loss"] == rows["corrected"]["loss"]  # of the base, in each
+    assert rows["auto"]["heard"] == rows["raw"]["heard"] == rows["raw"]["loss"]
     assert rows["raw"]["long"] == rows["raw"]["loss"]
     assert rows["raw"]["scalar"] == 0
-    assert rows["mean"]["long"] == pytest.approx(0.75, rel=0.2)  # 0.77 on the held-out pictures
-    assert rows["mean"]["scalar"] != 0
-    assert rows["corrected"]["long"] == pytest.approx(1.0, rel=0.1)
+    assert rows["auto"]["long"] == pytest.approx(0.75, rel=0.2)  # 0.77 on the held-out pictures
+    assert rows["auto"]["scalar"] != 0
+    assert rows["corrected"]["long"] == pytest.approx(0.75, rel=0.2)
     assert rows["corrected"]["heard"] != rows["corrected"]["loss"]
-    one = train("quickstart", tmp_path, "train.micro_batch_size=1", "sample.every=0", name="one").folder
-    assert one.info()["start_loss"] == pytest.approx(1.0, rel=0.1)  # auto: corrected
+
+
+@pytest.mark.parametrize("finite", [31, 0])
+def test_a_loss_of_the_base_that_is_not_finite_is_not_heard(tmp_path, monkeypatch, finite):
+    losses = build.sample_losses
+
+    def some_broken(*words):
+        each = losses(*words)
+        return torch.where(torch.arange(len(each)) < finite % 4, each, torch.nan)
+
+    monkeypatch.setattr(build, "sample_losses", some_broken)
+    info = train("quickstart", tmp_path, "sample.every=0").folder.info()
+    assert info["stop_reason"] == "max_steps"
+    if finite:
+        assert info["start_loss"] == pytest.approx(0.75, rel=0.3)
+    else:
+        assert info["start_loss"] is None
+
+
+def test_a_run_that_was_never_better_than_its_base_says_so(tmp_path):
+    said = io.StringIO()
+    words = ("train.optimizer=adamw", "train.lr=0.5", "train.max_grad_norm=null", "sample.every=0")
+    folder = train("quickstart", tmp_path, *words, observers=[JsonEvents(said)]).folder
+    assert folder.info()["best_step"] == 0
+    assert "no probe was better" in said.getvalue()
+    assert read_lora(folder.lora_path).metadata["ss_steps"] == "0"
 
 
 @pytest.mark.parametrize("ear", ["auto", "raw"])
-def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, ear):
+@pytest.mark.parametrize("column", [None, "loss"])
+def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, ear, column):
     folder = train("quickstart", tmp_path, f"train.loss.ear={ear}", "sample.every=0").folder
-    log = read_log(folder.path)
+    log = read_log(folder.metrics_path, column)
     felt = replay(log.steps, log.losses, start_loss=log.start_loss)
     rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
     for word in ("scalar", "trust", "pulse", "long"):
