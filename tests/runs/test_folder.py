@@ -262,21 +262,31 @@ def test_the_lock_goes_when_the_run_fails(run: RunFolder) -> None:
 def test_of_many_that_start_at_once_one_gets_the_run(run: RunFolder) -> None:
     (run.path / ".lock").write_bytes(encode_json({"pid": 2**22 + 1, "host": "", "birth": None}))
     (run.path / ".lock").write_bytes(b"")  # left by a dead one
-    children = []
+    hear, say = os.pipe()
     for _ in range(12):
-        pid = os.fork()
-        if pid == 0:
+        if os.fork() == 0:
             code = 1
             try:
                 with run.lock():
-                    time.sleep(0.5)
+                    os.read(hear, 1)  # until all the others have tried
                 code = 0
             except ResourceError:
                 code = 6
             finally:
                 os._exit(code)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    codes: list[int] = []
+    until = time.monotonic() + 60
+    while len(codes) < 11 and time.monotonic() < until:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes.append(os.waitstatus_to_exitcode(status))
+        else:
+            time.sleep(0.01)
+    os.write(say, b"." * 12)
+    while len(codes) < 12:
+        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+    os.close(hear)
+    os.close(say)
     assert sorted(codes) == [0] + 11 * [6]
 
 
