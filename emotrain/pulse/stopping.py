@@ -174,10 +174,11 @@ class StopRule:
                 return f"the optimizer signalled READY TO STOP on {sum(self.lit)} of the last {WINDOW} steps"
             return None
         if self.bad_probes >= MIN_BAD_PROBES and step - self.anchor_step >= self.wait():
-            heard = (
-                "held-out loss" if self.held_out else f"loss of {'training' if self.unfair else 'mirrored'} pictures"
-            )
-            fell = "was lowest" if self.held_out else "last fell by what counts"
+            heard, fell = "held-out loss", "was lowest"
+            if not self.held_out:
+                heard, fell = "loss of mirrored pictures", "last fell by more than learning by heart"
+            if self.unfair:
+                heard, fell = "loss of training pictures", "last fell by more than a trifle"
             return (
                 f"the {heard} {fell} at step {self.best_step} ({self.best_loss:.4g})"
                 f" and has been felt to rise or stand still since"
