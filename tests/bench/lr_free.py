@@ -175,7 +175,7 @@ def plot(tasks: Sequence[Task], tables: dict[str, list[Row]], work: Path) -> str
                 held = LongRun(replace(shape, task=task), work).record.held
                 points = sorted((int(step), loss) for step, loss in held.items() if int(step) <= STEPS)
                 curves.append((label(shape), points))
-        panels.append(Panel(task.name, curves, log=True))
+        panels.append(Panel(task.name, curves))
     return svg(panels, title="LR 1.0 beside the others", panel_height=150)
 
 

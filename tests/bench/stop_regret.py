@@ -186,8 +186,9 @@ def table(runs: list[LongRun], judged: list[Judged]) -> list[str]:
             one = next(j for j in judged if j.rule == rule and j.cell == run.cell.name)
             words.append(f"{one.stopped or 'ceiling'}, {one.chosen}, {one.regret:.1%}")
         wrong, drift = run.controls(oracle)
+        short = run.cell.name.removesuffix("-emosens-averaged")
         lines.append(
-            f"| {run.cell.name.removesuffix('-emosens')} | {base:.4f} | {least:.4f} @ {oracle} | {run.record.steps} |"
+            f"| {short} | {base:.4f} | {least:.4f} @ {oracle} | {run.record.steps} |"
             f" {words[0]} | {words[1]} | {(base - wrong) / (base - least):.0%} | {drift:.3f} |"
         )
     return lines
@@ -205,8 +206,8 @@ def plot(runs: list[LongRun], judged: list[Judged]) -> str:
         one = next(j for j in judged if j.cell == run.cell.name)
         marks = [(float(one.chosen), "handed over")] + ([(float(one.stopped), "stop")] if one.stopped else [])
         curves = [("held-out loss", true), ("probe, held out", held), ("probe, mirrored", mirrored)]
-        panels.append(Panel(run.cell.name, curves, marks=marks, log=True))
-    return svg(panels, title="When to stop", panel_height=130)
+        panels.append(Panel(run.cell.name.removesuffix("-emosens-averaged"), curves, marks=marks))
+    return svg(panels, title="When to stop", panel_height=110)
 
 
 def main() -> None:
