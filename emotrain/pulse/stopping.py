@@ -36,6 +36,10 @@ UNFAIR = 0.4  # of the gain of pictures as they are: if mirrored ones have gaine
 MIN_GAIN = 0.02  # of the base's loss: before that nothing is said about mirroring
 MIN_STEPS = 60
 HOPE = 200  # steps that a run gets in which no probe is better than the base
+UNFAIR_SENTENCE = (
+    "mirrored, the pictures have hardly gained what they have as they are: the probe listens to these from now on,"
+    " which cannot feel over-training; a folder of others would (validate.folder)"
+)
 
 
 @dataclass
@@ -60,7 +64,7 @@ class StopRule:
     best_loss: float | None = None
     anchor_step: int = 0  # last best that was worth starting the wait again
     anchor_loss: float = math.inf
-    anchor_plain: float = math.inf
+    anchor_plain: float | None = None
     averages: Averages | None = None
     scalar: float = 0.0
     bad_probes: int = 0
@@ -92,9 +96,8 @@ class StopRule:
         if is_best:
             self.best_step, self.best_loss = step, loss
         if counts:
-            self.anchor_step, self.anchor_loss, felt = step, loss, loss
-            self.anchor_plain = math.inf if plain is None else plain
-            self.averages = None
+            self.anchor_step, self.anchor_loss, self.anchor_plain = step, loss, plain
+            self.averages, felt = None, loss
         self.averages, self.scalar, _ = listen(self.averages, felt)
         still = too_small / max(felt, 1e-12)  # a fall too small to count is standing still
         felt_no_fall = step != self.anchor_step and self.scalar <= still
@@ -103,7 +106,7 @@ class StopRule:
 
     def _felt(self, loss: float, plain: float | None) -> float:
         """A mirrored loss without what comes of learning the pictures by heart since the anchor."""
-        if plain is None or math.isinf(self.anchor_plain):
+        if plain is None or self.anchor_plain is None:
             return loss
         return loss + SHARED * max(self.anchor_plain - plain, 0.0)
 
@@ -199,8 +202,8 @@ class StopRule:
             "best_step": self.best_step,
             "best_loss": self.best_loss,
             "anchor_step": self.anchor_step,
-            "anchor_loss": _finite(self.anchor_loss),
-            "anchor_plain": _finite(self.anchor_plain),
+            "anchor_loss": None if math.isinf(self.anchor_loss) else self.anchor_loss,
+            "anchor_plain": self.anchor_plain,
             "averages": [average.short, average.medium, average.long] if average else None,
             "scalar": self.scalar,
             "bad_probes": self.bad_probes,
@@ -216,15 +219,9 @@ class StopRule:
         self.unfair = document["unfair"]
         self.best_step, self.best_loss = document["best_step"], document["best_loss"]
         self.anchor_step = document["anchor_step"]
-        self.anchor_loss, self.anchor_plain = (
-            math.inf if document[key] is None else document[key] for key in ("anchor_loss", "anchor_plain")
-        )
+        self.anchor_loss = math.inf if document["anchor_loss"] is None else document["anchor_loss"]
+        self.anchor_plain = document["anchor_plain"]
         self.averages = Averages(*document["averages"]) if document["averages"] else None
         self.scalar, self.bad_probes = document["scalar"], document["bad_probes"]
         self.probes, self.heard = document["probes"], document["heard"]
         self.densest, self.densest_end = document["densest"]
-
-
-def _finite(value: float) -> float | None:
-    """Infinity is no JSON."""
-    return value if math.isfinite(value) else None

@@ -272,20 +272,21 @@ def build_ear(preset: Preset, model: Model, data: CachedDataset, notify: Notify)
     kind = preset.train.loss.ear
     if kind == "raw":
         return Ear()
-    batches: list[tuple[list[float], list[float]]] = []  # places on the noise scale and losses
-    seen, seed = 0, preset.train.seed + 1
-    while seen < EAR_SAMPLES[kind]:
-        notify(Phase("listening to the model as it is", seen, EAR_SAMPLES[kind]))
-        batch = data.batch(len(batches))
+    doing, wanted, seed = "listening to the model as it is", EAR_SAMPLES[kind], preset.train.seed + 1
+    pairs: list[tuple[float, float]] = []  # place on the noise scale and loss of each sample
+    micro_step = 0
+    while len(pairs) < wanted:
+        notify(Phase(doing, len(pairs), wanted))
+        batch = data.batch(micro_step)
         tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
-        timesteps = model.objective.timesteps(uniforms(seed, seen, len(batch.ids)), tokens)
-        noise = noise_like(batch.latents, seed, len(batches))
+        timesteps = model.objective.timesteps(uniforms(seed, len(pairs), len(batch.ids)), tokens)
+        noise = noise_like(batch.latents, seed, micro_step)
         each = sample_losses(model.family, model.objective, batch, noise, timesteps)
         weighted = each * batch.weights.to(each.device)
-        batches.append((model.objective.position(timesteps).tolist(), weighted.tolist()))
-        seen += len(batch.ids)
-    notify(Phase("listening to the model as it is", seen, seen))
-    pairs = [pair for part in batches for pair in zip(*part, strict=True) if math.isfinite(pair[1])]
+        pairs += zip(model.objective.position(timesteps).tolist(), weighted.tolist(), strict=True)
+        micro_step += 1
+    notify(Phase(doing, wanted, wanted))
+    pairs = [(place, loss) for place, loss in pairs if math.isfinite(loss)]
     if not pairs:
         notify(Notice("no loss of the model as it is was finite: the emotion begins at the first loss"))
         return Ear()

@@ -9,7 +9,7 @@ from typing import Any
 from emotrain.errors import CheckpointError, Problem
 
 FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
-FIXED = ("train.loss.ear ", "train.ema ")  # what a checkpoint's state depends on: they cannot change at all
+FIXED = ("train.loss.ear", "train.ema")  # what a checkpoint's state depends on: they cannot change at all
 MOST_NAMES = 5
 
 
@@ -46,14 +46,18 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
     ]
     if before.base != after.base:
         lines.append("model.base holds other weights than those that the run was started on")
-    for line in lines:
-        if line.startswith(FIXED):
-            raise CheckpointError(line, "put it back: it cannot change within a run")
+    if fixed := [line for line in lines if line.partition(" ")[0] in FIXED]:
+        raise differs(fixed, "put it back: it cannot change within a run")
     if lines and not allow:
         hint = "put it back, or go on all the same with --allow-config-change (the result is then another one)"
-        problems = (*(Problem(line) for line in lines[:-1]), Problem(lines[-1], hint))
-        raise CheckpointError(lines[0], hint, problems=problems)
+        raise differs(lines, hint)
     return lines
+
+
+def differs(lines: list[str], hint: str) -> CheckpointError:
+    """The error that names these differences, with one hint for all."""
+    problems = (*(Problem(line) for line in lines[:-1]), Problem(lines[-1], hint))
+    return CheckpointError(lines[0], hint, problems=problems)
 
 
 def preset_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -116,13 +116,11 @@ class Session:
         self.store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
         files = finish.file_observers(preset, folder)
         self.observers += files
-        new = self.checkpoint is None
         ear = Ear(self.expected)
-        if new:
+        if self.checkpoint is None:
             listen = partial(build.build_ear, preset, self.model, self.data.train, self.notify)
             ear = explained(self, "while listening to the model as it is", listen)
-        self.expected = ear.expected
-        if new:
+            self.expected = ear.expected
             folder.update_info(start_loss=ear.start)
         self.notify(self.start_event(folder))
         self.records = finish.PictureLosses(folder.path / "picture_losses.jsonl", self.state.step)
@@ -228,7 +226,7 @@ class Session:
             stop_sentence=outcome.sentence,
             best_step=state.best_step,
             best_loss=state.best_loss,
-            base_loss=state.base_probe_loss,
+            base_loss=self.stop_rule.base_loss,
             skipped=state.guard.skipped,
             train_s=round(state.train_s, 3),
             resumes=state.resumes,

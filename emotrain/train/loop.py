@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from emotrain.dataset.loader import Batch
+from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.train.ear import Ear
 from emotrain.train.events import Event, Notice, ProbeEnd, StepEnd
 from emotrain.train.guard import LIMIT, describe
@@ -36,12 +37,6 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
-
-
-UNFAIR = (
-    "mirrored, the pictures have hardly gained what they have as they are: the probe listens to these from now on,"
-    " which cannot feel over-training; a folder of others would (validate.folder)"
-)
 
 
 class StopReason(StrEnum):
@@ -188,19 +183,22 @@ def run_sample(parts: Parts, step: int) -> None:
 
 
 def _probe(parts: Parts, probe: Probe, state: TrainState) -> None:
-    loss = with_memory(f"at the probe of step {state.step}", probe.loss)
-    plain = with_memory(f"at the probe of step {state.step}", parts.plain_probe.loss) if parts.plain_probe else None
+    rule, plain_probe = parts.stop_rule, parts.plain_probe
+    was_unfair = rule.unfair
+
+    def measured() -> tuple[float, float | None]:
+        plain = plain_probe.loss() if plain_probe else None
+        return (plain if was_unfair and plain is not None else probe.loss()), plain
+
+    loss, plain = with_memory(f"at the probe of step {state.step}", measured)
     if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
         parts.notify(Notice(f"the probe at step {state.step} was not finite and is left out"))
         return
-    rule = parts.stop_rule
-    was_unfair = rule.unfair
     if rule.hear_probe(state.step, loss, plain):
         state.best_step, state.best_loss = state.step, rule.heard_loss
         state.best_adapter = parts.adapter.state()
     if rule.unfair and not was_unfair:
-        parts.notify(Notice(UNFAIR))
-    state.base_probe_loss = rule.base_loss
+        parts.notify(Notice(UNFAIR_SENTENCE))
     assert rule.base_loss is not None
     assert rule.best_step is not None
     assert rule.best_loss is not None
@@ -213,7 +211,7 @@ def before_first_step(parts: Parts, state: TrainState) -> None:
     """Tell the emotion what the base's loss is, measure the base, draw its samples."""
     if parts.ear.start is not None:
         parts.optimizer.begin(parts.ear.start)
-    if state.base_probe_loss is None:
+    if parts.stop_rule.base_loss is None:
         run_probe(parts, state)
         run_sample(parts, 0)
 

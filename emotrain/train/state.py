@@ -29,8 +29,6 @@ class TrainState:
     train_s: float = 0.0  # seconds of pure training
     best_step: int | None = None
     best_loss: float | None = None
-    base_probe_loss: float | None = None
-    expected_loss: list[float] = field(default_factory=list)  # of the base, by bins of the noise scale
     best_adapter: dict[str, Tensor] = field(default_factory=dict)
 
     def to_document(self) -> dict[str, Any]:

@@ -106,9 +106,14 @@ class Cell:
         rate = f"-{self.lr:g}" if self.lr else ""
         words = "".join(f"-{key}={value}" for key, value in self.words) + ("" if self.ear == "auto" else f"-{self.ear}")
         words += "-averaged" if self.ema else ""
-        return f"{self.task.name}-mb{self.micro_batch}-seed{self.seed}-{self.optimizer}{rate}{words}"
+        return f"{self.place}-{self.optimizer}{rate}{words}"
 
-    def preset(self, train: Path, probe: Path) -> Preset:
+    @property
+    def place(self) -> str:
+        """What is trained on, without how: such as tiny-sd-ink-32-mb4-seed0."""
+        return f"{self.task.name}-mb{self.micro_batch}-seed{self.seed}"
+
+    def preset(self, train: Path, probe: Path, every: int | str = EVERY) -> Preset:
         """The quickstart's choices, on this cell's pictures."""
         return Preset.model_validate(
             {
@@ -129,7 +134,7 @@ class Cell:
                     "loss": {"ear": self.ear},
                     "ema": self.ema,
                 },
-                "validate": {"folder": str(probe), "every": EVERY, "probe_images": 3},
+                "validate": {"folder": str(probe), "every": every, "probe_images": 3},
                 "stop": {"mode": "off"},
             }
         )

@@ -2,6 +2,7 @@
 
     python tests/bench/stop_regret.py [--work DIR] [--models tiny-sd tiny-flux] [--report docs/benchmarks]
     python tests/bench/stop_regret.py --pictures FOLDER --held-out FOLDER    another style, in place of the tasks
+    python tests/bench/styles.py DIR    makes some, in DIR/*/train and DIR/*/heldout
 
 Each cell is one long run (see longrun.py) whose oracle is its lowest true held-out loss. Regret is
 (loss of the LoRA that is handed over - oracle) / (base - oracle). Every rule is tried on the same recorded runs: they
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,15 +111,20 @@ def lowest(run: LongRun, probe: str) -> Ended:
     return Ended(None, int(min(losses, key=losses.__getitem__)))
 
 
-def cells_of(models: list[str]) -> list[Cell]:
-    """4 tasks, 2 seeds, micro-batches of 4 and 1; and the noisy set."""
+def cells_of(models: Sequence[str], micro_batches: Sequence[int], ears: Sequence[str]) -> list[Cell]:
+    """4 tasks, 2 seeds; and the noisy set."""
     found = []
     for model in models:
         tasks = [Task(model, "ink", 32), Task(model, "signs", 8)]
-        for micro_batch in (4, 1):
-            found += [Cell(task, micro_batch, seed) for seed in (0, 1) for task in tasks]
-            found += [Cell(Task(model, "ink", 32, wrong=3), micro_batch, 0)]
+        for micro_batch in micro_batches:
+            places = [(task, seed) for seed in (0, 1) for task in tasks] + [(Task(model, "ink", 32, wrong=3), 0)]
+            found += [Cell(task, micro_batch, seed, ear=ear) for task, seed in places for ear in ears]
     return found
+
+
+def title(cell: Cell) -> str:
+    """Of a row or a plot."""
+    return cell.place if cell.ear == "auto" else f"{cell.place}, ear {cell.ear}"
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,7 @@ class Judged:
 
 def listens_every(cell: Cell, held_out: int) -> int:
     """Steps between two probes where the preset says `auto`: probes may take a tenth of a small model's run."""
-    preset = cell.preset(Path("train"), Path("probe"))
-    listening = preset.validate_.model_copy(update={"every": "auto"})
-    return probe_every(preset.model_copy(update={"validate_": listening}), held_out)
+    return probe_every(cell.preset(Path("train"), Path("probe"), every="auto"), held_out)
 
 
 def judge(run: LongRun) -> list[Judged]:
@@ -186,9 +190,8 @@ def table(runs: list[LongRun], judged: list[Judged]) -> list[str]:
             one = next(j for j in judged if j.rule == rule and j.cell == run.cell.name)
             words.append(f"{one.stopped or 'ceiling'}, {one.chosen}, {one.regret:.1%}")
         wrong, drift = run.controls(oracle)
-        short = run.cell.name.removesuffix("-emosens-averaged")
         lines.append(
-            f"| {short} | {base:.4f} | {least:.4f} @ {oracle} | {run.record.steps} |"
+            f"| {title(run.cell)} | {base:.4f} | {least:.4f} @ {oracle} | {run.record.steps} |"
             f" {words[0]} | {words[1]} | {(base - wrong) / (base - least):.0%} | {drift:.3f} |"
         )
     return lines
@@ -206,7 +209,7 @@ def plot(runs: list[LongRun], judged: list[Judged]) -> str:
         one = next(j for j in judged if j.cell == run.cell.name)
         marks = [(float(one.chosen), "handed over")] + ([(float(one.stopped), "stop")] if one.stopped else [])
         curves = [("held-out loss", true), ("probe, held out", held), ("probe, mirrored", mirrored)]
-        panels.append(Panel(run.cell.name.removesuffix("-emosens-averaged"), curves, marks=marks))
+        panels.append(Panel(title(run.cell), curves, marks=marks))
     return svg(panels, title="When to stop", panel_height=110)
 
 
@@ -215,19 +218,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("bench-cells"))
     parser.add_argument("--models", nargs="+", default=["tiny-sd", "tiny-flux"])
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[4, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="with --pictures")
+    parser.add_argument("--ears", nargs="+", default=["auto"], help="auto corrected: both, side by side")
     parser.add_argument("--pictures", type=Path, help="another style to train on")
     parser.add_argument("--held-out", type=Path, help="at least 20 pictures of it to measure with")
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cells = cells_of(args.models)
+    cells = cells_of(args.models, args.micro_batches, args.ears)
     if args.pictures:
         count = len(list(args.pictures.glob("*.png")))
         tasks = [
             Task(model, args.pictures.resolve().name, count - 3, folders=(str(args.pictures), str(args.held_out)))
             for model in args.models
         ]
-        cells = [Cell(task, micro_batch, seed) for task in tasks for micro_batch in (4, 1) for seed in (0, 1)]
+        cells = [Cell(task, size, seed) for task in tasks for size in args.micro_batches for seed in args.seeds]
     runs, judged = [], []
     for cell in cells:
         run = LongRun(cell, args.work)
@@ -245,7 +251,7 @@ def main() -> None:
     print("\n".join(lines))
     if args.report:
         text = Path(__file__).read_text(encoding="utf-8").split('"""')[1].strip()
-        head = ["# When to stop", "", "`python tests/bench/stop_regret.py`", "", *text.splitlines()[5:], ""]
+        head = ["# When to stop", "", "`python tests/bench/stop_regret.py`", "", *text.splitlines()[6:], ""]
         (args.report / "stop_regret.md").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
         (args.report / "stop_regret.svg").write_text(plot(runs, judged), encoding="utf-8")
 

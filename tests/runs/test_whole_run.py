@@ -111,7 +111,6 @@ def draw_fresh(model: str, lora: Path | None, prompt: str):
 
 
 def test_the_same_seed_gives_the_same_bytes_whoever_watches(tmp_path):
-
     quiet = train("quickstart", tmp_path / "a", "sample.every=0")
     watched = train("quickstart", tmp_path / "b", observers=[JsonEvents(io.StringIO())])
     last = [r.folder.lora_last_path.read_bytes() for r in (quiet, watched)]
@@ -146,7 +145,6 @@ def test_a_stack_lies_under_the_new_lora_and_only_the_new_one_is_exported(tmp_pa
     stack = f"start_from.stack=[{{path: {first.folder.lora_path}, weight: 1.0}}]"
     second = train("quickstart", tmp_path, stack, "sample.every=0", "train.max_steps=1", "network.rank=2", name="two")
     assert second.folder.info()["base_loss"] == pytest.approx(first.folder.info()["best_loss"], rel=1e-3)
-
     ranks = {v.shape[0] for k, v in read_lora(second.folder.lora_path).state.items() if k.endswith("lora_A.weight")}
     assert ranks == {2}
 
@@ -176,13 +174,13 @@ def test_the_emotion_begins_at_the_base_s_mean_loss_unless_it_is_to_hear_as_publ
     assert rows["corrected"]["heard"] != rows["corrected"]["loss"]
 
 
-@pytest.mark.parametrize("finite", [31, 0])
+@pytest.mark.parametrize("finite", [3, 0])
 def test_a_loss_of_the_base_that_is_not_finite_is_not_heard(tmp_path, monkeypatch, finite):
     losses = build.sample_losses
 
     def some_broken(*words):
         each = losses(*words)
-        return torch.where(torch.arange(len(each)) < finite % 4, each, torch.nan)
+        return torch.where(torch.arange(len(each)) < finite, each, torch.nan)
 
     monkeypatch.setattr(build, "sample_losses", some_broken)
     info = train("quickstart", tmp_path, "sample.every=0").folder.info()
