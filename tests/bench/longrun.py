@@ -7,6 +7,7 @@ The true held-out loss of any kept step is measured when it is asked for. Cells 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -48,6 +49,14 @@ class Task:
     pictures: int
     wrong: int = 0
     folders: tuple[str, str] | None = None
+
+    @classmethod
+    def of_folders(cls, model: str, pictures: Path, held_out: Path) -> Task:
+        """A style from outside: all its pictures but 3; named by the folder's last two names and what lies in it."""
+        files = sorted(pictures.glob("*.png"))
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:6]
+        name = "-".join([*pictures.resolve().parts[-2:], digest])
+        return cls(model, name, len(files) - 3, folders=(str(pictures), str(held_out)))
 
     @property
     def name(self) -> str:

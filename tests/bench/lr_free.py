@@ -183,9 +183,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     """The usual four, or one of a style from outside for each model."""
     if not args.pictures:
         return [Task(model, style, n) for model in args.models for style, n in (("ink", 32), ("signs", 8))]
-    count, name = len(list(args.pictures.glob("*.png"))), args.pictures.resolve().name
-    folders = (str(args.pictures), str(args.held_out))
-    return [Task(model, name, count - 3, folders=folders) for model in args.models]
+    return [Task.of_folders(model, args.pictures, args.held_out) for model in args.models]
 
 
 def main() -> None:

@@ -228,11 +228,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cells = cells_of(args.models, args.micro_batches, args.ears)
     if args.pictures:
-        count = len(list(args.pictures.glob("*.png")))
-        tasks = [
-            Task(model, args.pictures.resolve().name, count - 3, folders=(str(args.pictures), str(args.held_out)))
-            for model in args.models
-        ]
+        tasks = [Task.of_folders(model, args.pictures, args.held_out) for model in args.models]
         cells = [Cell(task, size, seed) for task in tasks for size in args.micro_batches for seed in args.seeds]
     runs, judged = [], []
     for cell in cells:

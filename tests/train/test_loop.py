@@ -17,7 +17,7 @@ from fake_run import FakeData, Recorder, limits, make_parts
 from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
-from emotrain.pulse.stopping import StopRule
+from emotrain.pulse.stopping import UNFAIR_SENTENCE, StopRule
 from emotrain.train.events import Notice, ProbeEnd, StepEnd
 from emotrain.train.loop import StopReason, accumulate, fit
 from emotrain.train.losses import noise_like, uniforms
@@ -139,6 +139,20 @@ def test_the_best_adapter_is_kept_and_is_not_the_last_one():
     assert state.best_step == 2
     assert state.best_loss == 0.5
     assert not torch.equal(state.best_adapter["layer.weight"], parts.adapter.state()["layer.weight"])
+
+
+def test_once_mirroring_is_unfair_only_the_pictures_as_they_are_are_measured_and_the_run_says_so_once():
+    def probe(losses: list[float]) -> object:
+        left = iter(losses)
+        return type("P", (), {"loss": lambda s: next(left), "drift": lambda s: 0.0})()
+
+    recorder, state = Recorder(), TrainState()
+    mirrored, plain = probe([1.0, 0.9, 0.95]), probe([1.0, 0.5, 0.4, 0.3])  # the fourth mirrored one would not be there
+    parts = make_parts(recorder, stop_rule=StopRule(held_out=False), plain_probe=plain)
+    fit(replace(parts, probe=mirrored), limits(), state)
+    assert [event.loss for event in recorder.of(ProbeEnd)] == [1.0, 0.9, 0.4, 0.3]
+    assert (state.best_step, state.best_loss) == (6, 0.3)
+    assert [notice.message for notice in recorder.of(Notice)] == [UNFAIR_SENTENCE]
 
 
 @pytest.mark.parametrize("kind", ["schedulefree", "averaged"])
