@@ -58,6 +58,9 @@ class Family(Protocol):
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
         """Texts -> embeddings float32 on the CPU, a row per text, all of the same token count."""
 
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """How many tokens the denoiser makes of latents of that height and width: what shifts the timesteps."""
+
     def no_negative(self, empty: TextEmbeds) -> TextEmbeds:
         """What the stock pipeline takes where no negative prompt is given; `empty` is the empty text, encoded."""
 

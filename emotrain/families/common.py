@@ -163,6 +163,12 @@ class LoadedFamily(ABC):
 
     # ------------------------------------------------------------ the denoiser
 
+    patch_size = 1  # latents per token and side, as the stock pipeline counts them for the scheduler
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """How many tokens the denoiser makes of latents of that height and width: what shifts the timesteps."""
+        return (height // self.patch_size) * (width // self.patch_size)
+
     @abstractmethod
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, float32 [B, C, H, W]; see `Family.predict`."""

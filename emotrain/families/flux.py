@@ -41,6 +41,8 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
 class Flux(LoadedFamily):
     """FLUX.1-dev (guidance embedding), FLUX.1-schnell, and small ones of the same build."""
 
+    patch_size = 2  # `pack` makes a token of 2x2 latents
+
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S, D] of the T5, pooled_prompt_embeds [B, D] of CLIP."""
         clip = self.part("text_encoder")

@@ -17,6 +17,8 @@ T5_TOKENS = 256  # what the stock pipeline pads to
 class StableDiffusion3(LoadedFamily):
     """SD3 medium, SD3.5 medium and large. The T5 may be absent; its tokens are then zeros."""
 
+    patch_size = 2  # of every published SD3: latents per token and side
+
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S + S', D]: CLIP tokens padded to the T5's width, then the T5's.
 

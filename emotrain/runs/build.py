@@ -34,7 +34,7 @@ from emotrain.runs.data import scan_preset
 from emotrain.runs.draw import Sampler
 from emotrain.train.ear import Ear, expected_by_bins
 from emotrain.train.events import Event, Notice, Phase
-from emotrain.train.losses import noise_like, sample_losses, uniforms
+from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.probe import Probe
 
 Notify = Callable[[Event], None]
@@ -278,8 +278,8 @@ def build_ear(preset: Preset, model: Model, data: CachedDataset, notify: Notify)
     while len(pairs) < wanted:
         notify(Phase(doing, len(pairs), wanted))
         batch = data.batch(micro_step)
-        tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
-        timesteps = model.objective.timesteps(uniforms(seed, len(pairs), len(batch.ids)), tokens)
+        u = uniforms(seed, len(pairs), len(batch.ids))
+        timesteps = timesteps_at(model.family, model.objective, u, batch.latents)
         noise = noise_like(batch.latents, seed, micro_step)
         each = sample_losses(model.family, model.objective, batch, noise, timesteps)
         weighted = each * batch.weights.to(each.device)

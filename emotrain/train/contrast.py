@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emotrain.dataset.contrasts import PictureContrast
 from emotrain.dataset.loader import Batch
-from emotrain.train.losses import sample_losses
+from emotrain.train.losses import sample_losses, timesteps_at
 from emotrain.train.probe import part
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _losses(
 ) -> list[tuple[float, ...]]:
     """Loss per caption and draw, the draws the same for all captions."""
     u = torch.tensor([LOW + (HIGH - LOW) * (j + 0.5) / draws for j in range(draws)])
-    timesteps = objective.timesteps(u, single.latents.shape[-1] * single.latents.shape[-2])
+    timesteps = timesteps_at(family, objective, u, single.latents)
     generator = torch.Generator().manual_seed(rng.randrange(2**62))
     noise = torch.randn((draws, *single.latents.shape[1:]), generator=generator)
     jobs = [(caption, j) for caption in captions for j in range(draws)]

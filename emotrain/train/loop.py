@@ -20,7 +20,7 @@ from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.train.ear import Ear
 from emotrain.train.events import Event, Notice, ProbeEnd, StepEnd
 from emotrain.train.guard import LIMIT, describe
-from emotrain.train.losses import noise_like, sample_losses, uniforms
+from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.memory import OutOfMemory, with_memory
 from emotrain.train.probe import Probe
 from emotrain.train.state import TrainState
@@ -121,8 +121,8 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
     losses, positions = [], []
     seen = state.samples_seen
     for i, batch in enumerate(batches):
-        tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
-        timesteps = parts.objective.timesteps(uniforms(limits.seed, seen, len(batch.ids)), tokens)
+        u = uniforms(limits.seed, seen, len(batch.ids))
+        timesteps = timesteps_at(parts.family, parts.objective, u, batch.latents)
         noise = noise_like(batch.latents, limits.seed, first + i)
         each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
         weighted = each * batch.weights.to(each.device)

@@ -40,6 +40,14 @@ def uniforms(seed: int, first: int, count: int) -> Tensor:
     return u.clamp(max=1 - 1e-7).float()
 
 
+def timesteps_at(family: Family, objective: Objective, u: Tensor, latents: Tensor) -> Tensor:
+    """Timesteps [B] at the places `u` [B] of their density, for pictures whose latents have the size of `latents`.
+
+    The one way to timesteps: some flow models shift them by the number of image tokens, which the family counts.
+    """
+    return objective.timesteps(u, family.num_image_tokens(*latents.shape[-2:]))
+
+
 def autocast(family: Family) -> AbstractContextManager[Any]:
     """Mixed precision where the base is not float32; the LoRA stays float32."""
     if family.dtype == torch.float32:

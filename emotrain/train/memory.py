@@ -11,7 +11,7 @@ import torch
 from emotrain.dataset.loader import Batch
 from emotrain.errors import ResourceError
 from emotrain.train import rng
-from emotrain.train.losses import noise_like, sample_losses, uniforms
+from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -97,8 +97,7 @@ def rehearse(
         OutOfMemory: the run would end like this at that batch.
     """
     states, document = rng.capture()
-    tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
-    timesteps = objective.timesteps(uniforms(0, 0, len(batch.ids)), tokens)
+    timesteps = timesteps_at(family, objective, uniforms(0, 0, len(batch.ids)), batch.latents)
     noise = noise_like(batch.latents, 0, 0)
 
     def try_it() -> None:

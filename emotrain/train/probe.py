@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
-from emotrain.train.losses import GOLDEN, autocast, sample_losses, sizes_of, text_of
+from emotrain.train.losses import GOLDEN, autocast, sample_losses, sizes_of, text_of, timesteps_at
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -93,12 +93,11 @@ class Probe:
                 ]
             )
             picture += len(batch.ids)
-            tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
             self.parts.append(
                 (
                     wide,
                     torch.randn(wide.latents.shape, generator=generator),
-                    objective.timesteps(u, tokens),
+                    timesteps_at(family, objective, u, batch.latents),
                 )
             )
 

@@ -21,7 +21,7 @@ from emotrain.families.base import DrawRequest
 from emotrain.families.sampling import draw_sample
 from emotrain.lora.adapter import adapter_like
 from emotrain.lora.file import read_lora
-from emotrain.train.losses import GOLDEN, sample_losses, sizes_of
+from emotrain.train.losses import GOLDEN, sample_losses, sizes_of, timesteps_at
 
 TRIGGER = "inkmoji"
 DRAWS = 8
@@ -78,7 +78,8 @@ class Bench:
         if self.plain is None:
             self.plain = self.family.encode_texts([text.removeprefix(f"{TRIGGER}, ") for text in self.captions])
         n = len(self.batch.ids)
-        timesteps = self.objective.timesteps(torch.tensor([(i + 0.5) / n for i in range(n)]), 256)
+        u = torch.tensor([(i + 0.5) / n for i in range(n)])
+        timesteps = timesteps_at(self.family, self.objective, u, self.batch.latents)
         noise = torch.randn(self.batch.latents.shape, generator=torch.Generator().manual_seed(98))
         noisy = self.objective.add_noise(self.batch.latents, noise, timesteps)
         sizes = sizes_of(self.batch)
@@ -94,13 +95,13 @@ class Bench:
         order = [(i + shift) % n for i in range(n)]
         text = {key: value[order] for key, value in self.batch.text.items()}
         batch = replace(self.batch, text=text)
-        tokens = batch.latents.shape[-1] * batch.latents.shape[-2]
         total = torch.zeros(n, dtype=torch.float64)
         generator = torch.Generator().manual_seed(99)
         for draw in range(draws):
             u = torch.tensor([(draw + ((i + 0.5) * GOLDEN) % 1.0) / draws for i in range(n)])
             noise = torch.randn(batch.latents.shape, generator=generator)
-            total += sample_losses(self.family, self.objective, batch, noise, self.objective.timesteps(u, tokens))
+            timesteps = timesteps_at(self.family, self.objective, u, batch.latents)
+            total += sample_losses(self.family, self.objective, batch, noise, timesteps)
         return (total / draws).numpy()
 
     def measure(self) -> Measured:

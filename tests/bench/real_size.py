@@ -30,6 +30,7 @@ from emotrain.families.table import ASSETS
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.file import save_lora, self_check
 from emotrain.optim.registry import build_optimizer
+from emotrain.train.losses import timesteps_at
 
 SCHEDULERS = {"sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3"}
 
@@ -111,7 +112,7 @@ def main() -> None:
     for step in range(args.steps):
         started = time.monotonic()
         u = torch.tensor([(step + 0.5) / args.steps])
-        timesteps = objective.timesteps(u, latents.shape[-1] * latents.shape[-2] // 4).to(device)
+        timesteps = timesteps_at(family, objective, u, latents).to(device)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
         noisy = objective.add_noise(latents, noise, timesteps)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -44,6 +44,9 @@ class FakeFamily:
         self.poison: set[int] = set()  # calls whose prediction is NaN
         self.calls = 0
 
+    def num_image_tokens(self, height: int, width: int) -> int:
+        return height * width
+
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], conditioning: Any) -> Tensor:
         self.calls += 1
         out = self.base(noisy)

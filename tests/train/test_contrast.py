@@ -28,6 +28,9 @@ class Knowing:
     def __init__(self, objective: Any) -> None:
         self.objective, self.samples, self.largest = objective, 0, 0
 
+    def num_image_tokens(self, height: int, width: int) -> int:
+        return height * width
+
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], conditioning: Any) -> Tensor:
         self.samples += len(noisy)
         self.largest = max(self.largest, len(noisy))
