@@ -48,7 +48,7 @@ def _optimizer(root: Node) -> list[Problem]:
         problems.append(
             Problem(
                 f"{mode.where}: stop.mode is `signal`, which `{name.value}` does not give",
-                "`trusted` watches the probe, `off` goes to train.max_steps",
+                "`trusted` watches the validation, `off` goes to train.max_steps",
             )
         )
     return problems

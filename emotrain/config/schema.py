@@ -163,9 +163,9 @@ class LossSection(Section):
     shift: Auto | PositiveFloat = Field(
         "auto", description="flow models: shift of the timesteps; auto: by the resolution"
     )
-    ear: Literal["auto", "raw", "corrected"] = Field(
+    baseline: Literal["auto", "raw", "corrected"] = Field(
         "auto",
-        description="what the emotion hears: the loss, begun at the base's mean (auto) or at the first one, as"
+        description="the loss the optimizer uses: the loss, begun at the base's mean (auto) or at the first one, as"
         " published (raw), or the loss divided by the base's at its timestep (corrected)",
     )
 
@@ -196,19 +196,19 @@ class StopSection(Section):
 
     mode: Literal["off", "signal", "trusted"] = Field(
         "trusted",
-        description="off: max_steps; signal: the published signals; trusted: signals and probe",
+        description="off: max_steps; signal: the published signals; trusted: signals and validation",
     )
     min_steps: Auto | PositiveInt = Field("auto", description="never before this step")
 
 
 class ValidateSection(Section):
-    """The probe: pictures at fixed noise and timesteps."""
+    """The validation: pictures at fixed noise and timesteps."""
 
     every: Auto | PositiveInt = Field(
         "auto",
-        description="steps between two probes; auto: so that they take 5 % of the run, 10 % of a built-in model's",
+        description="steps between two validations; auto: so that they take 5 % of the run, 10 % of a built-in model's",
     )
-    probe_images: PositiveInt = Field(4, description="pictures in the probe")
+    probe_images: PositiveInt = Field(4, description="pictures in the validation")
     folder: Str | None = Field(None, description="a held-out folder of your own")
     fraction: Auto | Part = Field(
         "auto",

@@ -36,7 +36,9 @@ BINS = 24
 MIN_VISITS = 3  # in each half of the run
 NO_CAPTION = "no caption"
 WRONG = -0.5  # contrast from where an own caption is taken for a wrong one: two thirds of the wrong ones are above ...
-APART = 1.25  # ... if it is as many robust standard deviations above the others, whose captions may all be badly heard
+APART = (
+    1.25  # ... if it is as many robust standard deviations above the others, whose captions may all be badly learned
+)
 HEARS = -2.2  # median contrast up to which the model makes enough of captions to tell
 Z_OUTLIER = 3.5  # of medians and median deviations: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
 _ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
@@ -219,14 +221,14 @@ def _score(
     z_contrast: float | None,
     suspects: frozenset[str] | None,
 ) -> PictureScore:
-    heard = None if suspects is None else z_contrast
-    if numbers is None and heard is None:
+    contrast = None if suspects is None else z_contrast
+    if numbers is None and contrast is None:
         return PictureScore(name, "unseen", 0.0, visits, 0.0, 0.0, 0.0, 0.0, 0.0, z_contrast)
     early, late, z_early, z_late, z_fall = numbers or (0.0,) * 5
     from_start = min(z_early, z_late, z_late + z_fall)
     verdict: Verdict = "usual"
-    score = heard if heard is not None else max(from_start, z_late, -z_fall if z_late < 0 else 0.0)
-    if name in suspects if suspects is not None and heard is not None else from_start >= Z_OUTLIER:
+    score = contrast if contrast is not None else max(from_start, z_late, -z_fall if z_late < 0 else 0.0)
+    if name in suspects if suspects is not None and contrast is not None else from_start >= Z_OUTLIER:
         verdict = "suspicious"
     elif z_late >= Z_OUTLIER:
         verdict, score = "hard", z_late

@@ -18,7 +18,7 @@ def split_held_out(
     fraction: float | None = None,
     seed: int,
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """(train, held out): `count` pictures, or a `fraction` of them, set aside for the probe.
+    """(train, held out): `count` pictures, or a `fraction` of them, set aside for the validation.
 
     Spread over shapes: pictures are ordered by aspect and every n-th is taken, at random within its
     stretch. Pictures of one content (same sha256) go together, and regularisation pictures are

@@ -15,17 +15,17 @@ from emotrain.train.events import (
     Event,
     Notice,
     Phase,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     Saved,
     StepEnd,
+    ValidationEnd,
 )
 
 MAX_NOTICES = 8
 MAX_PHASES = 12
-MAX_PROBES = 200
+MAX_VALIDATIONS = 200
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Board:
     clock: Callable[[], float]
     start: RunStart | None = None
     last: StepEnd | None = None
-    probe: ProbeEnd | None = None
+    validation: ValidationEnd | None = None
     samples: SamplesDrawn | None = None
     saved: Saved | None = None
     end: RunEnd | None = None
@@ -60,7 +60,7 @@ class Board:
         default_factory=lambda: deque(maxlen=MAX_NOTICES)
     )
     num_warnings: int = 0
-    probes: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MAX_PROBES))
+    validations: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MAX_VALIDATIONS))
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -69,8 +69,8 @@ class Board:
     def _reset(self, max_steps: int) -> None:
         self.pace = Pace(max_steps)
         self.smooth = Smoother()
-        self.hears_other = False
-        self.loss, self.smoothed, self.heard = Trace(), Trace(), Trace()
+        self.observes_other = False
+        self.loss, self.smoothed, self.observed_loss = Trace(), Trace(), Trace()
         self.scalar, self.trust, self.pulse = Trace(), Trace(), Trace()
 
     @property
@@ -102,10 +102,10 @@ class Board:
         match event:
             case StepEnd():
                 self._on_step(event)
-            case ProbeEnd():
-                self.probe = event
+            case ValidationEnd():
+                self.validation = event
                 if math.isfinite(event.loss):
-                    self.probes.append((event.step, event.loss))
+                    self.validations.append((event.step, event.loss))
             case SamplesDrawn():
                 self.samples = event
             case Saved():
@@ -127,10 +127,10 @@ class Board:
         self._end_phase()
         self.last = event
         self.pace.note(event, self.clock())
-        self.hears_other = self.hears_other or event.heard != event.loss
+        self.observes_other = self.observes_other or event.observed_loss != event.loss
         self.loss.add(event.loss)
         self.smoothed.add(self.smooth.add(event.loss))
-        self.heard.add(event.heard)
+        self.observed_loss.add(event.observed_loss)
         self.scalar.add(event.reading.scalar)
         self.trust.add(event.reading.trust)
         self.pulse.add(event.reading.pulse)
@@ -150,13 +150,13 @@ class Board:
         if self.phases and self.phases[-1].ended is None:
             self.phases[-1].ended = self.clock()
 
-    def probe_marks(self) -> list[tuple[float, float]]:
-        """Probe losses with their place in [0, 1] between the first and the last step drawn."""
+    def validation_marks(self) -> list[tuple[float, float]]:
+        """Validation losses with their place in [0, 1] between the first and the last step drawn."""
         if self.last is None or self.start is None:
             return []
         first = self.last.step - self.loss.num_values + 1
         length = max(1, self.last.step - first)
-        return [((s - first) / length, loss) for s, loss in self.probes if s >= first]
+        return [((s - first) / length, loss) for s, loss in self.validations if s >= first]
 
     def run_dir(self) -> Path | None:
         """Where the run lives."""

@@ -14,12 +14,12 @@ from emotrain.train.events import (
     Event,
     Notice,
     Phase,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     Saved,
     StepEnd,
+    ValidationEnd,
 )
 
 PHASE_PAUSE_S = 10.0
@@ -96,8 +96,8 @@ class ConsoleLines:
             speed(self._pace.step_s),
             f"ETA {self._pace.eta()}",
         ]
-        if event.heard != event.loss:
-            parts.insert(4, f"heard {number(event.heard)}")
+        if event.observed_loss != event.loss:
+            parts.insert(4, f"observed {number(event.observed_loss)}")
         if event.skipped:
             parts.append(f"skipped {event.skipped}")
         self._line("  ".join(parts))
@@ -106,10 +106,10 @@ class ConsoleLines:
         match event:
             case RunStart():
                 self._start(event)
-            case ProbeEnd():
+            case ValidationEnd():
                 drift = "" if event.drift is None else f", drift {number(event.drift)}"
                 self._line(
-                    f"probe at step {event.step}: loss {number(event.loss)}, "
+                    f"validation at step {event.step}: loss {number(event.loss)}, "
                     f"scalar {number(event.scalar, signed=True)}, "
                     f"base {number(event.base_loss)}{drift}, "
                     f"best {number(event.best_loss)} at step {event.best_step}"

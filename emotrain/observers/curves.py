@@ -30,33 +30,33 @@ def loss_legend(board: Board, width: int) -> Line:
         [("loss ", "label"), (number(last.loss), "raw")],
         [("smoothed ", "label"), (number(board.smooth.value), "loss")],
     ]
-    if board.hears_other:
-        items.append([("heard ", "label"), (number(last.heard), "heard")])
-    if board.probe is not None:
-        items.append([("probe ", "label"), (number(board.probe.loss), "probe")])
+    if board.observes_other:
+        items.append([("observed ", "label"), (number(last.observed_loss), "observed_loss")])
+    if board.validation is not None:
+        items.append([("validation ", "label"), (number(board.validation.loss), "validation")])
     return join(items, width)
 
 
 def loss_chart(board: Board, width: int, rows: int, look: Look) -> list[Line]:
-    """Raw loss, what the emotion hears, smoothed loss, and the probe as marks."""
+    """Raw loss, the loss the optimizer uses, smoothed loss, and the validation as marks."""
     if rows < 1 or board.last is None:
         return []
     span = width - AXIS
-    marks = [Mark(x, value, "probe") for x, value in board.probe_marks()]
+    marks = [Mark(x, value, "validation") for x, value in board.validation_marks()]
     scale = scale_for(_loss_bounds(board, [mark.value for mark in marks]))
     curves = [curve_of(board.loss, span, "raw", dots=True, ascii_only=look.ascii)]
-    if board.hears_other:
-        curves.append(curve_of(board.heard, span, "heard", dots=True, ascii_only=look.ascii))
+    if board.observes_other:
+        curves.append(curve_of(board.observed_loss, span, "observed_loss", dots=True, ascii_only=look.ascii))
     curves.append(curve_of(board.smoothed, span, "loss", ascii_only=look.ascii))
     drawn = chart(curves, scale, span, rows, marks=marks, ascii_only=look.ascii)
     return _with_axis(drawn, scale, AXIS)
 
 
-def _loss_bounds(board: Board, probes: list[float]) -> tuple[float, float] | None:
+def _loss_bounds(board: Board, validations: list[float]) -> tuple[float, float] | None:
     """Room for nearly all raw values and all smoothed ones; single spikes are cut off."""
     found = [bounds for bounds in (board.loss.robust_bounds(), board.smoothed.bounds()) if bounds is not None]
-    if probes:
-        found.append((min(probes), max(probes)))
+    if validations:
+        found.append((min(validations), max(validations)))
     if not found:
         return None
     return min(low for low, _ in found), max(high for _, high in found)
@@ -80,9 +80,9 @@ def _strip_source(name: str, board: Board) -> tuple[Trace, Scale, str, str]:
     if name == "loss":
         scale = scale_for(_loss_bounds(board, []))
         return board.smoothed, scale, "loss", number(board.last.loss if board.last else None)
-    if name == "heard":
-        value = number(board.last.heard if board.last else None)
-        return board.heard, scale_for(board.heard.robust_bounds()), "heard", value
+    if name == "observed_loss":
+        value = number(board.last.observed_loss if board.last else None)
+        return board.observed_loss, scale_for(board.observed_loss.robust_bounds()), "observed_loss", value
     if name == "scalar":
         scale = scale_for(board.scalar.bounds(), symmetric=True)
         return board.scalar, scale, "scalar", number(board.scalar.last, signed=True)

@@ -1,4 +1,4 @@
-"""Events as plain JSON rows: one schema for metrics.jsonl, probe.jsonl and `--json`."""
+"""Events as plain JSON rows: one schema for metrics.jsonl, validation.jsonl and `--json`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from emotrain.train.events import (
     Event,
     Notice,
     Phase,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     Saved,
     StepEnd,
+    ValidationEnd,
 )
 
 SCHEMA_VERSION = 1
@@ -35,7 +35,7 @@ def step_row(event: StepEnd) -> dict[str, Any]:
         "step": event.step,
         "epoch": finite(event.epoch),
         "loss": finite(event.loss),
-        "heard": finite(event.heard),
+        "observed_loss": finite(event.observed_loss),
         "scalar": finite(reading.scalar),
         "trust": finite(reading.trust),
         "pulse": finite(reading.pulse),
@@ -56,8 +56,8 @@ def step_row(event: StepEnd) -> dict[str, Any]:
     }
 
 
-def probe_row(event: ProbeEnd) -> dict[str, Any]:
-    """The line of probe.jsonl that belongs to one probe."""
+def validation_row(event: ValidationEnd) -> dict[str, Any]:
+    """The line of validation.jsonl that belongs to one validation."""
     return {
         "step": event.step,
         "loss": finite(event.loss),
@@ -74,8 +74,8 @@ def event_row(event: Event) -> dict[str, Any]:
     match event:
         case StepEnd():
             return {"event": "step", **step_row(event)}
-        case ProbeEnd():
-            return {"event": "probe", **probe_row(event)}
+        case ValidationEnd():
+            return {"event": "validation", **validation_row(event)}
         case RunStart():
             return _start_row(event)
         case SamplesDrawn():

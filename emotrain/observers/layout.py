@@ -71,7 +71,7 @@ def _compact(board: Board, width: int, height: int, look: Look) -> list[Line]:
         (5, lambda: parts.stop(board, width, look)),
         (6, lambda: parts.timing(board, width, look)),
         (7, lambda: parts.last_notice(board, width)),
-        (10, lambda: parts.probe(board, width)),
+        (10, lambda: parts.validation(board, width)),
         (11, lambda: parts.samples(board, width)),
         (12, lambda: parts.saved(board, width)),
     ]
@@ -90,7 +90,7 @@ def _standard(board: Board, width: int, height: int, look: Look) -> list[Line]:
     ]
     foot = _present(
         parts.stop(board, width, look),
-        parts.probe(board, width),
+        parts.validation(board, width),
         parts.samples(board, width),
         parts.saved(board, width),
         parts.last_notice(board, width),
@@ -123,7 +123,7 @@ def _wide(board: Board, width: int, height: int, look: Look) -> list[Line]:
     foot = beside(
         _present(
             parts.stop(board, half, look),
-            parts.probe(board, half),
+            parts.validation(board, half),
             parts.samples(board, half),
             parts.saved(board, half),
             parts.folder(board, half),
@@ -132,7 +132,7 @@ def _wide(board: Board, width: int, height: int, look: Look) -> list[Line]:
         half,
         width,
     )
-    names = ["scalar", "trust", "emoPulse", *(["heard"] if board.hears_other else [])]
+    names = ["scalar", "trust", "emoPulse", *(["observed_loss"] if board.observes_other else [])]
     room = min(height - len(head) - len(foot) - 1, MAX_LOSS_ROWS + 6)
     loss = [
         curves.loss_legend(board, left_width),

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step; probe.jsonl: a line a probe. Both go on exactly at a resume."""
+"""metrics.jsonl: a line a step; validation.jsonl: a line a validation. Both go on exactly at a resume."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO
 
 from emotrain.errors import ResourceError
-from emotrain.observers.fields import probe_row, step_row, to_line
+from emotrain.observers.fields import step_row, to_line, validation_row
 from emotrain.train.durable import fsync_folder
-from emotrain.train.events import Event, ProbeEnd, RunStart, StepEnd
+from emotrain.train.events import Event, RunStart, StepEnd, ValidationEnd
 
 METRICS_FILE = "metrics.jsonl"
-PROBE_FILE = "probe.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 MAX_WAITING = 200  # lines that may wait for a full disk to get room before the run is ended
 
 
@@ -30,14 +30,14 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._logs = {name: _Log(run_dir / name) for name in (METRICS_FILE, PROBE_FILE)}
+        self._logs = {name: _Log(run_dir / name) for name in (METRICS_FILE, VALIDATION_FILE)}
 
     def handle(self, event: Event) -> None:
-        """Cut at the start, then write steps and probes."""
+        """Cut at the start, then write steps and validations."""
         if isinstance(event, StepEnd):
             self._logs[METRICS_FILE].append(to_line(step_row(event)))
-        elif isinstance(event, ProbeEnd):
-            self._logs[PROBE_FILE].append(to_line(probe_row(event)))
+        elif isinstance(event, ValidationEnd):
+            self._logs[VALIDATION_FILE].append(to_line(validation_row(event)))
         elif isinstance(event, RunStart):
             self.close()
             self._run_dir.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ RECENT_STEPS = 50
 class Pace:
     """Median of the recent pure step times; a range for the time that is left.
 
-    Probes, samples and saves between two steps do not touch the speed. They lengthen the late end
+    Validations, samples and saves between two steps do not touch the speed. They lengthen the late end
     of the range, in the proportion in which they have lengthened this run so far.
     """
 

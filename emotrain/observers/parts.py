@@ -85,13 +85,13 @@ def stop(board: Board, width: int, look: Look) -> Line:
     return join(items, width)
 
 
-def probe(board: Board, width: int) -> Line:
-    """The last probe and the best one."""
-    event = board.probe
+def validation(board: Board, width: int) -> Line:
+    """The last validation and the best one."""
+    event = board.validation
     if event is None:
         return []
     items: list[Line] = [
-        [("probe".ljust(DETAIL), "label"), (number(event.loss), "probe")],
+        [("validation".ljust(DETAIL), "label"), (number(event.loss), "validation")],
         [
             ("best ", "label"),
             (number(event.best_loss), "value"),

@@ -1,4 +1,4 @@
-"""A recorded run as events again: from metrics.jsonl, and probe.jsonl and run.json beside it."""
+"""A recorded run as events again: from metrics.jsonl, and validation.jsonl and run.json beside it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from emotrain.observers.metrics_log import PROBE_FILE
+from emotrain.observers.metrics_log import VALIDATION_FILE
 from emotrain.pulse.reading import Reading
-from emotrain.train.events import Event, ProbeEnd, RunStart, SamplesDrawn, Saved, StepEnd
+from emotrain.train.events import Event, RunStart, SamplesDrawn, Saved, StepEnd, ValidationEnd
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -30,19 +30,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def play_back(metrics: Path, *, start: RunStart | None = None) -> Iterator[Event]:
-    """`RunStart`, then every step with its probes, in the order of the run.
+    """`RunStart`, then every step with its validations, in the order of the run.
 
     Args:
         metrics: path of a metrics.jsonl.
         start: the head of the run (default: what can be told from the files).
     """
     steps = read_rows(metrics)
-    probes = {row["step"]: row for row in read_rows(metrics.with_name(PROBE_FILE))}
+    validations = {row["step"]: row for row in read_rows(metrics.with_name(VALIDATION_FILE))}
     yield start if start is not None else _start(metrics, steps)
     for row in steps:
         yield step_event(row)
-        if row["step"] in probes:
-            yield probe_event(probes[row["step"]])
+        if row["step"] in validations:
+            yield validation_event(validations[row["step"]])
 
 
 def read_extras(metrics: Path, shown: Path | None = None, last_step: int | None = None) -> list[SamplesDrawn | Saved]:
@@ -99,7 +99,7 @@ def step_event(row: Mapping[str, Any]) -> StepEnd:
         step=int(row["step"]),
         epoch=_float(row, "epoch"),
         loss=_float(row, "loss"),
-        heard=_float(row, "heard") if "heard" in row else _float(row, "loss"),
+        observed_loss=_float(row, "observed_loss") if "observed_loss" in row else _float(row, "loss"),
         reading=reading,
         ready=bool(row.get("ready", False)),
         grad_norm=_float(row, "grad_norm"),
@@ -112,10 +112,10 @@ def step_event(row: Mapping[str, Any]) -> StepEnd:
     )
 
 
-def probe_event(row: Mapping[str, Any]) -> ProbeEnd:
-    """The probe of a line of probe.jsonl."""
+def validation_event(row: Mapping[str, Any]) -> ValidationEnd:
+    """The validation of a line of validation.jsonl."""
     drift = row.get("drift")
-    return ProbeEnd(
+    return ValidationEnd(
         step=int(row["step"]),
         loss=_float(row, "loss"),
         scalar=_float(row, "scalar"),

@@ -45,7 +45,7 @@ def _rows(board: Board, end: RunEnd) -> list[tuple[str, str, str]]:
     if end.lora is not None:
         rows.append(("LoRA", short_path(end.lora), "good"))
     if end.best_step is not None:
-        base = board.probe.base_loss if board.probe is not None else None
+        base = board.validation.base_loss if board.validation is not None else None
         before = "" if base is None else f" (without the LoRA {number(base)})"
         rows.append(("best", f"step {end.best_step}, loss {number(end.best_loss)}{before}", ""))
     took = f"{end.step} steps in {duration(end.seconds)}"

@@ -14,11 +14,11 @@ from emotrain.observers.text import clean
 from emotrain.train.events import (
     Event,
     Notice,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     StepEnd,
+    ValidationEnd,
 )
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ FLUSH_S = 20
 class TensorBoard:
     """Scalars, sample sheets and the run's facts.
 
-    Tags: `loss`, `loss/heard`, `emo/scalar`, `emo/trust`, `emo/pulse`, `emo/stop_meter`,
-    `grad_norm`, `guard/skipped`, `step_s`, `probe/loss`, `probe/scalar`, `probe/best_loss`,
-    `probe/drift`, `samples`, `run`. A resumed run writes a second file whose first event tells
+    Tags: `loss`, `loss/observed`, `emo/scalar`, `emo/trust`, `emo/pulse`, `emo/stop_meter`,
+    `grad_norm`, `guard/skipped`, `step_s`, `validation/loss`, `validation/scalar`, `validation/best_loss`,
+    `validation/drift`, `samples`, `run`. A resumed run writes a second file whose first event tells
     TensorBoard to drop the steps after `start_step` (what `purge_step` of other writers does).
 
     Args:
@@ -55,12 +55,12 @@ class TensorBoard:
             ) from error
 
     def handle(self, event: Event) -> None:
-        """Write steps, probes, sheets and facts."""
+        """Write steps, validations, sheets and facts."""
         match event:
             case StepEnd():
                 self._scalars(event.step, _step_scalars(event))
-            case ProbeEnd():
-                self._scalars(event.step, _probe_scalars(event))
+            case ValidationEnd():
+                self._scalars(event.step, _validation_scalars(event))
             case RunStart():
                 self._open(event)
             case SamplesDrawn():
@@ -157,7 +157,7 @@ def _step_scalars(event: StepEnd) -> dict[str, float]:
     reading = event.reading
     return {
         "loss": event.loss,
-        "loss/heard": event.heard,
+        "loss/observed": event.observed_loss,
         "emo/scalar": reading.scalar,
         "emo/trust": reading.trust,
         "emo/pulse": reading.pulse,
@@ -168,12 +168,12 @@ def _step_scalars(event: StepEnd) -> dict[str, float]:
     }
 
 
-def _probe_scalars(event: ProbeEnd) -> dict[str, float]:
+def _validation_scalars(event: ValidationEnd) -> dict[str, float]:
     values = {
-        "probe/loss": event.loss,
-        "probe/scalar": event.scalar,
-        "probe/best_loss": event.best_loss,
+        "validation/loss": event.loss,
+        "validation/scalar": event.scalar,
+        "validation/best_loss": event.best_loss,
     }
     if event.drift is not None:
-        values["probe/drift"] = event.drift
+        values["validation/drift"] = event.drift
     return {tag: value for tag, value in values.items() if not math.isnan(value)}

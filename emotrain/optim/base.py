@@ -229,7 +229,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         emotion = state_dict["emotion"]
         self._emotion = state_from_dict(emotion["state"])
         self.reading = reading_from_dict(emotion["reading"])
-        self._heard = bool(emotion["heard"])
+        self._heard = bool(emotion["observed_loss"])
         self._recall(emotion["memory"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Partner:
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state and what the sensors heard."""
+        """The inner optimizer's state and what the sensors observed_loss."""
         reading = {} if self.reading is None else vars(self.reading)
         emotion = {
             "optimizer": self.name,

@@ -25,7 +25,7 @@ def emotion_to_dict(
     name: str,
     state: EmotionState,
     reading: Reading | None,
-    heard: bool,
+    observed_loss: bool,
     memory: Mapping[str, float],
 ) -> dict[str, Any]:
     """The part of the state that is no tensor, ready for JSON."""
@@ -33,7 +33,7 @@ def emotion_to_dict(
         "optimizer": name,
         "state": state_to_dict(state),
         "reading": {} if reading is None else asdict(reading),
-        "heard": heard,
+        "observed_loss": observed_loss,
         "memory": dict(memory),
     }
 

@@ -14,8 +14,8 @@ from emotrain.errors import ConfigError
 
 # Most telling first; a single step's loss before a running mean.
 LOSS_NAMES = (
-    "heard", "loss", "train_loss", "train/loss", "loss/train", "loss/current", "training_loss", "step_loss",
-    "train/loss_step", "loss/heard", "value", "loss/average", "avr_loss",
+    "observed_loss", "loss", "train_loss", "train/loss", "loss/train", "loss/current", "training_loss", "step_loss",
+    "train/loss_step", "loss/observed", "value", "loss/average", "avr_loss",
 )  # fmt: skip
 STEP_NAMES = ("step", "global_step", "train/global_step", "iteration", "iter", "steps")
 _EVENT_FILES = "*tfevents*"
@@ -60,7 +60,7 @@ def read_log(path: Path, column: str | None = None) -> LossLog:
         raise ConfigError(f"{path}: cannot be read as text: {error}", "give a JSON, CSV or event file") from error
     rows = _rows(path, text)
     log = _from_rows(path, rows, column)
-    if path.name == "metrics.jsonl" and log.column in ("heard", "loss"):
+    if path.name == "metrics.jsonl" and log.column in ("observed_loss", "loss"):
         return replace(log, start_loss=_start_loss(path.with_name("run.json")))
     return log
 

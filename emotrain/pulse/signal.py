@@ -81,7 +81,7 @@ def start(generation: str = "3.9", loss: float | None = None) -> EmotionState:
 def listen(averages: Averages | None, loss: float, sensor: Sensor = "faithful") -> tuple[Averages, float, float]:
     """The sensors: what one more loss says against its moving averages.
 
-    Works for any series of losses: the optimizer's own, a validation probe's, a foreign log's.
+    Works for any series of losses: the optimizer's own, a validation validation's, a foreign log's.
 
     Args:
         averages: what came back from the last call, None before the first.
@@ -96,9 +96,9 @@ def listen(averages: Averages | None, loss: float, sensor: Sensor = "faithful") 
     Raises:
         NonFiniteLossError: the loss is NaN or infinite.
     """
-    heard = _hear(averages, loss)
-    scalar = _scalar(heard, sensor)
-    return heard, scalar, _trust(scalar)
+    observed_loss = _hear(averages, loss)
+    scalar = _scalar(observed_loss, sensor)
+    return observed_loss, scalar, _trust(scalar)
 
 
 def feel(

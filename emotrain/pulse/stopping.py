@@ -1,11 +1,11 @@
 """The decision to end a run: pure floats in, one sentence out (no torch).
 
 Nothing that hears only the training loss can feel over-training, since that loss goes on falling. So the decision
-rests on the probe: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors listen to it: they
-are started anew at every best probe, and `scalar` below zero since then means that the run gets worse. The published
-signals of the training loss shorten the wait where they light.
+rests on the validation: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors read it: they
+are started anew at every best validation, and `scalar` below zero since then means that the run gets worse. The
+published signals of the training loss shorten the wait where they light.
 
-Where no pictures can be spared the probe mirrors training pictures. Their loss goes on falling slowly while the
+Where no pictures can be spared the validation mirrors training pictures. Their loss goes on falling slowly while the
 pictures are learned by heart, but no longer as fast as that of the same pictures as they are. So a fall counts as far
 as it exceeds SHARED of what the pictures as they are have gained. Mirroring is no fair measure of what is not symmetric
 (light from the left, lettering, a grid): where the mirrored pictures have gained little when their fall ends, the rule
@@ -25,9 +25,9 @@ from emotrain.pulse.state import Averages
 
 WINDOW = 32  # steps that a published signal is watched over
 DENSE = 0.9  # share of lit steps in the window that counts as sustained
-PATIENCE = 0.4  # of the best step: how long the probe may fail to improve
+PATIENCE = 0.4  # of the best step: how long the validation may fail to improve
 PATIENCE_LIT = 0.3  # the same while the published signal is sustained
-MIN_BAD_PROBES = 2  # in a row, with scalar below zero
+MIN_FAILED_VALIDATIONS = 2  # in a row, with scalar below zero
 NEGLIGIBLE = 0.005  # of the improvement so far: a smaller new best does not start the wait again
 NEGLIGIBLE_PLAIN = 0.03  # the same for training pictures as they are, which go on falling as they are memorised
 SHARED = 0.35  # of what pictures gain as they are: mirrored ones that gain less are being memorised
@@ -35,9 +35,9 @@ FAST = 0.1  # of the improvement so far: a fall of mirrored pictures that counts
 UNFAIR = 0.4  # of the gain of pictures as they are: if mirrored ones have gained less, mirroring is not fair
 MIN_GAIN = 0.02  # of the base's loss: before that nothing is said about mirroring
 MIN_STEPS = 60
-HOPE = 200  # steps that a run gets in which no probe is better than the base
+HOPE = 200  # steps that a run gets in which no validation is better than the base
 UNFAIR_SENTENCE = (
-    "mirrored, the pictures have hardly gained what they have as they are: the probe listens to these from now on,"
+    "mirrored, the pictures have hardly gained what they have as they are: the validation listens to these from now on,"
     " which cannot feel over-training; a folder of others would (validate.folder)"
 )
 
@@ -47,9 +47,9 @@ class StopRule:
     """Says when the run is done, and remembers which step was the best.
 
     Args:
-        mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on probe and signal.
+        mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on validation and signal.
         min_steps: never before this step.
-        held_out: the probe hears held-out pictures; else training pictures, mirrored.
+        held_out: the validation hears held-out pictures; else training pictures, mirrored.
     """
 
     mode: Literal["off", "signal", "trusted"] = "trusted"
@@ -59,7 +59,7 @@ class StopRule:
     base_loss: float | None = None
     base_plain: float | None = None  # loss of the mirrored pictures as they are
     unfair: bool = False  # mirroring: the rule listens to the pictures as they are
-    heard_loss: float = field(default=math.nan, compare=False)  # what the last probe said
+    observed_loss: float = field(default=math.nan, compare=False)  # what the last validation said
     best_step: int | None = None
     best_loss: float | None = None
     anchor_step: int = 0  # last best that was worth starting the wait again
@@ -67,26 +67,26 @@ class StopRule:
     anchor_plain: float | None = None
     averages: Averages | None = None
     scalar: float = 0.0
-    bad_probes: int = 0
-    probes: int = 0
-    heard: int = 0  # steps
+    failed_validations: int = 0
+    validations: int = 0
+    num_steps: int = 0  # steps
     densest: int = 0  # most lit steps in any window so far
     densest_end: int = 0  # the last step of the first such window
 
-    def hear_probe(self, step: int, loss: float, plain: float | None = None) -> bool:
-        """Take in one probe; true when it is the best so far. Step 0 is the base.
+    def update_validation(self, step: int, loss: float, plain: float | None = None) -> bool:
+        """Take in one validation; true when it is the best so far. Step 0 is the base.
 
         Args:
             step: steps done.
             loss: of the held-out or the mirrored pictures, finite.
             plain: of the mirrored pictures as they are.
         """
-        self.probes += 1
+        self.validations += 1
         if self.base_loss is None:
             self.base_loss, self.base_plain = loss, plain
         if plain is not None:
             loss, plain = self._fair(loss, plain)
-        self.heard_loss = loss
+        self.observed_loss = loss
         felt, gain = self._felt(loss, plain), max(self.base_loss - loss, 0.0)
         too_small = gain * (NEGLIGIBLE_PLAIN if self.unfair else NEGLIGIBLE)
         counts = self.anchor_loss - felt > too_small
@@ -101,7 +101,7 @@ class StopRule:
         self.averages, self.scalar, _ = listen(self.averages, felt)
         still = too_small / max(felt, 1e-12)  # a fall too small to count is standing still
         felt_no_fall = step != self.anchor_step and self.scalar <= still
-        self.bad_probes = self.bad_probes + 1 if felt_no_fall else 0
+        self.failed_validations = self.failed_validations + 1 if felt_no_fall else 0
         return is_best
 
     def _felt(self, loss: float, plain: float | None) -> float:
@@ -123,12 +123,12 @@ class StopRule:
             return plain, None
         return loss, plain
 
-    def hear_step(self, ready: bool) -> None:
+    def update_step(self, ready: bool) -> None:
         """Take in the optimizer's own stop signal of one step."""
-        self.heard += 1
+        self.num_steps += 1
         self.lit.append(ready)
         if sum(self.lit) > self.densest:
-            self.densest, self.densest_end = sum(self.lit), self.heard
+            self.densest, self.densest_end = sum(self.lit), self.num_steps
 
     def around_signals(self, steps: Iterable[int]) -> set[int]:
         """Of these saved steps, the last one before the densest cluster of published signals and the first after."""
@@ -145,7 +145,7 @@ class StopRule:
         return len(self.lit) == WINDOW and sum(self.lit) >= DENSE * WINDOW
 
     def wait(self) -> int:
-        """Steps after the best probe that the rule waits for a better one."""
+        """Steps after the best validation that the rule waits for a better one."""
         if not self.anchor_step:
             return HOPE
         share = PATIENCE_LIT if self.sustained else PATIENCE
@@ -156,14 +156,18 @@ class StopRule:
         if self.mode == "off":
             return 0.0
         ready = min(step / max(self.min_steps, 1), 1.0)
-        if self.mode == "signal" or not self.probes:
+        if self.mode == "signal" or not self.validations:
             return ready * sum(self.lit) / WINDOW / DENSE if self.lit else 0.0
         waited = (step - self.anchor_step) / max(self.wait(), self.min_steps - self.anchor_step, 1)
-        return min(ready, waited, self.bad_probes / MIN_BAD_PROBES, 1.0) if self.bad_probes else 0.0
+        return (
+            min(ready, waited, self.failed_validations / MIN_FAILED_VALIDATIONS, 1.0)
+            if self.failed_validations
+            else 0.0
+        )
 
     def expected_end(self, step: int, max_steps: int) -> tuple[int, int] | None:
-        """First and last step at which the run is expected to end, once the probe has begun to fail."""
-        if self.mode != "trusted" or not self.bad_probes:
+        """First and last step at which the run is expected to end, once the validation has begun to fail."""
+        if self.mode != "trusted" or not self.failed_validations:
             return None
         first = max(step, self.min_steps, self.anchor_step + self.wait())
         return min(first, max_steps), min(round(first * 1.5), max_steps)
@@ -172,20 +176,20 @@ class StopRule:
         """One sentence when the run is done, else None."""
         if self.mode == "off" or step < self.min_steps:
             return None
-        if self.mode == "signal" or not self.probes:
+        if self.mode == "signal" or not self.validations:
             if self.sustained:
                 return f"the optimizer signalled READY TO STOP on {sum(self.lit)} of the last {WINDOW} steps"
             return None
-        if self.bad_probes >= MIN_BAD_PROBES and step - self.anchor_step >= self.wait():
-            heard, fell = "held-out loss", "was lowest"
+        if self.failed_validations >= MIN_FAILED_VALIDATIONS and step - self.anchor_step >= self.wait():
+            which, fell = "held-out loss", "was lowest"
             if not self.held_out:
-                heard, fell = "loss of mirrored pictures", "last fell by more than learning by heart"
+                which, fell = "loss of mirrored pictures", "last fell by more than learning by heart"
             if self.unfair:
-                heard, fell = "loss of training pictures", "last fell by more than a trifle"
+                which, fell = "loss of training pictures", "last fell by more than a trifle"
             return (
-                f"the {heard} {fell} at step {self.best_step} ({self.best_loss:.4g})"
+                f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g})"
                 f" and has been felt to rise or stand still since"
-                f" (scalar {self.scalar:+.3f} on {self.bad_probes} probes in a row)"
+                f" (scalar {self.scalar:+.3f} on {self.failed_validations} validations in a row)"
             )
         return None
 
@@ -206,9 +210,9 @@ class StopRule:
             "anchor_plain": self.anchor_plain,
             "averages": [average.short, average.medium, average.long] if average else None,
             "scalar": self.scalar,
-            "bad_probes": self.bad_probes,
-            "probes": self.probes,
-            "heard": self.heard,
+            "failed_validations": self.failed_validations,
+            "validations": self.validations,
+            "num_steps": self.num_steps,
             "densest": [self.densest, self.densest_end],
         }
 
@@ -222,6 +226,6 @@ class StopRule:
         self.anchor_loss = math.inf if document["anchor_loss"] is None else document["anchor_loss"]
         self.anchor_plain = document["anchor_plain"]
         self.averages = Averages(*document["averages"]) if document["averages"] else None
-        self.scalar, self.bad_probes = document["scalar"], document["bad_probes"]
-        self.probes, self.heard = document["probes"], document["heard"]
+        self.scalar, self.failed_validations = document["scalar"], document["failed_validations"]
+        self.validations, self.observed_loss = document["validations"], document["observed_loss"]
         self.densest, self.densest_end = document["densest"]

@@ -32,17 +32,17 @@ from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
 from emotrain.runs.data import scan_preset
 from emotrain.runs.draw import Sampler
-from emotrain.train.ear import Ear, expected_by_bins
 from emotrain.train.events import Event, Notice, Phase
+from emotrain.train.loss_baseline import LossBaseline, expected_by_bins
 from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
-from emotrain.train.probe import Probe
+from emotrain.train.validation import Validation
 
 Notify = Callable[[Event], None]
-HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the probe
-PROBE_DRAWS = 4
-PROBE_SHARE = 0.05
-PROBE_SHARE_TINY = 0.10  # of a built-in model, whose runs are so short that a twentieth is too seldom
-EAR_SAMPLES = {"auto": 32, "corrected": 64}
+HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the validation
+VALIDATION_DRAWS = 4
+VALIDATION_SHARE = 0.05
+VALIDATION_SHARE_TINY = 0.10  # of a built-in model, whose runs are so short that a twentieth is too seldom
+BASELINE_SAMPLES = {"auto": 32, "corrected": 64}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Pictures:
     """The data set of one run: what is trained on, and what is only measured with."""
 
     train: tuple[Example, ...]
-    held_out: tuple[Example, ...]  # empty: the probe uses mirrored training pictures
+    held_out: tuple[Example, ...]  # empty: the validation uses mirrored training pictures
 
     @property
     def all(self) -> tuple[Example, ...]:
@@ -151,10 +151,10 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, the probe's batches, the same not mirrored, and the embeddings of the empty caption."""
+    """What is trained on, the validation's batches, the same not mirrored, and the embeddings of the empty caption."""
 
     train: CachedDataset
-    probe: list[Batch]
+    validation: list[Batch]
     plain: list[Batch]
     empty_text: dict[str, torch.Tensor]
 
@@ -162,7 +162,7 @@ class Data:
 def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: LoaderSettings, notify: Notify) -> Data:
     """Encode pictures and captions, from the cache where they are there already.
 
-    The probe looks at the held-out pictures, or at mirrored training pictures where none are held out.
+    The validation looks at the held-out pictures, or at mirrored training pictures where none are held out.
     """
     mirrored = [] if pictures.held_out else mirrored_ids(preset, pictures)
     cache = Cache(warn=lambda line: notify(Notice(line)))
@@ -183,7 +183,7 @@ def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: Loa
 
 
 def mirrored_ids(preset: Preset, pictures: Pictures) -> list[str]:
-    """Training pictures for the probe, evenly spread over the data set."""
+    """Training pictures for the validation, evenly spread over the data set."""
     own = [example.id for example in pictures.train if not example.prior]
     count = min(preset.validate_.probe_images, len(own))
     return list(dict.fromkeys(own[i * len(own) // count] for i in range(count)))
@@ -232,12 +232,12 @@ def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:
     return StopRule(mode, least, held_out)
 
 
-def probe_every(preset: Preset, held_out: int) -> int:
-    """Steps between two probes: the preset's, or so many that probes take PROBE_SHARE of the run.
+def validate_every(preset: Preset, held_out: int) -> int:
+    """Steps between two validations: the preset's, or so many that validations take VALIDATION_SHARE of the run.
 
     Counted in forward passes: a step is about 2.5 of them per sample (forward, and backward to frozen weights' inputs),
-    a probe PROBE_DRAWS per picture (mirrored ones twice) and one for the drift. With a built-in model what a step does
-    besides takes as long as 1.2 samples (tests/bench/probe_cost.py).
+    a validation VALIDATION_DRAWS per picture (mirrored ones twice) and one for the drift. With a built-in model what a
+    step does besides takes as long as 1.2 samples (tests/bench/validation_cost.py).
     """
     every = preset.validate_.every
     if every != "auto":
@@ -245,34 +245,34 @@ def probe_every(preset: Preset, held_out: int) -> int:
     pictures = held_out or preset.validate_.probe_images
     tiny = is_builtin(preset.model.base)
     samples = preset.train.micro_batch_size * preset.train.gradient_accumulation_steps + (1.2 if tiny else 0.0)
-    draws = PROBE_DRAWS if held_out else 2 * PROBE_DRAWS  # mirrored, and as they are
-    wanted = pictures * (draws + 1) / ((PROBE_SHARE_TINY if tiny else PROBE_SHARE) * 2.5 * samples)
+    draws = VALIDATION_DRAWS if held_out else 2 * VALIDATION_DRAWS  # mirrored, and as they are
+    wanted = pictures * (draws + 1) / ((VALIDATION_SHARE_TINY if tiny else VALIDATION_SHARE) * 2.5 * samples)
     return max(10, math.ceil(wanted / 10) * 10)
 
 
-def build_probe(preset: Preset, model: Model, data: Data, batches: list[Batch]) -> Probe:
-    """A probe of a run on these pictures."""
-    return Probe(
+def build_validation(preset: Preset, model: Model, data: Data, batches: list[Batch]) -> Validation:
+    """A validation of a run on these pictures."""
+    return Validation(
         model.family,
         model.objective,
         model.adapter,
         batches,
         data.empty_text,
-        draws=PROBE_DRAWS,
+        draws=VALIDATION_DRAWS,
         seed=preset.train.seed,
     )
 
 
 @torch.no_grad()
-def build_ear(preset: Preset, model: Model, data: CachedDataset, notify: Notify) -> Ear:
-    """The ear of a new run: it listens to the untrained model first, unless it is to begin at the first loss.
+def build_loss_baseline(preset: Preset, model: Model, data: CachedDataset, notify: Notify) -> LossBaseline:
+    """The loss baseline of a new run: it measures the untrained model first, unless it is to begin at the first loss.
 
-    That is the base; where the LoRA goes on from another run's, with that one: the emotion hears what is gained here.
+    That is the base; where the LoRA goes on from another run's, with that one: the optimizer uses what is gained here.
     """
-    kind = preset.train.loss.ear
+    kind = preset.train.loss.baseline
     if kind == "raw":
-        return Ear()
-    doing, wanted, seed = "listening to the model as it is", EAR_SAMPLES[kind], preset.train.seed + 1
+        return LossBaseline()
+    doing, wanted, seed = "listening to the model as it is", BASELINE_SAMPLES[kind], preset.train.seed + 1
     pairs: list[tuple[float, float]] = []  # place on the noise scale and loss of each sample
     micro_step = 0
     while len(pairs) < wanted:
@@ -289,8 +289,8 @@ def build_ear(preset: Preset, model: Model, data: CachedDataset, notify: Notify)
     pairs = [(place, loss) for place, loss in pairs if math.isfinite(loss)]
     if not pairs:
         notify(Notice("no loss of the model as it is was finite: the emotion begins at the first loss"))
-        return Ear()
+        return LossBaseline()
     places, losses = [place for place, _ in pairs], [loss for _, loss in pairs]
-    ear = Ear(expected_by_bins(places, losses) if kind == "corrected" else [])
-    ear.start = ear.hear(places, losses)
-    return ear
+    baseline = LossBaseline(expected_by_bins(places, losses) if kind == "corrected" else [])
+    baseline.start = baseline.observe(places, losses)
+    return baseline

@@ -9,7 +9,7 @@ from typing import Any
 from emotrain.errors import CheckpointError, Problem
 
 FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
-FIXED = ("train.loss.ear", "train.ema")  # what a checkpoint's state depends on: they cannot change at all
+FIXED = ("train.loss.baseline", "train.ema")  # what a checkpoint's state depends on: they cannot change at all
 MOST_NAMES = 5
 
 

@@ -99,7 +99,9 @@ def hand_over(session: Session, outcome: Outcome) -> Path:
         last = session.model.adapter.state()
     best, best_step = session.state.best_adapter or last, session.state.best_step
     if best_step == 0:
-        session.notify(Notice("no probe was better than that of step 0, and lora.safetensors is the LoRA of step 0"))
+        session.notify(
+            Notice("no validation was better than that of step 0, and lora.safetensors is the LoRA of step 0")
+        )
     for path, state, step in (
         (session.folder.lora_last_path, last, session.state.step),
         (session.folder.lora_path, best, session.state.step if best_step is None else best_step),

@@ -20,9 +20,9 @@ from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.no_room import explained
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
-from emotrain.train.ear import Ear
 from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, StopReason, fit
+from emotrain.train.loss_baseline import LossBaseline
 from emotrain.train.signals import StopSignals
 from emotrain.train.state import TrainState
 
@@ -116,12 +116,12 @@ class Session:
         self.store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
         files = finish.file_observers(preset, folder)
         self.observers += files
-        ear = Ear(self.expected)
+        baseline = LossBaseline(self.expected)
         if self.checkpoint is None:
-            listen = partial(build.build_ear, preset, self.model, self.data.train, self.notify)
-            ear = explained(self, "while listening to the model as it is", listen)
-            self.expected = ear.expected
-            folder.update_info(start_loss=ear.start)
+            listen = partial(build.build_loss_baseline, preset, self.model, self.data.train, self.notify)
+            baseline = explained(self, "while listening to the model as it is", listen)
+            self.expected = baseline.expected
+            folder.update_info(start_loss=baseline.start)
         self.notify(self.start_event(folder))
         self.records = finish.PictureLosses(folder.path / "picture_losses.jsonl", self.state.step)
         self.logs = [self.records, *(one for one in files if isinstance(one, finish.Log))]
@@ -136,14 +136,14 @@ class Session:
             optimizer=self.optimizer,
             data=self.data.train,
             stop_rule=self.stop_rule,
-            ear=ear,
-            probe=build.build_probe(preset, self.model, self.data, self.data.probe),
+            loss_baseline=baseline,
+            validation=build.build_validation(preset, self.model, self.data, self.data.validation),
             notify=self.notify,
             save=self.save,
             sample=self.sample,
             record=self.record,
             interrupted=lambda: bool(signals),
-            plain_probe=build.build_probe(preset, self.model, self.data, plain) if plain else None,
+            plain_validation=build.build_validation(preset, self.model, self.data, plain) if plain else None,
         )
         if self.checkpoint is not None:  # the random state is put back last, after everything that may draw
             for line in rng.restore(self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]):
@@ -159,7 +159,7 @@ class Session:
             gradient_accumulation_steps=preset.train.gradient_accumulation_steps,
             max_grad_norm=preset.train.max_grad_norm,
             seed=preset.train.seed,
-            probe_every=build.probe_every(preset, len(self.pictures.held_out)),
+            validate_every=build.validate_every(preset, len(self.pictures.held_out)),
             save_every=preset.save.every,
             sample_every=preset.sample.every,
             tell_ready=preset.train.optimizer.notify,
@@ -170,7 +170,7 @@ class Session:
         preset, data, model = self.preset, self.data.train, self.model
         held = len(self.pictures.held_out)
         per_epoch = data.batches_per_epoch / preset.train.gradient_accumulation_steps
-        held_words = f"{held} held out" if held else "none held out: the probe mirrors training pictures"
+        held_words = f"{held} held out" if held else "none held out: the validation mirrors training pictures"
         return RunStart(
             name=folder.name,
             run_dir=folder.path,

@@ -66,7 +66,7 @@ def compare(one: RunFolder, other: RunFolder, step: int) -> Iterator[Comparison]
             yield Comparison(f"checkpoint: {path.name}", pair[0] == pair[1], f"{path.stat().st_size} bytes")
     for lora in ("lora.safetensors", "lora-last.safetensors"):
         yield _tensors(lora, one.path / lora, other.path / lora)
-    for log in ("metrics.jsonl", "probe.jsonl", "picture_losses.jsonl"):
+    for log in ("metrics.jsonl", "validation.jsonl", "picture_losses.jsonl"):
         rows = [_history(folder.path / log) for folder in (one, other)]
         yield Comparison(log, rows[0] == rows[1], f"{len(rows[0])} lines")
 

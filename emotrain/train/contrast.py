@@ -18,7 +18,7 @@ from torch import Tensor
 from emotrain.dataset.contrasts import PictureContrast
 from emotrain.dataset.loader import Batch
 from emotrain.train.losses import sample_losses, timesteps_at
-from emotrain.train.probe import part
+from emotrain.train.validation import part
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective

@@ -33,7 +33,7 @@ class StepEnd:
     step: int
     epoch: float
     loss: float  # mean over the whole optimizer step, as it is
-    heard: float  # what the emotion heard (equal to `loss` without a corrected ear)
+    observed_loss: float  # the loss the optimizer used (equal to `loss` without a corrected loss)
     reading: Reading
     ready: bool  # the optimizer's own stop signal
     grad_norm: float
@@ -46,12 +46,12 @@ class StepEnd:
 
 
 @dataclass(frozen=True)
-class ProbeEnd:
-    """The probe: loss at fixed noise and timesteps, on pictures the LoRA is not trained on (or mirrored ones)."""
+class ValidationEnd:
+    """The validation: loss at fixed noise and timesteps, on pictures the LoRA is not trained on (or mirrored ones)."""
 
     step: int
     loss: float
-    scalar: float  # the same sensors fed with the probe loss; below zero it is over-training
+    scalar: float  # the same sensors fed with the validation loss; below zero it is over-training
     base_loss: float  # with the adapter off
     drift: float | None  # mean squared change on prompts it should not change
     best_step: int
@@ -110,7 +110,7 @@ class RunEnd:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-Event = RunStart | StepEnd | ProbeEnd | SamplesDrawn | Saved | Phase | Notice | RunEnd
+Event = RunStart | StepEnd | ValidationEnd | SamplesDrawn | Saved | Phase | Notice | RunEnd
 
 
 class Observer(Protocol):

@@ -17,13 +17,13 @@ import torch
 
 from emotrain.dataset.loader import Batch
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
-from emotrain.train.ear import Ear
-from emotrain.train.events import Event, Notice, ProbeEnd, StepEnd
+from emotrain.train.events import Event, Notice, StepEnd, ValidationEnd
 from emotrain.train.guard import LIMIT, describe
+from emotrain.train.loss_baseline import LossBaseline
 from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.memory import OutOfMemory, with_memory
-from emotrain.train.probe import Probe
 from emotrain.train.state import TrainState
+from emotrain.train.validation import Validation
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -67,14 +67,14 @@ class Parts:
     optimizer: OptimizerLike
     data: Data
     stop_rule: StopRule
-    ear: Ear
-    probe: Probe | None
+    loss_baseline: LossBaseline
+    validation: Validation | None
     notify: Callable[[Event], None]
     save: Callable[[TrainState], None]
     sample: Callable[[int], None]
     record: Callable[[int, Sequence[Sample]], None]
     interrupted: Callable[[], bool]
-    plain_probe: Probe | None = None  # the mirrored pictures of `probe` as they are
+    plain_validation: Validation | None = None  # the mirrored pictures of `validation` as they are
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Limits:
     gradient_accumulation_steps: int
     max_grad_norm: float | None
     seed: int
-    probe_every: int
+    validate_every: int
     save_every: int
     sample_every: int
     tell_ready: bool = True  # say so when the optimizer's stop signal lights up
@@ -112,7 +112,7 @@ class Outcome:
 def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, list[Sample]]:
     """Forward and backward over all micro-batches of one step.
 
-    Returns the mean loss, what the ear makes of it, and the loss of every sample without its data set's weight. The
+    Returns the mean loss, what the optimizer observes, and the loss of every sample without its data set's weight. The
     gradient is that of the mean over all samples of the step, whatever the sizes of its micro-batches.
     """
     first = state.micro_step
@@ -135,17 +135,19 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
     ids = [name for batch in batches for name in batch.ids]
     captioned = [bool(text) for batch in batches for text in batch.texts or batch.ids]
     samples = [Sample(*row) for row in zip(ids, places, plain, captioned, strict=True)]
-    return sum(values) / total, parts.ear.hear(places, values), samples
+    return sum(values) / total, parts.loss_baseline.observe(places, values), samples
 
 
 def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, float, list[Sample]] | None:
-    """One optimizer step: (loss, heard loss, gradient norm, samples), or None where it was not finite and left out.
+    """One optimizer step: (loss, observed loss, gradient norm, samples), None where it was not finite and left out.
 
     Raises:
         OutOfMemory: in the forward or backward pass; the state is that of before the step, and has been saved.
     """
     try:
-        loss, heard, samples = with_memory(f"at step {state.step + 1}", lambda: accumulate(parts, limits, state))
+        loss, observed_loss, samples = with_memory(
+            f"at step {state.step + 1}", lambda: accumulate(parts, limits, state)
+        )
     except OutOfMemory:
         parts.optimizer.zero_grad()
         if state.step % limits.save_every:
@@ -159,21 +161,21 @@ def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
     if state.guard.leave_out:
         parts.notify(Notice(describe(state.step + 1, loss, grad_norm, (sample.id for sample in samples))))
     else:
-        parts.optimizer.observe(heard)
+        parts.optimizer.observe(observed_loss)
         parts.optimizer.step()
         state.step += 1
     parts.optimizer.zero_grad()
-    return None if state.guard.leave_out else (loss, heard, grad_norm, samples)
+    return None if state.guard.leave_out else (loss, observed_loss, grad_norm, samples)
 
 
-def run_probe(parts: Parts, state: TrainState) -> None:
-    """Measure the probe, keep the best adapter, tell the observers.
+def run_validation(parts: Parts, state: TrainState) -> None:
+    """Measure the validation, keep the best adapter, tell the observers.
 
     Within the optimizer's eval mode: schedule-free trains on other weights than those it means.
     """
-    if parts.probe is not None:
+    if parts.validation is not None:
         with parts.optimizer.eval_mode():
-            _probe(parts, parts.probe, state)
+            _validate(parts, parts.validation, state)
 
 
 def run_sample(parts: Parts, step: int) -> None:
@@ -182,37 +184,37 @@ def run_sample(parts: Parts, step: int) -> None:
         parts.sample(step)
 
 
-def _probe(parts: Parts, probe: Probe, state: TrainState) -> None:
-    rule, plain_probe = parts.stop_rule, parts.plain_probe
+def _validate(parts: Parts, validation: Validation, state: TrainState) -> None:
+    rule, plain_validation = parts.stop_rule, parts.plain_validation
     was_unfair = rule.unfair
 
     def measured() -> tuple[float, float | None]:
-        plain = plain_probe.loss() if plain_probe else None
-        return (plain if was_unfair and plain is not None else probe.loss()), plain
+        plain = plain_validation.loss() if plain_validation else None
+        return (plain if was_unfair and plain is not None else validation.loss()), plain
 
-    loss, plain = with_memory(f"at the probe of step {state.step}", measured)
+    loss, plain = with_memory(f"at the validation of step {state.step}", measured)
     if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
-        parts.notify(Notice(f"the probe at step {state.step} was not finite and is left out"))
+        parts.notify(Notice(f"the validation at step {state.step} was not finite and is left out"))
         return
-    if rule.hear_probe(state.step, loss, plain):
-        state.best_step, state.best_loss = state.step, rule.heard_loss
+    if rule.update_validation(state.step, loss, plain):
+        state.best_step, state.best_loss = state.step, rule.observed_loss
         state.best_adapter = parts.adapter.state()
     if rule.unfair and not was_unfair:
         parts.notify(Notice(UNFAIR_SENTENCE))
     assert rule.base_loss is not None
     assert rule.best_step is not None
     assert rule.best_loss is not None
-    drift = probe.drift() if state.step else 0.0
-    heard = (rule.heard_loss, rule.scalar, rule.base_loss)
-    parts.notify(ProbeEnd(state.step, *heard, drift, rule.best_step, rule.best_loss))
+    drift = validation.drift() if state.step else 0.0
+    observed_loss = (rule.observed_loss, rule.scalar, rule.base_loss)
+    parts.notify(ValidationEnd(state.step, *observed_loss, drift, rule.best_step, rule.best_loss))
 
 
 def before_first_step(parts: Parts, state: TrainState) -> None:
     """Tell the emotion what the base's loss is, measure the base, draw its samples."""
-    if parts.ear.start is not None:
-        parts.optimizer.begin(parts.ear.start)
+    if parts.loss_baseline.start is not None:
+        parts.optimizer.begin(parts.loss_baseline.start)
     if parts.stop_rule.base_loss is None:
-        run_probe(parts, state)
+        run_validation(parts, state)
         run_sample(parts, 0)
 
 
@@ -232,13 +234,13 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
                     f"loss or gradient was not finite on {LIMIT} steps in a row",
                 )
             continue
-        loss, heard, grad_norm, samples = step
+        loss, observed_loss, grad_norm, samples = step
         step_s = clock() - started
         state.train_s += step_s
-        tell(parts, limits, state, loss, heard, grad_norm, step_s)
+        tell(parts, limits, state, loss, observed_loss, grad_norm, step_s)
         parts.record(state.step, samples)
-        if state.step % limits.probe_every == 0 or state.step == limits.max_steps:
-            run_probe(parts, state)
+        if state.step % limits.validate_every == 0 or state.step == limits.max_steps:
+            run_validation(parts, state)
         sentence = parts.stop_rule.decide(state.step)
         if limits.sample_every and (state.step % limits.sample_every == 0 or sentence):
             run_sample(parts, state.step)
@@ -268,7 +270,7 @@ def tell(
     limits: Limits,
     state: TrainState,
     loss: float,
-    heard: float,
+    observed_loss: float,
     grad_norm: float,
     step_s: float,
 ) -> None:
@@ -276,13 +278,13 @@ def tell(
     optimizer, rule = parts.optimizer, parts.stop_rule
     assert optimizer.reading is not None
     lights_up = optimizer.should_stop and not (rule.lit and rule.lit[-1])
-    rule.hear_step(optimizer.should_stop)
+    rule.update_step(optimizer.should_stop)
     parts.notify(
         StepEnd(
             step=state.step,
             epoch=state.micro_step / max(parts.data.batches_per_epoch, 1),
             loss=loss,
-            heard=heard,
+            observed_loss=observed_loss,
             reading=optimizer.reading,
             ready=optimizer.should_stop,
             grad_norm=grad_norm,

@@ -70,7 +70,7 @@ def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) 
         return known
     if torch.is_grad_enabled():
         return family.encode_with_grad(list(texts), known or None)
-    unique = list(dict.fromkeys(texts))  # a probe asks for each caption several times
+    unique = list(dict.fromkeys(texts))  # a validation asks for each caption several times
     at = [texts.index(text) for text in unique]
     fresh = family.encode_with_grad(unique, {key: value[at] for key, value in known.items()} or None)
     return {key: value[[unique.index(text) for text in texts]] for key, value in fresh.items()}

@@ -77,7 +77,7 @@ def capture(
         "state": state.to_document(),
         "optimizer": optimizer_document,
         "stop_rule": stop_rule.to_document(),
-        "ear": expected,
+        "baseline": expected,
         "rng": rng_document,
     }
     return tensors, documents
@@ -90,7 +90,7 @@ def restore(
     optimizer: OptimizerLike,
     stop_rule: StopRule,
 ) -> tuple[TrainState, list[float]]:
-    """Put everything back but the random state; gives the state and the ear's expected losses.
+    """Put everything back but the random state; gives the state and the baseline's expected losses.
 
     Raises:
         CheckpointError: something is missing or belongs to another run.
@@ -101,7 +101,7 @@ def restore(
         load_optimizer(optimizer, names, tensors.get("optimizer", {}), documents["optimizer"])
         stop_rule.load_document(documents["stop_rule"])
         state = TrainState.from_document(documents["state"], dict(tensors.get("best", {})))
-        expected = [float(value) for value in documents["ear"]]
+        expected = [float(value) for value in documents["baseline"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint lacks or garbles {error}") from error
     for parameter in adapter.parameters():

@@ -2,7 +2,7 @@
 
     python tests/bench/dashboard_demo.py [--log METRICS.jsonl] [--steps 400] [--step-s 0.05]
     [--plain | --json]
-        [--hostile] [--ear] [--cost]
+        [--hostile] [--baseline] [--cost]
 
 `--cost` plays 20,000 steps without waiting and prints the processor time that an event and a frame
 take.
@@ -30,12 +30,12 @@ from emotrain.train.events import (
     Event,
     Notice,
     Phase,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     Saved,
     StepEnd,
+    ValidationEnd,
 )
 
 HOSTILE = "\x1b[2J\x07evil[/bold] \u202eأهلا\u202c 日本語の名前がとても長い\n\tü" + "a\u0301" * 30
@@ -62,8 +62,8 @@ def emotion(losses: Iterator[float]) -> Iterator[tuple[float, Reading]]:
         yield loss, Reading(scalar, trust, pulse, 1.0, short, medium, long, noise, d)
 
 
-def made_up_run(steps: int, step_s: float, *, hostile: bool, ear: bool) -> Iterator[Event]:
-    """Phases, steps with probes, samples, saves and a warning, and an end."""
+def made_up_run(steps: int, step_s: float, *, hostile: bool, baseline: bool) -> Iterator[Event]:
+    """Phases, steps with validations, samples, saves and a warning, and an end."""
     rng = random.Random(7)
     name = HOSTILE if hostile else "mika_v1"
     run_dir = Path("runs") / ("x" * 300 if hostile else name)
@@ -86,7 +86,7 @@ def made_up_run(steps: int, step_s: float, *, hostile: bool, ear: bool) -> Itera
             step=step,
             epoch=step / 8.0,
             loss=loss,
-            heard=0.9 * loss + 0.05 if ear else loss,
+            observed_loss=0.9 * loss + 0.05 if baseline else loss,
             reading=reading,
             ready=share > 0.9,
             grad_norm=0.4 + 0.2 * rng.random(),
@@ -97,8 +97,8 @@ def made_up_run(steps: int, step_s: float, *, hostile: bool, ear: bool) -> Itera
             memory_gib=1.37,
         )
         if step % 25 == 0:
-            probe = 0.53 + math.exp(-step / 50.0)
-            yield ProbeEnd(step, probe, 0.02, 1.53, 0.001, step, probe)
+            validation = 0.53 + math.exp(-step / 50.0)
+            yield ValidationEnd(step, validation, 0.02, 1.53, 0.001, step, validation)
         if step % 50 == 0:
             yield SamplesDrawn(step, (), ("a fox", "a ship"), run_dir / "samples" / "sheet.png")
             yield Saved(step, run_dir / "checkpoints" / f"step-{step:08d}", best=step % 100 == 0)
@@ -110,7 +110,7 @@ def made_up_run(steps: int, step_s: float, *, hostile: bool, ear: bool) -> Itera
     yield RunEnd(
         steps,
         "signal",
-        "the probe loss has not fallen for 3 probes while the scalar stayed below zero",
+        "the validation loss has not fallen for 3 validations while the scalar stayed below zero",
         run_dir / "lora.safetensors",
         steps - 25,
         0.5431,
@@ -120,7 +120,7 @@ def made_up_run(steps: int, step_s: float, *, hostile: bool, ear: bool) -> Itera
 
 def cost() -> None:
     """Processor time of an event and of a frame at three sizes."""
-    events = list(made_up_run(20_000, 0.0, hostile=False, ear=True))
+    events = list(made_up_run(20_000, 0.0, hostile=False, baseline=True))
     board = Board(time.monotonic)
     began = time.process_time()
     for event in events:
@@ -143,13 +143,13 @@ def main() -> None:
     parser.add_argument("--log", type=Path)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--step-s", type=float, default=0.05)
-    for flag in ("--plain", "--json", "--hostile", "--ear", "--cost"):
+    for flag in ("--plain", "--json", "--hostile", "--baseline", "--cost"):
         parser.add_argument(flag, action="store_true")
     args = parser.parse_args()
     if args.cost:
         return cost()
     observers = display_observers(plain=args.plain, json=args.json)
-    events = made_up_run(args.steps, args.step_s, hostile=args.hostile, ear=args.ear)
+    events = made_up_run(args.steps, args.step_s, hostile=args.hostile, baseline=args.baseline)
     try:
         for event in play_back(args.log) if args.log else events:
             for observer in observers:

@@ -3,7 +3,7 @@
     python tests/bench/held_out_cost.py [--seeds 3] [--report docs/benchmarks/held_out_cost.md]
 
 Each seed: the run that stops by itself and hands over its best step, then the run that it offers (all 32 pictures, as
-many steps, no probe to choose by). Both LoRAs are measured on the 72 pictures that neither saw.
+many steps, no validation to choose by). Both LoRAs are measured on the 72 pictures that neither saw.
 """
 
 from __future__ import annotations

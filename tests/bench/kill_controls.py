@@ -67,7 +67,7 @@ def controls(case: Case, base: Path, names: Callable[[str], bool]) -> Iterator[d
     """Resume without one item at a time, half way and from the last checkpoint.
 
     An item that neither changes the result nor is missed by the resume has not been caught. Half way, what the next
-    probe or the next loss sets anew does not show (the best so far, the last reading); at the end it does.
+    validation or the next loss sets anew does not show (the best so far, the last reading); at the end it does.
     """
     end = case.work / "end"
     shutil.rmtree(end, ignore_errors=True)

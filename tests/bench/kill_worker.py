@@ -119,7 +119,7 @@ def files_digest(folder: Path) -> dict[str, str]:
     for name in ("lora.safetensors", "lora-last.safetensors"):
         lora = read_lora(folder / name)
         parts[name] = digest([lora.state, lora.alphas])
-    for name in ("metrics.jsonl", "probe.jsonl", "picture_losses.jsonl"):
+    for name in ("metrics.jsonl", "validation.jsonl", "picture_losses.jsonl"):
         text = (folder / name).read_text() if (folder / name).exists() else ""  # a power cut may take a log
         rows = [json.loads(line) for line in text.splitlines()]
         parts[name] = digest([{key: row[key] for key in row if key not in TIMES} for row in rows])

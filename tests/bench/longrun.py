@@ -1,7 +1,7 @@
 """Long runs with everything recorded, so that stop rules can be tried on them afterwards.
 
 One cell is a task, a micro-batch size, a seed and an optimizer. The product's own loop trains without an end; every
-`EVERY` steps a probe on 3 held-out pictures and one on 3 mirrored training pictures are taken and the adapter is kept.
+`EVERY` steps 3 held-out pictures and 3 mirrored training pictures are validated and the adapter is kept.
 The true held-out loss of any kept step is measured when it is asked for. Cells lie in a work folder and are reused.
 """
 
@@ -28,8 +28,8 @@ from emotrain.runs import build
 from emotrain.train import rng
 from emotrain.train.events import Event, StepEnd
 from emotrain.train.loop import Limits, Parts, fit
-from emotrain.train.probe import Probe
 from emotrain.train.state import TrainState
+from emotrain.train.validation import Validation
 
 EVERY = 10
 SIGNS = Path(__file__).parent / "signs"
@@ -74,13 +74,13 @@ class Task:
         return "builtin:example-heldout" if self.style == "ink" else str(SIGNS / "heldout")
 
     def lay_out(self, work: Path) -> tuple[Path, Path]:
-        """Copy the pictures: a folder to train on, and one of 3 others for the probe."""
+        """Copy the pictures: a folder to train on, and one of 3 others for the validation."""
         files = sorted(self.train_folder().glob("*.png"))
         order = np.random.default_rng(3).permutation(len(files))
         chosen = sorted(int(i) for i in order[: min(self.pictures, len(files) - 3)])
         rest = [int(i) for i in order if int(i) not in chosen][:3]
-        train, probe = work / "train", work / "probe"
-        for folder, places in ((train, chosen), (probe, rest)):
+        train, validation = work / "train", work / "validation"
+        for folder, places in ((train, chosen), (validation, rest)):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             captions = [files[i].with_suffix(".txt").read_text(encoding="utf-8") for i in places]
@@ -93,7 +93,7 @@ class Task:
             for i, text in zip(places, captions, strict=True):
                 shutil.copy(files[i], folder)
                 (folder / f"{files[i].stem}.txt").write_text(text, encoding="utf-8")
-        return train, probe
+        return train, validation
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,16 @@ class Cell:
     optimizer: str = "emosens"
     lr: float | None = None
     words: tuple[tuple[str, Any], ...] = ()  # of the optimizer
-    ear: str = "auto"
+    baseline: str = "auto"
     ema: bool = True
 
     @property
     def name(self) -> str:
         """The folder of this cell."""
         rate = f"-{self.lr:g}" if self.lr else ""
-        words = "".join(f"-{key}={value}" for key, value in self.words) + ("" if self.ear == "auto" else f"-{self.ear}")
+        words = "".join(f"-{key}={value}" for key, value in self.words) + (
+            "" if self.baseline == "auto" else f"-{self.baseline}"
+        )
         words += "-averaged" if self.ema else ""
         return f"{self.place}-{self.optimizer}{rate}{words}"
 
@@ -122,7 +124,7 @@ class Cell:
         """What is trained on, without how: such as tiny-sd-ink-32-mb4-seed0."""
         return f"{self.task.name}-mb{self.micro_batch}-seed{self.seed}"
 
-    def preset(self, train: Path, probe: Path, every: int | str = EVERY) -> Preset:
+    def preset(self, train: Path, validation: Path, every: int | str = EVERY) -> Preset:
         """The quickstart's choices, on this cell's pictures."""
         return Preset.model_validate(
             {
@@ -140,10 +142,10 @@ class Cell:
                     "seed": self.seed,
                     "lr": self.lr,
                     "optimizer": {"name": self.optimizer, **dict(self.words)},
-                    "loss": {"ear": self.ear},
+                    "loss": {"baseline": self.baseline},
                     "ema": self.ema,
                 },
-                "validate": {"folder": str(probe), "every": every, "probe_images": 3},
+                "validate": {"folder": str(validation), "every": every, "probe_images": 3},
                 "stop": {"mode": "off"},
             }
         )
@@ -155,22 +157,24 @@ class Record:
 
     steps: int = 0
     losses: list[float] = field(default_factory=list)
-    heard: list[float] = field(default_factory=list)
+    observed_loss: list[float] = field(default_factory=list)
     ready: list[bool] = field(default_factory=list)
     pulse: list[float] = field(default_factory=list)
-    held: dict[str, float] = field(default_factory=dict)  # probe on held-out pictures, by step
-    mirrored: dict[str, float] = field(default_factory=dict)  # probe on mirrored training pictures
-    plain: dict[str, float] = field(default_factory=dict)  # probe on the same as they are, where it was asked for
+    held: dict[str, float] = field(default_factory=dict)  # validation on held-out pictures, by step
+    mirrored: dict[str, float] = field(default_factory=dict)  # validation on mirrored training pictures
+    plain: dict[str, float] = field(default_factory=dict)  # validation on the same as they are, where it was asked for
     true: dict[str, float] = field(default_factory=dict)  # held-out loss, right captions
     wrong: dict[str, float] = field(default_factory=dict)  # the same with wrong captions
     drift: dict[str, float] = field(default_factory=dict)  # change of predictions without the trigger
     step_s: list[float] = field(default_factory=list)
 
 
-class BothProbes:
-    """Looks like a probe to the loop; takes two and keeps the adapter."""
+class BothValidations:
+    """Looks like a validation to the loop; takes two and keeps the adapter."""
 
-    def __init__(self, held: Probe, mirrored: Probe, record: Record, state: TrainState, keep: Callable[[int], None]):
+    def __init__(
+        self, held: Validation, mirrored: Validation, record: Record, state: TrainState, keep: Callable[[int], None]
+    ):
         self.held, self.mirrored, self.record, self.state, self.keep = held, mirrored, record, state, keep
 
     def loss(self) -> float:
@@ -194,7 +198,7 @@ class LongRun:
         if self.file.exists():
             self.record = Record(**json.loads(self.file.read_text(encoding="utf-8")))
         self.bench: Bench | None = None
-        self.plain_probe: Probe | None = None  # once built
+        self.plain_validation: Validation | None = None  # once built
 
     def save(self) -> None:
         temporary = self.file.with_suffix(".tmp")
@@ -235,14 +239,16 @@ class LongRun:
         held = whole.fixed([example.id for example in pictures.held_out])
         self.data = whole.without([example.id for example in pictures.held_out])
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter.parameters())
-        self.ear = build.build_ear(preset, self.model, self.data, lambda event: None)
+        self.loss_baseline = build.build_loss_baseline(preset, self.model, self.data, lambda event: None)
         self.state = TrainState()
 
-        def probe(batches: list[Any]) -> Probe:
-            return Probe(family, self.model.objective, self.model.adapter, batches, empty, draws=4, seed=cell.seed)
+        def validation(batches: list[Any]) -> Validation:
+            return Validation(family, self.model.objective, self.model.adapter, batches, empty, draws=4, seed=cell.seed)
 
-        self.plain_probe = probe(whole.fixed(mirror))
-        self.probe = BothProbes(probe(held), probe(whole.fixed(mirror, flip=True)), self.record, self.state, self._keep)
+        self.plain_validation = validation(whole.fixed(mirror))
+        self.validation = BothValidations(
+            validation(held), validation(whole.fixed(mirror, flip=True)), self.record, self.state, self._keep
+        )
 
     def _keep(self, step: int) -> None:
         save_file(self.model.adapter.state(), self.folder / f"{step:05d}.safetensors")
@@ -250,7 +256,7 @@ class LongRun:
     def _hear(self, event: Event) -> None:
         if isinstance(event, StepEnd):
             self.record.losses.append(event.loss)
-            self.record.heard.append(event.heard)
+            self.record.observed_loss.append(event.observed_loss)
             self.record.ready.append(event.ready)
             self.record.pulse.append(event.reading.pulse)
             self.record.step_s.append(event.step_s)
@@ -263,8 +269,8 @@ class LongRun:
             optimizer=self.optimizer,
             data=self.data,
             stop_rule=StopRule("off"),
-            ear=self.ear,
-            probe=self.probe,  # type: ignore[arg-type]
+            loss_baseline=self.loss_baseline,
+            validation=self.validation,  # type: ignore[arg-type]
             notify=self._hear,
             save=lambda state: None,
             sample=lambda step: None,
@@ -277,13 +283,13 @@ class LongRun:
     # ------------------------------------------------------------ measured when asked for
 
     def plain(self, step: int) -> float:
-        """Probe loss of the mirrored pictures as they are, with the adapter kept at a step."""
+        """Validation loss of the mirrored pictures as they are, with the adapter kept at a step."""
         if str(step) not in self.record.plain:
-            if self.plain_probe is None:
+            if self.plain_validation is None:
                 self._build()
-            assert self.plain_probe is not None
+            assert self.plain_validation is not None
             self.model.adapter.load_state(load_file(self.folder / f"{step:05d}.safetensors"))
-            self.record.plain[str(step)] = self.plain_probe.loss()
+            self.record.plain[str(step)] = self.plain_validation.loss()
             self.save()
         return self.record.plain[str(step)]
 

@@ -40,11 +40,11 @@ def shapes() -> list[Cell]:
     other = replace(own, ema=False)
     return [
         *[replace(own, seed=seed) for seed in (0, 1, 2)],
-        *[replace(own, seed=seed, words=PUBLISHED, ema=False, ear="raw") for seed in (0, 1)],
+        *[replace(own, seed=seed, words=PUBLISHED, ema=False, baseline="raw") for seed in (0, 1)],
         replace(own, ema=False),
         replace(own, words=PUBLISHED),
-        replace(own, ear="raw"),
-        replace(own, ear="corrected"),
+        replace(own, baseline="raw"),
+        replace(own, baseline="corrected"),
         replace(own, words=CALM),
         replace(own, optimizer="emoairy"),
         replace(own, optimizer="emocats"),
@@ -61,9 +61,9 @@ def label(cell: Cell) -> str:
     emo = cell.optimizer.startswith("emo")
     uncorrected = cell.words == PUBLISHED
     words = [str(value) for key, value in cell.words if key == "generation"]
-    if uncorrected and cell.ear == "raw":
+    if uncorrected and cell.baseline == "raw":
         words.append("as published")
-    elif cell.ear == "raw":
+    elif cell.baseline == "raw":
         words.append("from the first loss")
     elif uncorrected:
         words.append("no bias correction")
@@ -71,8 +71,8 @@ def label(cell: Cell) -> str:
         words.append("no average")
     elif not emo and cell.ema:
         words.append("averaged")
-    if cell.ear == "corrected":
-        words.append("corrected ear")
+    if cell.baseline == "corrected":
+        words.append("corrected loss")
     return ", ".join([f"{cell.optimizer} {cell.lr or 1.0:g}", *words])
 
 
@@ -160,7 +160,7 @@ def summary(tables: dict[str, list[Row]]) -> list[str]:
 
 
 def plot(tasks: Sequence[Task], tables: dict[str, list[Row]], work: Path) -> str:
-    """Probe of 3 held-out pictures along the run, seed 0: EmoSens, the best AdamW, AdamW 1e-4, two without a rate."""
+    """Validation of 3 held-out pictures along the run, seed 0: EmoSens, the best AdamW, AdamW 1e-4, two others."""
     panels = []
     for task in tasks:
         rows = [row for row in tables.get(task.name, []) if row.seed == 0]

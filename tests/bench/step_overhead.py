@@ -35,9 +35,9 @@ from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs.finish import PictureLosses
-from emotrain.train.ear import Ear
 from emotrain.train.events import RunStart
 from emotrain.train.loop import Limits, Parts, tell, train_step
+from emotrain.train.loss_baseline import LossBaseline
 from emotrain.train.state import TrainState
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -111,7 +111,7 @@ class Ours:
         self.parts = Parts(
             family=family, objective=build_objective("epsilon", SCHEDULER), adapter=adapter,
             optimizer=Averaged(EmoSens(adapter.parameters(), bias_correction=True)),
-            data=data, stop_rule=StopRule(), ear=Ear(), probe=None,
+            data=data, stop_rule=StopRule(), loss_baseline=LossBaseline(), validation=None,
             notify=self.notify, save=lambda state: None, sample=lambda step: None,
             record=losses.write, interrupted=lambda: False,
         )  # fmt: skip
@@ -125,8 +125,8 @@ class Ours:
         started = time.monotonic()
         done = train_step(self.parts, self.limits, self.state)
         assert done is not None
-        loss, heard, grad_norm, samples = done
-        tell(self.parts, self.limits, self.state, loss, heard, grad_norm, time.monotonic() - started)
+        loss, observed_loss, grad_norm, samples = done
+        tell(self.parts, self.limits, self.state, loss, observed_loss, grad_norm, time.monotonic() - started)
         self.parts.record(self.state.step, samples)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ Each cell is one long run (see longrun.py) whose oracle is its lowest true held-
 hear only what was known at each step. Cells are kept in the work folder and used again.
 
 "held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped and as they are;
-both as often as the product does when left to itself, so that probes take a tenth of the run: every 20 steps with
+both as often as the product does when left to itself, so that validations take a tenth of the run: every 20 steps with
 micro-batches of 4 and every 30 with 1; mirrored, every 30 and every 50.
 """
 
@@ -27,7 +27,7 @@ from longrun import EVERY, Cell, LongRun, Task
 from emotrain.pulse.draw import Panel, svg
 from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
-from emotrain.runs.build import probe_every
+from emotrain.runs.build import validate_every
 
 FIRST = {("tiny-sd", 4): (400, 900), ("tiny-sd", 1): (500, 1800)}
 FIRST |= {("tiny-flux", 4): (500, 1200), ("tiny-flux", 1): (900, 2400)}
@@ -41,16 +41,16 @@ class Ended:
     chosen: int
 
 
-def trusted(run: LongRun, probe: str) -> Ended:
-    """The product's own rule, fed with a recorded run as often as a run probes when left to itself."""
-    record, every = run.record, listens_every(run.cell, 3 if probe == "held" else 0)
-    rule, losses = StopRule(held_out=probe == "held"), getattr(record, probe)
+def trusted(run: LongRun, validation: str) -> Ended:
+    """The product's own rule, fed with a recorded run as often as a run validations when left to itself."""
+    record, every = run.record, listens_every(run.cell, 3 if validation == "held" else 0)
+    rule, losses = StopRule(held_out=validation == "held"), getattr(record, validation)
     for step in range(record.steps + 1):
         if step:
-            rule.hear_step(record.ready[step - 1])
+            rule.update_step(record.ready[step - 1])
         if step % every == 0:
-            plain = None if probe == "held" else run.plain(step)
-            rule.hear_probe(step, losses[str(step)], plain)
+            plain = None if validation == "held" else run.plain(step)
+            rule.update_validation(step, losses[str(step)], plain)
         if step and rule.decide(step):
             return Ended(step, rule.best_step or 0)
     return Ended(None, rule.best_step or 0)
@@ -66,8 +66,10 @@ def at_step(run: LongRun, step: int | None) -> Ended:
 
 def quiet(run: LongRun) -> Ended:
     """The first READY of generations 3.6 to 3.7.6, on the same losses."""
-    heard = run.record.heard
-    signals = {signal.name: signal.first for signal in replay(list(range(1, len(heard) + 1)), heard).signals}
+    observed_loss = run.record.observed_loss
+    signals = {
+        signal.name: signal.first for signal in replay(list(range(1, len(observed_loss) + 1)), observed_loss).signals
+    }
     return at_step(run, signals["3.6-3.7.6 navi/sens"])
 
 
@@ -100,31 +102,33 @@ RULES: dict[str, Callable[[LongRun], Ended]] = {
     "500 steps": lambda run: at_step(run, 500),
     "1,000 steps": lambda run: at_step(run, 1000),
     "the last step": lambda run: Ended(None, run.kept()[-1]),
-    "lowest held-out probe, no stop": lambda run: lowest(run, "held"),
-    "lowest mirrored probe, no stop": lambda run: lowest(run, "mirrored"),
+    "lowest held-out validation, no stop": lambda run: lowest(run, "held"),
+    "lowest mirrored validation, no stop": lambda run: lowest(run, "mirrored"),
 }
 
 
-def lowest(run: LongRun, probe: str) -> Ended:
-    """The lowest probe of the whole long run: what a rule that never stops too early would hand over."""
-    losses = getattr(run.record, probe)
+def lowest(run: LongRun, validation: str) -> Ended:
+    """The lowest validation of the whole long run: what a rule that never stops too early would hand over."""
+    losses = getattr(run.record, validation)
     return Ended(None, int(min(losses, key=losses.__getitem__)))
 
 
-def cells_of(models: Sequence[str], micro_batches: Sequence[int], ears: Sequence[str]) -> list[Cell]:
+def cells_of(models: Sequence[str], micro_batches: Sequence[int], baselines: Sequence[str]) -> list[Cell]:
     """4 tasks, 2 seeds; and the noisy set."""
     found = []
     for model in models:
         tasks = [Task(model, "ink", 32), Task(model, "signs", 8)]
         for micro_batch in micro_batches:
             places = [(task, seed) for seed in (0, 1) for task in tasks] + [(Task(model, "ink", 32, wrong=3), 0)]
-            found += [Cell(task, micro_batch, seed, ear=ear) for task, seed in places for ear in ears]
+            found += [
+                Cell(task, micro_batch, seed, baseline=baseline) for task, seed in places for baseline in baselines
+            ]
     return found
 
 
 def title(cell: Cell) -> str:
     """Of a row or a plot."""
-    return cell.place if cell.ear == "auto" else f"{cell.place}, ear {cell.ear}"
+    return cell.place if cell.baseline == "auto" else f"{cell.place}, baseline {cell.baseline}"
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,8 @@ class Judged:
 
 
 def listens_every(cell: Cell, held_out: int) -> int:
-    """Steps between two probes where the preset says `auto`: probes may take a tenth of a small model's run."""
-    return probe_every(cell.preset(Path("train"), Path("probe"), every="auto"), held_out)
+    """Steps between two validations where the preset says `auto`: they may take a tenth of a small model's run."""
+    return validate_every(cell.preset(Path("train"), Path("validation"), every="auto"), held_out)
 
 
 def judge(run: LongRun) -> list[Judged]:
@@ -198,7 +202,7 @@ def table(runs: list[LongRun], judged: list[Judged]) -> list[str]:
 
 
 def plot(runs: list[LongRun], judged: list[Judged]) -> str:
-    """True held-out loss, both probes and where the held-out rule stopped, one panel a cell."""
+    """True held-out loss, both validations and where the held-out rule stopped, one panel a cell."""
     panels = []
     for run in runs:
         true = sorted((int(step), loss) for step, loss in run.record.true.items())
@@ -208,7 +212,7 @@ def plot(runs: list[LongRun], judged: list[Judged]) -> str:
         )
         one = next(j for j in judged if j.cell == run.cell.name)
         marks = [(float(one.chosen), "handed over")] + ([(float(one.stopped), "stop")] if one.stopped else [])
-        curves = [("held-out loss", true), ("probe, held out", held), ("probe, mirrored", mirrored)]
+        curves = [("held-out loss", true), ("validation, held out", held), ("validation, mirrored", mirrored)]
         panels.append(Panel(title(run.cell), curves, marks=marks))
     return svg(panels, title="When to stop", panel_height=110)
 
@@ -220,13 +224,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny-sd", "tiny-flux"])
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[4, 1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="with --pictures")
-    parser.add_argument("--ears", nargs="+", default=["auto"], help="auto corrected: both, side by side")
+    parser.add_argument("--baselines", nargs="+", default=["auto"], help="auto corrected: both, side by side")
     parser.add_argument("--pictures", type=Path, help="another style to train on")
     parser.add_argument("--held-out", type=Path, help="at least 20 pictures of it to measure with")
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cells = cells_of(args.models, args.micro_batches, args.ears)
+    cells = cells_of(args.models, args.micro_batches, args.baselines)
     if args.pictures:
         tasks = [Task.of_folders(model, args.pictures, args.held_out) for model in args.models]
         cells = [Cell(task, size, seed) for task in tasks for size in args.micro_batches for seed in args.seeds]

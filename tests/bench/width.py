@@ -8,7 +8,7 @@ alone with its own LoRA of rank 8 (alpha 8) and hears the mean squared error to 
 
 As in fine-tuning, the teacher is near (its LoRAs change the output by a few percent of its size) and most of the loss
 cannot be learned: the noise is ten times what the teacher changes. Its size is drawn anew each step (log-normal,
-`--spread`), as timesteps change it: that sets how noisy a loss the emotion hears. Rows have what activations have, a
+`--spread`), as timesteps change it: that sets how noisy a loss the optimizer uses. Rows have what activations have, a
 direction in common (half of their square) and a spectrum that falls as 1/index.
 
 Printed is the share of the teacher that is learned, without the noise: 1 - error / error of the stack alone, the best

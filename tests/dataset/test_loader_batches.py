@@ -213,7 +213,7 @@ def test_pictures_named_in_mirror_can_be_shown_mirrored(found: Any, tiny_family:
     assert not torch.equal(plain, turned)
     shown = [b for epoch in range(20) for b in epoch_of(data, epoch) if "girls/g.png" in b.ids]
     rows = [batch.latents[batch.ids.index("girls/g.png")] for batch in shown]
-    assert all(torch.equal(row, plain[0]) for row in rows)  # a probe's mirror is not trained on
+    assert all(torch.equal(row, plain[0]) for row in rows)  # a validation's mirror is not trained on
 
 
 def test_without_leaves_pictures_out_and_shares_the_rest(data: CachedDataset) -> None:

@@ -72,7 +72,7 @@ def trained_sigmas(family: Any, places: Tensor, width: int, height: int, monkeyp
     monkeypatch.setattr(family, "predict", predict)
     monkeypatch.setattr(loop, "uniforms", lambda seed, first, count: places)
     objective = build_objective("flow", family.scheduler_config, timesteps="uniform")
-    parts = replace(make_parts(Recorder(), probe=False), family=family, objective=objective, data=Data())
+    parts = replace(make_parts(Recorder(), validation=False), family=family, objective=objective, data=Data())
     loop.accumulate(parts, limits(), TrainState())
     return asked[0]
 

@@ -162,7 +162,7 @@ def test_a_resumed_run_has_the_same_bits(
         name = f"step-00000004/{stem}.safetensors"
         one, two = (load_file(run.checkpoints_dir / name) for run in (straight, again))
         assert all(torch.equal(one[key], two[key]) for key in one)
-    one, two = ((run.path / "probe.jsonl").read_text() for run in (straight, again))
+    one, two = ((run.path / "validation.jsonl").read_text() for run in (straight, again))
     assert one == two
 
 

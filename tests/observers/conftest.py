@@ -59,7 +59,7 @@ def make_step() -> Callable[..., StepEnd]:
             "step": step,
             "epoch": step / 8,
             "loss": loss,
-            "heard": loss,
+            "observed_loss": loss,
             "reading": reading,
             "ready": False,
             "grad_norm": 0.25,

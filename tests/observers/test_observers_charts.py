@@ -69,7 +69,7 @@ def test_robust_bounds_leave_out_single_spikes() -> None:
 def test_a_chart_has_exactly_the_size_that_was_asked_for(width: int, height: int, ascii_only: bool) -> None:
     trace = trace_of([1.0, 2.0, math.nan, 3.0, 1.0])
     curves = [curve_of(trace, width, "loss", ascii_only=ascii_only)]
-    marks = [Mark(0.5, 2.0, "probe"), Mark(7.0, -99.0, "probe")]
+    marks = [Mark(0.5, 2.0, "validation"), Mark(7.0, -99.0, "validation")]
     lines = chart(curves, scale_for(trace.bounds()), width, height, marks=marks, ascii_only=ascii_only)
     shown = to_plain(lines)
     assert [len(line) for line in shown] == [width] * height
@@ -97,8 +97,8 @@ def test_in_ascii_single_values_are_points_and_lines_are_stars() -> None:
 
 def test_marks_show_in_front_of_curves() -> None:
     flat = np.full(8, 0.5)
-    lines = chart([Curve("loss", flat, flat)], Scale(0.0, 1.0), 4, 1, marks=[Mark(0.0, 0.5, "probe")])
-    assert lines[0][0] == ("◆", "probe")
+    lines = chart([Curve("loss", flat, flat)], Scale(0.0, 1.0), 4, 1, marks=[Mark(0.0, 0.5, "validation")])
+    assert lines[0][0] == ("◆", "validation")
     assert lines[0][1][1] == "loss"
 
 

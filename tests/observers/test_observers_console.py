@@ -11,12 +11,12 @@ from emotrain.observers.console import ConsoleLines
 from emotrain.train.events import (
     Notice,
     Phase,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     Saved,
     StepEnd,
+    ValidationEnd,
 )
 
 MakeStep = Callable[..., StepEnd]
@@ -38,10 +38,10 @@ def test_a_step_line_has_its_figures_in_a_stable_order(
     console = ConsoleLines(10, stream=stream)
     console.handle(make_start())
     for step in range(1, 11):
-        console.handle(make_step(step, heard=0.25, stop_meter=0.4, ready=step == 10))
+        console.handle(make_step(step, observed_loss=0.25, stop_meter=0.4, ready=step == 10))
     line = lines_of(stream)[-1]
     pattern = (
-        r"step 10/400  epoch 1\.25  loss 0\.6000  smoothed \d\.\d{4}  heard 0\.2500  "
+        r"step 10/400  epoch 1\.25  loss 0\.6000  smoothed \d\.\d{4}  observed 0\.2500  "
         r"scalar \+0\.2000  trust \+0\.8000  emoPulse 1\.00e-03  grad_norm 0\.2500  "
         r"stop 40% ready  5\.00 it/s  ETA 1:18-\d:\d\d"
     )
@@ -73,7 +73,7 @@ def test_every_event_is_told_in_whole_lines_without_control_codes(
         Notice(hostile),
         Notice("fine", "info"),
         make_step(1, skipped=2),
-        ProbeEnd(1, 0.6, -0.1, 1.5, 0.01, 1, 0.6),
+        ValidationEnd(1, 0.6, -0.1, 1.5, 0.01, 1, 0.6),
         SamplesDrawn(1, (path,), (hostile,), path / "sheet.png"),
         Saved(1, path, best=True),
         RunEnd(1, "signal", hostile, path, 1, 0.6, 61.0, "emotrain resume x"),
@@ -86,7 +86,7 @@ def test_every_event_is_told_in_whole_lines_without_control_codes(
     lines = lines_of(stream)
     assert [line for line in lines if line.startswith("warning: ")] == ["warning: [2J  evil"]
     assert "fine" in lines
-    for word in ("probe at step 1: loss 0.6000", "samples at step 1", "saved the best", "skipped 2",
+    for word in ("validation at step 1: loss 0.6000", "samples at step 1", "saved the best", "skipped 2",
                  "ended at step 1 (signal)", "took 1:01", "resume with: emotrain resume x"):  # fmt: skip
         assert word in text, word
 

@@ -23,12 +23,12 @@ from emotrain.train.events import (
     Event,
     Notice,
     Phase,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     Saved,
     StepEnd,
+    ValidationEnd,
 )
 
 MakeStep = Callable[..., StepEnd]
@@ -44,9 +44,9 @@ def a_run(make_start: MakeStart, make_step: MakeStep, text: str, steps: int) -> 
     for done in range(4):
         yield Phase(text + "2", done, 3)
     for step in range(1, steps + 1):
-        yield make_step(step, heard=0.4, memory_gib=1.25, skipped=2, ready=True)
+        yield make_step(step, observed_loss=0.4, memory_gib=1.25, skipped=2, ready=True)
         if step % 5 == 0:
-            yield ProbeEnd(step, 0.6, -0.1, 1.5, 0.01, 5, 0.6)
+            yield ValidationEnd(step, 0.6, -0.1, 1.5, 0.01, 5, 0.6)
     yield SamplesDrawn(steps, (path,), (text,), path / "sheet.png")
     yield Saved(steps, path / "step", best=True)
     yield Notice(text)
@@ -96,8 +96,8 @@ def test_everything_a_run_is_watched_for_is_on_the_screen(
         board.note(event)
     shown = "\n".join(to_plain(compose(board, columns, rows)))
     wanted = (
-        "mika", "step 12/400", "epoch 1.50", "5.00 it/s", "ETA ", "smoothed", "heard 0.4000",
-        "probe", "best 0.6000 at step 5", "stop", "50%", "ready", "sheet.png", "warning", "◆",
+        "mika", "step 12/400", "epoch 1.50", "5.00 it/s", "ETA ", "smoothed", "observed 0.4000",
+        "validation", "best 0.6000 at step 5", "stop", "50%", "ready", "sheet.png", "warning", "◆",
         "memory 1.25 GiB", "2 skipped",
     )  # fmt: skip
     for word in wanted:
@@ -142,7 +142,7 @@ def test_a_long_run_takes_no_more_memory_than_a_short_one(
     for step in range(1, 20_001):
         board.note(make_step(step))
         if step % 10 == 0:
-            board.note(ProbeEnd(step, 0.6, 0.1, 1.5, None, step, 0.6))
+            board.note(ValidationEnd(step, 0.6, 0.1, 1.5, None, step, 0.6))
             board.note(Notice(f"note {step}"))
             board.note(Phase(f"draw {step}", 1, 1))
         if step == 3_000:

@@ -20,17 +20,17 @@ from emotrain.observers.stream import LineWriter
 from emotrain.train.events import (
     Notice,
     Phase,
-    ProbeEnd,
     RunEnd,
     RunStart,
     SamplesDrawn,
     Saved,
     StepEnd,
+    ValidationEnd,
 )
 
 MakeStep = Callable[..., StepEnd]
 MakeStart = Callable[..., RunStart]
-NEEDED = {"step", "loss", "scalar", "trust", "pulse", "grad_norm", "heard", "ready", "epoch"}
+NEEDED = {"step", "loss", "scalar", "trust", "pulse", "grad_norm", "observed_loss", "ready", "epoch"}
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -41,7 +41,7 @@ def end(lora: Path | None = Path("runs/mika/lora.safetensors")) -> RunEnd:
     return RunEnd(9, "signal", "the scalar stayed below zero", lora, 7, 0.5, 12.5)
 
 
-def test_metrics_have_a_line_a_step_and_probes_their_own_file(
+def test_metrics_have_a_line_a_step_and_validations_their_own_file(
     tmp_path: Path, make_step: MakeStep, make_start: MakeStart
 ) -> None:
     log = MetricsLog(tmp_path)
@@ -50,12 +50,12 @@ def test_metrics_have_a_line_a_step_and_probes_their_own_file(
         log.handle(make_step(step))
         lines = rows(tmp_path / "metrics.jsonl")  # flushed: readable at once
         assert lines[-1]["step"] == step
-    log.handle(ProbeEnd(5, 0.6, -0.1, 1.5, None, 5, 0.6))
+    log.handle(ValidationEnd(5, 0.6, -0.1, 1.5, None, 5, 0.6))
     log.close()
     lines = rows(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(set(line) >= NEEDED for line in lines)
-    assert rows(tmp_path / "probe.jsonl") == [
+    assert rows(tmp_path / "validation.jsonl") == [
         {
             "step": 5,
             "loss": 0.6,
@@ -77,7 +77,7 @@ def test_a_resumed_log_has_every_step_once(
     for step in range(1, 9):
         log.handle(make_step(step))
     for step in (2, 6):
-        log.handle(ProbeEnd(step, 0.6, 0.1, 1.5, 0.0, step, 0.6))
+        log.handle(ValidationEnd(step, 0.6, 0.1, 1.5, 0.0, step, 0.6))
     log.close()
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail)
@@ -90,7 +90,7 @@ def test_a_resumed_log_has_every_step_once(
     lines = rows(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert [line["loss"] == 9.0 for line in lines] == [False] * 5 + [True] * 5
-    assert [line["step"] for line in rows(tmp_path / "probe.jsonl")] == [2]
+    assert [line["step"] for line in rows(tmp_path / "validation.jsonl")] == [2]
 
 
 def test_a_log_that_ends_before_the_resumed_step_stays_whole(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_json_events_are_one_object_a_line_and_end_with_the_lora(make_step: Make
         make_start(name="\x1b[31m\n日本\ud800"),
         Phase("cache latents", 1, 4),
         make_step(1),
-        ProbeEnd(1, 0.6, 0.1, 1.5, 0.0, 1, 0.6),
+        ValidationEnd(1, 0.6, 0.1, 1.5, 0.0, 1, 0.6),
         SamplesDrawn(1, (Path("a.png"),), ("a fox\n",), Path("sheet.png")),
         Saved(1, Path("checkpoints/step-00000001")),
         Notice("careful"),
@@ -157,7 +157,7 @@ def test_json_events_are_one_object_a_line_and_end_with_the_lora(make_step: Make
         "run_start",
         "phase",
         "step",
-        "probe",
+        "validation",
         "samples",
         "saved",
         "notice",
@@ -180,12 +180,12 @@ def test_a_log_plays_back_as_the_same_events(tmp_path: Path, make_step: MakeStep
     log = MetricsLog(tmp_path)
     start = make_start()
     steps = [make_step(1), make_step(2, expected_end=(5, 9), ready=True)]
-    probe = ProbeEnd(2, 0.6, 0.1, 1.5, None, 2, 0.6)
-    for event in (start, *steps, probe):
+    validation = ValidationEnd(2, 0.6, 0.1, 1.5, None, 2, 0.6)
+    for event in (start, *steps, validation):
         log.handle(event)
     log.close()
     played = list(play_back(tmp_path / "metrics.jsonl", start=start))
-    assert played == [start, *steps, probe]
+    assert played == [start, *steps, validation]
 
 
 def test_the_last_sheet_and_checkpoint_of_a_recorded_run_are_found(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from emotrain.errors import ConfigError
 from emotrain.observers.tensorboard import TensorBoard, safe
-from emotrain.train.events import ProbeEnd, RunEnd, RunStart, SamplesDrawn, StepEnd
+from emotrain.train.events import RunEnd, RunStart, SamplesDrawn, StepEnd, ValidationEnd
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
@@ -31,17 +31,17 @@ def test_every_curve_of_a_run_is_there_under_its_tag(
     board.handle(make_start())
     for step in range(1, 6):
         board.handle(make_step(step))
-    board.handle(ProbeEnd(5, 0.625, -0.25, 1.5, 0.5, 5, 0.625))
+    board.handle(ValidationEnd(5, 0.625, -0.25, 1.5, 0.5, 5, 0.625))
     board.handle(RunEnd(5, "signal", "enough", None, 5, 0.625, 1.0))
     board.close()
     board.close()
     found = read(tmp_path / "tensorboard")
     tags = set(found.Tags()["scalars"])
-    needed = "loss loss/heard emo/scalar emo/trust emo/pulse grad_norm probe/loss probe/scalar"
+    needed = "loss loss/observed emo/scalar emo/trust emo/pulse grad_norm validation/loss validation/scalar"
     assert tags >= set(needed.split())
     assert [point.step for point in found.Scalars("loss")] == [1, 2, 3, 4, 5]
     assert found.Scalars("emo/pulse")[-1].value == pytest.approx(5e-4)
-    assert found.Scalars("probe/scalar")[0].value == -0.25
+    assert found.Scalars("validation/scalar")[0].value == -0.25
 
 
 def test_a_resumed_run_shows_every_step_once(tmp_path: Path, make_step: MakeStep, make_start: MakeStart) -> None:

@@ -60,7 +60,7 @@ def test_a_path_is_cut_at_its_start_and_text_at_its_end() -> None:
 
 
 def test_wrapped_text_loses_no_word() -> None:
-    text = "the probe loss has not fallen for three probes"
+    text = "the validation loss has not fallen for three validations"
     assert " ".join(wrap(text, 12)) == text
     assert "".join(wrap("x" * 30, 7)) == "x" * 30
 

@@ -49,9 +49,9 @@ def test_losses_without_steps_are_counted_from_one(tmp_path: Path, name: str, te
 
 
 def test_a_run_folder_is_read_through_its_metrics_and_what_the_emotion_heard(tmp_path: Path) -> None:
-    write(tmp_path / "metrics.jsonl", '{"step": 1, "loss": 0.5, "heard": 0.4}\n')
+    write(tmp_path / "metrics.jsonl", '{"step": 1, "loss": 0.5, "observed_loss": 0.4}\n')
     log = read_log(tmp_path)
-    assert (log.column, log.losses) == ("heard", (0.4,))
+    assert (log.column, log.losses) == ("observed_loss", (0.4,))
     assert read_log(tmp_path, "loss").losses == (0.5,)
 
 

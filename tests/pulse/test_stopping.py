@@ -11,12 +11,12 @@ from emotrain.pulse.stopping import DENSE, HOPE, WINDOW, StopRule
 
 
 def play(rule: StopRule, curve, *, every: int = 10, max_steps: int = 2000, ready=lambda step: False, plain=None):
-    """Steps until the rule ends the run; `curve(step)` is the probe loss, `plain(step)` that of mirrored pictures."""
-    rule.hear_probe(0, curve(0), plain and plain(0))
+    """Steps until the rule ends the run; `curve(step)` is the validation loss, `plain(step)` the mirrored one."""
+    rule.update_validation(0, curve(0), plain and plain(0))
     for step in range(1, max_steps + 1):
-        rule.hear_step(ready(step))
+        rule.update_step(ready(step))
         if step % every == 0:
-            rule.hear_probe(step, curve(step), plain and plain(step))
+            rule.update_validation(step, curve(step), plain and plain(step))
         sentence = rule.decide(step)
         if sentence:
             return step, sentence
@@ -52,7 +52,7 @@ def test_never_before_min_steps():
     assert step == 300
 
 
-def test_one_bad_probe_does_not_end_the_run():
+def test_one_bad_validation_does_not_end_the_run():
     fall = lambda s: 1.0 / (1 + s / 100)  # noqa: E731
     rule = StopRule()
     _, sentence = play(rule, lambda s: 5.0 if s == 300 else fall(s))
@@ -79,10 +79,10 @@ def test_signal_mode_needs_a_sustained_signal():
     assert "READY TO STOP" in sentence
 
 
-def test_without_a_probe_trusted_mode_listens_to_the_signal():
+def test_without_a_validation_trusted_mode_listens_to_the_signal():
     rule = StopRule("trusted")
     for _ in range(1, 200):
-        rule.hear_step(True)
+        rule.update_step(True)
     assert rule.decide(199) is not None
 
 
@@ -95,12 +95,12 @@ def test_a_lit_signal_shortens_the_wait():
 def test_the_meter_stays_within_bounds_and_is_full_at_the_end():
     rule = StopRule()
     curve = valley(100)
-    rule.hear_probe(0, curve(0))
+    rule.update_validation(0, curve(0))
     meters = []
     for step in range(1, 400):
-        rule.hear_step(False)
+        rule.update_step(False)
         if step % 10 == 0:
-            rule.hear_probe(step, curve(step))
+            rule.update_validation(step, curve(step))
         meters.append(rule.meter(step))
         if rule.decide(step):
             break
@@ -115,26 +115,26 @@ def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
     straight = StopRule()
     end, _ = play(straight, curve)
     first = StopRule()
-    first.hear_probe(0, curve(0))
+    first.update_validation(0, curve(0))
     for step in range(1, 131):
-        first.hear_step(False)
+        first.update_step(False)
         if step % 10 == 0:
-            first.hear_probe(step, curve(step))
+            first.update_validation(step, curve(step))
     second = StopRule()
     second.load_document(json.loads(json.dumps(first.to_document())))
     step = 130
     while not second.decide(step):
         step += 1
-        second.hear_step(False)
+        second.update_step(False)
         if step % 10 == 0:
-            second.hear_probe(step, curve(step))
+            second.update_validation(step, curve(step))
     assert step == end
 
 
 def test_the_saves_around_the_densest_signals_are_named():
     rule = StopRule("off")
     for step in range(1, 401):
-        rule.hear_step(150 <= step < 175 or step % 40 == 0)
+        rule.update_step(150 <= step < 175 or step % 40 == 0)
     assert (rule.densest, rule.densest_end) == (25, 174)
     assert rule.around_signals(range(50, 401, 50)) == {100, 200}
     again = StopRule("off")
@@ -145,7 +145,7 @@ def test_the_saves_around_the_densest_signals_are_named():
 def test_without_a_signal_no_save_is_kept_for_it():
     rule = StopRule("off")
     for _ in range(100):
-        rule.hear_step(False)
+        rule.update_step(False)
     assert rule.around_signals([50, 100]) == set()
 
 
@@ -199,7 +199,7 @@ def test_mirrored_pictures_that_lag_behind_but_still_fall_are_heard_on():
     rule = StopRule(held_out=False)
     told = [(1.0, 1.0), (0.99, 0.95), (0.8, 0.7), (0.6, 0.55), (0.6, 0.5), (0.65, 0.4), (0.7, 0.3)]
     for place, (mirrored, plain) in enumerate(told):
-        rule.hear_probe(50 * place, mirrored, plain)
+        rule.update_validation(50 * place, mirrored, plain)
     assert not rule.unfair
     assert rule.best_step == 150
 

@@ -60,7 +60,7 @@ def run(tmp_path: Path, name: str, *extra: str, observers=()):
 
 def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(contrast, "SHARE", 0.5)
-    heard = Listener()
+    observed_loss = Listener()
     written = []
     whole = contrast.contrastive_losses
 
@@ -70,7 +70,7 @@ def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(t
 
     run_dir = tmp_path / "runs" / "one"
     monkeypatch.setattr(contrast, "contrastive_losses", spy)
-    result = run(tmp_path, "one", observers=[heard])
+    result = run(tmp_path, "one", observers=[observed_loss])
     assert written == [True]
     rows = [json.loads(line) for line in (run_dir / "picture_contrast.jsonl").read_text().splitlines()]
     assert len(rows) == 32 - len(result.folder.info()["held_out"])
@@ -80,7 +80,9 @@ def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(t
     pictures = json.loads(capsys.readouterr().out)["pictures"]
     assert all(picture["z_contrast"] is not None for picture in pictures)
     doubted = [p["id"] for p in pictures if p["verdict"] == "suspicious"]
-    lines = [event.message for event in heard.events if isinstance(event, Notice) and "captions" in event.message]
+    lines = [
+        event.message for event in observed_loss.events if isinstance(event, Notice) and "captions" in event.message
+    ]
     assert len(lines) == bool(doubted)
     assert all(name in lines[0] for name in doubted[:5])
 

@@ -13,7 +13,7 @@ from PIL import Image
 from emotrain.cli.app import main
 from emotrain.config.load import load, load_preset
 from emotrain.errors import DatasetError
-from emotrain.runs.build import probe_every, read_pictures
+from emotrain.runs.build import read_pictures, validate_every
 from emotrain.runs.lint import lint_preset
 from emotrain.runs.preflight import SHOWN, preflight
 
@@ -168,18 +168,18 @@ def test_some_pictures_are_held_out_where_there_are_enough(tmp_path: Path, count
 
 
 @pytest.mark.parametrize(("words", "every"), [("", 160), ("micro_batch_size: 4", 40), ("micro_batch_size: 64", 10)])
-def test_probes_are_so_rare_that_they_take_a_twentieth_of_the_run(tmp_path: Path, words: str, every: int) -> None:
+def test_validations_are_so_rare_that_they_take_a_twentieth_of_the_run(tmp_path: Path, words: str, every: int) -> None:
     words = f"train: {{{words}}}"
     loaded = load_preset(preset(tmp_path, "dataset: ./data", words), ("model.base=./sdxl.safetensors",), "one")
-    assert probe_every(loaded, 4) == every
+    assert validate_every(loaded, 4) == every
 
 
 @pytest.mark.parametrize(("size", "held_out", "every"), [(1, 4, 40), (1, 3, 30), (4, 4, 20), (1, 0, 70)])
-def test_probes_of_a_built_in_model_take_a_tenth(tmp_path: Path, size: int, held_out: int, every: int) -> None:
+def test_validations_of_a_built_in_model_take_a_tenth(tmp_path: Path, size: int, held_out: int, every: int) -> None:
     loaded = load_preset(preset(tmp_path, "dataset: ./data", f"train: {{micro_batch_size: {size}}}"), (), "one")
-    assert probe_every(loaded, held_out) == every
+    assert validate_every(loaded, held_out) == every
 
 
-def test_the_preset_says_how_often_to_probe(tmp_path: Path) -> None:
+def test_the_preset_says_how_often_to_validation(tmp_path: Path) -> None:
     asked = load_preset(preset(tmp_path, "dataset: ./data", "validate: {every: 7}"), (), "one")
-    assert probe_every(asked, 4) == 7
+    assert validate_every(asked, 4) == 7

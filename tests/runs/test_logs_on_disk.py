@@ -27,7 +27,7 @@ sample: {every: 2, steps: 1, prompts: [a, b]}
 stop: {mode: "off"}
 log: {tensorboard: false}
 """
-LOGS = ("metrics.jsonl", "probe.jsonl", "picture_losses.jsonl")
+LOGS = ("metrics.jsonl", "validation.jsonl", "picture_losses.jsonl")
 
 
 @pytest.fixture
@@ -79,12 +79,12 @@ def test_a_log_that_the_disk_refuses_costs_a_notice_and_not_the_checkpoint(
     def refuse(self: finish.PictureLosses) -> None:
         raise OSError(5, "Input/output error")
 
-    heard: list[Event] = []
-    watch = type("Watch", (), {"handle": lambda self, event: heard.append(event), "close": lambda self: None})()
+    told: list[Event] = []
+    watch = type("Watch", (), {"handle": lambda self, event: told.append(event), "close": lambda self: None})()
     monkeypatch.setattr(finish.PictureLosses, "sync", refuse)
     words = ("sample.every=0", "train.max_steps=2")
     result = start.run(load(str(place / "p.yaml"), words, "one").preset, runs_dir=place, observers=(watch,))
     assert result.exit_code == ExitCode.OK
     assert CheckpointStore(result.folder.checkpoints_dir).steps() == (2,)
     line = "a log was not brought to the disk (Input/output error); a power cut may shorten it"
-    assert line in [event.message for event in heard if isinstance(event, Notice)]
+    assert line in [event.message for event in told if isinstance(event, Notice)]

@@ -170,13 +170,13 @@ def test_samples_that_do_not_fit_cost_the_samples_and_not_the_run(
     def full(*words: Any) -> None:
         raise torch.OutOfMemoryError(CUDA)
 
-    heard: list[Event] = []
-    watch = type("Watch", (), {"handle": lambda self, event: heard.append(event), "close": lambda self: None})()
+    told: list[Event] = []
+    watch = type("Watch", (), {"handle": lambda self, event: told.append(event), "close": lambda self: None})()
     monkeypatch.setattr(draw, "draw_sample", full)
     words = ("sample={every: 2, prompts: [a], at_start: false}", "train.max_steps=2")
     result = start.run(preset(place, *words), runs_dir=tmp_path, observers=(watch,))
     assert result.exit_code == ExitCode.OK
-    lines = [event.message for event in heard if isinstance(event, Notice)]
+    lines = [event.message for event in told if isinstance(event, Notice)]
     assert "samples of step 2 were not drawn: out of memory; a smaller sample.size needs less" in lines
 
 

@@ -29,7 +29,7 @@ PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], trigger: inkmoji, resolution: 64, buckets: {step: 8, min: 64, max: 64}}
 network: {rank: 2, alpha: 2, targets: attn}
-train: {max_steps: 6, gradient_accumulation_steps: 2, micro_batch_size: 2, loss: {ear: corrected}}
+train: {max_steps: 6, gradient_accumulation_steps: 2, micro_batch_size: 2, loss: {baseline: corrected}}
 save: {every: 2, keep_last: 3}
 validate: {every: 3, probe_images: 1}
 sample: {every: 0}
@@ -191,7 +191,7 @@ def test_what_has_changed_is_refused_by_name_and_nothing_is_written(
     with pytest.raises(CheckpointError, match=r"train.max_grad_norm was 1.0 .* is 0.5 now") as caught:
         resume(place, half, "train.max_grad_norm=0.5")
     assert "--allow-config-change" in (caught.value.hint or "")
-    for word in ("train.loss.ear=raw", "train.ema=false"):
+    for word in ("train.loss.baseline=raw", "train.ema=false"):
         with pytest.raises(CheckpointError, match=f"{word.split('=')[0]} was") as caught:
             resume(place, half, word, allow_config_change=True)
         assert "cannot change within a run" in (caught.value.hint or "")

@@ -161,17 +161,17 @@ def test_gradient_accumulation_hears_the_whole_step(tmp_path):
 
 def test_the_emotion_begins_at_the_base_s_mean_loss_unless_it_is_to_hear_as_published(tmp_path):
     rows = {}
-    for ear in ("auto", "raw", "corrected"):
-        result = train("quickstart", tmp_path, f"train.loss.ear={ear}", "sample.every=0", name=ear)
-        rows[ear] = json.loads(result.folder.metrics_path.read_text().splitlines()[0])
+    for baseline in ("auto", "raw", "corrected"):
+        result = train("quickstart", tmp_path, f"train.loss.baseline={baseline}", "sample.every=0", name=baseline)
+        rows[baseline] = json.loads(result.folder.metrics_path.read_text().splitlines()[0])
     assert rows["auto"]["loss"] == rows["raw"]["loss"] == rows["corrected"]["loss"]  # of the base, in each
-    assert rows["auto"]["heard"] == rows["raw"]["heard"] == rows["raw"]["loss"]
+    assert rows["auto"]["observed_loss"] == rows["raw"]["observed_loss"] == rows["raw"]["loss"]
     assert rows["raw"]["long"] == rows["raw"]["loss"]
     assert rows["raw"]["scalar"] == 0
     assert rows["auto"]["long"] == pytest.approx(0.75, rel=0.2)  # 0.77 on the held-out pictures
     assert rows["auto"]["scalar"] != 0
     assert rows["corrected"]["long"] == pytest.approx(0.75, rel=0.2)
-    assert rows["corrected"]["heard"] != rows["corrected"]["loss"]
+    assert rows["corrected"]["observed_loss"] != rows["corrected"]["loss"]
 
 
 @pytest.mark.parametrize("finite", [3, 0])
@@ -196,14 +196,14 @@ def test_a_run_that_was_never_better_than_its_base_says_so(tmp_path):
     words = ("train.optimizer=adamw", "train.lr=0.5", "train.max_grad_norm=null", "sample.every=0")
     folder = train("quickstart", tmp_path, *words, observers=[JsonEvents(said)]).folder
     assert folder.info()["best_step"] == 0
-    assert "no probe was better" in said.getvalue()
+    assert "no validation was better" in said.getvalue()
     assert read_lora(folder.lora_path).metadata["ss_steps"] == "0"
 
 
-@pytest.mark.parametrize("ear", ["auto", "raw"])
+@pytest.mark.parametrize("baseline", ["auto", "raw"])
 @pytest.mark.parametrize("column", [None, "loss"])
-def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, ear, column):
-    folder = train("quickstart", tmp_path, f"train.loss.ear={ear}", "sample.every=0").folder
+def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, baseline, column):
+    folder = train("quickstart", tmp_path, f"train.loss.baseline={baseline}", "sample.every=0").folder
     log = read_log(folder.metrics_path, column)
     felt = replay(log.steps, log.losses, start_loss=log.start_loss)
     rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
@@ -217,16 +217,18 @@ def test_no_caption_dropout_and_full_dropout_train_different_loras(tmp_path):
     assert some.folder.lora_last_path.read_bytes() != none.folder.lora_last_path.read_bytes()
 
 
-def test_where_nothing_is_held_out_pictures_are_probed_mirrored_and_as_they_are(tmp_path, monkeypatch):
-    heard = []
-    hear = StopRule.hear_probe
-    monkeypatch.setattr(StopRule, "hear_probe", lambda rule, *told: (heard.append(told), hear(rule, *told))[1])
+def test_where_nothing_is_held_out_pictures_are_validationd_mirrored_and_as_they_are(tmp_path, monkeypatch):
+    observed_loss = []
+    hear = StopRule.update_validation
+    monkeypatch.setattr(
+        StopRule, "update_validation", lambda rule, *told: (observed_loss.append(told), hear(rule, *told))[1]
+    )
     train("quickstart", tmp_path, "validate.fraction=0", "sample.every=0", name="all")
     train("quickstart", tmp_path, "sample.every=0", name="held")
-    assert [step for step, *_ in heard] == [0, 2, 4] * 2
-    for _, mirrored, plain in heard[:3]:
+    assert [step for step, *_ in observed_loss] == [0, 2, 4] * 2
+    for _, mirrored, plain in observed_loss[:3]:
         assert 0.3 < plain < mirrored < 0.9  # the base knows these shapes as they are
-    assert [plain for *_, plain in heard[3:]] == [None] * 3
+    assert [plain for *_, plain in observed_loss[3:]] == [None] * 3
 
 
 def test_an_open_run_is_found_by_name(tmp_path):

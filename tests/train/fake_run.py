@@ -14,10 +14,10 @@ from emotrain.dataset.loader import Batch, Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.optim import EmoSens
 from emotrain.pulse.stopping import StopRule
-from emotrain.train.ear import Ear
 from emotrain.train.events import Event
 from emotrain.train.loop import Limits, Parts
-from emotrain.train.probe import Probe
+from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.validation import Validation
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -115,11 +115,11 @@ class Recorder:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-def make_parts(recorder: Recorder, *, data: FakeData | None = None, probe: bool = True, **changes: Any) -> Parts:
+def make_parts(recorder: Recorder, *, data: FakeData | None = None, validation: bool = True, **changes: Any) -> Parts:
     """Parts of a run; `changes` replace single ones."""
     family, data = FakeFamily(), data or FakeData()
     objective = build_objective("epsilon", SCHEDULER)
-    held_out = Probe(family, objective, family.adapter, [data.of([0, 1])], {}, seed=3) if probe else None
+    held_out = Validation(family, objective, family.adapter, [data.of([0, 1])], {}, seed=3) if validation else None
     words = {
         "family": family,
         "objective": objective,
@@ -127,8 +127,8 @@ def make_parts(recorder: Recorder, *, data: FakeData | None = None, probe: bool 
         "optimizer": EmoSens(family.adapter.parameters()),
         "data": data,
         "stop_rule": StopRule("trusted", 60),
-        "ear": Ear(),
-        "probe": held_out,
+        "loss_baseline": LossBaseline(),
+        "validation": held_out,
         "notify": recorder.events.append,
         "save": lambda state: recorder.saves.append(state.step),
         "sample": recorder.samples.append,
@@ -145,7 +145,7 @@ def limits(**changes: Any) -> Limits:
         "gradient_accumulation_steps": 1,
         "max_grad_norm": 1.0,
         "seed": 5,
-        "probe_every": 2,
+        "validate_every": 2,
         "save_every": 3,
         "sample_every": 3,
     }

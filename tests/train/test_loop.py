@@ -18,7 +18,7 @@ from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.stopping import UNFAIR_SENTENCE, StopRule
-from emotrain.train.events import Notice, ProbeEnd, StepEnd
+from emotrain.train.events import Notice, StepEnd, ValidationEnd
 from emotrain.train.loop import StopReason, accumulate, fit
 from emotrain.train.losses import noise_like, uniforms
 from emotrain.train.state import TrainState
@@ -29,7 +29,7 @@ def test_a_run_ends_at_the_ceiling_and_tells_every_step():
     outcome = fit(make_parts(recorder), limits(), state)
     assert outcome.reason is StopReason.MAX_STEPS
     assert [event.step for event in recorder.of(StepEnd)] == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in recorder.of(ProbeEnd)] == [0, 2, 4, 6]
+    assert [event.step for event in recorder.of(ValidationEnd)] == [0, 2, 4, 6]
     assert recorder.saves == [3, 6]
     assert recorder.samples == [0, 3, 6]
     assert state.step == 6
@@ -39,10 +39,10 @@ def test_a_run_ends_at_the_ceiling_and_tells_every_step():
 def test_the_optimizer_hears_the_mean_over_all_micro_batches():
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder)
-    loss, heard, samples = accumulate(parts, limits(gradient_accumulation_steps=3), state)
+    loss, observed_loss, samples = accumulate(parts, limits(gradient_accumulation_steps=3), state)
     assert len(samples) == 5
     assert loss == pytest.approx(sum(sample.loss for sample in samples) / 5)
-    assert heard == loss
+    assert observed_loss == loss
 
 
 def test_a_regularisation_weight_counts_in_the_loss_and_not_in_the_picture_s_record():
@@ -83,7 +83,7 @@ def test_accumulated_gradient_is_that_of_one_batch_with_a_ragged_end():
 
 def test_non_finite_steps_never_reach_the_optimizer():
     recorder, state = Recorder(), TrainState()
-    parts = make_parts(recorder, probe=False)
+    parts = make_parts(recorder, validation=False)
     parts.family.poison = {2}
     fit(parts, limits(max_steps=3), state)
     assert [event.step for event in recorder.of(StepEnd)] == [1, 2, 3]
@@ -96,7 +96,7 @@ def test_non_finite_steps_never_reach_the_optimizer():
 
 def test_three_non_finite_steps_in_a_row_end_the_run():
     recorder, state = Recorder(), TrainState()
-    parts = make_parts(recorder, probe=False)
+    parts = make_parts(recorder, validation=False)
     parts.family.poison = {3, 4, 5}
     outcome = fit(parts, limits(), state)
     assert outcome.reason is StopReason.DIVERGED
@@ -111,9 +111,9 @@ def test_an_interrupt_saves_after_the_step_in_progress():
 
 
 def test_watching_changes_nothing():
-    def weights(probe_every: int, sample_every: int) -> torch.Tensor:
+    def weights(validate_every: int, sample_every: int) -> torch.Tensor:
         parts = make_parts(Recorder())
-        fit(parts, limits(probe_every=probe_every, sample_every=sample_every), TrainState())
+        fit(parts, limits(validate_every=validate_every, sample_every=sample_every), TrainState())
         return parts.adapter.state()["layer.weight"]
 
     assert torch.equal(weights(1, 1), weights(100, 0))
@@ -134,7 +134,7 @@ def test_the_best_adapter_is_kept_and_is_not_the_last_one():
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder)
     losses = iter([1.0, 0.5, 0.7, 0.8])
-    parts = replace(parts, probe=type("P", (), {"loss": lambda s: next(losses), "drift": lambda s: 0.0})())
+    parts = replace(parts, validation=type("P", (), {"loss": lambda s: next(losses), "drift": lambda s: 0.0})())
     fit(parts, limits(), state)
     assert state.best_step == 2
     assert state.best_loss == 0.5
@@ -142,21 +142,24 @@ def test_the_best_adapter_is_kept_and_is_not_the_last_one():
 
 
 def test_once_mirroring_is_unfair_only_the_pictures_as_they_are_are_measured_and_the_run_says_so_once():
-    def probe(losses: list[float]) -> object:
+    def validation(losses: list[float]) -> object:
         left = iter(losses)
         return type("P", (), {"loss": lambda s: next(left), "drift": lambda s: 0.0})()
 
     recorder, state = Recorder(), TrainState()
-    mirrored, plain = probe([1.0, 0.9, 0.95]), probe([1.0, 0.5, 0.4, 0.3])  # the fourth mirrored one would not be there
-    parts = make_parts(recorder, stop_rule=StopRule(held_out=False), plain_probe=plain)
-    fit(replace(parts, probe=mirrored), limits(), state)
-    assert [event.loss for event in recorder.of(ProbeEnd)] == [1.0, 0.9, 0.4, 0.3]
+    mirrored, plain = (
+        validation([1.0, 0.9, 0.95]),
+        validation([1.0, 0.5, 0.4, 0.3]),
+    )  # the fourth mirrored one would not be there
+    parts = make_parts(recorder, stop_rule=StopRule(held_out=False), plain_validation=plain)
+    fit(replace(parts, validation=mirrored), limits(), state)
+    assert [event.loss for event in recorder.of(ValidationEnd)] == [1.0, 0.9, 0.4, 0.3]
     assert (state.best_step, state.best_loss) == (6, 0.3)
     assert [notice.message for notice in recorder.of(Notice)] == [UNFAIR_SENTENCE]
 
 
 @pytest.mark.parametrize("kind", ["schedulefree", "averaged"])
-def test_an_averaging_optimizer_is_probed_and_kept_with_its_averaged_weights(kind: str):
+def test_an_averaging_optimizer_is_validationd_and_kept_with_its_averaged_weights(kind: str):
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder)
     if kind == "schedulefree":
@@ -168,9 +171,9 @@ def test_an_averaging_optimizer_is_probed_and_kept_with_its_averaged_weights(kin
     parts = replace(
         parts,
         optimizer=optimizer,
-        probe=type("P", (), {"loss": lambda s: next(falling), "drift": lambda s: 0.0})(),
+        validation=type("P", (), {"loss": lambda s: next(falling), "drift": lambda s: 0.0})(),
     )
-    fit(parts, limits(max_steps=6, probe_every=2), state)
+    fit(parts, limits(max_steps=6, validate_every=2), state)
     trained = parts.adapter.state()["layer.weight"]
     with optimizer.eval_mode():
         meant = parts.adapter.state()["layer.weight"]

@@ -134,7 +134,7 @@ def test_a_step_that_runs_out_of_memory_is_not_done_and_the_state_before_it_is_s
     def run(full_at: int) -> tuple[Recorder, TrainState, torch.Tensor]:
         family, recorder, state = Filling(), Recorder(), TrainState()
         family.full_at = full_at
-        parts = make_parts(recorder, family=family, adapter=family.adapter, probe=False)
+        parts = make_parts(recorder, family=family, adapter=family.adapter, validation=False)
         parts = replace(parts, optimizer=type(parts.optimizer)(family.adapter.parameters()))
         words = limits(max_steps=2, gradient_accumulation_steps=3, save_every=2)
         if full_at:

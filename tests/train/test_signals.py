@@ -22,15 +22,15 @@ ROOT = Path(signals.__file__).parents[2]
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_first_signal_only_sets_a_flag_that_says_which(number: signal.Signals) -> None:
-    heard: list[str] = []
-    with StopSignals(on_first=heard.append) as stop:
+    observed_loss: list[str] = []
+    with StopSignals(on_first=observed_loss.append) as stop:
         assert not stop
         assert stop.exit_code == 0
         os.kill(os.getpid(), number)
         assert stop
         assert stop.name == number.name
         assert stop.exit_code == (130 if number == signal.SIGINT else 143)
-    assert heard == [number.name]
+    assert observed_loss == [number.name]
 
 
 def test_the_handlers_that_were_there_come_back() -> None:

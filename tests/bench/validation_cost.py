@@ -1,8 +1,8 @@
-"""What share of a run do the probes take? Steps and probes of the two built-in models, in turns, in CPU time.
+"""What share of a run do the validations take? Steps and validations of the two built-in models, in turns, in CPU time.
 
-    python tests/bench/probe_cost.py [--rounds 20] [--report docs/benchmarks/probe_cost.md]
+    python tests/bench/validation_cost.py [--rounds 20] [--report docs/benchmarks/validation_cost.md]
 
-A probe is what the loop does: the loss of 4 held-out pictures at 4 draws each, and the drift at one draw each.
+A validation is what the loop does: the loss of 4 held-out pictures at 4 draws each, and the drift at one draw each.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from emotrain.config.load import load_preset
-from emotrain.runs.build import build_probe, probe_every
+from emotrain.runs.build import build_validation, validate_every
 from emotrain.runs.session import Session
-from emotrain.train.ear import Ear
 from emotrain.train.loop import Limits, Parts, train_step
+from emotrain.train.loss_baseline import LossBaseline
 
 
 def seconds(work: object) -> float:
@@ -31,12 +31,12 @@ def seconds(work: object) -> float:
 
 
 def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, float, int]:
-    """(CPU seconds of a step, of a probe, steps between two probes when left to `auto`)."""
+    """(CPU seconds of a step, of a validation, steps between two validations when left to `auto`)."""
     words = (f"train.micro_batch_size={micro_batch}", "validate.every=auto")
     preset = load_preset(preset_name, words, "cost")
     session = Session(preset, [])
     session.load()
-    probe = build_probe(preset, session.model, session.data, session.data.probe)
+    validation = build_validation(preset, session.model, session.data, session.data.validation)
     parts = Parts(
         family=session.model.family,
         objective=session.model.objective,
@@ -44,8 +44,8 @@ def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, flo
         optimizer=session.optimizer,
         data=session.data.train,
         stop_rule=session.stop_rule,
-        ear=Ear(),
-        probe=probe,
+        loss_baseline=LossBaseline(),
+        validation=validation,
         notify=lambda event: None,
         save=lambda state: None,
         sample=lambda step: None,
@@ -53,15 +53,15 @@ def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, flo
         interrupted=lambda: False,
     )
     limits = Limits(10**6, 1, 1.0, preset.train.seed, 1, 10**6, 0)
-    steps, probes = [], []
+    steps, validations = [], []
     for turn in range(rounds + 2):
         step = seconds(lambda: [train_step(parts, limits, session.state) for _ in range(4)]) / 4
-        asked = seconds(lambda: (probe.loss(), probe.drift()))
+        asked = seconds(lambda: (validation.loss(), validation.drift()))
         if turn >= 2:
             steps.append(step)
-            probes.append(asked)
+            validations.append(asked)
     held = len(session.pictures.held_out)
-    return statistics.median(steps), statistics.median(probes), probe_every(preset, held)
+    return statistics.median(steps), statistics.median(validations), validate_every(preset, held)
 
 
 def main() -> None:
@@ -71,22 +71,22 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    heads = "model | micro-batch | step, CPU ms | probe, CPU ms | auto: every | share | every 10 steps: share"
+    heads = "model | micro-batch | step, CPU ms | validation, CPU ms | auto: every | share | every 10 steps: share"
     lines = [f"| {heads} |", "|" + " --- |" * 7]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["EMOTRAIN_CACHE"] = cache
         for preset, model in (("quickstart", "tiny-sd"), ("quickstart-flux", "tiny-flux")):
             for micro_batch in (1, 4):
-                step, probe, every = measure(preset, micro_batch, args.rounds)
-                shares = [probe / (probe + steps * step) for steps in (every, 10)]
+                step, validation, every = measure(preset, micro_batch, args.rounds)
+                shares = [validation / (validation + steps * step) for steps in (every, 10)]
                 lines.append(
-                    f"| {model} | {micro_batch} | {1000 * step:.0f} | {1000 * probe:.0f} | {every} |"
+                    f"| {model} | {micro_batch} | {1000 * step:.0f} | {1000 * validation:.0f} | {every} |"
                     f" {shares[0]:.1%} | {shares[1]:.1%} |"
                 )
                 print(lines[-1], flush=True)
     if args.report:
         said = (__doc__ or "").splitlines()[4:]
-        text = ["# What the probes cost", "", "`python tests/bench/probe_cost.py`", "", *said, "", *lines]
+        text = ["# What the validations cost", "", "`python tests/bench/validation_cost.py`", "", *said, "", *lines]
         args.report.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 

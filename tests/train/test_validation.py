@@ -1,4 +1,4 @@
-"""The probe: fixed pictures, noise and timesteps; what it costs and what drift means."""
+"""The validation: fixed pictures, noise and timesteps; what it costs and what drift means."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_run import SCHEDULER, FakeData, FakeFamily
 
 from emotrain.diffusion import build_objective
-from emotrain.train.probe import Probe
+from emotrain.train.validation import Validation
 
 
-def probe_of(family: FakeFamily, draws: int = 4) -> Probe:
+def validation_of(family: FakeFamily, draws: int = 4) -> Validation:
     data = FakeData()
-    return Probe(family, build_objective("epsilon", SCHEDULER), family.adapter, [data.of([0, 1, 2])], {}, draws=draws)
+    return Validation(
+        family, build_objective("epsilon", SCHEDULER), family.adapter, [data.of([0, 1, 2])], {}, draws=draws
+    )
 
 
 def shift_adapter(family: FakeFamily, by: float) -> None:
@@ -27,29 +29,29 @@ def shift_adapter(family: FakeFamily, by: float) -> None:
 
 def test_the_same_adapter_gives_the_same_loss_and_another_one_another():
     family = FakeFamily()
-    probe = probe_of(family)
-    first = probe.loss()
-    assert probe.loss() == first
+    validation = validation_of(family)
+    first = validation.loss()
+    assert validation.loss() == first
     shift_adapter(family, 0.1)
-    assert probe.loss() != first
-    assert probe_of(family, draws=2).loss() != probe.loss()
+    assert validation.loss() != first
+    assert validation_of(family, draws=2).loss() != validation.loss()
 
 
 def test_drift_is_the_mean_square_of_what_the_adapter_adds():
     family = FakeFamily()
-    probe = probe_of(family)
-    assert probe.drift() == 0.0
+    validation = validation_of(family)
+    assert validation.drift() == 0.0
     shift_adapter(family, 0.1)
-    small = probe.drift()
+    small = validation.drift()
     shift_adapter(family, 0.3)
     assert small > 0
-    assert probe.drift() == pytest.approx(9 * small, rel=1e-4)
+    assert validation.drift() == pytest.approx(9 * small, rel=1e-4)
     assert family.adapter.on
 
 
 def test_drift_looks_at_one_draw_a_picture_and_asks_the_base_once(monkeypatch: pytest.MonkeyPatch):
     family = FakeFamily()
-    probe = probe_of(family)
+    validation = validation_of(family)
     seen: list[tuple[int, bool]] = []
     plain = family.predict
 
@@ -58,7 +60,7 @@ def test_drift_looks_at_one_draw_a_picture_and_asks_the_base_once(monkeypatch: p
         return plain(noisy, *rest)
 
     monkeypatch.setattr(family, "predict", counted)
-    probe.drift()
-    probe.drift()
+    validation.drift()
+    validation.drift()
     assert [number for number, _ in seen] == [3, 3, 3]
     assert [on for _, on in seen].count(False) == 1

@@ -1,28 +1,28 @@
-"""The ear: a corrected loss says the same at every place of the noise scale."""
+"""The loss baseline: a corrected loss says the same at every place of the noise scale."""
 
 from __future__ import annotations
 
 import pytest
 
-from emotrain.train.ear import BINS, Ear, expected_by_bins
+from emotrain.train.loss_baseline import BINS, LossBaseline, expected_by_bins
 
 
 def test_the_raw_ear_hears_the_mean():
-    assert Ear().hear([0.1, 0.9], [1.0, 3.0]) == 2.0
+    assert LossBaseline().observe([0.1, 0.9], [1.0, 3.0]) == 2.0
 
 
 def test_the_corrected_ear_hears_the_mean_everywhere_where_nothing_has_changed():
     positions = [(i + 0.5) / BINS for i in range(BINS)]
     losses = [0.1 + 2 * position for position in positions]
-    ear = Ear(expected_by_bins(positions, losses))
+    baseline = LossBaseline(expected_by_bins(positions, losses))
     for position, loss in zip(positions, losses, strict=True):
-        assert ear.hear([position], [loss]) == pytest.approx(1.1)
-    assert ear.hear(positions, [loss / 2 for loss in losses]) == pytest.approx(0.55)
+        assert baseline.observe([position], [loss]) == pytest.approx(1.1)
+    assert baseline.observe(positions, [loss / 2 for loss in losses]) == pytest.approx(0.55)
 
 
 def test_between_the_centres_of_two_bins_the_expected_loss_is_linear():
-    ear = Ear([1.0] * 10 + [3.0] * 10)
-    assert ear.hear([0.5], [2.0]) == pytest.approx(1.0)
+    baseline = LossBaseline([1.0] * 10 + [3.0] * 10)
+    assert baseline.observe([0.5], [2.0]) == pytest.approx(1.0)
 
 
 def test_an_empty_bin_takes_its_nearest_neighbour():

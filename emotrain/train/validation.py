@@ -1,7 +1,7 @@
-"""The probe: the loss of a few pictures at fixed noise and fixed, stratified timesteps.
+"""The validation: the loss of a few pictures at fixed noise and fixed, stratified timesteps.
 
-The pictures are held out (or mirrored where none can be spared), so that the probe can feel over-training, which the
-training loss cannot. Noise and timesteps never change, so that two probes differ by the adapter alone.
+The pictures are held out (or mirrored where none can be spared), so that the validation can show over-training, which
+the training loss cannot. Noise and timesteps never change, so that two validations differ by the adapter alone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def part(batch: Batch, start: int, end: int) -> Batch:
     return rows_of(batch, range(start, min(end, len(batch.ids))))
 
 
-class Probe:
+class Validation:
     """Fixed pictures, noise and timesteps.
 
     Args:

@@ -1,12 +1,12 @@
-"""What the emotion hears: the raw loss, or the loss corrected for where on the noise scale it was taken.
+"""The loss the optimizer uses: the raw loss, or the loss corrected for where on the noise scale it was taken.
 
 Its averages should begin at what the base's loss is in the mean. The first loss of a run is one draw, often off by a
 fifth; the slowest average carries that for a hundred steps, and the emotion takes it for progress, or for its absence.
 
 A loss of 0.9 says nothing by itself: at one end of the noise scale that is usual, at the other it is terrible. The
-corrected ear divides every sample's loss by what the base model has at that position, relative to its mean: a loss as
-the base's is heard as the base's mean, so that absolute bounds (`stopcoef`) keep their sense. Only what the emotion
-hears is corrected; the gradient is that of the raw loss and stays unbiased.
+corrected loss divides every sample's loss by what the base model has at that position, relative to its mean: a loss as
+the base's is observed as the base's mean, so that absolute bounds (`stopcoef`) keep their sense. Only what the
+optimizer observes is corrected; the gradient is that of the raw loss and stays unbiased.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ BINS = 20
 
 
 @dataclass
-class Ear:
+class LossBaseline:
     """Turns the losses of one step into the number that the optimizer observes.
 
     Args:
-        expected: the base's loss in `BINS` equal parts of the noise scale, over its mean; empty for the raw ear.
-        start: what this ear hears of the base in the mean, where the averages begin; None: at the first loss.
+        expected: the base's loss in `BINS` equal parts of the noise scale, over its mean; empty for the raw loss.
+        start: what is observed of the base in the mean, where the averages begin; None: at the first loss.
     """
 
     expected: list[float] = field(default_factory=list)
     start: float | None = None
 
-    def hear(self, positions: Sequence[float], losses: Sequence[float]) -> float:
+    def observe(self, positions: Sequence[float], losses: Sequence[float]) -> float:
         """Mean over the samples of one step, each divided by the expected loss at its position (0..1)."""
         if not self.expected:
             return sum(losses) / len(losses)
