@@ -227,5 +227,5 @@ class StopRule:
         self.anchor_plain = document["anchor_plain"]
         self.averages = Averages(*document["averages"]) if document["averages"] else None
         self.scalar, self.failed_validations = document["scalar"], document["failed_validations"]
-        self.validations, self.observed_loss = document["validations"], document["observed_loss"]
+        self.validations, self.num_steps = document["validations"], document["num_steps"]
         self.densest, self.densest_end = document["densest"]

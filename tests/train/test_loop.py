@@ -159,7 +159,7 @@ def test_once_mirroring_is_unfair_only_the_pictures_as_they_are_are_measured_and
 
 
 @pytest.mark.parametrize("kind", ["schedulefree", "averaged"])
-def test_an_averaging_optimizer_is_validationd_and_kept_with_its_averaged_weights(kind: str):
+def test_an_averaging_optimizer_is_validated_and_kept_with_its_averaged_weights(kind: str):
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder)
     if kind == "schedulefree":
