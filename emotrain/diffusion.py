@@ -160,7 +160,7 @@ class DiffusionObjective:
 
     def _mix(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at `timesteps`, each [B, 1, 1, 1]."""
-        alpha_bar = self.alphas_cumprod[timesteps.long().cpu()]
+        alpha_bar = self.alphas_cumprod[timesteps.long()]
         return _per_sample(alpha_bar.sqrt(), like), _per_sample((1 - alpha_bar).sqrt(), like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class DiffusionObjective:
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float32 [B]."""
-        alpha_bar = self.alphas_cumprod[timesteps.long().cpu()].to(timesteps.device)
+        alpha_bar = self.alphas_cumprod[timesteps.long()]
         return alpha_bar / (1 - alpha_bar)
 
     def weight(self, timesteps: Tensor) -> Tensor:

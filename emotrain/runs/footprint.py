@@ -2,15 +2,14 @@
 
 The forward pass runs under saved-tensor hooks, which see everything that autograd keeps. Attention
 is replaced by a stand-in that keeps what the fused kernels keep; without it the meta device falls
-back to plain attention and the count is several times too high. Mixed precision is imitated too,
-since autocast does not know the meta device.
+back to plain attention and the count is several times too high.
 
 Shape letters: B batch, C latent channels, H W latent height and width, S tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,35 +90,14 @@ class _Attention(torch.autograd.Function):
         raise NotImplementedError
 
 
-LOW = {F.linear, F.conv2d, torch.conv2d, torch.bmm, torch.matmul, torch.baddbmm}
-HIGH = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
-
-
-class _Imitate(TorchFunctionMode):
-    """Fused attention, and what CUDA autocast does to dtypes (`low` None: no autocast)."""
-
-    def __init__(self, low: torch.dtype | None) -> None:
-        super().__init__()
-        self.low = low
+class _FusedAttention(TorchFunctionMode):
+    """Attention as GPUs have it, which keeps no matrix of weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = (self._cast(t, self.low) for t in _first_three(args, kwargs))
-            return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
-        if self.low is not None and func in LOW:
-            args = tuple(self._cast(a, self.low) for a in args)
-            kwargs = {k: self._cast(v, self.low) for k, v in kwargs.items()}
-        elif self.low is not None and func in HIGH:
-            args = tuple(self._cast(a, torch.float32) for a in args)
-            kwargs = {k: self._cast(v, torch.float32) for k, v in kwargs.items()}
+            return _Attention.apply(*_first_three(args, kwargs))  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
-
-    @staticmethod
-    def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-        if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(dtype)
-        return value
 
 
 def _first_three(args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,11 +122,15 @@ class _Count:
         return tensor
 
 
-def count_saved(model: nn.Module, run: Callable[[], Any], low: torch.dtype | None) -> tuple[int, int]:
-    """Bytes that autograd keeps over `run()`, and the largest block's share of them."""
-    skip = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+def count_saved(model: nn.Module, run: Callable[[], Any], resident: Iterable[Tensor] = ()) -> tuple[int, int]:
+    """Bytes that autograd keeps over `run()` besides weights and `resident` tensors, and the largest block's share."""
+    skip = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *resident)}
     count = _Count(skip)
-    with _block_shares(model, count) as shares, saved_tensors_hooks(count.pack, lambda tensor: tensor), _Imitate(low):
+    with (
+        _block_shares(model, count) as shares,
+        saved_tensors_hooks(count.pack, lambda tensor: tensor),
+        _FusedAttention(),
+    ):
         run()
     return count.total, max(shares, default=0)
 
@@ -203,7 +185,7 @@ def measure(
         config: of the denoiser, as in its config.json.
         latents: B, C, H, W of the largest bucket.
         num_tokens: text tokens of the model.
-        low: dtype of the base and of autocast (bf16, fp16); None is float32 throughout.
+        low: dtype of the base (bf16, fp16); None is float32 throughout.
         adapter_words: arguments of `lora.adapter.add_adapter`.
         encoders: text encoders that are trained too: name -> (class, config).
 
@@ -213,10 +195,11 @@ def measure(
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
     adapter = add_adapter(model, family=family, **adapter_words)
+    adapter.use_half_precision(low or torch.float32)
     run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
-    saved, block = count_saved(model, run, low)
+    saved, block = count_saved(model, run, adapter.half_weights)
     model.enable_gradient_checkpointing()  # type: ignore[operator]
-    checkpointed, _ = count_saved(model, run, low)
+    checkpointed, _ = count_saved(model, run, adapter.half_weights)
     text = measure_texts(family, encoders or {}, latents[0], low, adapter_words)
     return Footprint(saved, checkpointed, block, adapter, num_parameters, text)
 
@@ -239,9 +222,10 @@ def measure_texts(
         parameters += sum(p.numel() for p in model.parameters())
         own = {"rank": words["rank"], "alpha": words["alpha"], "targets": TEXT_TARGETS, "seed": 0}
         adapter = add_adapter(model, family=family, part=name, **own)
+        adapter.use_half_precision(low or torch.float32)
         tokens = min(int(config.get("max_position_embeddings", CLIP_TOKENS)), CLIP_TOKENS)
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
-        saved += count_saved(model, partial(model, ids, output_hidden_states=True), low)[0]
+        saved += count_saved(model, partial(model, ids, output_hidden_states=True), adapter.half_weights)[0]
         trained += adapter.num_parameters
         modules.append((name, adapter.num_modules))
     return TextFootprint(saved, tuple(modules), trained, parameters)

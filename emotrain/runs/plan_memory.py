@@ -50,8 +50,8 @@ class Memory:
         self.vae = VAE_GIB if found.variant != "custom" else 0.01
 
     def lora(self) -> float:
-        """Weights and gradients, float32."""
-        return self.trained * 8 / GIB
+        """Weights and gradients, float32; on a half-precision base a copy and gradients in its dtype too."""
+        return self.trained * (8 if self.itemsize == 4 else 12) / GIB
 
     def state(self) -> float:
         """Optimizer state."""

@@ -68,6 +68,7 @@ class Session:
                 adapters.check_text_modules(self.found, counts)
         self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
         self.model.family.place_denoiser()
+        self.model.adapter.use_half_precision(self.model.family.dtype)
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter.parameters())
         self.stop_rule = build.build_stop_rule(preset, held_out=bool(self.pictures.held_out))
         self.size = settings.rules.resolutions[0]

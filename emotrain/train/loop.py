@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from emotrain.dataset.loader import Batch
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
@@ -109,16 +110,36 @@ class Outcome:
     sentence: str
 
 
-def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, list[Sample]]:
+@dataclass(frozen=True)
+class Gathered:
+    """What one step's forward and backward passes left behind; the losses are still on the device."""
+
+    losses: Tensor  # float32 [2, samples]: as they are, and times their data set's weight
+    positions: list[float]
+    ids: list[str]
+    captioned: list[bool]
+
+    def read(self, grad_norm: Tensor) -> tuple[list[float], list[float], float]:
+        """Plain losses, weighted losses and the gradient's norm: the one read of a step that waits for the device."""
+        count = len(self.ids)
+        numbers = torch.cat([self.losses.flatten(), grad_norm.to(self.losses).reshape(1)]).cpu().tolist()
+        return numbers[:count], numbers[count:-1], numbers[-1]
+
+    def samples(self, plain: Sequence[float]) -> list[Sample]:
+        """One entry per sample, in their order."""
+        return [Sample(*row) for row in zip(self.ids, self.positions, plain, self.captioned, strict=True)]
+
+
+def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
     """Forward and backward over all micro-batches of one step.
 
-    Returns the mean loss, what the optimizer observes, and the loss of every sample without its data set's weight. The
-    gradient is that of the mean over all samples of the step, whatever the sizes of its micro-batches.
+    The gradient is that of the mean over all samples of the step, whatever the sizes of its micro-batches.
     """
     first = state.micro_step
     batches = [parts.data.batch(first + i) for i in range(limits.gradient_accumulation_steps)]
     total = sum(len(batch.ids) for batch in batches)
-    losses, positions = [], []
+    losses: list[Tensor] = []
+    positions: list[float] = []
     seen = state.samples_seen
     for i, batch in enumerate(batches):
         u = uniforms(limits.seed, seen, len(batch.ids))
@@ -126,16 +147,25 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
         noise = noise_like(batch.latents, limits.seed, first + i)
         each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
         weighted = each * batch.weights.to(each.device)
-        (weighted.sum() / total).backward()  # type: ignore[no-untyped-call]
+        (weighted.sum() / total * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
+        parts.adapter.collect_gradients()
         losses.append(torch.stack([each.detach(), weighted.detach()]))
-        positions.append(parts.objective.position(timesteps))
+        positions += parts.objective.position(timesteps).tolist()
         seen += len(batch.ids)
-    plain, values = torch.cat(losses, dim=1).tolist()  # the one device-to-host copy of the step
-    places = torch.cat(positions).tolist()
+    parts.adapter.unscale_gradients()
     ids = [name for batch in batches for name in batch.ids]
     captioned = [bool(text) for batch in batches for text in batch.texts or batch.ids]
-    samples = [Sample(*row) for row in zip(ids, places, plain, captioned, strict=True)]
-    return sum(values) / total, parts.loss_baseline.observe(places, values), samples
+    return Gathered(torch.cat(losses, dim=1), positions, ids, captioned)
+
+
+def clip(gradients: Sequence[Tensor], bound: float) -> Tensor:
+    """Shorten the gradient to the norm `bound`; gives its norm before, still on the device.
+
+    As torch.nn.utils.clip_grad_norm_ does it, for gradients that lie in one buffer too.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(list(gradients), torch.clamp(bound / (norm + 1e-6), max=1.0))
+    return norm
 
 
 def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, float, list[Sample]] | None:
@@ -145,21 +175,21 @@ def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
         OutOfMemory: in the forward or backward pass; the state is that of before the step, and has been saved.
     """
     try:
-        loss, observed_loss, samples = with_memory(
-            f"at step {state.step + 1}", lambda: accumulate(parts, limits, state)
-        )
+        gathered = with_memory(f"at step {state.step + 1}", lambda: accumulate(parts, limits, state))
     except OutOfMemory:
-        parts.optimizer.zero_grad()
+        parts.adapter.drop_gradients()
         if state.step % limits.save_every:
             parts.save(state)
         raise
     bound = limits.max_grad_norm if limits.max_grad_norm is not None else math.inf
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parts.adapter.parameters(), bound))
+    plain, values, grad_norm = gathered.read(clip(parts.adapter.gradients(), bound))
+    loss, observed_loss = sum(values) / len(values), parts.loss_baseline.observe(gathered.positions, values)
+    samples = gathered.samples(plain)
     state.micro_step += limits.gradient_accumulation_steps
     state.samples_seen += len(samples)
     state.guard = state.guard.update(loss, grad_norm)
     if state.guard.leave_out:
-        parts.notify(Notice(describe(state.step + 1, loss, grad_norm, (sample.id for sample in samples))))
+        parts.notify(Notice(describe(state.step + 1, loss, grad_norm, gathered.ids)))
     else:
         parts.optimizer.observe(observed_loss)
         parts.optimizer.step()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -48,13 +47,6 @@ def timesteps_at(family: Family, objective: Objective, u: Tensor, latents: Tenso
     return objective.timesteps(u, family.num_image_tokens(*latents.shape[-2:]))
 
 
-def autocast(family: Family) -> AbstractContextManager[Any]:
-    """Mixed precision where the base is not float32; the LoRA stays float32."""
-    if family.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(family.device.type, family.dtype)
-
-
 def sizes_of(batch: Batch) -> Conditioning:
     """The batch's sizes as families know them: the two rooms have one shape of it each."""
     return cast("Conditioning", batch.conditioning)
@@ -78,17 +70,13 @@ def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) 
 
 def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
-    latents = batch.latents.to(family.device)
-    noise, timesteps = (
-        objective.noise(latents, noise.to(family.device)),
-        timesteps.to(family.device),
-    )
+    latents = batch.latents.to(family.device)  # timesteps stay on the CPU, where the noise schedule is looked up
+    noise = objective.noise(latents, noise.to(family.device))
     noisy = objective.add_noise(latents, noise, timesteps)
-    with autocast(family):
-        text = text_of(family, batch.texts, batch.text)
-        prediction = family.predict(noisy, timesteps, text, sizes_of(batch))
+    text = text_of(family, batch.texts, batch.text)
+    prediction = family.predict(noisy, timesteps, text, sizes_of(batch))
     error = (prediction.float() - objective.target(latents, noise, timesteps)).pow(2)
     if batch.masks is not None:
         masks = batch.masks.to(family.device)
         error = error * masks / masks.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
-    return error.mean(dim=(1, 2, 3)) * objective.weight(timesteps)
+    return error.mean(dim=(1, 2, 3)) * objective.weight(timesteps).to(error.device)

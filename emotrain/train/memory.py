@@ -108,6 +108,5 @@ def rehearse(
     try:
         with_memory(f"on the largest batch, {describe(batch, family.vae_scale)}", try_it)
     finally:
-        for parameter in adapter.parameters():
-            parameter.grad = None
+        adapter.drop_gradients()
         rng.restore(states, document)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
-from emotrain.train.losses import GOLDEN, autocast, sample_losses, sizes_of, text_of, timesteps_at
+from emotrain.train.losses import GOLDEN, sample_losses, sizes_of, text_of, timesteps_at
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -124,12 +124,10 @@ class Validation:
         rows = [row * self.draws + row % self.draws for row in range(len(batch.ids) // self.draws)]
         found = []
         for piece, own_noise, own_timesteps in self._pieces(rows_of(batch, rows), noise[rows], timesteps[rows]):
-            own_timesteps = own_timesteps.to(self.family.device)
             latents = piece.latents.to(self.family.device)
             noisy = self.objective.add_noise(latents, own_noise.to(self.family.device), own_timesteps)
-            with autocast(self.family):
-                text = self._empty(len(piece.ids))
-                found.append(self.family.predict(noisy, own_timesteps, text, sizes_of(piece)).float())
+            text = self._empty(len(piece.ids))
+            found.append(self.family.predict(noisy, own_timesteps, text, sizes_of(piece)).float())
         return found
 
     def _empty(self, count: int) -> TextEmbeds:

@@ -104,6 +104,7 @@ def main() -> None:
         family.denoiser.enable_gradient_checkpointing()
     expected = FAMILIES[family.name].variants[args.model].modules["attn-mlp"]
     assert adapter.num_modules == expected, f"{adapter.num_modules} modules instead of {expected}"
+    adapter.use_half_precision(dtype)
     optimizer = build_optimizer("emosens", adapter.parameters(), lr=None)
     objective = build_objective(family.prediction, family.scheduler_config)
     zeros, sizes = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), args.size)
@@ -115,10 +116,10 @@ def main() -> None:
         timesteps = timesteps_at(family, objective, u, latents).to(device)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
         noisy = objective.add_noise(latents, noise, timesteps)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = family.predict(noisy, timesteps, text, Conditioning(sizes, zeros, sizes))
+        output = family.predict(noisy, timesteps, text, Conditioning(sizes, zeros, sizes))
         loss = (output - objective.target(latents, noise, timesteps)).pow(2).mean()
         loss.backward()
+        adapter.collect_gradients()
         optimizer.observe(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()

@@ -23,7 +23,7 @@ def test_the_count_on_meta_is_that_of_real_tensors() -> None:
     add_adapter(unet, family="sd15", **WORDS)
     noisy, text = torch.randn(2, 8, 16, 16), torch.randn(2, 32, 128)
     times = torch.tensor([10, 500])
-    real, _ = count_saved(unet, lambda: unet(noisy, times, text).sample, None)
+    real, _ = count_saved(unet, lambda: unet(noisy, times, text).sample)
     assert counted.saved == pytest.approx(real, rel=0.05)
 
 
@@ -32,8 +32,7 @@ def test_checkpointing_keeps_less_and_a_block_is_part_of_the_whole() -> None:
     counted = measure("sd15", config, latents=(1, 4, 64, 64), num_tokens=77, low=torch.bfloat16, adapter_words=WORDS)
     assert 0 < counted.block < counted.saved
     assert counted.checkpointed < 0.4 * counted.plain
-    # 0.79 GiB without autocast's float32 norms and the LoRA's own inputs
-    assert 0.8 < counted.saved / 2**30 < 1.6
+    assert 0.7 < counted.saved / 2**30 < 1.2  # autocast's float32 norms and peft's float32 inputs would make it 1.3
 
 
 def test_memory_grows_with_the_batch_and_halves_with_half_the_precision() -> None:

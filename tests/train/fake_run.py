@@ -63,6 +63,21 @@ class FakeAdapter:
         nn.init.zeros_(self.layer.weight)
         self.on = True
 
+    loss_scale = 1.0
+
+    def collect_gradients(self) -> None:
+        pass
+
+    def unscale_gradients(self) -> None:
+        pass
+
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def parameters(self) -> list[nn.Parameter]:
         return [self.layer.weight]
 

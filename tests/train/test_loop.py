@@ -24,6 +24,13 @@ from emotrain.train.losses import noise_like, uniforms
 from emotrain.train.state import TrainState
 
 
+def accumulated(parts, numbers, state):
+    """Loss, observed loss and samples of one step."""
+    gathered = accumulate(parts, numbers, state)
+    plain, values, _ = gathered.read(torch.zeros(()))
+    return sum(values) / len(values), parts.loss_baseline.observe(gathered.positions, values), gathered.samples(plain)
+
+
 def test_a_run_ends_at_the_ceiling_and_tells_every_step():
     recorder, state = Recorder(), TrainState()
     outcome = fit(make_parts(recorder), limits(), state)
@@ -39,7 +46,7 @@ def test_a_run_ends_at_the_ceiling_and_tells_every_step():
 def test_the_optimizer_hears_the_mean_over_all_micro_batches():
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder)
-    loss, observed_loss, samples = accumulate(parts, limits(gradient_accumulation_steps=3), state)
+    loss, observed_loss, samples = accumulated(parts, limits(gradient_accumulation_steps=3), state)
     assert len(samples) == 5
     assert loss == pytest.approx(sum(sample.loss for sample in samples) / 5)
     assert observed_loss == loss
@@ -50,7 +57,7 @@ def test_a_regularisation_weight_counts_in_the_loss_and_not_in_the_picture_s_rec
         def batch(self, micro_step: int):
             return replace(super().batch(micro_step), weights=torch.tensor([1.0, 0.5]))
 
-    loss, _, samples = accumulate(make_parts(Recorder(), data=Prior(4, 2)), limits(), TrainState())
+    loss, _, samples = accumulated(make_parts(Recorder(), data=Prior(4, 2)), limits(), TrainState())
     first, second = (sample.loss for sample in samples)
     assert loss == pytest.approx((first + 0.5 * second) / 2)
 
@@ -60,7 +67,7 @@ def test_a_sample_whose_caption_was_dropped_is_marked_in_the_record():
         def batch(self, micro_step: int):
             return replace(super().batch(micro_step), texts=("", "a cat"))
 
-    _, _, samples = accumulate(make_parts(Recorder(), data=Dropped(4, 2)), limits(), TrainState())
+    _, _, samples = accumulated(make_parts(Recorder(), data=Dropped(4, 2)), limits(), TrainState())
     assert [(sample.id, sample.captioned) for sample in samples] == [("picture-0", False), ("picture-1", True)]
 
 

@@ -1,0 +1,182 @@
+"""The LoRA's forward and backward of our own, for a base in half precision.
+
+y = W x + s B A x with s = alpha / rank (Hu et al. 2021, arXiv:2106.09685). peft casts x to float32 and back around
+every product, and autocast casts the weights again at every call: on a GPU most of a step's launches are such casts.
+Here the float32 weights lie in one buffer with a copy in the base's dtype beside it, refreshed by one launch before
+each forward pass of the model; the product of the base and the two small ones are one autograd function; and the
+gradients are summed in a buffer of the base's dtype, which `HalfLora.collect` adds to the float32 gradients, again in
+one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class HalfLora:
+    """The trained weights of an adapter in one float32 buffer, and what the half-precision forward needs of them.
+
+    The parameters become views of the buffer; their values, names and gradients' meaning stay as they are.
+
+    Args:
+        model: what the layers are in; its forward pass brings the copy up to date first.
+        layers: path -> peft layer; the linear ones among them get the forward of this module.
+        name: the trained adapter's name within peft.
+        dtype: of the base's arithmetic, bfloat16 or float16.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtype: torch.dtype) -> None:
+        linear = [layer for layer in layers.values() if isinstance(layer.get_base_layer(), nn.Linear)]
+        holders = [holder for layer in linear for holder in (layer.lora_A[name], layer.lora_B[name])]
+        self.dtype = dtype
+        self.master = torch.cat([holder.weight.detach().reshape(-1) for holder in holders])
+        self.low, self.grads = self.master.to(dtype), torch.zeros_like(self.master, dtype=dtype)
+        self.parameters: list[nn.Parameter] = []
+        shapes = [holder.weight.shape for holder in holders]
+        self._low, pieces = _views(self.low, shapes), _views(self.grads, shapes)
+        for holder, view in zip(holders, _views(self.master, shapes), strict=True):
+            holder.weight = nn.Parameter(view, holder.weight.requires_grad)
+            self.parameters.append(holder.weight)
+        for index, layer in enumerate(linear):
+            down, up = zip(self._low[2 * index : 2 * index + 2], pieces[2 * index : 2 * index + 2], strict=True)
+            layer.forward = MethodType(_forward(self, name, down, up), layer)
+        for layer in layers.values():
+            _freeze_in(dtype, layer, name)
+            if layer not in linear:
+                layer.forward = MethodType(_plain_forward, layer)
+        model.register_forward_pre_hook(lambda *_: self.refresh())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the half-precision copy up to date."""
+        shown = self.parameters[0].untyped_storage()._cdata
+        if shown == self.master.untyped_storage()._cdata:
+            self.low.copy_(self.master)
+        else:  # the average of the weights is shown: other memory
+            torch._foreach_copy_(self._low, list[Tensor](self.parameters))
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add what the backward pass summed to the parameters' float32 gradients."""
+        if self.parameters[0].grad is None:
+            self.gradient = torch.zeros_like(self.master)
+            views = _views(self.gradient, [parameter.shape for parameter in self.parameters])
+            for parameter, view in zip(self.parameters, views, strict=True):
+                parameter.grad = view
+        self.gradient.add_(self.grads)
+        self.grads.zero_()
+
+
+def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """One buffer as tensors of these shapes, one after the other."""
+    pieces = torch.split(flat, [shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _freeze_in(dtype: torch.dtype, layer: LoraLayer, trained: str) -> None:
+    """Adapters that are not trained are kept in the base's dtype: no cast at every call."""
+    for holders in (layer.lora_A, layer.lora_B):
+        for key, holder in holders.items():
+            if key != trained:
+                holder.weight = nn.Parameter(holder.weight.detach().to(dtype), requires_grad=False)
+
+
+def _forward(lora: HalfLora, name: str, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> Any:
+    """The forward of one linear layer."""
+
+    def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [] if layer.disable_adapters else layer.active_adapters
+        base = layer.base_layer
+        x = x.to(lora.dtype)
+        if name not in active:
+            return _with_frozen(layer, x, base(x), [key for key in active if key in layer.lora_A])
+        frozen = [key for key in active if key != name and key in layer.lora_A]
+        weights = (layer.lora_A[name].weight, *down, *up, layer.scaling[name])
+        if type(base) is nn.Linear and not base._forward_pre_hooks:
+            y: Tensor = _Linear.apply(x, base.weight, base.bias, *weights)  # type: ignore[no-untyped-call]
+        else:  # a quantised base, or one that is away from the device between its turns
+            y = base(x) + _Delta.apply(x, *weights)  # type: ignore[no-untyped-call]
+        return _with_frozen(layer, x, y, frozen)
+
+    return forward
+
+
+def _with_frozen(layer: Any, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+    for key in names:
+        small = functional.linear(x, layer.lora_A[key].weight)
+        y = y + functional.linear(small, layer.lora_B[key].weight) * layer.scaling[key]
+    return y
+
+
+def _plain_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A convolution's forward: few of these are adapted, so autograd does the rest."""
+    y: Tensor = layer.base_layer(x, *args, **kwargs)
+    for key in [] if layer.disable_adapters else layer.active_adapters:
+        if key in layer.lora_A:
+            a, b = layer.lora_A[key], layer.lora_B[key]
+            small = functional.conv2d(x, a.weight.to(x.dtype), None, a.stride, a.padding, a.dilation, a.groups)
+            y = y + functional.conv2d(small, b.weight.to(x.dtype)) * layer.scaling[key]
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    """W x + bias + s B A x, the base's product and the LoRA's in three launches; five more in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, master: Tensor, down: Tensor, down_grad: Tensor,
+        up: Tensor, up_grad: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        small = rows @ down.t()
+        y = functional.linear(rows, weight, bias).addmm_(small, up.t(), alpha=scale)
+        ctx.save_for_backward(rows, small, weight, down, up)
+        ctx.grads, ctx.scale, ctx.shape = (down_grad, up_grad), scale, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, small, weight, down, up = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        back = _gradients(ctx, grad, rows, small, up)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 9
+        return ((grad @ weight).addmm_(back, down, alpha=ctx.scale).view(ctx.shape), *(None,) * 8)
+
+
+class _Delta(torch.autograd.Function):
+    """s B A x alone, beside a base that has its own arithmetic."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, master: Tensor, down: Tensor, down_grad: Tensor, up: Tensor, up_grad: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        small = rows @ down.t()
+        ctx.save_for_backward(rows, small, down, up)
+        ctx.grads, ctx.scale, ctx.shape = (down_grad, up_grad), scale, x.shape
+        return torch.mul(small @ up.t(), scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, small, down, up = ctx.saved_tensors
+        back = _gradients(ctx, grad.reshape(-1, grad.shape[-1]), rows, small, up)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 7
+        return (torch.mul(back @ down, ctx.scale).view(ctx.shape), *(None,) * 6)
+
+
+def _gradients(ctx: Any, grad: Tensor, rows: Tensor, small: Tensor, up: Tensor) -> Tensor:
+    """Add the gradients of A and B to their buffers; gives grad B, which the gradient of x needs too."""
+    down_grad, up_grad = ctx.grads
+    back = grad @ up
+    up_grad.addmm_(grad.t(), small, alpha=ctx.scale)
+    down_grad.addmm_(back.t(), rows, alpha=ctx.scale)
+    return back

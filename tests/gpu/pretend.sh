@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The CPU's arithmetic behind device `cuda`: finds tensors on the wrong device and of the wrong dtype without a GPU.
+# Builds the stand-in once (g++), then runs both quickstarts in bf16 and fp16, text encoders, and verify-resume on it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PRETEND_CUDA_DIR="${PRETEND_CUDA_DIR:-$(mktemp -d)}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" CI=true
+python="${PYTHON:-python3}"
+test -e "$PRETEND_CUDA_DIR/libhooks.so" || "$python" tests/gpu/pretend_cuda.py build
+runs=$(mktemp -d)
+trap 'rm -rf "$runs"' EXIT
+try() {
+  echo "== pretend CUDA: $*"
+  "$python" tests/gpu/pretend_cuda.py run -m emotrain "$@" > "$runs/out" 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
+}
+short=(--plain --runs-dir "$runs" --set train.max_steps=12 --set sample.steps=2 --set sample.every=6 --set save.every=6)
+for preset in quickstart quickstart-flux; do
+  for dtype in bf16 fp16; do
+    try run "$preset" "${short[@]}" --name "$preset-$dtype" --set "model.dtype=$dtype"
+  done
+done
+PRETEND_BF16=0 try run quickstart "${short[@]}" --name no-bf16
+try run quickstart "${short[@]}" --name text --set network.text_encoder=true
+try run quickstart "${short[@]}" --name checkpointed --set train.gradient_checkpointing=true --set train.gradient_accumulation_steps=2
+for optimizer in emoairy emocats emonavi; do
+  try run quickstart "${short[@]}" --name "$optimizer" --set "train.optimizer=$optimizer" --set sample.every=0
+done
+echo "pretend CUDA: all runs ended well"
