@@ -34,7 +34,7 @@ TORCH_FREE_FILES = {
     "runs/preflight.py",
 }
 MAY_CATCH_ALL = {"cli/app.py", "dataset/images.py"}  # decoders raise anything
-MAX_MODULE = 300
+MAX_MODULE = 500
 MAX_FUNCTION = 60
 
 
