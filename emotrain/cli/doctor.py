@@ -18,7 +18,7 @@ from emotrain.cli.options import OneJson
 _LIBRARIES = (
     "torch", "diffusers", "transformers", "peft", "safetensors", "pillow", "pydantic", "typer", "rich",
 )  # fmt: skip
-_OPTIONAL = ("bitsandbytes", "optimum-quanto", "prodigyopt", "schedulefree")
+_OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree")
 _LOW_DISK_GIB = 5.0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from emotrain.errors import ConfigError, ResourceError
@@ -18,6 +16,7 @@ from emotrain.families.memory import (
     require_backend,
 )
 from emotrain.families.offload import offload_linears
+from emotrain.families.quantize import quantize_linears
 from emotrain.families.sizes import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.table import sniff
@@ -107,8 +106,8 @@ def load(
     found = sniff(base, family, revision)
     text_gib = trained_text_gib(found, kind) if train_text else 0.0
     plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing, text_gib)
-    require_backend(plan.quantize, where.type)
-    pieces = load_pieces(found, kind, revision, quantization(plan.quantize, kind))
+    require_backend(plan.quantize)
+    pieces = load_pieces(found, kind, revision)
     if vae is not None:
         pieces["vae"] = load_vae(vae, found)
     parts = Parts(
@@ -170,25 +169,6 @@ def trained_text_gib(found: Sniffed, dtype: torch.dtype) -> float:
     return sum(sizes[name] for name, _ in FAMILIES[found.family].text_modules) * dtype.itemsize / GIB
 
 
-def quantization(kind: str, dtype: torch.dtype) -> Any:
-    """Diffusers' config of a quantisation; None for `none`.
-
-    Raises:
-        ConfigError: an unknown kind.
-    """
-    import diffusers
-
-    if kind == "none":
-        return None
-    if kind == "int8":
-        return diffusers.BitsAndBytesConfig(load_in_8bit=True)
-    if kind == "nf4":
-        return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    if kind == "fp8":
-        return diffusers.QuantoConfig(weights_dtype="float8")
-    raise ConfigError(f"model.quantize `{kind}` is not known", "one of none, int8, nf4, fp8")
-
-
 def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
     """Move everything to its device; what does not fit beside the encoders waits for them to go."""
     if plan.gradient_checkpointing:
@@ -202,7 +182,10 @@ def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
             part.encoder.to(family.device)
     if plan.offload:
         family.let_denoiser_wait(offload_linears(family.denoiser, family.device))
-    elif plan.quantize == "none":
+    elif plan.quantize != "none":
+        quantize_linears(family.denoiser, plan.quantize, family.device)
+        family.denoiser.to(family.device)
+    else:
         room = free_gib(family.device)
         if room is not None and _gib(family.denoiser) > room * 0.9:
             family.let_denoiser_wait()

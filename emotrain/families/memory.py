@@ -19,7 +19,7 @@ SPARE = 1.08  # workspace and fragments on top of activations
 SIZES_GIB = {"24gb": 24.0, "16gb": 16.0, "12gb": 12.0, "8gb": 8.0}
 USABLE = 0.95  # of a GPU of that size, beside a desktop
 BYTES_PER_PARAMETER = {"int8": 1.03, "nf4": 0.56, "fp8": 1.02}  # with their scales
-BACKENDS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "optimum.quanto"}
+BACKENDS = {"int8": "bitsandbytes", "nf4": "bitsandbytes"}  # fp8 needs none
 
 # Saved activations in GiB without and with gradient checkpointing, the largest block counted in the
 # second: batch 1 at the model's own size, LoRA on attn-mlp with rank 16, bf16; from `emotrain plan`.
@@ -72,21 +72,16 @@ def installed_backends() -> frozenset[str]:
     return frozenset(found)
 
 
-def require_backend(quantize: str, device: str = "cuda") -> None:
-    """Refuse a quantisation whose library is not installed, or does not work on the device ("cpu", "cuda", ...).
+def require_backend(quantize: str) -> None:
+    """Refuse a quantisation whose library is not installed.
 
     Raises:
-        ConfigError: not installed, or bitsandbytes without a GPU.
+        ConfigError: it is not.
     """
-    if quantize != "none" and quantize not in installed_backends():
+    if quantize in BACKENDS and quantize not in installed_backends():
         raise ConfigError(
             f"model.quantize is `{quantize}`, which needs `{BACKENDS[quantize]}`",
-            "install it with `pip install 'emotrain[quantize]'`, or leave model.quantize out",
-        )
-    if device == "cpu" and BACKENDS.get(quantize) == "bitsandbytes":
-        raise ConfigError(
-            f"model.quantize is `{quantize}`, which is made on a GPU, and none is in use",
-            "leave model.quantize out, or take fp8, which works on the CPU too",
+            "install it with `pip install 'emotrain[quantize]'`, or take fp8, which needs nothing",
         )
 
 

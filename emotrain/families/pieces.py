@@ -20,9 +20,7 @@ Loaded = TypeVar("Loaded")
 T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; what the stock pipelines pad to
 
 
-def load_pieces(
-    found: Sniffed, dtype: torch.dtype, revision: str | None = None, quantized: Any = None
-) -> dict[str, Any]:
+def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None) -> dict[str, Any]:
     """Denoiser, VAE, scheduler, and each text encoder with its tokenizer, on the CPU.
 
     The VAE is always float32: in half precision the real ones overflow or lose detail, and it is used once per picture.
@@ -37,11 +35,11 @@ def load_pieces(
     if found.kind == "file":
         from emotrain.families.single import load_single_file
 
-        return load_single_file(found, dtype, quantized)
-    return load_folder(found, dtype, revision, quantized)
+        return load_single_file(found, dtype)
+    return load_folder(found, dtype, revision)
 
 
-def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None, quantized: Any = None) -> dict[str, Any]:
+def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dict[str, Any]:
     """All pieces of a diffusers folder or a hub repository."""
     import diffusers
 
@@ -49,9 +47,8 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None, quanti
     where = str(found.path)
     index = _index(found, revision)
     denoiser_class = getattr(diffusers, index[info.denoiser][1])
-    words = {"torch_dtype": dtype} | ({"quantization_config": quantized} if quantized else {})
     pieces: dict[str, Any] = {
-        "denoiser": load_one(denoiser_class, where, info.denoiser, revision, **words),
+        "denoiser": load_one(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
         "vae": load_one(diffusers.AutoencoderKL, where, "vae", revision, torch_dtype=torch.float32),
         "scheduler": guard(
             where,

@@ -52,7 +52,7 @@ def companion(path: Path) -> Path:
     return path.with_suffix("")
 
 
-def load_single_file(found: Sniffed, dtype: torch.dtype, quantized: Any = None) -> dict[str, Any]:
+def load_single_file(found: Sniffed, dtype: torch.dtype) -> dict[str, Any]:
     """Denoiser, VAE, scheduler, text encoders and tokenizers; see `pieces.load_pieces`.
 
     Raises:
@@ -69,7 +69,7 @@ def load_single_file(found: Sniffed, dtype: torch.dtype, quantized: Any = None) 
             f"put a folder `{beside.name}` beside it with these parts of a diffusers folder",
         )
     with config_folder(found, skip=set(lacking)) as folder:
-        return _load(found, folder, absent, lacking, dtype, quantized)
+        return _load(found, folder, absent, lacking, dtype)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -82,7 +82,6 @@ def _load(
     absent: tuple[str, ...],
     lacking: list[str],
     dtype: torch.dtype,
-    quantized: Any,
 ) -> dict[str, Any]:
     import diffusers
     import transformers
@@ -92,12 +91,11 @@ def _load(
     info = FAMILIES[found.family]
     path, beside = str(found.path), str(companion(Path(found.path)))
     index = read_json(folder / "model_index.json")
-    words = {"quantization_config": quantized} if quantized else {}
     pieces: dict[str, Any] = {
         "denoiser": guard(
             path, "", lambda: getattr(diffusers, index[info.denoiser][1]).from_single_file(
                 path, config=str(folder), subfolder=info.denoiser, torch_dtype=dtype,
-                local_files_only=True, **words,
+                local_files_only=True,
             ),
         )
     }  # fmt: skip

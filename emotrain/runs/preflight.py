@@ -17,6 +17,7 @@ from emotrain.config.schema import Preset
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
+from emotrain.families.memory import BACKENDS
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Scans, scan_preset
 from emotrain.runs.lint import Options, lint_scans
@@ -24,7 +25,6 @@ from emotrain.runs.lint import Options, lint_scans
 Where = Callable[[str], str]
 SHOWN = 20  # errors of the data that are told one by one
 _PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}
-_QUANTIZERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "optimum.quanto"}
 
 
 @dataclass
@@ -70,7 +70,7 @@ def preflight(preset: Preset, where: Where | None = None, progress: Progress | N
                 result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
     result.failures.extend(_missing_files(preset, at))
     _look_at_data(preset, result, progress)
-    result.warnings.extend(_missing_packages(preset))
+    result.failures.extend(_missing_packages(preset, at))
     _describe(preset, result)
     return result
 
@@ -211,13 +211,15 @@ def _epoch(preset: Preset, found: Scan) -> str:
     )
 
 
-def _missing_packages(preset: Preset) -> list[str]:
+def _missing_packages(preset: Preset, at: Where) -> list[EmotrainError]:
     needed = [
         ("train.optimizer", preset.train.optimizer.name, "optimizers", _PACKAGES),
-        ("model.quantize", preset.model.quantize, "quantize", _QUANTIZERS),
+        ("model.quantize", preset.model.quantize, "quantize", BACKENDS),
     ]
     return [
-        f"{key} `{value}` needs the package {packages[value]}: pip install 'emotrain[{extra}]'"
+        ConfigError(
+            f"{at(key)}: {key} `{value}` needs the package {packages[value]}", f"pip install 'emotrain[{extra}]'"
+        )
         for key, value, extra, packages in needed
         if value in packages and not _is_installed(packages[value])
     ]

@@ -1,0 +1,109 @@
+"""Frozen Linear layers in fewer bits: swapped one by one on a model that is loaded as it is.
+
+Libraries that quantise while they load want to know the file's layout, and take a single checkpoint file for one that
+is quantised already. Here a model comes from a folder or a single file alike, and its layers are exchanged afterwards:
+`nf4` (Dettmers et al. 2023, arXiv:2305.14314) and `int8` (Dettmers et al. 2022, arXiv:2208.07339) by bitsandbytes'
+layers, `fp8` by one of our own: e4m3 numbers with a scale for each output, taken back to the model's dtype in the
+forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SMALLEST = 256  # a layer with fewer inputs or outputs stays as it is: embedders and the final projection
+FP8_MAX = 448.0  # the largest number of e4m3
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen Linear whose weights are float8 (e4m3) numbers times a float32 scale for each output.
+
+    `from_linear` rounds; `from_scaled` takes over weights that are stored like this already.
+    """
+
+    scale: Tensor  # float32 [out, 1]
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear) -> Fp8Linear:
+        """Round the weights to the nearest of e4m3, each output by its own largest weight."""
+        weight = layer.weight.detach().float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+        return cls.from_scaled((weight / scale).to(torch.float8_e4m3fn), scale, layer.bias)
+
+    @classmethod
+    def from_scaled(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Fp8Linear:
+        """Weights e4m3 [out, in], scale float32 broadcastable to [out, 1], bias [out] or None."""
+        with torch.device("meta"):
+            made = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        made.register_buffer("scale", scale.detach().float().reshape(-1, 1).expand(weight.shape[0], 1).contiguous())
+        if bias is not None:
+            made.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Linear's, in the dtype of `x`."""
+        y: Tensor = _Fp8Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x (scale W)^T; the backward pass takes W back to x's dtype again, so that no copy of it is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return functional.linear(x, weight.to(x.dtype) * scale.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return (grad * scale.to(grad.dtype).t()) @ weight.to(grad.dtype), None, None
+
+
+def quantize_linears(model: nn.Module, kind: str, device: torch.device) -> int:
+    """Exchange the large Linear layers of a frozen model and put each on `device`; how many were exchanged.
+
+    The rest of the model stays where it is. Only one layer at a time is on the device in both forms.
+
+    Args:
+        model: frozen; nothing is adapted yet.
+        kind: int8, nf4 or fp8.
+        device: where the layers go.
+    """
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and min(child.weight.shape) >= SMALLEST
+    ]
+    for parent, name, layer in places:
+        setattr(parent, name, _quantized(layer, kind, device))
+    return len(places)
+
+
+def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Module:
+    if kind == "fp8":
+        return Fp8Linear.from_linear(layer.to(device))
+    import bitsandbytes
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 says a line for every product in bfloat16
+    shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    made: nn.Linear
+    with torch.device("meta"):
+        if kind == "nf4":
+            made = bitsandbytes.nn.Linear4bit(*shape, bias=bias, compute_dtype=layer.weight.dtype, quant_type="nf4")
+        else:
+            made = bitsandbytes.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+    if kind == "nf4":
+        made.weight = bitsandbytes.nn.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+    else:
+        made.weight = bitsandbytes.nn.Int8Params(layer.weight.detach(), requires_grad=False, has_fp16_weights=False)
+    if bias:
+        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return made.to(device).requires_grad_(False)

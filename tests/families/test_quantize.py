@@ -1,0 +1,111 @@
+"""Quantised layers: near the ones they stand for, forward and backward, with a LoRA on them and without noise."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from emotrain.families.quantize import Fp8Linear, quantize_linears
+from emotrain.lora.half import HalfLora
+from emotrain.lora.inject import initialise, install
+
+CPU = torch.device("cpu")
+ERRORS = {"fp8": 0.04, "int8": 0.02, "nf4": 0.13}  # of the output, relative; of random weights
+BITS = importlib.util.find_spec("bitsandbytes") is not None
+KINDS = ["fp8"] + [
+    pytest.param(kind, marks=pytest.mark.skipif(not BITS, reason="bitsandbytes is not installed"))
+    for kind in ("int8", "nf4")
+]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Linear(16, 512), nn.Linear(512, 768), nn.Linear(768, 512, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.gelu(self.up(self.embed(x))))
+
+
+def block(seed: int = 0) -> Block:
+    torch.manual_seed(seed)
+    return Block().requires_grad_(False).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_gradient_are_near_those_of_the_layer_itself(kind: str) -> None:
+    plain, small = block(), block()
+    assert quantize_linears(small, kind, CPU) == 2
+    assert type(small.embed) is nn.Linear  # too small to gain anything
+    x = torch.randn(32, 16).to(torch.bfloat16)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = small(ours), plain(theirs)
+    y.float().pow(2).mean().backward()
+    expected.float().pow(2).mean().backward()
+    assert (y - expected).float().norm() < 2 * ERRORS[kind] * expected.float().norm()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert (ours.grad - theirs.grad).float().norm() < 5 * ERRORS[kind] * theirs.grad.float().norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_trains_on_quantised_layers(kind: str) -> None:
+    model = block()
+    quantize_linears(model, kind, CPU)
+    layers = install(model, {"up": 4, "down": 4}, {"up": 4.0, "down": 4.0}, "default")
+    for layer in layers.values():
+        initialise(layer, "default", torch.Generator().manual_seed(1))
+    half = HalfLora(model, layers, "default", torch.bfloat16)
+    weights = [getattr(layer, part)["default"].weight for layer in layers.values() for part in ("lora_A", "lora_B")]
+    optimizer = torch.optim.Adam(weights, lr=3e-3)
+    x = torch.randn(64, 16).to(torch.bfloat16)
+    goal = block(seed=7)(x).float()
+    losses = []
+    for _ in range(40):
+        loss = (model(x).float() - goal).pow(2).mean()
+        loss.backward()
+        half.collect()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_fp8_takes_a_quarter_of_float32_and_keeps_no_copy_for_the_backward_pass() -> None:
+    layer = nn.Linear(512, 1024).requires_grad_(False)
+    small = Fp8Linear.from_linear(layer)
+    assert small.weight.element_size() == 1
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        small(torch.randn(4, 512, requires_grad=True))
+    assert max(t.numel() * t.element_size() for t in kept) <= 512 * 1024
+
+
+def test_weights_that_are_stored_scaled_are_taken_over_as_they_are() -> None:
+    weight = torch.randn(300, 280).to(torch.float8_e4m3fn)
+    layer = Fp8Linear.from_scaled(weight, torch.tensor(0.25), None)
+    x = torch.randn(5, 280)
+    torch.testing.assert_close(layer(x), x @ (weight.float() * 0.25).t(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not BITS, reason="bitsandbytes is not installed")
+def test_int8_in_bfloat16_says_nothing() -> None:
+    """It says a line for every product: a thousand a step."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    loggers = [logging.getLogger(), logging.getLogger("bitsandbytes")]
+    model = block()
+    quantize_linears(model, "int8", CPU)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        model(torch.randn(4, 16).to(torch.bfloat16))
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert not records
