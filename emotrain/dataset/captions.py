@@ -26,8 +26,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-WILDCARD = re.compile(r"\{([^{}]*\|[^{}]*)\}")
-COMMA = re.compile(r",(?!\d)|(?<!\d),")
+WILDCARD = re.compile(r"\{([^{}|]*\|[^{}]*)\}")
+COMMA = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+)(?![\w])|,")  # a number such as 1,000 is taken whole
 SEPARATOR = "|||"
 PLACEHOLDER = "[trigger]"
 EMPTY = -1  # `pick`: this sample goes without a caption
@@ -120,7 +120,12 @@ def uniform(name: str) -> float:
 
 def split_tags(text: str) -> tuple[str, ...]:
     """The tags of a caption: what lies between commas, none empty; `1,000` is one number."""
-    return tuple(tag for part in COMMA.split(text) if (tag := " ".join(part.split())))
+    pieces, start = [], 0
+    for match in COMMA.finditer(text):
+        if match[1] is None:
+            pieces.append(text[start : match.start()])
+            start = match.end()
+    return tuple(tag for part in (*pieces, text[start:]) if (tag := " ".join(part.split())))
 
 
 def _resolve(caption: str, rng: random.Random | None) -> str:
@@ -154,7 +159,7 @@ def _take_apart(caption: str, trigger: str, keep_tokens: int) -> _Parts:
     head, *further = fill_trigger(caption, trigger).split(SEPARATOR, 2)
     groups = [split_tags(text) for text in (head, *further)]
     own = split_tags(trigger)
-    begins = bool(own) and groups[0][: len(own)] == own
+    begins = bool(own) and [tag.casefold() for tag in groups[0][: len(own)]] == [tag.casefold() for tag in own]
     if begins:
         groups[0] = groups[0][len(own) :]
     if not further:
@@ -162,11 +167,12 @@ def _take_apart(caption: str, trigger: str, keep_tokens: int) -> _Parts:
     kept, free, tail = (*groups, ())[:3]
     if not own or begins:
         return _Parts(trigger, kept, free, tail)
-    word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+    word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
     if PLACEHOLDER in caption or word.match(", ".join((*kept, *free, *tail))):
         held = frozenset(tag for tag in free if word.search(tag))
         return _Parts("", kept, free, tail, held)
-    kept, free, tail = (tuple(tag for tag in group if tag != trigger) for group in (kept, free, tail))
+    same = trigger.casefold()
+    kept, free, tail = (tuple(tag for tag in group if tag.casefold() != same) for group in (kept, free, tail))
     return _Parts(trigger, kept, free, tail)
 
 

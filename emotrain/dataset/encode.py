@@ -27,7 +27,7 @@ from emotrain.dataset.images import (
     MAX_FILE_BYTES,
     Picture,
     decode_picture,
-    load_picture,
+    load_mask,
     parse_background,
 )
 from emotrain.dataset.pixels import to_mask, to_pixels
@@ -213,7 +213,7 @@ class _Reader:
             mask = picture.alpha or Image.new("L", picture.image.size, 255)
         else:
             assert example.mask is not None
-            mask = load_picture(example.mask, "black").image
+            mask = load_mask(example.mask)
         return to_mask(mask, placement, self.vae_scale)
 
     def _latents_key(self, example: Example, placement: Placement, mirrored: bool) -> str:

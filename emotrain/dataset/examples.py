@@ -68,7 +68,9 @@ class Scan:
         """One line in words: how many files there are and what became of them."""
         reasons = Counter(item.code for item in self.skipped)
         parts = [f"{len(self.examples)} pictures used", f"{self.captions} caption files"]
-        parts += [f"{self.listings} metadata.jsonl"] * bool(self.listings) + [f"{self.hidden} hidden"] * bool(
+        masks = sum(example.mask is not None for example in self.examples)
+        parts += [f"{masks} of {len(self.examples)} pictures have masks"] * bool(masks)
+        parts += [f"{self.listings} metadata files"] * bool(self.listings) + [f"{self.hidden} hidden"] * bool(
             self.hidden
         )
         parts += [f"{count} skipped: {code}" for code, count in sorted(reasons.items())]

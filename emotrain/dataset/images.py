@@ -11,6 +11,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, ImageColor, UnidentifiedImageError, features
 
@@ -127,6 +128,28 @@ def open_picture(path: Path, background: str = "white") -> Image.Image:
 def load_picture(path: Path, background: str = "white") -> Picture:
     """As `open_picture`, with the alpha channel and notes."""
     return decode_picture(read_bytes(path, limit=MAX_FILE_BYTES), background=background, path=path)
+
+
+def load_mask(path: Path) -> Image.Image:
+    """A mask picture as grey, white where the picture counts.
+
+    One that has transparency and is black all over is drawn in its transparency: opaque counts.
+
+    Raises:
+        FileProblem: the file cannot be read or decoded.
+    """
+    picture = load_picture(path, "black")
+    grey = picture.image.convert("L")
+    return picture.alpha if picture.alpha is not None and grey.getextrema()[1] == 0 else grey
+
+
+def mask_of(path: Path, mask: Path | Literal["alpha"]) -> Image.Image | None:
+    """The mask of the picture `path`: a file, or its own transparency (None where it has none).
+
+    Raises:
+        FileProblem: a file cannot be read or decoded.
+    """
+    return load_picture(path).alpha if mask == "alpha" else load_mask(mask)
 
 
 def read_header(data: bytes, *, path: str | Path) -> Header:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from emotrain.dataset.buckets import BucketRules
 from emotrain.dataset.examples import Example, Scan
+from emotrain.dataset.images import mask_of
 from emotrain.dataset.lint_captions import caption_findings, tag_table
 from emotrain.dataset.lint_copies import copy_findings
 from emotrain.dataset.lint_pictures import Job, Measured, note_findings, picture_findings
@@ -28,7 +29,7 @@ from emotrain.dataset.lint_sizes import (
 )
 from emotrain.dataset.lint_tokens import TokenCounter, estimator
 from emotrain.dataset.lint_types import Finding, PictureRow, Report, in_order
-from emotrain.dataset.textfile import printable
+from emotrain.dataset.textfile import FileProblem, printable
 
 __all__ = ["Finding", "LintSettings", "Report", "lint"]
 PREVIEW_SIDE = 160  # pixels
@@ -82,7 +83,7 @@ def lint(
     measured = measure_all(jobs, workers=workers, progress=progress)
     own, others = measured[: len(scan.examples)], measured[len(scan.examples) :]
     findings = [*_scan_findings(scan), *_scan_findings(held, is_held_out=True)]
-    findings += _each(scan.examples, own) + _each(held.examples, others)
+    findings += _each(scan.examples, own) + _each(held.examples, others) + _mask_findings(scan.examples)
     report = _with_tables(scan, own, settings)
     findings += _whole(scan, settings, report)
     findings += copy_findings(scan.examples, [one.look for one in own], held.examples, [one.look for one in others])
@@ -119,6 +120,26 @@ def _each(examples: Sequence[Example], measured: Sequence[Measured]) -> list[Fin
     for example, one in zip(examples, measured, strict=True):
         found += note_findings(example.id, example.notes + one.notes)
         found += picture_findings(example.id, one)
+    return found
+
+
+def _mask_findings(examples: Sequence[Example]) -> list[Finding]:
+    """Masks that cannot be read, or that leave nothing of their picture to learn."""
+    found = []
+    for example in examples:
+        if example.mask is None:
+            continue
+        try:
+            mask = mask_of(example.path, example.mask)
+        except FileProblem as problem:
+            if example.mask != "alpha":  # a damaged picture has a finding of its own
+                reason = f"has a mask that cannot be used: {printable(example.mask.name)} {problem.reason}"
+                found.append(Finding("mask-damaged", "error", example.id, reason, problem.hint))
+            continue
+        if mask is not None and mask.getextrema()[1] == 0:
+            what = "is transparent all over" if example.mask == "alpha" else "has a mask that is black all over"
+            hint = "white is what counts: paint it white, or take the mask away"
+            found.append(Finding("mask-black", "error", example.id, f"{what}: nothing of it would be learned", hint))
     return found
 
 

@@ -35,6 +35,7 @@ NOTE_SEVERITY = {
     "mask-missing": "warning",
     "caption-empty": "warning",
     "caption-missing": "warning",
+    "caption-lines": "info",
 }
 HINTS = {
     "animated": "keep the one frame or page that you mean",
@@ -42,6 +43,7 @@ HINTS = {
     "trailing-bytes": "save it again in an image editor",
     "wrong-extension": "rename it",
     "caption-missing": "write one, or set `caption` for the folder",
+    "caption-lines": "a line `%%%` begins another caption of the same picture, if you mean several",
     "caption-empty": "write what the picture shows, or delete the file",
     "mask-missing": "add a mask of the same stem",
 }

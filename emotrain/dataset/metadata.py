@@ -1,7 +1,9 @@
-"""`metadata.jsonl` of an image folder: a JSON object a line, `file_name` and `text` (no torch)."""
+"""Captions that lie in data files: metadata.jsonl, metadata.csv, and a .json beside each picture (no torch)."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path, PurePosixPath
 
@@ -10,11 +12,13 @@ from emotrain.dataset.textfile import (
     FileProblem,
     clean_lines,
     decode_text,
+    printable,
     read_bytes,
 )
 
-METADATA = "metadata.jsonl"
-TEXT_KEYS = ("text", "caption")
+METADATA = ("metadata.jsonl", "metadata.csv")
+TEXT_KEYS = ("text", "caption", "prompt")
+TAG_KEYS = ("tags", "tag_string")  # of the .json that gallery downloaders write beside a picture
 Listing = dict[tuple[str, ...], tuple[str, ...]]
 
 
@@ -23,13 +27,54 @@ def read_listing(path: Path, above: tuple[str, ...]) -> Listing:
 
     `above` are the parts of the folder that the listing lies in.
 
-    `text` (or `caption`) is a string or a list of strings; lines without one name the picture and
-    leave it without a caption.
+    `text` (or `caption`, `prompt`) is a string or a list of strings; lines without one name the picture and
+    leave it without a caption. A .csv has a line of column names, `file_name` and one of these.
 
     Raises:
         FileProblem: unreadable, not UTF-8, or a line that is not such an object; the line is named.
     """
-    lines = decode_text(read_bytes(path, limit=MAX_METADATA_BYTES), path).split("\n")
+    text = decode_text(read_bytes(path, limit=MAX_METADATA_BYTES), path)
+    return _of_csv(text, path, above) if path.suffix.lower() == ".csv" else _of_lines(text, path, above)
+
+
+def _of_csv(text: str, path: Path, above: tuple[str, ...]) -> Listing:
+    listing: Listing = {}
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    except csv.Error as error:
+        raise FileProblem("metadata", path, f"is not a table of comma-separated values ({error})") from error
+    for number, row in enumerate(rows, start=2):
+        name = row.get("file_name")
+        if not name:
+            raise FileProblem("metadata", path, f"has no `file_name` in line {number}", "file_name,text")
+        listing[(*above, *PurePosixPath(name.replace("\\", "/")).parts)] = _texts(dict(row), path, number)
+    return listing
+
+
+def read_sidecar(path: Path) -> tuple[str, ...]:
+    """The captions of a .json beside a picture: `caption`, `text` or `prompt`, else its `tags`; () where it has none.
+
+    Raises:
+        FileProblem: unreadable, not JSON, or a value of another kind.
+    """
+    try:
+        entry = json.loads(decode_text(read_bytes(path, limit=MAX_METADATA_BYTES), path))
+    except (ValueError, RecursionError) as error:
+        raise FileProblem("metadata", path, "is not JSON") from error
+    if not isinstance(entry, dict):
+        raise FileProblem("metadata", path, "is not a JSON object")
+    if any(entry.get(key) for key in TEXT_KEYS):
+        return _texts(entry, path, 1)
+    tags = next((entry[key] for key in TAG_KEYS if entry.get(key)), None)
+    if isinstance(tags, str):
+        tags = tags.split(",") if "," in tags else tags.split()
+    if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
+        return (", ".join(clean_lines("\n".join(tags))),)
+    return ()
+
+
+def _of_lines(text: str, path: Path, above: tuple[str, ...]) -> Listing:
+    lines = text.split("\n")
     listing: Listing = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -52,6 +97,10 @@ def read_listing(path: Path, above: tuple[str, ...]) -> Listing:
 
 def _texts(entry: dict[str, object], path: Path, number: int) -> tuple[str, ...]:
     value = next((entry[key] for key in TEXT_KEYS if entry.get(key) is not None), [])
+    others = [key for key, held in entry.items() if key not in ("file_name", *TEXT_KEYS) and isinstance(held, str)]
+    if value == [] and others:
+        reason = f"has no `text` in line {number}, but {', '.join(f'`{printable(str(key))}`' for key in others[:3])}"
+        raise FileProblem("metadata", path, reason, "rename the key that holds the caption to `text`")
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise FileProblem(

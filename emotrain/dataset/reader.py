@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from emotrain.config.schema import Folder
-from emotrain.dataset.examples import CaptionSource, Example, Skipped
+from emotrain.dataset.examples import CaptionSource, Example, Severity, Skipped
 from emotrain.dataset.images import MAX_FILE_BYTES, SUFFIXES, Note, read_header
-from emotrain.dataset.metadata import METADATA, Listing, read_listing
+from emotrain.dataset.metadata import METADATA, Listing, read_listing, read_sidecar
 from emotrain.dataset.textfile import FileProblem, clean_lines, printable, read_bytes, read_captions
-from emotrain.dataset.walk import UNREAD, Entry, inside, stem_key
+from emotrain.dataset.walk import UNREAD, Entry, composed, inside, stem_key
 
 NOT_READ = frozenset(
     (
         *(".heic", ".heif", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".svg", ".eps", ".ai", ".raw"),
         *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".tga", ".exr", ".hdr", ".ico"),
-        *(".pdf", ".mp4", ".mov", ".webm", ".mkv", ".avi"),
+        ".pdf",
     )
 )
+VIDEOS = frozenset((".mp4", ".mov", ".webm", ".mkv", ".avi"))
+FRAMES = "save the frames that you want to train on as pictures"
+SIDECAR = ".json"
+MASK_ENDINGS = ("-masklabel", "_mask", "-mask")
+MASK_NAMES = "a mask is named like its picture: cat.png, cat_mask.png or cat-masklabel.png for cat.jpg"
 Key = tuple[str, ...]
 Found = tuple[tuple[str, ...], CaptionSource, Path | None, tuple[Note, ...]]
 
@@ -44,13 +50,14 @@ class FolderReader:
     captions: int = 0
     listings: int = 0
     listed_missing: list[Path] = field(default_factory=list)
+    used_masks: set[Path] = field(default_factory=set)
 
     def read(self, entries: Sequence[Entry], tell: Callable[[], None]) -> None:
         """Sort the entries, then read every picture; `tell` is called after each."""
         pictures, texts, listings = self._sort(entries)
         listing = self._read_listings(listings)
         by_key: dict[Key, list[Entry]] = defaultdict(list)
-        for entry in pictures:
+        for entry in self._without_masks(pictures):
             by_key[stem_key(entry.parts)].append(entry)
         caption_files = self._choose_captions(texts, by_key)
         for key, twins in by_key.items():
@@ -61,8 +68,26 @@ class FolderReader:
                 else:
                     self._read_picture(entry, text, listing)
                 tell()
+        if isinstance(self.masks, dict):
+            for path in sorted(set(self.masks.values()) - self.used_masks):
+                reason = "is a mask without a picture of its name"
+                self.skipped.append(Skipped(path, "unused-mask", reason, "warning", MASK_NAMES, self.index))
         present = {entry.parts for entry in entries}
         self.listed_missing += [self.root.joinpath(*parts) for parts in listing if parts not in present]
+
+    def _without_masks(self, pictures: Sequence[Entry]) -> list[Entry]:
+        """The pictures without those that are masks of others by their name (`cat-masklabel.png` of `cat.png`)."""
+        keys = {composed(stem_key(entry.parts)) for entry in pictures}
+        masks = {
+            composed(stem_key(entry.parts)): entry.path
+            for entry in pictures
+            if entry.path.stem.endswith(MASK_ENDINGS[0]) and mask_key(entry.parts) in keys
+        }
+        if not masks:
+            return list(pictures)
+        if self.masks is None:
+            self.masks = {(*key[:-1], key[-1].removesuffix(MASK_ENDINGS[0])): path for key, path in masks.items()}
+        return [entry for entry in pictures if composed(stem_key(entry.parts)) not in masks]
 
     def _sort(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry], list[Entry]]:
         pictures: list[Entry] = []
@@ -73,20 +98,22 @@ class FolderReader:
             if entry.problem is not None:
                 reason = UNREAD.get(entry.problem) or f"cannot be read ({entry.detail})"
                 error = suffix in SUFFIXES or entry.problem == "unreadable"
-                self._skip(entry, entry.problem, reason, "error" if error else "warning")
-            elif entry.path.name.lower() == METADATA:
+                severity: Severity = "info" if entry.problem == "run-folder" else "error" if error else "warning"
+                self._skip(entry, entry.problem, reason, severity)
+            elif not entry.repeats:
+                hint = "name the folder 1_... to use it"
+                self._skip(entry, "zero-repeats", "lies in a folder that is named 0_: left out", "warning", hint)
+            elif entry.path.name.lower() in METADATA:
                 listings.append(entry)
             elif suffix in SUFFIXES:
                 pictures.append(entry)
-            elif suffix in self.caption_suffixes:
+            elif suffix in (*self.caption_suffixes, SIDECAR):
                 texts.append(entry)
+            elif suffix in VIDEOS:
+                self._skip(entry, "unsupported", f"is a video ({suffix}), which is not read", "warning", FRAMES)
             elif suffix in NOT_READ:
-                self._skip(
-                    entry,
-                    "unsupported",
-                    f"is a {suffix} file, which is not read: convert it to PNG or JPEG",
-                    "warning",
-                )
+                reason = f"is a {suffix} file, which is not read: convert it to PNG or JPEG"
+                self._skip(entry, "unsupported", reason, "warning")
             else:
                 self._skip(entry, "other-file", "is neither a picture nor a caption", "info")
         return pictures, texts, listings
@@ -104,9 +131,15 @@ class FolderReader:
 
     def _choose_captions(self, texts: Sequence[Entry], pictures: dict[Key, list[Entry]]) -> dict[Key, Entry]:
         chosen: dict[Key, Entry] = {}
-        for entry in sorted(texts, key=lambda text: self.caption_suffixes.index(text.path.suffix.lower())):
-            key = stem_key(entry.parts)
-            if key not in pictures:
+        order = (*self.caption_suffixes, SIDECAR)
+        folded: dict[Key, list[Key]] = defaultdict(list)
+        for key in pictures:
+            folded[_folded(key)].append(key)
+        for entry in sorted(texts, key=lambda text: order.index(text.path.suffix.lower())):
+            key = picture_key(entry.parts, pictures, folded)
+            if key not in pictures and entry.path.suffix.lower() == SIDECAR:
+                self._skip(entry, "other-file", "is neither a picture nor a caption", "info")
+            elif key not in pictures:
                 self._skip(entry, "orphan-caption", "is a caption without a picture of its name", "warning")
             elif key in chosen:
                 self._skip(
@@ -165,15 +198,17 @@ class FolderReader:
         if text is not None:
             try:
                 self._refuse_foreign(text)
-                captions = read_captions(text.path)
+                captions, lines = self._read_text(text)
             except FileProblem as problem:
                 code = problem.code if problem.code.startswith("caption-") else f"caption-{problem.code}"
                 name = printable(text.path.name)
                 reason = f"has a caption that cannot be used: {name} {problem.reason}"
                 raise FileProblem(code, entry.path, reason, problem.hint) from problem
-            notes = (
-                () if captions else (Note("caption-empty", f"has an empty caption file, {printable(text.path.name)}"),)
-            )
+            notes: tuple[Note, ...] = ()
+            if not captions:
+                notes = (Note("caption-empty", f"has an empty caption file, {printable(text.path.name)}"),)
+            elif lines:
+                notes = (Note("caption-lines", f"has a caption of {lines} lines: joined into one"),)
             return captions or ("",), "file", text.path, notes
         if listing.get(entry.parts):
             return listing[entry.parts], "metadata", None, ()
@@ -183,11 +218,20 @@ class FolderReader:
             return (name_in_words(self.default_caption, entry),), "default", None, ()
         return ("",), "none", None, (Note("caption-missing", "has no caption"),)
 
+    @staticmethod
+    def _read_text(text: Entry) -> tuple[tuple[str, ...], int]:
+        """Captions of a caption file, and how many lines were joined."""
+        if text.path.suffix.lower() == SIDECAR:
+            return read_sidecar(text.path), 0
+        return read_captions(text.path)
+
     def _mask(self, entry: Entry) -> tuple[Path | Literal["alpha"] | None, tuple[Note, ...]]:
         if self.masks is None or self.masks == "alpha":
             return self.masks, ()
-        key = stem_key(entry.parts)
+        key = composed(stem_key(entry.parts))
         mask = self.masks.get(key) or self.masks.get(key[-1:])
+        if mask:
+            self.used_masks.add(mask)
         return mask, () if mask else (Note("mask-missing", "has no mask: all of it is learned"),)
 
     def _refuse_foreign(self, entry: Entry) -> None:
@@ -205,7 +249,7 @@ class FolderReader:
         entry: Entry,
         code: str,
         reason: str,
-        severity: Literal["error", "warning", "info"],
+        severity: Severity,
         hint: str | None = None,
     ) -> None:
         self.skipped.append(Skipped(entry.path, code, reason, severity, hint, self.index))
@@ -220,8 +264,39 @@ def name_in_words(caption: str, entry: Entry) -> str:
     return caption.replace("[name]", " ".join(clean_lines(words)))
 
 
+def picture_key(parts: Key, pictures: Mapping[Key, object], folded: Mapping[Key, Sequence[Key]]) -> Key:
+    """The picture that a caption file belongs to.
+
+    The same stem; else the same in Unicode's NFC; else `a.png.txt`; else the same but for capitals. Only where one
+    picture alone can be meant.
+    """
+    key = stem_key(parts)
+    if key in pictures:
+        return key
+    stem, suffix = os.path.splitext(key[-1])
+    for wanted in (key, (*key[:-1], stem)) if suffix.lower() in SUFFIXES else (key,):
+        if wanted in pictures:
+            return wanted
+        near = folded.get(_folded(wanted), ())
+        same = [other for other in near if composed(other) == composed(wanted)]
+        if len(same or near) == 1:
+            return (same or near)[0]
+    return key
+
+
+def _folded(key: Key) -> Key:
+    return tuple(part.casefold() for part in composed(key))
+
+
+def mask_key(parts: Key) -> Key:
+    """The stem of the picture that a mask belongs to: `cat-masklabel.png` and `cat_mask.png` are of `cat.jpg`."""
+    key = composed(stem_key(parts))
+    ending = next((ending for ending in MASK_ENDINGS if key[-1].endswith(ending)), "")
+    return (*key[:-1], key[-1].removesuffix(ending))
+
+
 def index_masks(entries: Sequence[Entry]) -> Iterator[tuple[Key, Path]]:
-    """Mask pictures by the stem that they share with their picture."""
-    for entry in entries:
-        if entry.problem is None and entry.path.suffix.lower() in SUFFIXES:
-            yield stem_key(entry.parts), entry.path
+    """Mask pictures by the stem that they share with their picture; a name without an ending goes first."""
+    masks = [entry for entry in entries if entry.problem is None and entry.path.suffix.lower() in SUFFIXES]
+    for entry in sorted(masks, key=lambda entry: mask_key(entry.parts) == composed(stem_key(entry.parts))):
+        yield mask_key(entry.parts), entry.path

@@ -7,9 +7,13 @@ The rules:
   * Hidden and system files are left out silently and counted. Links to folders are not followed;
     links to pictures are.
   * A picture's caption is, first found: the same-stem `.txt` (or the configured extension), the
-    same-stem `.caption`, its line in a `metadata.jsonl` at or above it (`file_name`, `text`), the
-    folder's `caption`, `captions.default`, nothing. Each line of a caption file is a caption of its
-    own. `[name]` in a folder's caption or in the default stands for the file name in words.
+    same-stem `.caption` or `.json`, its line in a `metadata.jsonl` or `metadata.csv` at or above it
+    (`file_name`, `text`), the folder's `caption`, `captions.default`, nothing. The lines of a caption
+    file are one caption; a line `%%%` begins another one. Names match in Unicode's NFC, else as
+    `a.png.txt`, else but for capitals. `[name]` in a folder's caption or in the default stands for
+    the file name in words.
+  * A folder that holds a run of emotrain is left out, and so is one named `0_name`.
+  * `cat-masklabel.png` beside `cat.png` is its mask.
   * Two pictures of one stem cannot share a caption file: neither is used.
 Nothing is written into the folders.
 """
@@ -106,7 +110,7 @@ def require_pictures(found: Scan) -> Scan:
     Raises:
         DatasetError: no usable picture; says what became of every file.
     """
-    if found.examples:
+    if any(not example.prior for example in found.examples):
         return found
     where = ", ".join(printable(folder) for folder in found.folders)
     problems = [Problem(f"{printable(item.path)} {item.reason}", item.hint) for item in found.errors()[:20]]
@@ -114,6 +118,11 @@ def require_pictures(found: Scan) -> Scan:
         f"no usable picture in {where} ({found.totals()})",
         "`emotrain lint` says what is wrong with each file",
     )
+    if found.examples:
+        first = Problem(
+            f"all {len(found.examples)} pictures in {where} are regularisation pictures (`prior`): nothing to learn",
+            "add the folder with the pictures that the LoRA is to learn",
+        )
     raise DatasetError(first.message, first.hint, problems=(first, *problems))
 
 
@@ -125,6 +134,15 @@ def _check_folders(roots: Sequence[Path], mask_roots: Sequence[Path]) -> None:
             problems.append(Problem(f"{printable(root)} does not exist", "paths are relative to the preset's file"))
         elif not root.is_dir():
             problems.append(Problem(f"{printable(root)} is not a folder", "name the folder that holds the pictures"))
+    own = {root.resolve() for root in roots}
+    for root in mask_roots:
+        if root.resolve() in own:
+            problems.append(
+                Problem(
+                    f"{printable(root)} is the mask folder of the pictures in it: each would mask itself",
+                    "keep masks in a folder of their own, or name them cat-masklabel.png beside cat.png without `mask`",
+                )
+            )
     for root in roots:
         if root.resolve() in seen:
             problems.append(

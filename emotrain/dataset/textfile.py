@@ -6,6 +6,7 @@ import codecs
 import os
 import stat
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from emotrain.errors import DatasetError
@@ -92,16 +93,35 @@ def _encoding(data: bytes) -> str:
     return "utf-8-sig"
 
 
-def read_captions(path: Path) -> tuple[str, ...]:
-    """The captions of a caption file: one a line, without blank ones; () where it says nothing.
+NEXT_CAPTION = "%%%"  # alone on a line: what follows is another caption of the same picture
 
-    Control characters other than white space are taken out, and white space at both ends.
+
+def read_captions(path: Path) -> tuple[tuple[str, ...], int]:
+    """The captions of a caption file, () where it says nothing, and how many lines were joined into longer ones.
+
+    The lines of a file are one caption: captioning models write several sentences on several lines. A line `%%%`
+    begins another caption. Control characters other than white space are taken out, and white space at both ends.
 
     Raises:
         FileProblem: as `read_bytes` and `decode_text`; captions end at 64 KiB.
     """
-    text = decode_text(read_bytes(path, limit=MAX_CAPTION_BYTES), path)
-    return clean_lines(text)
+    lines = clean_lines(decode_text(read_bytes(path, limit=MAX_CAPTION_BYTES), path))
+    groups: list[list[str]] = [[]]
+    for line in lines:
+        if line == NEXT_CAPTION:
+            groups.append([])
+        else:
+            groups[-1].append(line)
+    captions = tuple(joined(group) for group in groups if group)
+    return captions, sum(len(group) for group in groups if len(group) > 1)
+
+
+def joined(lines: Sequence[str]) -> str:
+    """Lines as one caption: a comma where a line ends in the middle of a list of tags, else a space."""
+    text = ""
+    for line in lines:
+        text += ("" if not text else " " if text[-1] in ".,;:!?" else ", ") + line
+    return text
 
 
 def clean_lines(text: str) -> tuple[str, ...]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 HIDDEN = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
 REPEATS = re.compile(r"(\d{1,3})_.+", re.DOTALL)  # up to 999: 2024_holiday is a year, not a count
+RUN_INFO = "run.json"  # a folder that holds it is a run
 UNREAD = {
     "broken-link": "is a link to nothing",
     "linked-folder": "is a link to a folder: links to folders are not followed",
     "not-a-file": "is not a regular file (a pipe, socket or device)",
+    "run-folder": "is a run of emotrain: nothing in it is data",
 }
 
 
@@ -67,7 +70,9 @@ def walk(root: Path, *, leave_out: Iterable[Path] = ()) -> Walk:
             if item.name.startswith(".") or item.name.lower() in HIDDEN:
                 seen.hidden += 1
             elif item.is_dir(follow_symlinks=False):
-                if _identity(path) not in left_out:
+                if (path / RUN_INFO).is_file():
+                    seen.entries.append(Entry(path, inner, problem="run-folder"))
+                elif _identity(path) not in left_out:
                     below.append((path, inner, _repeats(item.name, repeats)))
             else:
                 seen.entries.append(_file(item, path, inner, repeats))
@@ -116,3 +121,8 @@ def stem_key(parts: tuple[str, ...]) -> tuple[str, ...]:
     """Parts with the last one's extension taken off: ("a", "b.jpg") -> ("a", "b")."""
     name = parts[-1] if parts else ""
     return (*parts[:-1], os.path.splitext(name)[0])
+
+
+def composed(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Names in Unicode's NFC: Macs write them decomposed (NFD), others composed, and both look the same."""
+    return tuple(unicodedata.normalize("NFC", part) for part in parts)

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Case, int, str | None, str]] = {
     "26 too long": (
         lambda m: {"bad.png": m.encode(picture()), "bad.txt": "red hat, " * 60}, 0, "caption-truncated", "warning",
     ),
-    "26 CRLF": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": "cat\r\ndog\r\n"}, 0, None, ""),
+    "26 CRLF": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": "cat\r\ndog\r\n"}, 0, "caption-lines", "info"),
     "26 markup": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": "<b>cat</b>"}, 0, "caption-markup", "info"),
     "26 rich markup": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": "[b]cat[/]"}, 0, "caption-markup", "info"),
     "26 escapes": (lambda m: {"bad.png": m.encode(picture()), "bad.txt": "cat\x1b"}, 0, "caption-control", "warning"),
