@@ -140,4 +140,4 @@ CAPTION_WORDS = {
     "caption_suffix": "suffix",
 }
 OPTIMIZER_WORDS = {"type": "name", "optimizer_type": "name"}
-NESTED: dict[str, dict[str, str]] = {"captions": CAPTION_WORDS, "buckets": {}, "loss": {}}
+NESTED: dict[str, dict[str, str]] = {"captions": CAPTION_WORDS, "buckets": {}, "loss": {"ear": "baseline"}}

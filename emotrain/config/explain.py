@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
@@ -18,7 +19,7 @@ from emotrain.errors import Problem
 
 Loc = tuple[int | str, ...]
 
-_NEEDLESS = {
+_FOREIGN = {
     **dict.fromkeys(
         ("lr_scheduler", "lr_scheduler_type", "scheduler", "lr_warmup_steps", "warmup_steps"),
         "leave it out: there is no schedule, an emo optimizer finds its own pace",
@@ -28,9 +29,38 @@ _NEEDLESS = {
         "leave it out: the run ends by itself, and `train.max_steps` is the ceiling",
     ),
     **dict.fromkeys(
-        ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"),
+        ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_embeddings"),
         "leave it out: latents and text are always cached",
     ),
+    **dict.fromkeys(
+        ("xformers", "sdpa", "mem_eff_attn", "flash_attention"), "leave it out: attention is always the fused one"
+    ),
+    **dict.fromkeys(("output_dir", "training_folder"), "runs go to ./runs: `emotrain run ... --runs-dir DIR`"),
+    **dict.fromkeys(("network_module", "network_type"), "leave it out: it is a LoRA; `network` has rank and alpha"),
+    **dict.fromkeys(("enable_bucket", "enable_buckets"), "leave it out: pictures always keep their shape, in buckets"),
+    "bucket_no_upscale": "leave it out: pictures are not enlarged unless `dataset.buckets.upscale: true`",
+    **dict.fromkeys(
+        ("reg_data_dir", "is_reg", "is_reg_data"),
+        "regularisation pictures are a folder with `prior`: `dataset.folders: [{path: ..., prior: 1.0}]`",
+    ),
+    **dict.fromkeys(
+        ("caption_ext", "caption_extension"), "did you mean `dataset.captions.extension`, for all folders together?"
+    ),
+    **dict.fromkeys(
+        ("negative_prompt", "neg", "negative"),
+        "write it behind a prompt: `sample.prompts: ['a cat --n blurry, text']`",
+    ),
+    **dict.fromkeys(
+        ("v_parameterization", "zero_terminal_snr", "is_v_pred", "v_pred", "prediction_type"),
+        "leave it out where the model says so itself; `emotrain check` shows what was found",
+    ),
+    "clip_skip": "leave it out: SD 1.x and 2.x use the last layer of CLIP, SDXL the last but one, as they were trained",
+    "max_token_length": "leave it out: captions end where the text encoder does; `emotrain lint` names long ones",
+    **dict.fromkeys(("unet_lr", "text_encoder_lr"), "there is one rate, `train.lr`, and an emo optimizer needs none"),
+    **dict.fromkeys(("fp8_base", "fp8_base_unet", "quantize_base"), "write `model.quantize: fp8`"),
+    "optimizer_args": "write them under the optimizer: `train.optimizer: {name: emosens, use_shadow: true}`",
+    **dict.fromkeys(("save_every_n_epochs", "sample_every_n_epochs"), "count steps: `save.every`, `sample.every`"),
+    **dict.fromkeys(("low_vram", "lowvram", "highvram", "medvram"), "leave it out, or write `model.memory: 8gb`"),
     "<<": "merge keys are not read here; share settings through `extends:`",
 }  # fmt: skip
 _WANTED = {
@@ -165,7 +195,10 @@ def _type_hint(node: Node, words: list[str], kinds: set[str]) -> str | None:
         unquoted: Scalar = resolve_scalar(value)
         if isinstance(unquoted, int | float) and not isinstance(unquoted, bool):
             return "leave the quotes out"
-    return likely(value, words) if words else None
+    if re.fullmatch(r"\s*\d{1,5}\s*[,xX]\s*\d{1,5}\s*", value) and kinds & {"int_type", "int_parsing"}:
+        side = re.split(r"[,xX]", value)[0].strip()
+        return f"one number is enough, the side of a square of that area: `{side}`; pictures keep their shape"
+    return likely(value.rpartition(".")[2], words) or likely(value, words) if words else None
 
 
 def _written(node: Node) -> str:
@@ -190,8 +223,8 @@ def _explain_extra(loc: Loc, node: Node) -> Problem:
 
 
 def _key_hint(key: str, loc: Loc, section: type[BaseModel] | None) -> str | None:
-    if key in _NEEDLESS:
-        return _NEEDLESS[key]
+    if key in _FOREIGN:
+        return _FOREIGN[key]
     if "." in key and len(loc) == 1:
         first, _, rest = key.partition(".")
         if first in field_names(Preset):
@@ -207,7 +240,7 @@ def _key_hint(key: str, loc: Loc, section: type[BaseModel] | None) -> str | None
     word = nearest(key, foreign)
     if word:
         return f"did you mean `{foreign[word]}`?"
-    return likely(key, _all_keys()) or (f"it has {', '.join(own)}" if own else None)
+    return likely(key, _all_keys()) or (f"valid keys: {', '.join(own)}" if own else None)
 
 
 def field_names(section: type[BaseModel]) -> tuple[str, ...]:

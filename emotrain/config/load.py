@@ -16,6 +16,7 @@ from emotrain.config.explain import explain, leaf
 from emotrain.config.names import name_from_file
 from emotrain.config.overrides import apply_override
 from emotrain.config.paths import absolute, resolve_paths
+from emotrain.config.prompts import is_prompt_file, prompts_of_file
 from emotrain.config.rules import check_rules
 from emotrain.config.schema import Preset
 from emotrain.config.source import MAX_PROBLEMS, Node
@@ -120,10 +121,32 @@ def _read_file(path: Path, shown: str, folder: Path, chain: tuple[Path, ...], fo
     found.problems.extend(problems)
     found.notes.extend(words)
     resolve_paths(tree, folder)
+    _read_prompt_files(tree, folder, found)
     if extends is None or extends.value is None:
         return tree
     base = _read_extended(extends, folder, (*chain, path.resolve()), found)
     return _on_top(base, tree)
+
+
+def _read_prompt_files(tree: Node, folder: Path, found: _Found) -> None:
+    """`sample.prompts: prompts.txt`: the file's lines in its place."""
+    prompts = leaf(tree, "sample.prompts")
+    if prompts is None or not isinstance(prompts.value, list):
+        return
+    entries: list[Node] = []
+    for node in prompts.value:
+        if not isinstance(node.value, str) or not is_prompt_file(node.value):
+            entries.append(node)
+            continue
+        path = Path(absolute(node.value, folder))
+        try:
+            lines = prompts_of_file(read_text(path, node.value), path)
+        except (ConfigError, ValueError) as error:
+            hint = "a prompt file has a prompt a line"
+            found.problems.append(Problem(f"{node.where}: sample.prompts: {str(error).splitlines()[0]}", hint))
+            continue
+        entries += [Node(line, str(node.value), number, text=line) for number, line in lines]
+    as_mapping(as_mapping(tree)["sample"])["prompts"] = replace(prompts, value=entries)
 
 
 def _read_extended(extends: Node, folder: Path, chain: tuple[Path, ...], found: _Found) -> Node:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from emotrain.config import builtin
 from emotrain.config.explain import leaf
+from emotrain.config.prompts import LOOKS_FOREIGN, parse_prompt
 from emotrain.config.schema import EMO_OPTIMIZERS, OPTIMIZERS
 from emotrain.config.source import Node
 from emotrain.config.words import as_mapping
@@ -16,7 +19,9 @@ _USUAL_LR = {
     "prodigy": "1.0",
     "schedulefree": "1e-3",
 }
-_EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
+RATE_OF_ITS_OWN = ("emonavi", "emofact", "emolynx")  # generation 3.6: `lr` is the rate itself, 1e-3
+SMALL_LR = 0.1
+_EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify", "allow_small_lr")
 
 
 def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
@@ -25,8 +30,56 @@ def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
     Returns:
         Problems, and notes on settings without effect.
     """
-    problems = [*_optimizer(root), *_buckets(root), *_builtin_names(root)]
-    return problems, [*_no_effect(root), *_bare_trigger(root)]
+    problems = [*_optimizer(root), *_small_lr(root), *_buckets(root), *_builtin_names(root), *_prompts(root)]
+    problems += _path_variables(root)
+    return problems, [*_no_effect(root), *_bare_trigger(root), *_foreign_prompt_words(root)]
+
+
+def _small_lr(root: Node) -> list[Problem]:
+    """A learning rate of another optimizer, copied to one whose unit it scales: 1e-4 would turn it off."""
+    lr, name = leaf(root, "train.lr"), leaf(root, "train.optimizer.name")
+    word = "emosens" if name is None else name.value
+    generation, allowed = leaf(root, "train.optimizer.generation"), leaf(root, "train.optimizer.allow_small_lr")
+    if word not in EMO_OPTIMIZERS or word in RATE_OF_ITS_OWN or (generation is not None and generation.value == "3.6"):
+        return []
+    if lr is None or not isinstance(lr.value, int | float) or isinstance(lr.value, bool) or not 0 < lr.value < SMALL_LR:
+        return []
+    if allowed is not None and allowed.value is True:
+        return []
+    return [
+        Problem(
+            f"{lr.where}: train.lr is {lr.text or lr.value}, and `{word}` multiplies its own step length by it: "
+            "it would hardly learn anything",
+            "leave train.lr out (it is 1.0), or write `optimizer: adamw` if you mean that rate; "
+            "`train.optimizer.allow_small_lr: true` insists",
+        )
+    ]
+
+
+def _prompts(root: Node) -> list[Problem]:
+    """The flags behind sample prompts."""
+    problems = []
+    for node in _prompt_nodes(root):
+        try:
+            parse_prompt(str(node.value))
+        except ValueError as error:
+            problems.append(Problem(f"{node.where}: a sample prompt's {error}"))
+    return problems
+
+
+def _foreign_prompt_words(root: Node) -> list[str]:
+    return [
+        f"{node.where}: `{match[0]}` in a sample prompt is drawn as words: weights and <lora:...> have no effect here"
+        for node in _prompt_nodes(root)
+        if (match := LOOKS_FOREIGN.search(str(node.value)))
+    ]
+
+
+def _prompt_nodes(root: Node) -> list[Node]:
+    prompts = leaf(root, "sample.prompts")
+    if prompts is None or not isinstance(prompts.value, list):
+        return []
+    return [node for node in prompts.value if isinstance(node.value, str)]
 
 
 def _optimizer(root: Node) -> list[Problem]:
@@ -84,6 +137,25 @@ def _builtin_names(root: Node) -> list[Problem]:
             except ConfigError as error:
                 problems.append(Problem(f"{node.where}: {error.message}", error.hint))
     return problems
+
+
+VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|%[A-Za-z_]\w*%")
+
+
+def _path_variables(root: Node) -> list[Problem]:
+    """`$HOME/pics`, `%USERPROFILE%`: variables stay as they are, so that a preset means the same to everybody."""
+    nodes = [leaf(root, key) for key in ("model.base", "model.vae", "start_from.continue", "validate.folder")]
+    folders = leaf(root, "dataset.folders")
+    for item in folders.value if folders is not None and isinstance(folders.value, list) else ():
+        nodes += [as_mapping(item).get("path"), as_mapping(item).get("mask")]
+    return [
+        Problem(
+            f"{node.where}: `{match[0]}` in a path is not replaced by its value",
+            "write the folder out; `~` is your home folder",
+        )
+        for node in nodes
+        if node is not None and isinstance(node.value, str) and (match := VARIABLE.search(node.text or node.value))
+    ]
 
 
 def _no_effect(root: Node) -> list[str]:

@@ -150,6 +150,7 @@ class OptimizerSection(Section):
         True, description="emosens, emonavi: correct the moments' start at zero, as Adam does; false: as published"
     )
     notify: Bool = Field(True, description="emo: say so when the stop signal lights")
+    allow_small_lr: Bool = Field(False, description="emo: take a train.lr below 0.1, which is refused otherwise")
 
 
 class LossSection(Section):
@@ -222,12 +223,16 @@ class SampleSection(Section):
     every: Count = Field(250, description="steps between two sheets; 0: none")
     at_start: Bool = Field(True, description="also before the first step")
     seed: Seed = Field(42, description="of the pictures' noise, the same for every sheet")
-    steps: PositiveInt = Field(20, description="denoising steps of one picture")
+    steps: Annotated[PositiveInt, Field(le=1000)] = Field(20, description="denoising steps of one picture")
     guidance: Auto | Annotated[float, Field(ge=0.0)] = Field(
         "auto", description="classifier-free guidance (auto: the family's)"
     )
     size: Pixels | None = Field(None, description="of the pictures, in pixels (default: the first resolution)")
-    prompts: tuple[Str, ...] = Field(("[trigger]",), description="one picture each; [trigger] is replaced")
+    prompts: tuple[Str, ...] = Field(
+        ("[trigger]",),
+        description="one picture each, or a file with one a line; [trigger] is replaced, and --n --w --h --d --l --s"
+        " give negative prompt, width, height, seed, guidance and steps",
+    )
 
 
 class SaveSection(Section):

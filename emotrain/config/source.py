@@ -232,6 +232,9 @@ def _explain_syntax(error: yaml.MarkedYAMLError, text: str, source: str) -> Prob
     hint = None
     if "'\\t'" in reason or at.lstrip(" ").startswith("\t"):
         reason, hint = "a tab is used for indentation", "YAML wants spaces: replace the tab by two"
+    elif "cannot start any token" in reason:
+        reason = f"a value cannot begin with {reason.split(chr(39))[1]!r}" if reason.count("'") > 1 else reason
+        hint = f'quotes make it text: "{at.partition(":")[2].strip()}"'
     elif "unknown escape character" in reason:
         hint = _QUOTE_HINT
     elif "[trigger]" in at:

@@ -21,7 +21,7 @@ EMO_OPTIMIZERS = OPTIMIZERS[:8]
 
 def _optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
-        found = nearest(name, OPTIMIZERS)
+        found = nearest(name.rpartition(".")[2], OPTIMIZERS)
         raise ValueError("which is not an optimizer" + (f"|did you mean `{found}`?" if found else
                          f"|one of {', '.join(OPTIMIZERS)}"))  # fmt: skip
     return name

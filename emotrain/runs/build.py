@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from emotrain.config.builtin import is_builtin
+from emotrain.config.prompts import parse_prompt
 from emotrain.config.schema import EMO_OPTIMIZERS, Preset
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.captions import fill_trigger
@@ -194,14 +195,12 @@ def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sa
     sample = preset.sample
     if not sample.every or not sample.prompts:
         return None
-    prompts = [fill_trigger(prompt, preset.dataset.trigger) for prompt in sample.prompts]
+    prompts = [parse_prompt(fill_trigger(prompt, preset.dataset.trigger)) for prompt in sample.prompts]
     step = model.family.vae_scale * 2
     side = (sample.size or size) // step * step
     return Sampler(
         model.family,
         prompts,
-        model.family.encode_texts(prompts),
-        model.family.encode_texts([""]),
         size=(side, side),
         seed=sample.seed,
         steps=sample.steps,
@@ -213,7 +212,7 @@ def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sa
 def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> OptimizerLike:
     """The optimizer with the words that the preset gives, averaged unless it does that by itself."""
     settings = preset.train.optimizer
-    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
+    words = {k: v for k, v in settings.model_dump().items() if k not in ("name", "allow_small_lr") and v is not None}
     if settings.name in EMO_OPTIMIZERS:
         words["notify"] = False  # the loop says it, as an event
     optimizer = build_optimizer(settings.name, params, lr=preset.train.lr, **words)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from emotrain.config.prompts import SamplePrompt
 from emotrain.families.base import DrawRequest, TextEmbeds
 from emotrain.families.sampling import draw_sample
 from emotrain.observers.sheet import save_sheet
@@ -30,18 +31,16 @@ class Sampler:
 
     Args:
         family: with the live weights.
-        prompts: as shown, [trigger] filled in.
-        texts: cached embeddings of the prompts, one row each; `negative` those of the empty text, in whose
-            place the family may take something else (`no_negative`), as its stock pipeline does.
-        size: width and height in pixels.
+        prompts: [trigger] filled in.
+        encode: texts -> embeddings, one row each. In the place of an empty negative prompt the family may take
+            something else (`no_negative`), as its stock pipeline does.
+        size: width and height in pixels of prompts that say none.
     """
 
     def __init__(
         self,
         family: LoadedFamily,
-        prompts: Sequence[str],
-        texts: TextEmbeds,
-        negative: TextEmbeds,
+        prompts: Sequence[SamplePrompt],
         *,
         size: tuple[int, int],
         seed: int,
@@ -49,21 +48,26 @@ class Sampler:
         guidance: float | None,
         notify: Callable[[Event], None],
     ) -> None:
-        self.family, self.prompts, self.notify = family, tuple(prompts), notify
+        self.family, self.notify = family, notify
+        self.prompts, self.negatives = tuple(p.text for p in prompts), tuple(p.negative for p in prompts)
         self.folder = Path()
         self._fresh: list[Path] = []  # not yet brought to the disk
+        step = family.vae_scale * 2
         self.requests = [
             DrawRequest(
-                text={key: value[i : i + 1] for key, value in texts.items()},
-                negative={key: value[:1] for key, value in family.no_negative(negative).items()},
-                width=size[0],
-                height=size[1],
-                seed=seed + i,
-                steps=steps,
-                guidance=guidance,
+                text=family.encode_texts([prompt.text]),
+                negative=self._negative(prompt.negative, family.encode_texts([prompt.negative])),
+                width=(prompt.width or size[0]) // step * step,
+                height=(prompt.height or size[1]) // step * step,
+                seed=seed + i if prompt.seed is None else prompt.seed,
+                steps=prompt.steps or steps,
+                guidance=guidance if prompt.guidance is None else prompt.guidance,
             )
-            for i in range(len(prompts))
+            for i, prompt in enumerate(prompts)
         ]
+
+    def _negative(self, text: str, embeds: TextEmbeds) -> TextEmbeds:
+        return embeds if text else self.family.no_negative(embeds)
 
     def path(self, step: int, number: int) -> Path:
         """Where the picture of one step and prompt (counted from 1) lies."""
@@ -100,7 +104,8 @@ class Sampler:
             return request
         with torch.no_grad():
             text = text_of(self.family, [self.prompts[number - 1]], request.text)
-            negative = self.family.no_negative(text_of(self.family, [""], request.negative))
+            said = self.negatives[number - 1]
+            negative = self._negative(said, text_of(self.family, [said], request.negative))
         return replace(request, text=text, negative=negative)
 
     def _draw_one(self, request: DrawRequest, number: int, path: Path) -> None:

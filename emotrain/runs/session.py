@@ -163,6 +163,7 @@ class Session:
             validate_every=build.validate_every(preset, len(self.pictures.held_out)),
             save_every=preset.save.every,
             sample_every=preset.sample.every,
+            sample_at_start=preset.sample.at_start,
             tell_ready=preset.train.optimizer.notify,
         )
 

@@ -89,6 +89,7 @@ class Limits:
     validate_every: int
     save_every: int
     sample_every: int
+    sample_at_start: bool = True
     tell_ready: bool = True  # say so when the optimizer's stop signal lights up
 
 
@@ -239,19 +240,20 @@ def _validate(parts: Parts, validation: Validation, state: TrainState) -> None:
     parts.notify(ValidationEnd(state.step, *observed_loss, drift, rule.best_step, rule.best_loss))
 
 
-def before_first_step(parts: Parts, state: TrainState) -> None:
+def before_first_step(parts: Parts, limits: Limits, state: TrainState) -> None:
     """Tell the emotion what the base's loss is, measure the base, draw its samples."""
     if parts.loss_baseline.start is not None:
         parts.optimizer.begin(parts.loss_baseline.start)
     if parts.stop_rule.base_loss is None:
         run_validation(parts, state)
-        run_sample(parts, 0)
+        if limits.sample_at_start:
+            run_sample(parts, 0)
 
 
 def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], float] = time.monotonic) -> Outcome:
     """Train until the stop rule, the ceiling, a signal or non-finite numbers end it; `state` is changed in place."""
     if state.step == 0:
-        before_first_step(parts, state)
+        before_first_step(parts, limits, state)
     if state.step and (sentence := parts.stop_rule.decide(state.step)):
         return Outcome(StopReason.SIGNAL, sentence)  # it had ended, but died before the hand-over
     while state.step < limits.max_steps:

@@ -210,7 +210,7 @@ def test_30_what_is_not_a_readable_file_is_refused(
 GOOD_PRESETS = {
     "two keys": GOOD,
     "byte order mark": "\ufeff" + GOOD,
-    "10 exponent without a dot": GOOD + "train: {lr: 1e-4}\n",
+    "10 exponent without a dot": GOOD + "train: {lr: 1e-4, optimizer: adamw}\n",
     "windows line ends": GOOD.replace("\n", "\r\n"),
     "no line end": GOOD.rstrip(),
     "aliases": GOOD + "network_dim: 8\nbatch_size: 2\ntrigger: x\n",

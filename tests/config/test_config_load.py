@@ -192,7 +192,7 @@ def test_set_overrides_any_key_and_is_cited(tmp_path: Path, monkeypatch: pytest.
         path,
         [
             "network.rank=32",
-            "train.lr=1e-4",
+            "train.lr=5e-1",
             "dataset.folders.0.repeats=3",
             "sample.prompts=[a, '[trigger], b']",
             "dataset.trigger=[trigger], odd",
@@ -203,7 +203,7 @@ def test_set_overrides_any_key_and_is_cited(tmp_path: Path, monkeypatch: pytest.
         ],
     )
     assert preset.network.rank == 32
-    assert preset.train.lr == 1e-4
+    assert preset.train.lr == 0.5
     assert preset.dataset.folders[0].repeats == 3
     assert preset.sample.prompts == ("a", "[trigger], b")
     assert preset.dataset.trigger == "[trigger], odd"

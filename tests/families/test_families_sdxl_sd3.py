@@ -124,6 +124,7 @@ def test_sdxl_samples_are_the_stock_pipelines_pictures(sdxl_folder: Path, tmp_pa
     """A prompt and nothing else: what stands for the negative prompt is said by the model, zeros in the public one."""
     from diffusers import StableDiffusionXLPipeline
 
+    from emotrain.config.prompts import SamplePrompt
     from emotrain.runs.draw import Sampler
 
     folder = tmp_path / "model"
@@ -134,7 +135,7 @@ def test_sdxl_samples_are_the_stock_pipelines_pictures(sdxl_folder: Path, tmp_pa
     empty = family.encode_texts([""])
     assert family.no_negative(empty)["prompt_embeds"].any() == (not zeros)
     words: dict[str, Any] = {"size": (64, 64), "seed": 3, "steps": 2, "guidance": 5.0, "notify": lambda event: None}
-    sampler = Sampler(family, ["red apple"], family.encode_texts(["red apple"]), empty, **words)
+    sampler = Sampler(family, [SamplePrompt("red apple")], **words)
     sampler.folder = tmp_path / "samples"
     sampler.draw(1)
     stock = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)

@@ -237,3 +237,10 @@ def test_noise_depends_on_seed_and_micro_step_alone():
     torch.manual_seed(2)
     assert torch.equal(one, noise_like(latents, 3, 8))
     assert not torch.equal(one, noise_like(latents, 3, 9))
+
+
+def test_without_samples_at_the_start_the_base_is_measured_and_not_drawn():
+    recorder = Recorder()
+    fit(make_parts(recorder), limits(sample_at_start=False), TrainState())
+    assert 0 not in recorder.samples
+    assert [event.step for event in recorder.of(ValidationEnd)][0] == 0
