@@ -52,7 +52,7 @@ _FOREIGN = {
     ),
     **dict.fromkeys(
         ("v_parameterization", "zero_terminal_snr", "is_v_pred", "v_pred", "prediction_type"),
-        "leave it out where the model says so itself; `emotrain check` shows what was found",
+        "write `model.prediction: v` where the model does not say so itself; `emotrain check` shows what was found",
     ),
     "clip_skip": "leave it out: SD 1.x and 2.x use the last layer of CLIP, SDXL the last but one, as they were trained",
     "max_token_length": "leave it out: captions end where the text encoder does; `emotrain lint` names long ones",

@@ -41,6 +41,9 @@ class ModelSection(Section):
         "auto", description="of the frozen base; the LoRA itself is always float32"
     )
     quantize: Literal["none", "int8", "nf4", "fp8"] = Field("none", description="of the base")
+    prediction: Literal["auto", "epsilon", "v", "flow"] = Field(
+        "auto", description="what the denoiser predicts; set it where the files do not say it or say it wrongly"
+    )
     memory: Literal["auto", "24gb", "16gb", "12gb", "8gb"] = Field("auto", description="to fit in")
 
 

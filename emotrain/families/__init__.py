@@ -23,6 +23,7 @@ def load_family(
     device: str = "auto",
     gradient_checkpointing: bool | str = "auto",
     train_text: bool = False,
+    prediction: str = "auto",
 ) -> LoadedFamily:
     """Load a model, frozen, ready for a LoRA.
 
@@ -37,6 +38,7 @@ def load_family(
         memory: auto | 24gb | 16gb | 12gb | 8gb: the GPU to fit into; auto is what is free.
         device: auto | cuda | mps | cpu.
         gradient_checkpointing: auto, or whether activations are computed again in the backward pass.
+        prediction: auto | epsilon | v | flow, where the files do not say it or say it wrongly.
         train_text: the CLIP text encoders are to be trained: they stay in memory beside the denoiser.
 
     Returns:
@@ -51,5 +53,5 @@ def load_family(
 
     return load(
         base, family=family, vae=vae, revision=revision, dtype=dtype, quantize=quantize, memory=memory,
-        device=device, gradient_checkpointing=gradient_checkpointing, train_text=train_text,
+        device=device, gradient_checkpointing=gradient_checkpointing, train_text=train_text, prediction=prediction,
     )  # fmt: skip

@@ -97,19 +97,24 @@ def load(
     device: str,
     gradient_checkpointing: bool | str,
     train_text: bool = False,
+    prediction: str = "auto",
 ) -> LoadedFamily:
     """See `emotrain.families.load_family`."""
     from emotrain.families.pieces import load_pieces, load_vae, text_parts
 
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    found = sniff(base, family, revision)
+    found = sniff(base, family, revision, prediction)
     text_gib = trained_text_gib(found, kind) if train_text else 0.0
     plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing, text_gib)
     require_backend(plan.quantize)
-    pieces = load_pieces(found, kind, revision)
-    if vae is not None:
-        pieces["vae"] = load_vae(vae, found)
+    own_vae = load_vae(vae, found) if vae is not None else None
+    pieces = load_pieces(found, kind, revision, own_vae)
+    if own_vae is not None:
+        pieces["vae"] = own_vae
+    if found.prediction != "flow" and pieces["scheduler"].config.get("prediction_type") != found.prediction:
+        config = {**pieces["scheduler"].config, "prediction_type": found.prediction}
+        pieces["scheduler"] = type(pieces["scheduler"]).from_config(config)
     parts = Parts(
         name=found.family,
         variant=found.variant,

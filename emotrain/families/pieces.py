@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +18,13 @@ from emotrain.families.sizes import FAMILIES
 from emotrain.families.sniff import Sniffed
 
 Loaded = TypeVar("Loaded")
+ENCODERS = frozenset(("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"))
+TOKENIZERS = frozenset(("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"))
+DENOISERS = frozenset(("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"))
 T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; what the stock pipelines pad to
 
 
-def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None) -> dict[str, Any]:
+def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None, vae: Any = None) -> dict[str, Any]:
     """Denoiser, VAE, scheduler, and each text encoder with its tokenizer, on the CPU.
 
     The VAE is always float32: in half precision the real ones overflow or lose detail, and it is used once per picture.
@@ -35,7 +39,7 @@ def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None)
     if found.kind == "file":
         from emotrain.families.single import load_single_file
 
-        return load_single_file(found, dtype)
+        return load_single_file(found, dtype, vae)
     return load_folder(found, dtype, revision)
 
 
@@ -46,16 +50,15 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     info = FAMILIES[found.family]
     where = str(found.path)
     index = _index(found, revision)
-    denoiser_class = getattr(diffusers, index[info.denoiser][1])
+    denoiser_class = getattr(diffusers, known_class(where, info.denoiser, index, DENOISERS))
+    scheduler_class = _scheduler_class(where, index)
     pieces: dict[str, Any] = {
         "denoiser": load_one(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
         "vae": load_one(diffusers.AutoencoderKL, where, "vae", revision, torch_dtype=torch.float32),
         "scheduler": guard(
             where,
             "scheduler",
-            lambda: getattr(diffusers, index["scheduler"][1]).from_pretrained(
-                where, subfolder="scheduler", revision=revision
-            ),
+            lambda: scheduler_class.from_pretrained(where, subfolder="scheduler", revision=revision),
         ),
     }
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
@@ -64,6 +67,21 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
             where, index, name, dtype, revision
         )
     return pieces
+
+
+def _scheduler_class(where: str, index: dict[str, Any]) -> Any:
+    """A scheduler of diffusers by its name.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    import diffusers
+
+    entry = index.get("scheduler")
+    name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
+    if not re.fullmatch(r"[A-Z]\w{0,60}Scheduler", name) or not hasattr(diffusers, name):
+        raise ModelError(f"`{where}` has `{name[:60]}` for its scheduler, which diffusers does not have")
+    return getattr(diffusers, name)
 
 
 def _index(found: Sniffed, revision: str | None) -> dict[str, Any]:
@@ -83,14 +101,52 @@ def load_encoder(
     tokenizer_name = name.replace("text_encoder", "tokenizer")
     if (index.get(name) or [None])[0] is None:
         return None, None
-    encoder = load_one(getattr(transformers, index[name][1]), where, name, revision, dtype=dtype)
-    tokenizer_class = getattr(transformers, index[tokenizer_name][1])
+    kind = known_class(where, name, index, ENCODERS)
+    encoder, info = load_one(getattr(transformers, kind), where, name, revision, dtype=dtype, output_loading_info=True)
+    _refuse_filled_up(os.path.join(where, name), info)
+    tokenizer_class = getattr(transformers, known_class(where, tokenizer_name, index, TOKENIZERS))
     tokenizer = guard(
         where,
         tokenizer_name,
-        lambda: tokenizer_class.from_pretrained(where, subfolder=tokenizer_name, revision=revision),
+        lambda: tokenizer_class.from_pretrained(
+            where, subfolder=tokenizer_name, revision=revision, trust_remote_code=False
+        ),
     )
     return encoder, tokenizer
+
+
+def known_class(where: str, part: str, index: dict[str, Any], known: frozenset[str]) -> str:
+    """The class that model_index.json names for a part, if it is one that this part can be.
+
+    A stranger's file must not choose what is run: `Auto...` classes follow the code that lies in the folder.
+
+    Raises:
+        ModelError: it is another one, or nothing of the kind.
+    """
+    entry = index.get(part)
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if not isinstance(name, str) or name not in known:
+        raise ModelError(
+            f"`{where}` has `{str(name)[:60]}` for its {part}, which emotrain does not load",
+            f"known are {', '.join(sorted(known))}",
+        )
+    return name
+
+
+def _refuse_filled_up(where: str, info: dict[str, Any]) -> None:
+    """Refuse a model of which tensors were not in its files: transformers fills them up at random.
+
+    Raises:
+        ModelError: a tensor is missing, left over or of another shape.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+    mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys") or ()]
+    if missing or mismatched:
+        first = (missing or mismatched)[0]
+        raise ModelError(
+            f"`{where}` lacks {len(missing) + len(mismatched)} of its tensors, such as `{first}`",
+            "its file is not complete, or its tensors have other names; download it again",
+        )
 
 
 def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any) -> Any:
@@ -123,6 +179,7 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
 
 def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
     """Run a loader of diffusers or transformers; its complaints about files become a ModelError."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
     from emotrain.families.hub import hub_error
@@ -130,7 +187,12 @@ def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
     try:
         with quiet():
             return load()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+        SafetensorError, SingleFileComponentError,
+    ) as error:  # whatever a library makes of a file that is not what its names say  # fmt: skip
         if (known := hub_error(where, error)) is not None:
             raise known from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

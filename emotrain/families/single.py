@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from emotrain.errors import ModelError
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.sizes import FAMILIES, public_configs
 from emotrain.families.sniff import Sniffed
-from emotrain.families.sniff_file import missing_from_file
+from emotrain.families.sniff_file import companion, refuse_incomplete
+from emotrain.families.understood import PARTS, SCALES, scaled_layers
 
 # Two public repositories, neither gated, hold the tokenizers of all families: CLIP's two (the second pads with `!`, as
 # SD 2.x and the larger CLIP of SD3 do, the others with the end of text), and the T5's (a spiece.model, 512 tokens).
@@ -47,29 +50,38 @@ VAE_OF = {"sd3": "sd3", "flux": "flux1"}
 TEXTS_OF = {"flux": "flux1"}
 
 
-def companion(path: Path) -> Path:
-    """The folder beside a model file that may hold configs, tokenizers and missing pieces."""
-    return path.with_suffix("")
-
-
-def load_single_file(found: Sniffed, dtype: torch.dtype) -> dict[str, Any]:
-    """Denoiser, VAE, scheduler, text encoders and tokenizers; see `pieces.load_pieces`.
+def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None) -> dict[str, Any]:
+    """Denoiser, VAE (the file's, or `vae`), scheduler, text encoders and tokenizers; see `pieces.load_pieces`.
 
     Raises:
         ModelError: pieces are neither in the file nor beside it, or the file does not fit its kind.
     """
-    path = Path(found.path)
-    absent = missing_from_file(found.family, read_header(path))
-    beside = companion(path)
-    lacking = [name for name in absent if not _has_weights(beside / name)]
-    optional = {"text_encoder_3"} if found.family == "sd3" else set()
-    if set(lacking) - optional:
-        raise ModelError(
-            f"`{path}` does not hold {' and '.join(lacking)}",
-            f"put a folder `{beside.name}` beside it with these parts of a diffusers folder",
-        )
+    refuse_incomplete(found, has_vae=vae is not None)
+    beside = companion(Path(found.path))
+    lacking = [name for name in found.missing if name != "vae" and not _has_weights(beside / name)]
     with config_folder(found, skip=set(lacking)) as folder:
-        return _load(found, folder, absent, lacking, dtype)
+        return _load(found, folder, found.missing, lacking, dtype, vae)
+
+
+def _unscaled(path: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """The tensors of a file whose weights are stored with scales, with these applied; None for other files.
+
+    Raises:
+        ModelError: scales outside the denoiser.
+    """
+    scales = scaled_layers(read_header(path))
+    if not scales:
+        return None
+    apart = next((name for name in scales if name.startswith(PARTS)), None)
+    if apart is not None:
+        raise ModelError(
+            f"`{path}` holds a text encoder or VAE in scaled fp8 (`{apart}`), which emotrain does not read",
+            "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
+        )
+    tensors = load_file(path)
+    for name, scale in scales.items():
+        tensors[name] = (tensors[name].float() * tensors[scale].float()).to(dtype)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith((*SCALES, "scaled_fp8"))}
 
 
 def _has_weights(folder: Path) -> bool:
@@ -82,6 +94,7 @@ def _load(
     absent: tuple[str, ...],
     lacking: list[str],
     dtype: torch.dtype,
+    vae: Any,
 ) -> dict[str, Any]:
     import diffusers
     import transformers
@@ -91,15 +104,18 @@ def _load(
     info = FAMILIES[found.family]
     path, beside = str(found.path), str(companion(Path(found.path)))
     index = read_json(folder / "model_index.json")
+    source = _unscaled(Path(path), dtype) or path
     pieces: dict[str, Any] = {
         "denoiser": guard(
             path, "", lambda: getattr(diffusers, index[info.denoiser][1]).from_single_file(
-                path, config=str(folder), subfolder=info.denoiser, torch_dtype=dtype,
+                source, config=str(folder), subfolder=info.denoiser, torch_dtype=dtype,
                 local_files_only=True,
             ),
         )
     }  # fmt: skip
-    if "vae" in absent:
+    if vae is not None:
+        pass
+    elif "vae" in absent:
         vae = load_one(diffusers.AutoencoderKL, beside, "vae", None, torch_dtype=torch.float32)
     else:
         vae = _vae_of(path, folder)
@@ -159,7 +175,6 @@ def load_vae_file(path: Path, found: Sniffed) -> Any:
         ModelError: not readable.
     """
     import diffusers
-    from safetensors.torch import load_file
 
     from emotrain.families.pieces import guard
 

@@ -4,11 +4,42 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.headers import Header, read_header
+from emotrain.families.headers import Header, read_header, read_json
 from emotrain.families.sizes import FAMILIES, public_configs
 from emotrain.families.sniff import Prediction, Sniffed, widest_layer
+from emotrain.families.understood import refuse_not_understood
+
+
+def companion(path: Path) -> Path:
+    """The folder beside a model file that may hold configs, tokenizers and missing pieces."""
+    return path.with_suffix("")
+
+
+def refuse_incomplete(found: Sniffed, has_vae: bool) -> None:
+    """Refuse a single file of which pieces are neither in it nor beside it; `has_vae`: another VAE is given.
+
+    Raises:
+        ModelError: with the pieces, and where they can come from.
+    """
+    if found.kind != "file":
+        return
+    path, beside = Path(found.path), companion(Path(found.path))
+    lacking = [name for name in found.missing if not any((beside / name).glob("*.safetensors"))]
+    optional = {"text_encoder_3"} if found.family == "sd3" else set[str]()
+    if has_vae:
+        optional.add("vae")
+    needed = [name for name in lacking if name not in optional]
+    if not needed:
+        return
+    texts = [name for name in needed if name != "vae"]
+    means = [f"the VAE by `model.vae`, or in `{beside.name}/vae`"] if "vae" in needed else []
+    if texts:
+        means.append(f"a folder `{beside.name}` beside it with {' and '.join(texts)} of a diffusers folder")
+    raise ModelError(f"`{path}` does not hold {' and '.join(needed)}", f"give {'; and '.join(means)}")
+
 
 UNET_FIRST = "input_blocks.0.0.weight"
 
@@ -87,12 +118,15 @@ def _from_file(
     )
     prediction: Prediction = "flow"
     if info.denoiser == "unet":
-        prediction = _unet_prediction(family, header)
+        beside = _scheduler_beside(path)
+        prediction = _unet_prediction(family, header, beside)
         scheduler["prediction_type"] = prediction
-        if "ztsnr" in header.shapes:
+        if "ztsnr" in header.shapes or beside.get("rescale_betas_zero_snr"):
             scheduler["rescale_betas_zero_snr"] = True
     resolution = 512 if family == "sd21" and prediction == "epsilon" else info.resolution
     config = dict(public_configs()["denoiser"][variant]["config"])
+    own = companion(path) / info.denoiser / "config.json"
+    refuse_not_understood(path, family, header, read_json(own) if own.is_file() else config)
     return Sniffed(
         family=family, variant=variant, prediction=prediction, resolution=resolution, bucket_step=info.bucket_step,
         vae_scale=info.vae_scale, max_rank=widest_layer(config), kind="file",
@@ -101,10 +135,24 @@ def _from_file(
     )  # fmt: skip
 
 
-def _unet_prediction(family: str, header: Header) -> Prediction:
-    """Marker tensor `v_pred`, then the metadata; what is not said is epsilon (v for SD 2.x)."""
-    if "v_pred" in header.shapes:
+def _scheduler_beside(path: Path) -> dict[str, Any]:
+    """What the files beside a checkpoint say: `x/scheduler/scheduler_config.json`, or A1111's `x.yaml`."""
+    config, settings = companion(path) / "scheduler" / "scheduler_config.json", path.with_suffix(".yaml")
+    if config.is_file():
+        return read_json(config)
+    if settings.is_file():
+        text = settings.read_text(encoding="utf-8", errors="replace")[:65536]
+        if re.search(r"^\s*parameterization:\s*[\"']?v[\"']?\s*$", text, re.MULTILINE):
+            return {"prediction_type": "v_prediction"}
+    return {}
+
+
+def _unet_prediction(family: str, header: Header, beside: dict[str, Any]) -> Prediction:
+    """Marker tensor `v_pred`, files beside, then the metadata; what is not said is epsilon (v for SD 2.x)."""
+    if "v_pred" in header.shapes or beside.get("prediction_type") == "v_prediction":
         return "v_prediction"
+    if beside.get("prediction_type") == "epsilon":
+        return "epsilon"
     said = header.metadata.get("modelspec.prediction_type", header.metadata.get("modelspec.predict_key", "")).lower()
     if said in ("v", "v_prediction", "v-prediction"):
         return "v_prediction"

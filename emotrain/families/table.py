@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from emotrain.errors import ConfigError, ModelError
 from emotrain.families.sizes import FAMILIES, FamilyInfo, FamilyName, Variant, public_configs
-from emotrain.families.sniff import Sniffed, sniff_folder, sniff_hub
+from emotrain.families.sniff import Prediction, Sniffed, sniff_folder, sniff_hub
 from emotrain.families.sniff_file import sniff_file
 
 __all__ = [
@@ -66,7 +67,7 @@ def expected_modules(found: Sniffed, targets: str | tuple[str, ...]) -> int | No
     return variant.modules.get(targets) if variant and isinstance(targets, str) else None
 
 
-def sniff(base: str | Path, family: str = "auto", revision: str | None = None) -> Sniffed:
+def sniff(base: str | Path, family: str = "auto", revision: str | None = None, prediction: str = "auto") -> Sniffed:
     """What a model is, from its JSON files or its safetensors header alone.
 
     A hub id fetches its small JSON files (or takes them from the local cache).
@@ -75,9 +76,10 @@ def sniff(base: str | Path, family: str = "auto", revision: str | None = None) -
         base: as in the preset, see `resolve_base`.
         family: auto, or the family that it has to be.
         revision: of a hub id.
+        prediction: auto, or epsilon, v or flow, where the files do not say it or say it wrongly.
 
     Raises:
-        ConfigError: an unknown `builtin:` name or family.
+        ConfigError: an unknown `builtin:` name or family, or a prediction that the family does not have.
         ModelError: missing, unreadable, not known, or of another family than `family`.
     """
     if family != "auto" and family not in FAMILIES:
@@ -94,4 +96,17 @@ def sniff(base: str | Path, family: str = "auto", revision: str | None = None) -
             f"model.family is `{family}`, but `{base}` is {found.describe()}",
             f"write `family: {found.family}`, or leave it out",
         )
-    return found
+    return found if prediction == "auto" else _insisted(found, prediction)
+
+
+def _insisted(found: Sniffed, prediction: str) -> Sniffed:
+    """What was found, with the prediction that the user insists on."""
+    if (prediction == "flow") != (found.prediction == "flow"):
+        raise ConfigError(
+            f"model.prediction is `{prediction}`, but `{found.path}` is {found.describe()}",
+            "leave model.prediction out; flow is for SD3 and FLUX.1, epsilon and v for the others",
+        )
+    if prediction == "flow":
+        return found
+    kind: Prediction = "epsilon" if prediction == "epsilon" else "v_prediction"
+    return replace(found, prediction=kind, scheduler_config={**found.scheduler_config, "prediction_type": kind})

@@ -72,7 +72,8 @@ class Model:
 
 def sniffed(preset: Preset) -> Sniffed:
     """What the base model is, from its files alone."""
-    return sniff(resolve_base(preset.model.base), preset.model.family, preset.model.revision)
+    model = preset.model
+    return sniff(resolve_base(model.base), model.family, model.revision, model.prediction)
 
 
 def loader_settings(preset: Preset, found: Sniffed) -> LoaderSettings:
@@ -122,6 +123,7 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
         dtype=model.dtype,
         quantize=model.quantize,
         memory=model.memory,
+        prediction=model.prediction,
         gradient_checkpointing=preset.train.gradient_checkpointing,
         train_text=preset.network.text_encoder,
     )

@@ -47,7 +47,7 @@ def lint_preset(preset: Preset, options: Options | None = None) -> Report:
         ModelError: the model is missing or not known.
         ConfigError: sizes that contradict each other.
     """
-    found = sniff(preset.model.base, preset.model.family, preset.model.revision)
+    found = sniff(preset.model.base, preset.model.family, preset.model.revision, preset.model.prediction)
     return lint_scans(preset, found, scan_preset(preset), options)
 
 

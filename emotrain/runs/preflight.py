@@ -18,6 +18,7 @@ from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
 from emotrain.families.memory import BACKENDS
+from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Scans, scan_preset
 from emotrain.runs.lint import Options, lint_scans
@@ -78,7 +79,7 @@ def preflight(preset: Preset, where: Where | None = None, progress: Progress | N
 def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
     model = preset.model
     try:
-        found = sniff(model.base, "auto", model.revision)
+        found = sniff(model.base, "auto", model.revision, model.prediction)
     except EmotrainError as error:
         result.failures.append(error)
         return
@@ -87,6 +88,10 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
         hint = f"write `family: {found.family}`, or leave it out"
         result.failures.append(ConfigError(f"{at('model.family')}: {what}", hint))
         return
+    try:
+        refuse_incomplete(found, has_vae=model.vae is not None)
+    except ModelError as error:
+        result.failures.append(error)
     result.found = found
     size = f"{found.resolution} px"
     title = FAMILIES[found.family].title

@@ -38,7 +38,7 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
         ("optimizer_args: [a=1]", "under the optimizer"),
         ("fp8_base: true", "model.quantize: fp8"),
         ("negative_prompt: bad", "--n"),
-        ("v_parameterization: true", "the model says so"),
+        ("v_parameterization: true", "model.prediction: v"),
         ("lr_scheduler: cosine", "no schedule"),
         ("optimizer: optimizer.emosens.EmoSens", "did you mean `emosens`"),
         ('resolution: "1024,1024"', "`1024`"),

@@ -19,7 +19,7 @@ from original_files import (
     unet_name,
     vae_tensors,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emotrain.errors import ModelError
@@ -113,7 +113,7 @@ def test_pieces_that_the_file_lacks_come_from_the_folder_beside_it(tmp_path: Pat
     with pytest.raises(ModelError) as refused:
         load_family(str(path), device="cpu")
     assert "does not hold text_encoder" in str(refused.value)
-    assert "put a folder `bare` beside it" in str(refused.value.hint)
+    assert "a folder `bare` beside it" in str(refused.value.hint)
     sd_parts["text_encoder"].save_pretrained(tmp_path / "bare" / "text_encoder")
     family = load_family(str(path), device="cpu")
     same(family.text_encoders[0].encoder, sd_parts["text_encoder"])
@@ -159,3 +159,31 @@ def test_a_vae_of_another_kind_is_refused(tmp_path: Path, sd_folder: Path) -> No
     small_vae().save_pretrained(tmp_path / "four")
     with pytest.raises(ModelError, match="4 latent channels, but the model needs 8"):
         load_family(str(sd_folder), device="cpu", vae=str(tmp_path / "four"))
+
+
+def test_weights_that_are_stored_with_a_scale_are_multiplied_by_it(tmp_path: Path, sd_parts: dict[str, Any]) -> None:
+    """Scaled fp8, as ComfyUI users hold it: without the scale they are up to 12,426 times too large."""
+    path = write_sd(tmp_path / "model.safetensors", sd_parts)
+    plain = load_family(str(path), device="cpu").denoiser.state_dict()
+    tensors, scaled = load_file(path), 0
+    for name in list(tensors):
+        if name.startswith("model.diffusion_model.") and name.endswith(".weight") and tensors[name].ndim == 2:
+            scale = tensors[name].abs().max() / 448
+            tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+            tensors[name.removesuffix("weight") + "scale_weight"] = scale.float()
+            scaled += 1
+    tensors["model.diffusion_model.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    assert scaled > 10
+    for name, value in load_family(str(path), device="cpu").denoiser.state_dict().items():
+        assert (value - plain[name]).norm() <= 0.05 * plain[name].norm(), name
+
+
+def test_a_vae_that_is_given_serves_a_file_without_one(tmp_path: Path, sd_parts: dict[str, Any]) -> None:
+    path = write_sd(tmp_path / "model.safetensors", sd_parts)
+    kept = {name: value for name, value in load_file(path).items() if not name.startswith("first_stage_model.")}
+    save_file(kept, path)
+    with pytest.raises(ModelError, match="does not hold vae"):
+        load_family(str(path), device="cpu")
+    sd_parts["vae"].save_pretrained(tmp_path / "vae")
+    same(load_family(str(path), vae=str(tmp_path / "vae"), device="cpu").vae, sd_parts["vae"])

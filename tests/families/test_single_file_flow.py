@@ -233,7 +233,7 @@ def test_a_bare_sd3_file_takes_its_encoders_from_the_folder_beside_it(
     with pytest.raises(ModelError) as refused:
         load_family(str(path), device="cpu")
     assert "does not hold text_encoder and text_encoder_2" in refused.value.message
-    assert "put a folder `model` beside it" in str(refused.value.hint)
+    assert "a folder `model` beside it" in str(refused.value.hint)
     assert refused.value.exit_code == 4
     for name in ("text_encoder", "text_encoder_2"):
         parts[name].save_pretrained(tmp_path / "model" / name)
@@ -295,11 +295,11 @@ def test_the_transformer_of_flux_alone_needs_the_rest_beside_it(tmp_path: Path, 
     bare = {key.removeprefix("model.diffusion_model."): t for key, t in flux_tensors(flux_parts["transformer"]).items()}
     path, beside = tmp_path / "flux.safetensors", tmp_path / "flux"
     save_file({name: value.contiguous() for name, value in bare.items()}, path)
+    save_configs(beside, flux_parts)
     with pytest.raises(ModelError) as refused:
         load_family(str(path), device="cpu")
     assert "does not hold vae and text_encoder and text_encoder_2" in refused.value.message
     assert refused.value.exit_code == 4
-    save_configs(beside, flux_parts)
     for name in ("vae", "text_encoder", "text_encoder_2"):
         flux_parts[name].save_pretrained(beside / name)
     family = load_family(str(path), device="cpu", dtype="bf16")

@@ -72,6 +72,13 @@ def test_what_a_file_predicts_comes_from_marker_tensors_or_metadata(tmp_path: Pa
     assert (sniff(str(said)).prediction, sniff(str(said)).resolution) == ("epsilon", 512)
 
 
+def flux_shapes(double: int = 19, single: int = 38, inputs: int = 64) -> dict[str, list[int]]:
+    """A tensor of each block and the first layer, as FLUX.1 has them."""
+    blocks = [f"double_blocks.{i}.img_attn.qkv.weight" for i in range(double)]
+    blocks += [f"single_blocks.{i}.linear1.weight" for i in range(single)]
+    return {"img_in.weight": [3072, inputs], **{name: [4, 4] for name in blocks}}
+
+
 @pytest.mark.parametrize(
     ("names", "variant"),
     [
@@ -87,7 +94,10 @@ def test_what_a_file_predicts_comes_from_marker_tensors_or_metadata(tmp_path: Pa
 )
 @pytest.mark.parametrize("prefix", ["", UNET])
 def test_transformer_files_are_told_apart(tmp_path: Path, names: list[str], variant: str, prefix: str) -> None:
-    found = sniff(str(header_file(tmp_path / "a.safetensors", {prefix + n: [4, 4] for n in names})))
+    shapes = {name: [4, 4] for name in names}
+    if variant.startswith("flux"):
+        shapes = {**flux_shapes(), **shapes}
+    found = sniff(str(header_file(tmp_path / "a.safetensors", {prefix + n: shape for n, shape in shapes.items()})))
     assert found.variant == variant
     assert found.prediction == "flow"
     assert found.latent_channels == 16
@@ -228,3 +238,74 @@ def test_the_table_is_read_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "False False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ({**flux_shapes(), "distilled_guidance_layer.in_proj.weight": [4, 4]}, "is Chroma"),
+        ({**flux_shapes(), "double_stream_modulation_img.lin.weight": [4, 4]}, "is FLUX.2"),
+        (flux_shapes(inputs=384), "is FLUX.1 Fill"),
+        (flux_shapes(inputs=128), "is FLUX.1 Canny or Depth"),
+        (flux_shapes(double=8), "8 double_blocks, and FLUX.1 has 19"),
+        (flux_shapes(double=20, single=40), "another kind"),
+        ({**flux_shapes(), "single_blocks.0.linear1.weight.quant_state.bitsandbytes__nf4": [4]}, "quantised form"),
+        ({**flux_shapes(), "single_blocks.0.linear1.comfy_quant": [4]}, "quantised form"),
+        ({**flux_shapes(), "controlnet_blocks.0.weight": [4, 4]}, "1 tensors that a flux model does not have"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", UNET])
+def test_a_model_that_only_shares_names_with_flux_is_refused_by_name(
+    tmp_path: Path, shapes: dict[str, list[int]], says: str, prefix: str
+) -> None:
+    with pytest.raises(ModelError, match=says) as refused:
+        sniff(str(header_file(tmp_path / "a.safetensors", {prefix + n: shape for n, shape in shapes.items()})))
+    assert refused.value.exit_code == 4
+
+
+@pytest.mark.parametrize("marker", ["edm_mean", "edm_vpred.sigma_max"])
+def test_a_unet_that_predicts_as_edm_does_is_refused(tmp_path: Path, marker: str) -> None:
+    with pytest.raises(ModelError, match="EDM"):
+        sniff(str(unet_file(tmp_path / "a.safetensors", 2048, extra={marker: [4]})))
+
+
+def test_tables_of_the_training_program_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    extra = {"alphas_cumprod": [1000], "model_ema.decay": [1], "sqrt_one_minus_alphas_cumprod": [1000]}
+    assert sniff(str(unet_file(tmp_path / "a.safetensors", 768, extra=extra))).family == "sd15"
+
+
+def test_check_says_which_pieces_a_lone_transformer_lacks_and_what_brings_them(tmp_path: Path, capsys: Any) -> None:
+    from emotrain.cli.app import main
+
+    header_file(tmp_path / "flux1-dev.safetensors", {**flux_shapes(), "guidance_in.in_layer.weight": [4, 4]})
+    preset = tmp_path / "p.yaml"
+    preset.write_text("model: ./flux1-dev.safetensors\ndataset: builtin:example\ntrigger: t\n", encoding="utf-8")
+    assert main(["check", str(preset)]) == 4
+    said = capsys.readouterr().err
+    assert "does not hold vae and text_encoder and text_encoder_2" in said
+    assert "model.vae" in said
+
+
+def test_what_lies_beside_a_file_says_what_it_predicts_and_the_preset_may_insist(tmp_path: Path) -> None:
+    path = unet_file(tmp_path / "a.safetensors", 2048)
+    assert sniff(str(path)).prediction == "epsilon"
+    (tmp_path / "a.yaml").write_text('model:\n  params:\n    parameterization: "v"\n', encoding="utf-8")
+    assert sniff(str(path)).prediction == "v_prediction"
+    assert sniff(str(path), prediction="epsilon").prediction == "epsilon"
+    (tmp_path / "a.yaml").unlink()
+    (tmp_path / "a" / "scheduler").mkdir(parents=True)
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    (tmp_path / "a" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert sniff(str(path)).prediction == "v_prediction"
+    assert sniff(str(path)).scheduler_config["rescale_betas_zero_snr"] is True
+    with pytest.raises(ConfigError, match="model.prediction"):
+        sniff(str(path), prediction="flow")
+
+
+def test_a_prediction_that_is_insisted_on_reaches_training_and_samples(sd_folder: Path) -> None:
+    from emotrain.families import load_family
+
+    family = load_family(str(sd_folder), device="cpu", prediction="v")
+    assert family.prediction == "v_prediction"
+    assert family.scheduler_config["prediction_type"] == "v_prediction"
+    assert family.fresh_scheduler().config.prediction_type == "v_prediction"
