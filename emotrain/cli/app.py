@@ -7,6 +7,7 @@ are stubs with their line of help.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -136,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes them from the process.
     """
     output.prepare()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when it is imported, and at every product
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     try:

@@ -42,7 +42,9 @@ def lora_metadata(session: Session, step: int, outcome: Outcome) -> dict[str, st
     train, loss = preset.train, preset.train.loss
     sizes = Counter(placement.size for placement in data.placements())
     examples = session.pictures.train
-    settings = (preset.network.targets, preset.network.conv_rank)
+    settings: tuple[object, int] = (preset.network.targets, preset.network.conv_rank)
+    if preset.start_from.continue_ is not None:  # the earlier LoRA's, whatever the preset says
+        settings = ("continued", 0)
     return build_metadata(
         About(
             family=session.found.family,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.config.schema import Preset
-from emotrain.errors import ModelError
+from emotrain.errors import CheckpointError, ModelError
 from emotrain.families.common import LoadedFamily
 from emotrain.lora.adapter import stack_frozen
 from emotrain.lora.file import LoraFile, read_lora
@@ -54,7 +54,25 @@ def name_of(path: str) -> dict[str, str | None]:
 
 
 def lora_of(path: str) -> Path:
-    """A LoRA file, or the best one of a run folder."""
-    if Path(path).is_dir():
+    """A LoRA file, or the best one of a run, which is named by its folder or its name.
+
+    Raises:
+        ModelError: neither a file nor a run.
+    """
+    place = Path(path)
+    is_name = not place.suffix and len(place.parts) == 1
+    if not place.is_dir() and (place.exists() or not is_name):
+        return place
+    try:
         return open_run(path).lora_path
-    return Path(path)
+    except CheckpointError as error:
+        raise ModelError(f"{path} is neither a LoRA file nor a run", error.hint) from error
+
+
+def continued(file: LoraFile) -> str:
+    """What a LoRA that is continued brings with it, in words."""
+    ranks = sorted({int(value.shape[0]) for key, value in file.state.items() if key.endswith("lora_A.weight")})
+    alphas = sorted({round(float(alpha), 4) for alpha in file.alphas.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    alpha = f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} to {alphas[-1]:g}"
+    return f"rank {rank}, alpha {alpha}, {len(file.alphas)} modules, as {file.path.name} has them"

@@ -69,7 +69,7 @@ def preflight(preset: Preset, where: Where | None = None, progress: Progress | N
             if problems:
                 first = problems[0]
                 result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
-    result.failures.extend(_missing_files(preset, at))
+    _look_at_parents(preset, result, at)
     _look_at_data(preset, result, progress)
     result.failures.extend(_missing_packages(preset, at))
     _describe(preset, result)
@@ -151,19 +151,30 @@ def _nearest(side: int, step: int) -> str:
     return f"the nearest is {above}" if not below else f"the nearest are {below} and {above}"
 
 
-def _missing_files(preset: Preset, at: Where) -> list[EmotrainError]:
-    """Earlier LoRAs and another VAE that are not there."""
-    wanted = [(f"start_from.stack.{index}.path", item.path) for index, item in enumerate(preset.start_from.stack)]
+def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
+    """Another VAE, and the earlier LoRAs: there, readable, and of the model's family."""
     start, vae = preset.start_from.continue_, preset.model.vae
-    if start is not None and Path(start).is_absolute():
-        wanted.append(("start_from.continue", start))
-    if vae is not None and Path(vae).is_absolute():
-        wanted.append(("model.vae", vae))
-    return [
-        ModelError(f"{at(key)}: {path} does not exist", "paths are relative to the preset's file")
-        for key, path in wanted
-        if not Path(path).exists()
-    ]
+    if vae is not None and Path(vae).is_absolute() and not Path(vae).exists():
+        message = f"{at('model.vae')}: {vae} does not exist"
+        result.failures.append(ModelError(message, "paths are relative to the preset's file"))
+    wanted = [(f"start_from.stack.{index}.path", item.path) for index, item in enumerate(preset.start_from.stack)]
+    wanted += [("start_from.continue", start)] if start is not None else []
+    if not wanted:
+        return
+    from emotrain.lora.file import read_lora  # needs torch, which costs seconds
+    from emotrain.lora.origin import require_family
+    from emotrain.runs import parents
+
+    for key, path in wanted:
+        try:
+            file = read_lora(parents.lora_of(path))
+            if result.found is not None:
+                require_family(file.family, result.found.family, str(file.path))
+        except EmotrainError as error:
+            result.failures.append(type(error)(f"{at(key)}: {error.message}", error.hint))
+            continue
+        if key == "start_from.continue":
+            result.facts.append(("continues", parents.continued(file)))
 
 
 def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) -> None:
@@ -242,7 +253,8 @@ def _describe(preset: Preset, result: Preflight) -> None:
     targets = network.targets if isinstance(network.targets, str) else ", ".join(network.targets)
     alpha = network.alpha if network.alpha is not None else network.rank
     texts = " and the CLIP text encoders" if network.text_encoder else ""
-    result.facts.append(("network", f"LoRA of rank {network.rank}, alpha {alpha:g}, on {targets}{texts}"))
+    if preset.start_from.continue_ is None:
+        result.facts.append(("network", f"LoRA of rank {network.rank}, alpha {alpha:g}, on {targets}{texts}"))
     lr = "its own pace" if train.lr is None else f"lr {train.lr:g}"
     result.facts.append(("optimizer", f"{train.optimizer.name}, {lr}, stop {preset.stop.mode}"))
     if preset.dataset.trigger is None and any("[trigger]" in p for p in preset.sample.prompts):

@@ -60,6 +60,9 @@ class Session:
         self.pictures = build.read_pictures(preset)
         path = preset.start_from.continue_
         earlier = read_lora(parents.lora_of(path)) if path else None
+        if earlier is not None:
+            words = f"the LoRA that is continued sets the network: {parents.continued(earlier)}"
+            self.notify(Notice(words, level="info"))
         self.model = build.load_model(preset, self.notify, earlier)
         counts = self.model.adapter.num_modules_by_part()
         if earlier is None:

@@ -1,0 +1,79 @@
+"""What `run` refuses before it trains, `check` refuses in the same words and with the same exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from emotrain.cli.app import main
+
+BASE = """
+model: {model}
+dataset: {{folders: [{folder}], resolution: 64, buckets: {{step: 8, min: 64, max: 64}}}}
+trigger: inkmoji
+network: {{rank: 2}}
+train: {{max_steps: 2, micro_batch_size: 2}}
+sample: {{every: 0, at_start: false}}
+{more}
+"""
+GOOD = {"model": "builtin:tiny-sd", "folder": "{path: builtin:example}", "more": ""}
+CASES: dict[str, tuple[dict[str, str], int]] = {
+    "no model": ({"model": "./none.safetensors"}, 4),
+    "a text file as model": ({"model": "./words.safetensors"}, 4),
+    "no pictures": ({"folder": "{path: ./empty}"}, 3),
+    "only regularisation pictures": ({"folder": "{path: ./one, prior: 0.5}"}, 3),
+    "a folder named 0_": ({"folder": "{path: ./zero}"}, 3),
+    "a cut mask": ({"folder": "{path: ./one, mask: ./cut}"}, 3),
+    "a black mask": ({"folder": "{path: ./one, mask: ./black}"}, 3),
+    "masks that are the pictures": ({"folder": "{path: ./one, mask: ./one}"}, 3),
+    "a damaged picture": ({"folder": "{path: ./cut}"}, 3),
+    "a run that is not there": ({"more": "start_from: {continue: nobody}"}, 4),
+    "a text file as LoRA": ({"more": "start_from: {continue: ./words.safetensors}"}, 4),
+    "a LoRA of another family": ({"more": "start_from: {stack: [./flux-lora.safetensors]}"}, 4),
+    "a VAE that is not there": ({"model": "{base: builtin:tiny-sd, vae: ./none}"}, 4),
+    "another family": ({"model": "{base: builtin:tiny-sd, family: sdxl}"}, 2),
+    "a prediction it does not have": ({"model": "{base: builtin:tiny-sd, prediction: flow}"}, 2),
+    "a rank too large": ({"more": "network: {rank: 4000}"}, 2),
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import torch
+
+    for name in ("empty", "one", "zero/0_x", "cut", "black"):
+        (tmp_path / name).mkdir(parents=True)
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    picture.save(tmp_path / "one" / "a.png")
+    picture.save(tmp_path / "zero" / "0_x" / "a.png")
+    (tmp_path / "cut" / "a.png").write_bytes((tmp_path / "one" / "a.png").read_bytes()[:900])
+    Image.new("L", (64, 64), 0).save(tmp_path / "black" / "a.png")
+    (tmp_path / "words.safetensors").write_text("these are words", encoding="utf-8")
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    lora = {f"{name}.lora_A.weight": torch.zeros(2, 3072), f"{name}.lora_B.weight": torch.zeros(3072, 2)}
+    save_file(lora, tmp_path / "flux-lora.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_run_and_check_refuse_alike(case: str, here: Path, capsys: Any) -> None:
+    changes, expected = CASES[case]
+    text = BASE.format(**{**GOOD, **changes})
+    if "network: {rank: 4000}" in text:
+        text = text.replace("network: {rank: 2}\n", "")
+    (here / "p.yaml").write_text(text, encoding="utf-8")
+    said = {}
+    for command in (["check", "p.yaml", "--json"], ["run", "p.yaml", "--json"]):
+        code = main(command)
+        streams = capsys.readouterr()
+        errors = [line for line in streams.err.splitlines() if line.startswith(("error", "{"))]
+        said[command[0]] = (code, errors or [json.dumps(json.loads(streams.out.splitlines()[-1]))])
+    assert said["check"][0] == expected, said
+    assert said["run"] == said["check"]
+    assert not (here / "runs").exists()
