@@ -65,6 +65,10 @@ class ModelError(EmotrainError):
     exit_code = ExitCode.MODEL
 
 
+class UnwritableWeightsError(ModelError):
+    """Weights that no LoRA file can hold: not finite, or too large for its dtype."""
+
+
 class CheckpointError(EmotrainError):
     """A checkpoint or resume that is refused, or a run folder that exists: exit 5."""
 

@@ -102,7 +102,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{path}: the disk is full", "make room; what was there before is untouched") from error
-        raise ModelError(f"{path}: cannot be written ({error.strerror})") from error
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror})", "is the folder there, and yours?"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emotrain.errors import ModelError
+from emotrain.errors import ModelError, UnwritableWeightsError
 from emotrain.lora import container, names
 from emotrain.lora.check import compare, read_as_diffusers
 from emotrain.lora.dialects import parse, refuse_other_networks
@@ -86,7 +86,8 @@ def save_lora(
         sha256 of the file.
 
     Raises:
-        ModelError: weights that are not finite (before or after rounding), or a module that the format has no name for.
+        UnwritableWeightsError: weights that are not finite, before or after rounding.
+        ModelError: a module that the format has no name for.
         ResourceError: the disk is full.
     """
     tensors = file_tensors(state, alphas=alphas, family=family, layout=layout_of(family, format), dtype=dtype)
@@ -104,7 +105,7 @@ def file_tensors(
     own, own_alphas = canonical(state, alphas, family)
     bad = next((key for key, value in own.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
-        raise ModelError(f"`{bad}` has numbers that are not finite: no file is written")
+        raise UnwritableWeightsError(f"`{bad}` has numbers that are not finite: no file is written")
     balanced = _balanced(own) if dtype == "fp16" else own
     tensors = {
         key: rounded(key, value, DTYPES[dtype])
@@ -112,7 +113,7 @@ def file_tensors(
     }
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
-        raise ModelError(f"`{bad}` is too large for {dtype}", "save.dtype: fp32 or bf16 can hold it")
+        raise UnwritableWeightsError(f"`{bad}` is too large for {dtype}", "save.dtype: fp32 or bf16 can hold it")
     return tensors
 
 

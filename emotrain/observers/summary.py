@@ -48,7 +48,7 @@ def _rows(board: Board, end: RunEnd) -> list[tuple[str, str, str]]:
         base = board.validation.base_loss if board.validation is not None else None
         before = "" if base is None else f" (without the LoRA {number(base)})"
         rows.append(("best", f"step {end.best_step}, loss {number(end.best_loss)}{before}", ""))
-    took = f"{end.step} steps in {duration(end.seconds)}"
+    took = f"{end.session_steps or end.step} steps in {duration(end.seconds)}"
     if board.pace.step_s is not None:
         took += f", {speed(board.pace.step_s)}"
     rows.append(("took", took, ""))

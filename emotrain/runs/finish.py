@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emotrain.config.schema import Preset
 from emotrain.dataset.ranking import NO_CAPTION
-from emotrain.errors import ResourceError
+from emotrain.errors import ResourceError, UnwritableWeightsError
 from emotrain.lora.file import save_lora, self_check
 from emotrain.observers.metrics_log import MetricsLog, truncate_log
 from emotrain.observers.tensorboard import TensorBoard
@@ -20,7 +20,7 @@ from emotrain.runs.folder import RunFolder
 from emotrain.runs.metadata import lora_metadata
 from emotrain.train.durable import fsync_folder
 from emotrain.train.events import Event, Notice, Observer, Phase, Saved
-from emotrain.train.loop import Outcome, Sample
+from emotrain.train.loop import Outcome, Sample, StopReason
 
 if TYPE_CHECKING:
     from emotrain.runs.session import Session
@@ -87,12 +87,15 @@ class PictureLosses:
         self._file.close()
 
 
-def hand_over(session: Session, outcome: Outcome) -> Path:
-    """Write the last and the best LoRA, read both back and compare; the best one's path.
+def hand_over(session: Session, outcome: Outcome) -> tuple[Path | None, Outcome]:
+    """Write the best and the last LoRA, read both back and compare; the best one's path and how the run ended.
+
+    Weights that no file can hold (not finite, or too large for save.dtype) are a divergence: the best LoRA is written
+    all the same, where it is whole.
 
     Raises:
         ModelError: a file does not say what the live weights are: the run is not done.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or the file cannot be written.
     """
     session.notify(Phase("writing and checking the LoRA"))
     with session.optimizer.eval_mode():
@@ -102,13 +105,20 @@ def hand_over(session: Session, outcome: Outcome) -> Path:
         session.notify(
             Notice("no validation was better than that of step 0, and lora.safetensors is the LoRA of step 0")
         )
+    written: Path | None = None
     for path, state, step in (
-        (session.folder.lora_last_path, last, session.state.step),
         (session.folder.lora_path, best, session.state.step if best_step is None else best_step),
+        (session.folder.lora_last_path, last, session.state.step),
     ):
-        write_lora(session, path, state, step, outcome)
+        try:
+            write_lora(session, path, state, step, outcome)
+        except UnwritableWeightsError as error:
+            session.notify(Notice(f"{path.name} is not written: {error.message}"))
+            outcome = Outcome(StopReason.DIVERGED, f"the weights of step {step} cannot be written: {error.message}")
+            continue
+        written = written or path
     session.notify(Phase("writing and checking the LoRA", 1, 1))
-    return session.folder.lora_path
+    return written, outcome
 
 
 def write_lora(session: Session, path: Path, state: dict[str, Tensor], step: int, outcome: Outcome) -> None:

@@ -230,6 +230,24 @@ def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
     raise CheckpointError(f"no run `{path_or_name}` here or in {runs_dir}", hint)
 
 
+def refuse_finished(folder: RunFolder, max_steps: int) -> None:
+    """Refuse to resume a run that has ended and handed over its LoRA, before anything is loaded.
+
+    Raises:
+        CheckpointError: it is done, and `max_steps` asks for no more.
+    """
+    info = folder.info()
+    reason, steps = info.get("stop_reason"), info.get("steps")
+    more = reason == "max_steps" and isinstance(steps, int) and max_steps > steps
+    if not info.get("finished") or reason not in ("signal", "max_steps") or more or not folder.lora_path.is_file():
+        return
+    how = "it stopped automatically" if reason == "signal" else "it reached train.max_steps"
+    raise CheckpointError(
+        f"run `{folder.name}` is done: {how} after step {steps}",
+        "raise train.max_steps with --set, or start a new run from it with start_from.continue",
+    )
+
+
 def list_runs(runs_dir: Path = RUNS_DIR) -> list[RunFolder]:
     """All runs in `runs_dir`, the earliest first; those with a damaged `run.json` come last."""
     if not runs_dir.is_dir():

@@ -36,14 +36,14 @@ class Run:
 
     @property
     def status(self) -> str:
-        """In a word: running, done, interrupted, diverged, out of memory, died (neither running nor ended), damaged."""
+        """In a word: running, done, interrupted, diverged, out of memory, crashed, damaged."""
         if not self.info:
             return "damaged"
         if is_held(self.folder.path / ".lock"):
             return "running"
         reason = self.info.get("stop_reason")
         if reason is None:
-            return "died"
+            return "crashed"
         return str(reason) if reason in ("interrupted", "diverged", "out of memory") else "done"
 
     def results(self) -> dict[str, Any]:

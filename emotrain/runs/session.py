@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from emotrain.train.loss_baseline import LossBaseline
 from emotrain.train.signals import StopSignals
 from emotrain.train.state import TrainState
 
+NOTHING = 5e-4  # of the base's validation loss: a fall below that is no learning
+
 
 @dataclass(frozen=True)
 class Result:
@@ -45,11 +48,23 @@ class Session:
         self.checkpoint: Checkpoint | None = None
         self.records: finish.PictureLosses | None = None
         self.logs: list[finish.Log] = []
+        self._failed: set[int] = set()  # observers whose failure has been said
 
     def notify(self, event: Event) -> None:
         """Tell every observer."""
         for observer in self.observers:
-            observer.handle(event)
+            try:
+                observer.handle(event)
+            except (OSError, ResourceError) as error:
+                self._lost(observer, error)
+
+    def _lost(self, observer: Observer | finish.PictureLosses, error: Exception) -> None:
+        """A log or display that cannot be written costs lines, never the run; it is said once."""
+        if id(observer) in self._failed:
+            return
+        self._failed.add(id(observer))
+        reason = str(error).splitlines()[0]
+        self.notify(Notice(f"{type(observer).__name__} loses lines while the run goes on: {reason}"))
 
     def load(self) -> None:
         """Everything up to the first step that needs no run folder; bad input is refused here."""
@@ -126,6 +141,7 @@ class Session:
             baseline = explained(self, "while listening to the model as it is", listen)
             self.expected = baseline.expected
             folder.update_info(start_loss=baseline.start)
+        self.first_step = self.state.step
         self.notify(self.start_event(folder))
         self.records = finish.PictureLosses(folder.path / "picture_losses.jsonl", self.state.step)
         self.logs = [self.records, *(one for one in files if isinstance(one, finish.Log))]
@@ -203,7 +219,10 @@ class Session:
     def record(self, step: int, samples: Sequence[Sample]) -> None:
         """Keep the loss of every picture for `emotrain images`."""
         if self.records is not None:
-            self.records.write(step, samples)
+            try:
+                self.records.write(step, samples)
+            except ResourceError as error:
+                self._lost(self.records, error)
 
     def save(self, state: TrainState) -> None:
         """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
@@ -223,7 +242,10 @@ class Session:
         """Write the LoRAs, check them, close the books."""
         state, folder = self.state, self.folder
         interrupted = outcome.reason is StopReason.INTERRUPTED
-        lora = None if state.step == 0 else finish.hand_over(self, outcome)
+        lora = None
+        if state.step:
+            lora, outcome = finish.hand_over(self, outcome)
+        self.say_if_nothing_moved()
         folder.update_info(
             finished=None if interrupted else now(),
             steps=state.step,
@@ -247,7 +269,8 @@ class Session:
             best_step=state.best_step,
             best_loss=state.best_loss,
             seconds=seconds,
-            resume_command=f"emotrain resume {folder.path}" if interrupted else None,
+            resume_command=f"emotrain resume {shlex.quote(str(folder.path))}" if interrupted else None,
+            session_steps=state.step - self.first_step,
             all_command=self.all_command(outcome),
         )
         self.notify(end)
@@ -266,7 +289,20 @@ class Session:
         if preset.validate_.folder is not None:
             return None
         words = f"validate.fraction=0 --set stop.mode=off --set train.max_steps={best}"
-        return f"emotrain run {self.folder.preset_path} --name {self.folder.name}-all --set {words}"
+        preset_path, name = shlex.quote(str(self.folder.preset_path)), shlex.quote(f"{self.folder.name}-all")
+        return f"emotrain run {preset_path} --name {name} --set {words}"
+
+    def say_if_nothing_moved(self) -> None:
+        """A run that learned nothing says so: its LoRA looks like any other file."""
+        base, best = self.stop_rule.base_loss, self.state.best_loss
+        if not self.state.step or base is None or best is None or base - best >= NOTHING * base:
+            return
+        self.notify(
+            Notice(
+                f"this run learned next to nothing: the validation loss was {base:.4g} and is {best:.4g} at best;"
+                " the LoRA changes hardly anything"
+            )
+        )
 
     def close(self) -> None:
         """Let every observer finish, whatever happened."""

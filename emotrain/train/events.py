@@ -107,6 +107,7 @@ class RunEnd:
     seconds: float
     resume_command: str | None = None
     all_command: str | None = None  # trains on the held-out pictures too, for the number of steps that was found
+    session_steps: int = 0  # of this process: `seconds` is its time
     metrics: dict[str, float] = field(default_factory=dict)
 
 

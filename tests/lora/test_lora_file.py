@@ -112,7 +112,7 @@ def test_file_and_folder_are_synced_around_the_rename(lora_path: Path, monkeypat
 
 
 def test_a_folder_that_is_not_there_is_an_error_in_words(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be written"):
+    with pytest.raises(ResourceError, match="cannot be written"):
         write(tmp_path / "none" / "lora.safetensors")
 
 

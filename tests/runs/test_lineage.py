@@ -105,9 +105,9 @@ def test_a_single_run_cannot_be_compared_and_a_missing_one_is_exit_5(
     assert "no run `v9`" in capsys.readouterr().err
 
 
-def test_a_run_that_neither_ended_nor_runs_has_died(tmp_path: Path) -> None:
+def test_a_run_that_neither_ended_nor_runs_has_crashed(tmp_path: Path) -> None:
     run = create_run(tmp_path, "a", {})
-    assert read_run(run).status == "died"
+    assert read_run(run).status == "crashed"
     with run.lock():
         assert read_run(run).status == "running"
     (run.path / ".lock").write_bytes(encode_json({"pid": os.getpid(), "host": "x", "birth": None}))
