@@ -19,6 +19,8 @@ settings.load_profile("quick")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave `slow` and `gpu` tests out unless `-m` names them or the test is named by its id."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: these tests are of the CPU
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
     for item in items:

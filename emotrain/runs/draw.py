@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 
 from emotrain.config.prompts import SamplePrompt
 from emotrain.families.base import DrawRequest, TextEmbeds
@@ -109,7 +111,23 @@ class Sampler:
         return replace(request, text=text, negative=negative)
 
     def _draw_one(self, request: DrawRequest, number: int, path: Path) -> None:
-        draw_sample(self.family, self._told(request, number)).save(path)
+        info = PngInfo()
+        for key, text in self.describe(number, path).items():
+            info.add_itxt(key, text)
+        draw_sample(self.family, self._told(request, number)).save(path, pnginfo=info)
+
+    def describe(self, number: int, path: Path) -> dict[str, str]:
+        """What a picture's file says of itself: `parameters` as A1111 writes and reads it, and `emotrain` in JSON."""
+        request, prompt, negative = self.requests[number - 1], self.prompts[number - 1], self.negatives[number - 1]
+        size, step = f"{request.width}x{request.height}", int(path.name.split("-")[1])
+        guidance = "" if request.guidance is None else f", CFG scale: {request.guidance:g}"
+        lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
+        lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}, LoRA step: {step}")
+        own = {
+            "prompt": prompt, "negative": negative, "seed": request.seed, "steps": request.steps,
+            "guidance": request.guidance, "width": request.width, "height": request.height, "step": step,
+        }  # fmt: skip
+        return {"parameters": "\n".join(lines), "emotrain": json.dumps(own)}
 
     def sync(self) -> None:
         """Bring the pictures drawn since the last call to the disk.

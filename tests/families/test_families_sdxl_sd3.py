@@ -144,5 +144,8 @@ def test_sdxl_samples_are_the_stock_pipelines_pictures(sdxl_folder: Path, tmp_pa
         "red apple", width=64, height=64, num_inference_steps=2, guidance_scale=5.0,
         generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
+    said = Image.open(sampler.path(1, 1)).text
+    assert said["parameters"] == "red apple\nSteps: 2, CFG scale: 5, Seed: 3, Size: 64x64, LoRA step: 1"
+    assert json.loads(said["emotrain"])["step"] == 1
     ours, theirs = (np.asarray(p, int) for p in (Image.open(sampler.path(1, 1)), made.images[0]))
     assert np.abs(ours - theirs).max() <= 1

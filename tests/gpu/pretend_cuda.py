@@ -58,6 +58,9 @@ def install() -> None:
     sys.path.insert(0, str(BUILD))
     import pretend_ext as ext
 
+    # bitsandbytes looks for its own CUDA library as soon as torch says that there is a GPU
+    torch._C._cuda_getCurrentRawStream = lambda index: 0  # type: ignore[attr-defined]
+
     total, free = 24 * 2**30, int(float(os.environ.get("PRETEND_FREE_GIB", "23")) * 2**30)
     bf16 = os.environ.get("PRETEND_BF16", "1") != "0"
     generator = torch.Generator().manual_seed(3)
