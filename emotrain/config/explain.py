@@ -22,7 +22,7 @@ Loc = tuple[int | str, ...]
 _FOREIGN = {
     **dict.fromkeys(
         ("lr_scheduler", "lr_scheduler_type", "scheduler", "lr_warmup_steps", "warmup_steps"),
-        "leave it out: there is no schedule, an emo optimizer finds its own pace",
+        "leave it out: there is no schedule, an emo optimizer sets its own learning rate",
     ),
     **dict.fromkeys(
         ("epochs", "num_epochs", "max_train_epochs", "num_train_epochs"),

@@ -183,7 +183,7 @@ def decode_picture(data: bytes, *, background: str = "white", path: str | Path) 
         except Exception as error:  # OSError, ValueError, SyntaxError, struct.error ...
             raise FileProblem("damaged", path, f"is truncated or damaged ({_first_line(error)})", MEND) from error
     if alpha is not None:
-        notes.append(Note("transparent", f"is partly transparent: laid on {background}"))
+        notes.append(Note("transparent", f"is partly transparent: put on a {background} background"))
         canvas = Image.new("RGB", rgb.size, colour)
         canvas.paste(rgb, mask=alpha)
         rgb = canvas

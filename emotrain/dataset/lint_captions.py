@@ -1,4 +1,4 @@
-"""What the captions say as a set: the trigger, tags that fuse with it, texts too long (no torch)."""
+"""What the captions say as a set: the trigger, tags that it will absorb, texts too long (no torch)."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _fusing(examples: Sequence[Example], trigger: str | None) -> list[Finding]:
         if tag in own or (trigger is None and first[tag] >= FUSES * len(texts)):
             continue  # the trigger itself, or what looks like one
         share = f"{count} of {len(texts)} captions"
-        message = f"has `{_shortened(printable(tag))}` in {share}: it will fuse with the trigger"
+        message = f"has `{_shortened(printable(tag))}` in {share}: it may be absorbed by the trigger"
         hint = "take it out of the captions if it is the subject's own, else add pictures without it"
         found.append(Finding("tag-fuses", "warning", None, message, hint))
     return found

@@ -11,7 +11,7 @@ from emotrain.train.events import RunEnd
 LABEL = 10
 
 _HEADLINES = {
-    "signal": ("finished by itself", "good"),
+    "signal": ("stopped automatically", "good"),
     "max_steps": ("reached its ceiling of steps", "good"),
     "interrupted": ("interrupted: saved, and it can go on", "warning"),
     "diverged": ("diverged", "bad"),

@@ -6,7 +6,7 @@ are started anew at every best validation, and `scalar` below zero since then me
 published signals of the training loss shorten the wait where they light.
 
 Where no pictures can be spared the validation mirrors training pictures. Their loss goes on falling slowly while the
-pictures are learned by heart, but no longer as fast as that of the same pictures as they are. So a fall counts as far
+pictures are memorised, but no longer as fast as that of the same pictures as they are. So a fall counts as far
 as it exceeds SHARED of what the pictures as they are have gained. Mirroring is no fair measure of what is not symmetric
 (light from the left, lettering, a grid): where the mirrored pictures have gained little when their fall ends, the rule
 listens to the pictures as they are, and can tell a standstill only.
@@ -183,13 +183,12 @@ class StopRule:
         if self.failed_validations >= MIN_FAILED_VALIDATIONS and step - self.anchor_step >= self.wait():
             which, fell = "held-out loss", "was lowest"
             if not self.held_out:
-                which, fell = "loss of mirrored pictures", "last fell by more than learning by heart"
+                which, fell = "loss of mirrored pictures", "last fell by more than memorising"
             if self.unfair:
                 which, fell = "loss of training pictures", "last fell by more than a trifle"
             return (
                 f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g})"
-                f" and has been felt to rise or stand still since"
-                f" (scalar {self.scalar:+.3f} on {self.failed_validations} validations in a row)"
+                f" and has not improved for {self.failed_validations} validations (scalar {self.scalar:+.3f})"
             )
         return None
 

@@ -42,7 +42,7 @@ def refuse_lost_parts(earlier: LoraFile, family: LoadedFamily, names: tuple[str,
     if all(part in trainable for part in lost):
         raise ConfigError(
             f"{earlier.path} also trains {' and '.join(lost)}, and network.text_encoder is off",
-            "set network.text_encoder: true to go on with all of it",
+            "set network.text_encoder: true to continue all of it",
         )
     raise ModelError(
         f"{earlier.path} also trains {' and '.join(lost)}, which emotrain does not",

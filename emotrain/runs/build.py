@@ -273,7 +273,7 @@ def build_loss_baseline(preset: Preset, model: Model, data: CachedDataset, notif
     kind = preset.train.loss.baseline
     if kind == "raw":
         return LossBaseline()
-    doing, wanted, seed = "listening to the model as it is", BASELINE_SAMPLES[kind], preset.train.seed + 1
+    doing, wanted, seed = "measuring the base model's loss", BASELINE_SAMPLES[kind], preset.train.seed + 1
     pairs: list[tuple[float, float]] = []  # place on the noise scale and loss of each sample
     micro_step = 0
     while len(pairs) < wanted:

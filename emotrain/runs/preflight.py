@@ -25,6 +25,11 @@ from emotrain.runs.lint import Options, lint_scans
 
 Where = Callable[[str], str]
 SHOWN = 20  # errors of the data that are told one by one
+OPTIMIZER_TITLES = {
+    "emosens": "EmoSens", "emoairy": "EmoAiry", "emocats": "EmoCats", "emonavi": "EmoNavi", "emofact": "EmoFact",
+    "emolynx": "EmoLynx", "emotion": "EmoTion", "emovoid": "EmoVoid", "adamw": "AdamW", "lion": "Lion",
+    "prodigy": "Prodigy", "schedulefree": "schedule-free AdamW", "adafactor": "Adafactor",
+}  # fmt: skip
 _PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}
 
 
@@ -255,8 +260,10 @@ def _describe(preset: Preset, result: Preflight) -> None:
     texts = " and the CLIP text encoders" if network.text_encoder else ""
     if preset.start_from.continue_ is None:
         result.facts.append(("network", f"LoRA of rank {network.rank}, alpha {alpha:g}, on {targets}{texts}"))
-    lr = "its own pace" if train.lr is None else f"lr {train.lr:g}"
-    result.facts.append(("optimizer", f"{train.optimizer.name}, {lr}, stop {preset.stop.mode}"))
+    lr = "automatic LR" if train.lr is None else f"lr {train.lr:g}"
+    stop = {"trusted": "automatic stop", "signal": "stop at the optimizer's signal", "off": "no automatic stop"}
+    name = OPTIMIZER_TITLES.get(train.optimizer.name, train.optimizer.name)
+    result.facts.append(("optimizer", f"{name}, {lr}, {stop[preset.stop.mode]}"))
     if preset.dataset.trigger is None and any("[trigger]" in p for p in preset.sample.prompts):
         result.warnings.append("sample.prompts use [trigger], but dataset.trigger is not set")
     if is_builtin(preset.model.base):

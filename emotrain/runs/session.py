@@ -138,7 +138,7 @@ class Session:
         baseline = LossBaseline(self.expected)
         if self.checkpoint is None:
             listen = partial(build.build_loss_baseline, preset, self.model, self.data.train, self.notify)
-            baseline = explained(self, "while listening to the model as it is", listen)
+            baseline = explained(self, "while measuring the base model's loss", listen)
             self.expected = baseline.expected
             folder.update_info(start_loss=baseline.start)
         self.first_step = self.state.step

@@ -34,7 +34,7 @@ class OutOfMemory(ResourceError):
     """
 
     def __init__(self, doing: str, asked_gib: float | None = None, hint: str | None = None) -> None:
-        more = f": another {asked_gib:.2f} GiB were not to be had" if asked_gib else ""
+        more = f": {asked_gib:.2f} GiB more were needed" if asked_gib else ""
         super().__init__(f"out of memory {doing}{more}", hint)
         self.doing = doing
         self.asked_gib = asked_gib

@@ -83,7 +83,7 @@ epochs: 10
         "p.yaml:11: log.every is `5`, which is not a whole number | leave the quotes out",
         "p.yaml:12: stop.mode is `of`, but must be one of `off`, `signal`, `trusted` | did you mean `off`?",
         "p.yaml:13: `lr_scheduler` is not a key of a preset (got `cosine`)"
-        " | leave it out: there is no schedule, an emo optimizer finds its own pace",
+        " | leave it out: there is no schedule, an emo optimizer sets its own learning rate",
         "p.yaml:14: `train.seed` is not a key of a preset (got `3`) | write `train:` and, indented below it, `seed:`",
         "p.yaml:15: `epochs` is not a key of a preset (got `10`)"
         " | leave it out: the run ends by itself, and `train.max_steps` is the ceiling",

@@ -1,4 +1,4 @@
-"""What lint says of captions: the trigger, tags that fuse with it, length, repetition."""
+"""What lint says of captions: the trigger, tags that it will absorb, length, repetition."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_tag_in_nearly_every_caption_fuses_with_the_trigger() -> None:
     texts = [f"mika_ch, white background, {word}" for word in ("hat", "dog", "sun", "cup")] + ["mika_ch, tree"]
     (found,) = findings(texts, "mika_ch")
     assert found.code == "tag-fuses"
-    assert found.message == "has `white background` in 4 of 5 captions: it will fuse with the trigger"
+    assert found.message == "has `white background` in 4 of 5 captions: it may be absorbed by the trigger"
     assert findings([*texts, "mika_ch, car"], "mika_ch") == []  # 4 of 6 are less than 80 %
 
 

@@ -165,7 +165,7 @@ def test_regularisation_pictures_need_no_trigger_and_dilute_no_share(
     assert main(["lint", str(with_regularisation), "--json"]) == 0
     findings = {finding["code"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
     assert "trigger-missing" not in findings
-    assert findings["tag-fuses"]["message"] == "has `red hat` in 6 of 6 captions: it will fuse with the trigger"
+    assert findings["tag-fuses"]["message"] == "has `red hat` in 6 of 6 captions: it may be absorbed by the trigger"
 
 
 def test_a_regularisation_caption_is_measured_without_the_trigger(tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def test_a_dashboard_takes_stderr_and_gives_it_back(
     assert sys.stderr is before
     shown = [line.rstrip() for line in terminal.lines]
     assert shown[0] == "a library speaks"
-    assert shown[1] == "emotrain mika finished by itself"
+    assert shown[1] == "emotrain mika stopped automatically"
     assert "x.safetensors" in "\n".join(shown)
     assert terminal.modes["?25"]
 

@@ -155,7 +155,7 @@ def style(step):
 
 
 def by_heart(step):
-    """The same pictures as they are, from step 100 on learned by heart: three times as fast as the style."""
+    """The same pictures as they are, from step 100 on memorised: three times as fast as the style."""
     return style(step) - 0.4 * max(step - 100, 0) / 900
 
 

@@ -135,7 +135,7 @@ def test_a_run_that_does_not_fit_ends_before_it_has_a_folder_and_says_what_to_ch
     said = capsys.readouterr().err
     assert code == ExitCode.RESOURCES
     assert "error: out of memory on the largest batch, " in said
-    assert "another 0.02 GiB were not to be had" in said
+    assert "0.02 GiB more were needed" in said
     assert "hint: `train.gradient_checkpointing: true` saves about " in said
     assert "Traceback" not in said
     assert not (runs / "p").exists()
@@ -147,7 +147,7 @@ def test_a_run_that_fills_the_memory_later_keeps_its_last_step_and_ends_with_the
     straight = start.run(preset(place, "save.every=2"), runs_dir=tmp_path / "straight", observers=())
     with monkeypatch.context() as full:
         Denoiser(full, lambda call, size: call == 5)  # the one that is tried first, then four steps
-        with pytest.raises(OutOfMemory, match=r"^out of memory at step 4: another 0\.02 GiB") as caught:
+        with pytest.raises(OutOfMemory, match=r"^out of memory at step 4: 0\.02 GiB") as caught:
             start.run(preset(place, "save.every=2"), runs_dir=tmp_path / "full", observers=())
     run = RunFolder(tmp_path / "full" / "one")
     assert caught.value.exit_code == ExitCode.RESOURCES

@@ -112,7 +112,7 @@ def test_a_batch_that_does_not_fit_is_named_and_leaves_no_gradient() -> None:
     before = states()
     with pytest.raises(OutOfMemory) as caught:
         rehearse(family, parts.objective, family.adapter, parts.data.batch(0))
-    told = "out of memory on the largest batch, 2 pictures of 32x32: another 2.50 GiB were not to be had"
+    told = "out of memory on the largest batch, 2 pictures of 32x32: 2.50 GiB more were needed"
     assert caught.value.message == told
     assert states() == before
 
@@ -138,7 +138,7 @@ def test_a_step_that_runs_out_of_memory_is_not_done_and_the_state_before_it_is_s
         parts = replace(parts, optimizer=type(parts.optimizer)(family.adapter.parameters()))
         words = limits(max_steps=2, gradient_accumulation_steps=3, save_every=2)
         if full_at:
-            with pytest.raises(OutOfMemory, match="at step 2: another 2.50 GiB"):
+            with pytest.raises(OutOfMemory, match="at step 2: 2.50 GiB"):
                 fit(parts, words, state)
         else:
             fit(parts, replace(words, max_steps=1), state)
