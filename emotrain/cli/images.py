@@ -21,17 +21,19 @@ _MEANING = {
 def images(
     run: Annotated[str, typer.Argument(help="A run's folder or name")],
     runs_dir: RunsDir = RUNS,
+    show_all: Annotated[bool, typer.Option("--all", help="Every picture, with the numbers behind the words")] = False,
     as_json: OneJson = False,
 ) -> None:
     """Show which pictures a run could not learn.
 
-    Losses are compared at the same place on the noise scale and held against the other pictures; `early` and `late` are
-    the halves of the run, in robust standard deviations (above 0: worse than the others). `caption`: how its own
-    caption suits a picture in comparison with those of others, in standard deviations (-3: far better; 0: no better,
-    so it may be wrong).
+    Those that stand out, each with what it means. `--all` shows every picture: losses are compared at the same place on
+    the noise scale and held against the other pictures; `early` and `late` are the halves of the run, in robust
+    standard deviations (above 0: worse than the others). `caption`: how its own caption suits a picture in comparison
+    with those of others, in standard deviations (-3: far better; 0: no better, so it may be wrong).
 
     Examples:
       emotrain images mika_v2
+      emotrain images mika_v2 --all
       emotrain images mika_v2 --json
     """
     from emotrain.runs.folder import open_run
@@ -42,6 +44,13 @@ def images(
     if as_json:
         pictures = [score.to_dict() for score in scores]
         output.json_object({"schema_version": output.SCHEMA_VERSION, "run": folder.name, "pictures": pictures})
+        return
+    if not show_all:
+        outliers = [score for score in scores if score.verdict not in ("usual", "unseen")]
+        if not outliers:
+            output.result(f"nothing stands out among {len(scores)} pictures (`--all` shows them)")
+            return
+        output.table([(score.verdict, score.id, _MEANING[score.verdict]) for score in outliers])
         return
     rows = [
         (

@@ -21,7 +21,7 @@ _USUAL_LR = {
 }
 RATE_OF_ITS_OWN = ("emonavi", "emofact", "emolynx")  # generation 3.6: `lr` is the rate itself, 1e-3
 SMALL_LR = 0.1
-_EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify", "allow_small_lr")
+_EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
 
 
 def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
@@ -39,7 +39,7 @@ def _small_lr(root: Node) -> list[Problem]:
     """A learning rate of another optimizer, copied to one whose unit it scales: 1e-4 would turn it off."""
     lr, name = leaf(root, "train.lr"), leaf(root, "train.optimizer.name")
     word = "emosens" if name is None else name.value
-    generation, allowed = leaf(root, "train.optimizer.generation"), leaf(root, "train.optimizer.allow_small_lr")
+    generation, allowed = leaf(root, "train.optimizer.generation"), leaf(root, "train.allow_small_lr")
     if word not in EMO_OPTIMIZERS or word in RATE_OF_ITS_OWN or (generation is not None and generation.value == "3.6"):
         return []
     if lr is None or not isinstance(lr.value, int | float) or isinstance(lr.value, bool) or not 0 < lr.value < SMALL_LR:
@@ -51,7 +51,7 @@ def _small_lr(root: Node) -> list[Problem]:
             f"{lr.where}: train.lr is {lr.text or lr.value}, and `{word}` multiplies its own step length by it: "
             "it would hardly learn anything",
             "leave train.lr out (it is 1.0), or write `optimizer: adamw` if you mean that rate; "
-            "`train.optimizer.allow_small_lr: true` insists",
+            "`train.allow_small_lr: true` insists",
         )
     ]
 

@@ -153,7 +153,6 @@ class OptimizerSection(Section):
         True, description="emosens, emonavi: correct the moments' start at zero, as Adam does; false: as published"
     )
     notify: Bool = Field(True, description="emo: say so when the stop signal lights")
-    allow_small_lr: Bool = Field(False, description="emo: take a train.lr below 0.1, which is refused otherwise")
 
 
 class LossSection(Section):
@@ -179,6 +178,7 @@ class TrainSection(Section):
 
     optimizer: OptimizerSection = OptimizerSection()
     lr: PositiveFloat | None = Field(None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required")
+    allow_small_lr: Bool = Field(False, description="emo: take a train.lr below 0.1, which is refused otherwise")
     micro_batch_size: PositiveInt = Field(1, description="pictures in one forward pass")
     gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes in one optimizer step")
     max_steps: PositiveInt = Field(3000, description="a ceiling, not a target")

@@ -214,7 +214,7 @@ def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sa
 def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> OptimizerLike:
     """The optimizer with the words that the preset gives, averaged unless it does that by itself."""
     settings = preset.train.optimizer
-    words = {k: v for k, v in settings.model_dump().items() if k not in ("name", "allow_small_lr") and v is not None}
+    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
     if settings.name in EMO_OPTIMIZERS:
         words["notify"] = False  # the loop says it, as an event
     optimizer = build_optimizer(settings.name, params, lr=preset.train.lr, **words)

@@ -75,7 +75,7 @@ def test_the_rate_of_another_optimizer_is_refused_for_one_that_scales_its_own(
 
 
 def test_the_few_who_mean_a_small_rate_can_have_it(tmp_path: Path) -> None:
-    text = "train: {lr: 0.01, optimizer: {name: emosens, allow_small_lr: true}}"
+    text = "train: {lr: 0.01, optimizer: emosens, allow_small_lr: true}"
     assert loaded(tmp_path, text).preset.train.lr == 0.01
 
 

@@ -115,3 +115,29 @@ def test_a_full_disk_costs_the_comparison_and_not_the_run(tmp_path, monkeypatch)
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     assert events[-1]["event"] == "run_end"
     assert any("comparison is lost" in event.get("message", "") for event in events)
+
+
+def test_images_names_what_stands_out_alone_or_says_that_nothing_does(tmp_path, capsys, monkeypatch):
+    from emotrain.dataset.ranking import PictureScore
+    from emotrain.runs import pictures
+    from emotrain.runs.folder import create_run
+
+    folder = create_run(tmp_path / "runs", "x", {"name": "x"})
+    fields = dict.fromkeys(PictureScore.__dataclass_fields__)
+    scores = [
+        PictureScore(**{**fields, "id": f"a/{i}.png", "verdict": "usual", "z_early": 0.1, "z_late": 0.2, "visits": 3})
+        for i in range(3)
+    ]
+    monkeypatch.setattr(pictures, "rank_pictures", lambda run: scores)
+    words = ["images", "x", "--runs-dir", str(tmp_path / "runs")]
+    assert folder.name == "x"
+    assert main(words) == 0
+    assert capsys.readouterr().out == "nothing stands out among 3 pictures (`--all` shows them)\n"
+    assert main([*words, "--all"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    odd = PictureScore(**{**fields, "id": "a/odd.png", "verdict": "suspicious", "visits": 3})
+    monkeypatch.setattr(pictures, "rank_pictures", lambda run: [odd, *scores])
+    assert main(words) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert "a/odd.png" in line
+    assert "caption may be wrong" in line

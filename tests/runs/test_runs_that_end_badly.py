@@ -110,7 +110,7 @@ def test_tensorboard_that_is_deleted_while_training_does_not_end_the_run(tmp_pat
 
 
 def test_a_run_that_moved_nothing_says_so(tmp_path: Path) -> None:
-    words = ("train.lr=1e-4", "train.optimizer={name: emosens, allow_small_lr: true}")
+    words = ("train.lr=1e-4", "train.allow_small_lr=true")
     _, watch = train(tmp_path, *words)
     assert "learned next to nothing" in watch.said()
 
