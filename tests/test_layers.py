@@ -15,7 +15,7 @@ import emotrain
 
 PACKAGE = Path(emotrain.__file__).parent
 LEVELS = [
-    {"errors"},
+    {"errors", "files"},
     {"config", "pulse"},
     {"diffusion"},
     {"families", "lora", "dataset", "optim"},
@@ -27,7 +27,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FREE = {"assets"}  # data, and the script that made it
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate"}
-TORCH_FREE = {"errors", "config", "pulse"}
+TORCH_FREE = {"errors", "files", "config", "pulse"}
 TORCH_FREE_FILES = {
     *(f"dataset/{name}.py" for name in ("scan", "captions", "buckets", "lint", "images")),
     "families/table.py",

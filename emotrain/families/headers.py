@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
+from emotrain.files import MAX_JSON, is_regular, parse_header, strict_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -40,9 +41,10 @@ def refuse_unreadable(path: Path) -> None:
     Raises:
         ModelError: missing, pickled, an LFS pointer, a web page, or another format.
     """
-    if not path.exists():
+    if not is_regular(path):
+        there = os.path.lexists(path) if "\0" not in str(path) else False
         raise ModelError(
-            f"`{path}` does not exist",
+            f"`{path}` is not a file that can be read" if there else f"`{path}` does not exist",
             "check the path; relative paths start at the preset's folder",
         )
     if path.suffix.lower() in PICKLES:
@@ -92,19 +94,11 @@ def read_header(path: Path) -> Header:
             )
         raw = file.read(length)
     try:
-        entries: dict[str, Any] = json.loads(raw)
-        metadata = {str(k): str(v) for k, v in (entries.pop("__metadata__", None) or {}).items()}
-        shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
-        dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"`{path}` has a damaged header", "download the file again") from error
-    if 8 + length + end > size:
-        raise ModelError(
-            f"`{path}` is cut off: {size:,} of {8 + length + end:,} bytes",
-            "download the file again",
-        )
-    return Header(shapes, dtypes, metadata)
+        entries, metadata = parse_header(raw, size - 8 - length)
+    except ValueError as error:
+        raise ModelError(f"`{path}` has a damaged header: {error}", "download the file again") from error
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    return Header(shapes, {name: entry["dtype"] for name, entry in entries.items()}, metadata)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -113,18 +107,25 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: missing, a pointer or web page, or not a JSON object.
     """
-    if not path.is_file():
+    if not is_regular(path):
         raise ModelError(f"`{path}` is missing", "the model's folder is not complete; download it again")
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_bytes()[: MAX_JSON + 1].decode("utf-8", errors="replace")
+    except OSError as error:
+        raise ModelError(f"`{path}` cannot be read ({error.strerror})") from error
+    if len(text) > MAX_JSON:
+        raise ModelError(f"`{path}` is too large for a config", "the download is damaged; download it again")
     if text.startswith("version https://git-lfs"):
         raise ModelError(
             f"`{path}` is a Git LFS pointer, not the file itself",
             "run `git lfs pull` in its folder",
         )
     try:
-        loaded = json.loads(text)
+        loaded = strict_json(text)
     except ValueError as error:
-        raise ModelError(f"`{path}` is not valid JSON", "the download is damaged; download it again") from error
+        raise ModelError(
+            f"`{path}` is not valid JSON: {error}", "the download is damaged; download it again"
+        ) from error
     if not isinstance(loaded, dict):
         raise ModelError(f"`{path}` is not a JSON object", "the download is damaged; download it again")
     return loaded

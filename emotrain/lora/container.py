@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emotrain.errors import ModelError, ResourceError
+from emotrain.files import parse_header
 
 MAX_FILE = 8 * 2**30  # bytes
 MAX_HEADER = 8 * 2**20  # bytes
@@ -147,7 +147,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
             text = file.read(length)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    return _parsed_header(path, text)
+    return _parsed_header(path, text, size - 8 - length)
 
 
 def sha256_of(path: Path) -> str:
@@ -179,32 +179,15 @@ def _refuse_disguise(path: Path, start: bytes) -> None:
             raise ModelError(f"{path}: it is {what}", hint)
 
 
-def _parsed_header(path: Path, text: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            twice = next(key for i, (key, _) in enumerate(items) if key in dict(items[:i]))
-            raise ModelError(f"{path}: the name `{twice}` is in the header twice")
-        return found
-
+def _parsed_header(path: Path, text: bytes, data_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not a safetensors file, or a damaged one ({_one_line(error)})") from error
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: not a safetensors file, or a damaged one")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
-        raise ModelError(f"{path}: its metadata is not a list of texts")
+        header, metadata = parse_header(text, data_size)
+    except ValueError as error:
+        words = f"{path}: not a safetensors file, or a damaged one ({_one_line(error)})"
+        raise ModelError(words, "download or copy it again") from error
     if len(header) > MAX_TENSORS:
         raise ModelError(f"{path}: {len(header)} tensors are more than a LoRA has")
-    if any(not isinstance(entry, dict) or not _is_shape(entry.get("shape")) for entry in header.values()):
-        raise ModelError(f"{path}: not a safetensors file, or a damaged one")
     return header, metadata
-
-
-def _is_shape(shape: object) -> bool:
-    return isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) < 2**40
 
 
 def _sync_folder(folder: Path) -> None:
