@@ -10,6 +10,7 @@ import typer
 
 from emotrain.cli import output
 from emotrain.errors import ConfigError
+from emotrain.files import is_regular
 
 if TYPE_CHECKING:
     from emotrain.lora.convert import Written
@@ -56,7 +57,7 @@ Out = Annotated[Path, typer.Option("-o", "--out", help="The new .safetensors fil
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A LoRA file")],
+    file: Annotated[str, typer.Argument(help="A LoRA file, or a run's folder or name")],
     as_json: Json = False,
 ) -> None:
     """Show what is in a LoRA file.
@@ -66,12 +67,13 @@ def inspect(
 
     Examples:
         emotrain lora inspect mika.safetensors
-        emotrain lora inspect mika.safetensors --json
+        emotrain lora inspect mika --json
     """
     from emotrain.lora.file import read_lora
     from emotrain.lora.summary import summarise
+    from emotrain.runs.parents import lora_of
 
-    found = summarise(read_lora(file, allow_partial=True))
+    found = summarise(read_lora(lora_of(file), allow_partial=True))
     for key in found["ignored"]:
         output.warning(f"`{key}` belongs to no module of {found['family']}")
     if as_json:
@@ -109,7 +111,7 @@ def keys(
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="A LoRA file of any known layout")],
+    file: Annotated[str, typer.Argument(help="A LoRA file of any known layout, or a run's folder or name")],
     to: Annotated[Format, typer.Option("--to", help="The new layout")],
     out: Out,
     yes: Yes = False,
@@ -123,13 +125,17 @@ def convert(
         emotrain lora convert flux-kohya.safetensors --to diffusers -o flux.safetensors
     """
     from emotrain.lora.convert import convert as convert_file
+    from emotrain.runs.parents import lora_of
 
-    _report(convert_file(file, to.value, out, overwrite=yes), {}, as_json)
+    _report(convert_file(lora_of(file), to.value, out, overwrite=yes), {}, as_json)
 
 
 @app.command()
 def merge(
-    files: Annotated[list[str], typer.Argument(help="FILE or FILE:WEIGHT, two or more", metavar="FILE[:WEIGHT]...")],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Files or runs, two or more", metavar="FILE[:WEIGHT]..."),
+    ],
     out: Out,
     rank: Annotated[
         int | None,
@@ -149,8 +155,9 @@ def merge(
         emotrain lora merge a.safetensors:0.5 b.safetensors:0.5 -o half.safetensors --rank 16
     """
     from emotrain.lora.convert import merge_files
+    from emotrain.runs.parents import lora_of
 
-    parts = [_weighted(text) for text in files]
+    parts = [(lora_of(path), weight) for path, weight in map(_weighted, files)]
     written, merged = merge_files(parts, out, rank=rank, format=format.value, dtype=dtype.value, overwrite=yes)
     ranks = sorted(set(merged.ranks.values()))
     facts: dict[str, Any] = {"ranks": ranks}
@@ -162,16 +169,16 @@ def merge(
     _report(written, facts, as_json)
 
 
-def _weighted(text: str) -> tuple[Path, float]:
+def _weighted(text: str) -> tuple[str, float]:
     """`FILE:WEIGHT` or `FILE`; a file of that very name comes first."""
     path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
+    if not colon or is_regular(Path(text)):
+        return text, 1.0
     try:
-        return Path(path), float(weight)
+        return path, float(weight)
     except ValueError:
         if len(path) == 1:  # C:\lora.safetensors
-            return Path(text), 1.0
+            return text, 1.0
         raise ConfigError(f"`{weight}` in `{text}` is not a weight", "write FILE:0.8") from None
 
 

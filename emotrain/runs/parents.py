@@ -8,6 +8,7 @@ from typing import Any
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ModelError
 from emotrain.families.common import LoadedFamily
+from emotrain.files import is_regular
 from emotrain.lora.adapter import stack_frozen
 from emotrain.lora.file import LoraFile, read_lora
 from emotrain.lora.origin import require_family
@@ -61,12 +62,19 @@ def lora_of(path: str) -> Path:
     """
     place = Path(path)
     is_name = not place.suffix and len(place.parts) == 1
-    if not place.is_dir() and (place.exists() or not is_name):
+    if is_regular(place) or (not is_name and not _is_dir(place)):
         return place
     try:
         return open_run(path).lora_path
     except CheckpointError as error:
         raise ModelError(f"{path} is neither a LoRA file nor a run", error.hint) from error
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that cannot be
+        return False
 
 
 def continued(file: LoraFile) -> str:

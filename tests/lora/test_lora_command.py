@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import weights
 
 from emotrain.cli.app import main
@@ -146,3 +147,22 @@ def test_exit_codes(
     monkeypatch.chdir(tmp_path)
     assert run(*arguments)[0] == code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_s_name_stands_for_its_lora_wherever_a_file_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from emotrain.cli.app import main
+    from emotrain.runs.folder import create_run
+
+    monkeypatch.chdir(tmp_path)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    lora = {f"{name}.lora_A.weight": torch.ones(2, 3072), f"{name}.lora_B.weight": torch.ones(3072, 2)}
+    save_file(lora, create_run(Path("runs"), "mika", {"name": "mika"}).lora_path)
+    assert main(["lora", "inspect", "mika"]) == 0
+    assert main(["lora", "convert", "runs/mika", "--to", "kohya", "-o", "a.safetensors"]) == 0
+    assert main(["lora", "merge", "mika:0.5", "a.safetensors:0.5", "-o", "b.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["lora", "inspect", "nobody"]) == 4
+    assert "neither a LoRA file nor a run" in capsys.readouterr().err
+    assert main(["lora", "inspect", "x" * 300]) == 4
