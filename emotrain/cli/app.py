@@ -6,6 +6,7 @@ are stubs with their line of help.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -21,7 +22,7 @@ import typer
 import emotrain
 from emotrain.cli import output
 from emotrain.cli.helptext import help_text, shape_group
-from emotrain.errors import ConfigError, EmotrainError, ExitCode
+from emotrain.errors import ConfigError, EmotrainError, ExitCode, ResourceError
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports no name for it
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -159,7 +160,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _report(_out_of_memory(), as_json)
     except Exception as failure:
-        return _report_bug(failure, as_json)
+        known = _as_path_error(failure)
+        return _report(known, as_json) if known is not None else _report_bug(failure, as_json)
+
+
+def _as_path_error(failure: Exception) -> EmotrainError | None:
+    """A path that the system refuses, wherever it was met; None for everything else."""
+    if isinstance(failure, ValueError) and "null" in str(failure) and "embedded" in str(failure):
+        return ConfigError("a path or name holds a NUL character, which no file can have")
+    if isinstance(failure, RuntimeError) and "home directory" in str(failure):  # of Path.expanduser
+        return ConfigError("a path begins with `~` and a name that no user has", "`~/` is your own home folder")
+    if not isinstance(failure, OSError):
+        return None
+    name = output.clean(str(failure.filename or ""))
+    shown = name if len(name) <= 120 else f"{name[:60]}...{name[-40:]}"
+    if failure.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return ConfigError(f"`{shown}` is no path: {failure.strerror}", "a name has 255 bytes at most")
+    if failure.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ResourceError(
+            f"`{shown}` cannot be used: {failure.strerror}", "who owns it, and may you read and write it?"
+        )
+    return None
 
 
 def _run(words: list[str]) -> int:

@@ -18,6 +18,7 @@ from emotrain import __version__
 from emotrain.config.dump import dump_values
 from emotrain.config.names import check_run_name
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError, ResourceError
+from emotrain.files import is_regular
 from emotrain.runs.lock import hold
 from emotrain.train.durable import (
     decode_json,
@@ -222,7 +223,7 @@ def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
         CheckpointError: there is none (exit 5).
     """
     for path in (Path(path_or_name), runs_dir / path_or_name):
-        if (path / INFO).is_file():
+        if is_regular(path / INFO):
             return RunFolder(path.absolute() if path.name in ("", "..") else path)
     names = [run.name for run in list_runs(runs_dir)]
     close = difflib.get_close_matches(str(path_or_name), names, n=1)
