@@ -37,9 +37,10 @@ def resume(
     """
     from emotrain.cli.training import show
     from emotrain.config.load import load
-    from emotrain.runs.folder import open_run, refuse_finished
+    from emotrain.runs.folder import open_run, refuse_finished, refuse_foreign_parts
 
     folder = open_run(run, runs_dir)
+    refuse_foreign_parts(folder)
     loaded = load(folder.preset_path, overrides or ())
     refuse_finished(folder, loaded.preset.train.max_steps)
     with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json) as training:

@@ -231,6 +231,39 @@ def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
     raise CheckpointError(f"no run `{path_or_name}` here or in {runs_dir}", hint)
 
 
+OWN_FILES = (
+    "run.json", "preset.yaml", "metrics.jsonl", "validation.jsonl", "picture_losses.jsonl", "lora.safetensors",
+    "lora-last.safetensors", ".lock",
+)  # fmt: skip
+OWN_FOLDERS = ("samples", "tensorboard", "checkpoints")
+
+
+def refuse_foreign_parts(folder: RunFolder) -> None:
+    """Refuse a run folder whose parts are links, or of another kind than a run makes them.
+
+    A resumed run cuts its logs, writes its pictures over and deletes old checkpoints: through a link that would be
+    somebody else's file.
+
+    Raises:
+        CheckpointError: with the part.
+    """
+    with os.scandir(folder.path) as listing:
+        for part in listing:
+            is_folder = part.name in OWN_FOLDERS
+            if part.is_symlink():
+                what = "is a link"
+            elif is_folder != part.is_dir(follow_symlinks=False) and (is_folder or part.name in OWN_FILES):
+                what = f"is no {'folder' if is_folder else 'file'}"
+            elif not part.is_dir(follow_symlinks=False) and not part.is_file(follow_symlinks=False):
+                what = "is no regular file"
+            else:
+                continue
+            raise CheckpointError(
+                f"{folder.path / part.name} {what}, which a run does not make: nothing in this folder is written",
+                "put the file or folder itself there, or start a new run",
+            )
+
+
 def refuse_finished(folder: RunFolder, max_steps: int) -> None:
     """Refuse to resume a run that has ended and handed over its LoRA, before anything is loaded.
 

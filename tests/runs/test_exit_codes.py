@@ -256,3 +256,34 @@ def test_a_disk_that_is_full_at_the_hand_over_is_exit_6_and_a_resume_hands_over(
     assert not half.lora_path.exists()
     assert says("resume", str(half.path), "--plain")[0] == 0
     assert half.lora_path.is_file()
+
+
+@pytest.mark.parametrize("part", ["metrics.jsonl", "samples", "checkpoints", "tensorboard", "notes"])
+@pytest.mark.parametrize("how", ["link", "folder", "pipe"])
+def test_nothing_is_written_through_a_run_folder_that_was_meddled_with(
+    half: RunFolder, tmp_path: Path, says: Says, part: str, how: str
+) -> None:
+    """Resuming cuts logs, overwrites pictures and deletes checkpoints: never those that a link leads to."""
+    import os
+
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine.txt").write_text("mine")
+    place = half.path / part
+    kept = tmp_path / "kept"
+    if place.exists():
+        shutil.move(place, kept)
+    if how == "link":
+        place.symlink_to(outside / "mine.txt" if part.endswith((".jsonl", "notes")) else outside)
+    elif how == "pipe":
+        os.mkfifo(place)
+    elif part.endswith(".jsonl"):
+        place.mkdir()
+    elif part == "notes":
+        pytest.skip("a user's own folder may lie there")
+    else:
+        place.write_text("")
+    code, said = says("resume", str(half.path))
+    assert code == 5, said
+    assert part in said
+    assert content(outside) == {"mine.txt": b"mine"}
