@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from emotrain.config.source import parse
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError
+from emotrain.files import is_regular
 from emotrain.runs.changes import flat
 from emotrain.runs.folder import RunFolder, list_runs
 from emotrain.runs.lock import is_held
@@ -19,6 +22,7 @@ RESULTS = (
     "status", "steps", "best_step", "best_loss", "base_loss", "train_s", "seed", "device",
     "emotrain", "base_sha256", "dataset_sha256",
 )  # fmt: skip
+TAIL = 8192  # bytes of a log's end that hold its last line
 _VERBS = {"continue": "continues", "stack": "on top of"}
 
 
@@ -48,7 +52,28 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """What `runs list` and `runs compare` look at."""
-        return {"status": self.status, **{key: self.info.get(key) for key in RESULTS[1:]}}
+        found = {"status": self.status, **{key: self.info.get(key) for key in RESULTS[1:]}}
+        if found["status"] in ("running", "crashed"):  # run.json counts the steps at the end alone
+            found["steps"] = last_step(self.folder) or found["steps"]
+        return found
+
+
+def last_step(folder: RunFolder) -> int | None:
+    """The last step that metrics.jsonl tells of; None where it tells of none."""
+    if not is_regular(folder.metrics_path):
+        return None
+    try:
+        with folder.metrics_path.open("rb") as file:
+            file.seek(max(folder.metrics_path.stat().st_size - TAIL, 0))
+            lines = file.read().splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):  # the half line of a run that is writing
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    return int(row["step"])
+    except OSError:
+        return None
+    return None
 
 
 def read_run(folder: RunFolder) -> Run:

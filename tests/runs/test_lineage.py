@@ -115,3 +115,11 @@ def test_a_run_that_neither_ended_nor_runs_has_crashed(tmp_path: Path) -> None:
     run.update_info(stop_reason="interrupted")
     (run.path / ".lock").unlink()
     assert read_run(run).status == "interrupted"
+
+
+def test_a_run_that_has_not_ended_shows_the_steps_that_its_log_tells_of(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "runs", "x", {"name": "x"})
+    assert read_run(run).results()["steps"] == 0
+    run.metrics_path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo', encoding="utf-8")
+    found = read_run(run).results()
+    assert (found["status"], found["steps"]) == ("crashed", 2)
