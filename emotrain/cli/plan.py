@@ -30,15 +30,18 @@ def plan(
     Ends with exit code 6 if it does not fit into the free memory of this machine's GPU.
 
     Examples:
-        emotrain plan quickstart
+        emotrain plan sdxl      (will it fit my card? no model or pictures needed)
         emotrain plan my.yaml --set train.micro_batch_size=4 --json
     """
+    from emotrain.config.builtin import shipped_presets
     from emotrain.config.load import load
     from emotrain.errors import ResourceError
     from emotrain.runs.plan import as_dict, make_plan
 
     loaded = load(preset, overrides or ())
-    made = make_plan(loaded.preset)
+    made = make_plan(loaded.preset, may_assume_pictures=preset in shipped_presets())
+    for line in made.assumed:
+        output.warning(line)
     if as_json:
         output.json_object({"schema_version": output.SCHEMA_VERSION, **as_dict(made)})
     else:

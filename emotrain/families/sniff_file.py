@@ -108,6 +108,22 @@ def _sd3_variant(shapes: dict[str, tuple[int, ...]]) -> str:
     return "sd35-large" if len(blocks) > 24 or any(".ln_q." in name for name in shapes) else "sd3-medium"
 
 
+PUBLIC = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd15", "sd15"),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", "sdxl"),
+    "stabilityai/stable-diffusion-3.5-medium": ("sd3", "sd35-medium"),
+    "black-forest-labs/FLUX.1-dev": ("flux", "flux1-dev"),
+}
+
+
+def public_model(repo: str) -> Sniffed | None:
+    """What a public model is by the sizes that are built in, without a file of it; None for other repositories."""
+    if repo not in PUBLIC:
+        return None
+    family, variant = PUBLIC[repo]
+    return _from_file(Path(repo), family, variant, Header({}, {}, {}), {})
+
+
 def _from_file(
     path: Path, family: str, variant: str | None, header: Header, shapes: dict[str, tuple[int, ...]]
 ) -> Sniffed:
@@ -126,7 +142,8 @@ def _from_file(
     resolution = 512 if family == "sd21" and prediction == "epsilon" else info.resolution
     config = dict(public_configs()["denoiser"][variant]["config"])
     own = companion(path) / info.denoiser / "config.json"
-    refuse_not_understood(path, family, header, read_json(own) if own.is_file() else config)
+    if shapes:  # none: the public model itself, by its sizes alone
+        refuse_not_understood(path, family, header, read_json(own) if own.is_file() else config)
     return Sniffed(
         family=family, variant=variant, prediction=prediction, resolution=resolution, bucket_step=info.bucket_step,
         vae_scale=info.vae_scale, max_rank=widest_layer(config), kind="file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ import torch
 from emotrain.config.schema import Preset
 from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.examples import Example
+from emotrain.dataset.scan import resolve_folder
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.families.loading import choose_device, choose_dtype, free_gib
 from emotrain.families.memory import SIZES_GIB, MemoryPlan
+from emotrain.families.sniff_file import public_model
 from emotrain.families.table import Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
 from emotrain.runs.adapters import check_modules, check_text_modules
-from emotrain.runs.build import loader_settings, read_pictures, sniffed
+from emotrain.runs.build import Pictures, loader_settings, read_pictures, sniffed
 from emotrain.runs.footprint import Footprint, measure
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
@@ -62,6 +65,7 @@ class Plan:
     verdicts: tuple[tuple[int, MemoryPlan], ...]
     disk: tuple[tuple[str, float], ...]
     free_gib: float | None
+    assumed: tuple[str, ...] = ()  # what was not there, and what was planned with instead
 
     @property
     def needed(self) -> float:
@@ -74,16 +78,26 @@ class Plan:
         return None if self.free_gib is None else self.needed <= self.free_gib
 
 
-def make_plan(preset: Preset) -> Plan:
+ASSUMED = 30  # pictures
+
+
+def make_plan(preset: Preset, *, may_assume_pictures: bool = False) -> Plan:
     """Plan a run from its preset, its pictures and the small files of its model.
+
+    A public model is planned with the sizes that are built in: nothing of it is fetched.
+
+    Args:
+        preset: of the run.
+        may_assume_pictures: where none of its folders is there, plan for a common number of square pictures.
 
     Raises:
         EmotrainError: what `emotrain check` would say.
         ModelError: the LoRA would not cover the modules that it should.
     """
-    found = sniffed(preset)
+    found = public_model(preset.model.base) or sniffed(preset)  # the public ones by the sizes that are built in
     settings = loader_settings(preset, found)
-    work = _work(preset, settings)
+    assumed, pictures = _pictures(preset, settings.rules.resolutions[0], may_assume_pictures)
+    work = _work(pictures, settings, preset)
     device = choose_device("auto")
     low = planned_dtype(preset.model.dtype, device)
     tokens = num_text_tokens(found)
@@ -123,7 +137,18 @@ def make_plan(preset: Preset) -> Plan:
             tokens=tokens,
         ),
         free_gib=memory.free,
+        assumed=assumed,
     )
+
+
+def _pictures(preset: Preset, side: int, may_assume: bool) -> tuple[tuple[str, ...], Pictures]:
+    """The preset's pictures; or square ones where none of its folders is there, and a line that says so."""
+    folders = [folder.path for folder in preset.dataset.folders]
+    if not may_assume or any(resolve_folder(path).exists() for path in folders):
+        return (), read_pictures(preset)
+    train = [Example(f"picture {i}", Path(), side, side, (f"caption {i}",), "", 0) for i in range(ASSUMED)]
+    line = f"{folders[0]} is not here: planned for {ASSUMED} pictures of {side}x{side}"
+    return (line,), Pictures(tuple(train), ())
 
 
 def footprint_of(preset: Preset, found: Sniffed, batch: tuple[int, int, int], low: torch.dtype) -> Footprint:
@@ -154,8 +179,7 @@ def planned_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return choose_dtype(dtype, device)
 
 
-def _work(preset: Preset, settings: LoaderSettings) -> Work:
-    pictures = read_pictures(preset)
+def _work(pictures: Pictures, settings: LoaderSettings, preset: Preset) -> Work:
     placed = [(example, place(example.width, example.height, settings.rules)) for example in pictures.all]
     held = {example.id for example in pictures.held_out}
     sizes: dict[tuple[int, int], int] = {}
@@ -195,6 +219,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "text_encoder_modules": plan.text_modules,
         },
         "data": {
+            "assumed": list(plan.assumed),
             "pictures": work.pictures, "held_out": work.held_out, "samples_per_epoch": work.samples,
             "buckets": work.buckets, "largest_bucket": list(work.largest.size), "texts": work.texts,
         },

@@ -129,3 +129,23 @@ def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path) -> None:
     assert parts["activations"] > before["activations"]
     assert dict(plan.savings)["network.text_encoder: false"] > 1.5
     assert dict(plan.disk)["cached captions"] == 0
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+def test_will_it_fit_my_card_is_answered_without_a_model_or_pictures(
+    name: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", name, "--json"]) == 0
+    streams = capsys.readouterr()
+    said = json.loads(streams.out)
+    assert set(said["verdicts"]) == {"8gb", "12gb", "16gb", "24gb"}
+    assert said["data"]["pictures"] == 30
+    assert len(said["data"]["assumed"]) == 1
+    assert "planned for 30 pictures" in streams.err
+
+
+def test_a_preset_of_one_s_own_is_never_planned_with_pictures_that_are_not_there(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "p.yaml").write_text("extends: sdxl\ndataset: ./none\n", encoding="utf-8")
+    assert main(["plan", str(tmp_path / "p.yaml")]) == 3
+    assert "does not exist" in capsys.readouterr().err
