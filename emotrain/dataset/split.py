@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from emotrain.dataset.captions import uniform
 from emotrain.dataset.examples import Example
+from emotrain.dataset.images import MAX_FILE_BYTES
+from emotrain.dataset.textfile import read_bytes
 from emotrain.errors import ConfigError, DatasetError
 
 
@@ -82,4 +84,8 @@ def fingerprint(examples: Iterable[Example]) -> str:
 def _digest(example: Example) -> str:
     captions = "\n".join(example.captions).encode("utf-8", "surrogatepass")
     text = f"{example.file_size} {example.sha256} {hashlib.sha256(captions).hexdigest()}"
+    if example.mask == "alpha":
+        text += " alpha"
+    elif example.mask is not None:
+        text += f" {hashlib.sha256(read_bytes(example.mask, limit=MAX_FILE_BYTES)).hexdigest()}"
     return hashlib.sha256(text.encode()).hexdigest()

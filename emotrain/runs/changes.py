@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,19 +11,21 @@ from emotrain.errors import CheckpointError, Problem
 
 FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
 FIXED = ("train.loss.baseline", "train.ema")  # what a checkpoint's state depends on: they cannot change at all
+MOVED = re.compile(r"(dataset\.folders\.\d+\.(path|mask)|validate\.folder) was ")
 MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Preset (plain values), digest of the base, digest of each picture with its caption by id.
+    """Preset (plain values), digest of the denoiser, digest of each picture with its caption and mask by id.
 
-    The base is its denoiser, and its text encoders where they are trained.
+    `inputs` are digests of everything else that shapes the result: VAE, text encoders, scheduler, earlier LoRAs.
     """
 
     preset: dict[str, Any]
     base: str
     examples: dict[str, str]
+    inputs: dict[str, str]
 
     def to_document(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -31,7 +34,9 @@ class Identity:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Identity:
         """Inverse of `to_document`."""
-        return cls(dict(document["preset"]), str(document["base"]), dict(document["examples"]))
+        return cls(
+            dict(document["preset"]), str(document["base"]), dict(document["examples"]), dict(document["inputs"])
+        )
 
 
 def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
@@ -44,8 +49,13 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
         *preset_changes(before.preset, after.preset),
         *example_changes(before.examples, after.examples),
     ]
+    if before.examples == after.examples:  # the folder has moved, and holds what it held
+        lines = [line for line in lines if not MOVED.match(line)]
     if before.base != after.base:
         lines.append("model.base holds other weights than those that the run was started on")
+    for name in sorted(before.inputs.keys() | after.inputs.keys()):
+        if before.inputs.get(name) != after.inputs.get(name):
+            lines.append(f"{name}: not what the run was started with")
     if fixed := [line for line in lines if line.partition(" ")[0] in FIXED]:
         raise differs(fixed, "put it back: it cannot change within a run")
     if lines and not allow:

@@ -15,6 +15,7 @@ from typing import Any
 from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.errors import ExitCode, ResourceError
+from emotrain.families.common import words_of
 from emotrain.lora.file import read_lora
 from emotrain.runs import adapters, build, changes, contrast, finish, parents
 from emotrain.runs.folder import RunFolder, now
@@ -48,6 +49,7 @@ class Session:
         self.checkpoint: Checkpoint | None = None
         self.records: finish.PictureLosses | None = None
         self.logs: list[finish.Log] = []
+        self._identity: changes.Identity | None = None
         self._failed: set[int] = set()  # observers whose failure has been said
 
     def notify(self, event: Event) -> None:
@@ -109,12 +111,28 @@ class Session:
         }
 
     def identity(self) -> changes.Identity:
-        """What a resumed run must agree with."""
-        digests = example_digests(self.pictures.all)
-        base = self.model.base_digest
-        if self.model.family.trained_encoders:
-            base += f" and {self.model.family.text_identity()}"
-        return changes.Identity(self.preset.to_dict(), base, digests)
+        """What a resumed run must agree with; it cannot change while this process trains."""
+        if self._identity is None:
+            family = self.model.family
+            scheduler = json.dumps(words_of(family.scheduler.config), sort_keys=True, default=str)
+            inputs = {
+                "the VAE": family.vae_identity(),
+                "the text encoders or tokenizers": family.text_identity(),
+                "the model's scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
+            }
+            for number, parent in enumerate(self.model.parents, 1):
+                inputs[f"earlier LoRA {number} ({parent['kind']} {parent['file']})"] = parent["sha256"]
+            digests = example_digests(self.pictures.all)
+            self._identity = changes.Identity(self.preset.to_dict(), self.model.base_digest, digests, inputs)
+        return self._identity
+
+    def take_new_rate(self, before: changes.Identity) -> None:
+        """A learning rate that was changed on purpose counts: a checkpoint brings its own back."""
+        rate = self.preset.train.lr
+        if rate is None or before.preset["train"]["lr"] == rate:
+            return
+        for group in self.optimizer.param_groups:
+            group["scope" if "scope" in group else "lr"] = rate
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was taken."""

@@ -85,6 +85,7 @@ def resume(
             for line in lines:
                 session.notify(Notice(line))
             session.restore(checkpoint)
+            session.take_new_rate(before)
             refuse_done(session, folder)
             no_room.try_largest(session)
             for line in store.drop_after(checkpoint.step) if step is not None else ():

@@ -14,7 +14,7 @@ from emotrain.errors import CheckpointError
 from emotrain.train.durable import decode_json, encode_json
 
 MANIFEST = "MANIFEST.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: emotrain 0.1
 STEP_FOLDER = re.compile(r"step-(\d{1,15})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.(safetensors|json)")
 
@@ -86,7 +86,9 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(
             f"{path.name} was written by emotrain {fields.get('emotrain')} in a format this one "
             f"({__version__}) cannot read",
-            "upgrade emotrain",
+            "finish it with that version, or start a new run from its LoRA with start_from.continue"
+            if version in range(SCHEMA_VERSION)
+            else "upgrade emotrain",
         )
     try:
         files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}

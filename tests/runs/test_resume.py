@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from emotrain.config.load import load
+from emotrain.config.load import load, load_preset
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ExitCode, ResourceError
 from emotrain.lora.file import read_lora
 from emotrain.runs import start
+from emotrain.runs.changes import Identity, refuse
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.start import Result
 from emotrain.train.checkpoint import CheckpointStore
@@ -272,3 +273,36 @@ def test_numbers_that_are_not_finite_never_reach_a_file(
     for path in (*half.path.rglob("*.safetensors"), half.lora_path):
         tensors = load_file(path)
         assert all(bool(torch.isfinite(value).all()) for value in tensors.values()), path
+
+
+def test_data_that_only_moved_resumes_and_data_that_changed_does_not(
+    place: Path, half: RunFolder, tmp_path: Path
+) -> None:
+    pictures = load_preset(half.preset_path).dataset.folders[0].path
+    moved = Path(shutil.copytree(pictures, tmp_path / "elsewhere" / Path(pictures).name))
+    result, _ = resume(place, half, f"dataset.folders.0.path={moved}")
+    assert result.exit_code == 0
+
+
+def test_a_rate_that_is_changed_on_purpose_is_the_one_that_trains(half: RunFolder, tmp_path: Path) -> None:
+    """A checkpoint brings its parameter groups, and with them the old rate."""
+
+    def first_pulse(run: RunFolder, *overrides: str) -> float:
+        watch, pulses = Watch(), list[float]()
+        watch.handle = lambda event: pulses.append(event.reading.pulse) if isinstance(event, StepEnd) else None
+        settings = load_preset(run.preset_path, list(overrides))
+        start.resume(run, settings, allow_config_change=True, observers=[watch])
+        return pulses[0]
+
+    twin = RunFolder(Path(shutil.copytree(half.path, tmp_path / "twin")))
+    assert first_pulse(twin, "train.lr=0.5") == pytest.approx(0.5 * first_pulse(half), rel=1e-6)
+
+
+@pytest.mark.parametrize("what", ["the VAE", "the text encoders", "the model's scheduler", "earlier LoRA 1"])
+def test_every_other_input_that_changed_is_named(what: str) -> None:
+    before, after = (Identity({}, "a", {}, {what: digest, "x": "same"}) for digest in ("1", "2"))
+    with pytest.raises(CheckpointError, match=what) as refused:
+        refuse(before, after, allow=False)
+    assert len(refused.value.problems) == 1
+    assert refuse(before, after, allow=True) == [f"{what}: not what the run was started with"]
+    assert Identity.from_document(before.to_document()) == before
