@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -200,7 +201,7 @@ def create_run(
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target):
-            raise _exists(target)
+            raise name_taken(target)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write_synced(temporary / "preset.yaml", text.encode())
@@ -211,7 +212,7 @@ def create_run(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if os.path.lexists(target):
-            raise _exists(target) from error
+            raise name_taken(target) from error
         raise ResourceError(f"{target} cannot be made: {error.strerror}") from error
     return RunFolder(target)
 
@@ -315,8 +316,10 @@ def _started(run: RunFolder) -> str:
         return "~"
 
 
-def _exists(target: Path) -> CheckpointError:
+def name_taken(target: Path) -> CheckpointError:
+    """The error for a run folder that is there already, with the next name that is free."""
+    free = next(name for n in range(2, 10**6) if not (target.parent / (name := f"{target.name}-{n}")).exists())
+    resume = f"emotrain resume {shlex.quote(target.name)}"
     return CheckpointError(
-        f"{target} exists already",
-        f"choose another --name, or go on with `emotrain resume {target.name}`",
+        f"{target} exists already", f"`--name {shlex.quote(free)}` is free; `{resume}` resumes that run"
     )

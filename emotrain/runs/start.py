@@ -8,7 +8,7 @@ from pathlib import Path
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError
 from emotrain.runs import changes, no_room
-from emotrain.runs.folder import RunFolder, create_run
+from emotrain.runs.folder import RunFolder, create_run, name_taken
 from emotrain.runs.session import Result, Session
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Observer
@@ -44,10 +44,7 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer]) -> Res
     try:
         target = runs_dir / preset.name
         if target.exists():
-            raise CheckpointError(
-                f"run folder {target} exists already",
-                "choose another --name, or go on with `emotrain resume`",
-            )
+            raise name_taken(target)
         session.load()  # nothing to save yet: a signal ends the process here
         no_room.try_largest(session)
         with StopSignals(tell_stopping) as signals:
