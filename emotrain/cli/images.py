@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.complete import run_names
 from emotrain.cli.options import RUNS, OneJson, RunsDir
 
 _MEANING = {
@@ -19,7 +20,7 @@ _MEANING = {
 
 
 def images(
-    run: Annotated[str, typer.Argument(help="A run's folder or name")],
+    run: Annotated[str, typer.Argument(help="A run's folder or name", autocompletion=run_names)],
     runs_dir: RunsDir = RUNS,
     show_all: Annotated[bool, typer.Option("--all", help="Every picture, with the numbers behind the words")] = False,
     as_json: OneJson = False,

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
+from emotrain.cli.complete import run_names
 from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunsDir
 
 
 def resume(
-    run: Annotated[str, typer.Argument(help="A run's folder or name")],
+    run: Annotated[str, typer.Argument(help="A run's folder or name", autocompletion=run_names)],
     checkpoint: Annotated[
         int | None,
         typer.Option("--checkpoint", help="Go on from this step's checkpoint, not the newest"),

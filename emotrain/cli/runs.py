@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.complete import run_names
 from emotrain.cli.options import RUNS, RunsDir
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def list_(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="A run's folder or name")],
+    run: Annotated[str, typer.Argument(help="A run's folder or name", autocompletion=run_names)],
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -78,7 +79,7 @@ def show(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Two or more runs")],
+    runs: Annotated[list[str], typer.Argument(help="Two or more runs", autocompletion=run_names)],
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:

@@ -281,3 +281,19 @@ def test_help_costs_little_cpu() -> None:
 
     bare = min(cost("-c", "pass") for _ in range(3))
     assert min(cost("-m", "emotrain", "--help") for _ in range(3)) - bare <= 0.3
+
+
+def test_completion_offers_runs_and_the_presets_that_lie_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emotrain.cli.complete import preset_names, run_names
+
+    monkeypatch.chdir(tmp_path)
+    assert run_names("") == []
+    for name in ("mika", "rose"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "mika.yaml").write_text("")
+    assert run_names("") == ["mika", "rose"]
+    assert run_names("ro") == ["rose"]
+    assert preset_names("mi") == ["mika.yaml"]
+    assert "sdxl" in preset_names("s")
