@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.offload import move_rest
-from emotrain.families.sizes import FAMILIES
+from emotrain.families.registry import FAMILIES
 
 # Of samples of small models such as the built-in ones, looked at with 1, 2, 3 and 5: at 1 shapes are
 # a little ragged, and above 2 the colours of what the model knows less well run together.
@@ -132,7 +132,7 @@ class LoadedFamily(ABC):
         Call it before a LoRA is put on them: what the cached embeddings belong to is settled here.
         """
         self.text_identity()
-        names = [name for name, _ in FAMILIES[self.name].text_modules]
+        names = [encoder.name for encoder in FAMILIES[self.name].trainable_encoders]
         held = [part for part in self.text_encoders if part.name in names]
         for part in held:
             part.encoder.to(self.device)
@@ -163,11 +163,15 @@ class LoadedFamily(ABC):
 
     # ------------------------------------------------------------ the denoiser
 
-    patch_size = 1  # latents per token and side, as the stock pipeline counts them for the scheduler
+    @staticmethod
+    @abstractmethod
+    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each text embedding of one caption, by the denoiser's config: what `predict` takes."""
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """How many tokens the denoiser makes of latents of that height and width: what shifts the timesteps."""
-        return (height // self.patch_size) * (width // self.patch_size)
+        patch = FAMILIES[self.name].patch
+        return (height // patch) * (width // patch)
 
     @abstractmethod
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:

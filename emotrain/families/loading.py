@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 
 from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.memory import (
-    ACTIVATIONS_GIB,
     GIB,
     TRAINED_GIB,
     MemoryPlan,
@@ -16,8 +17,9 @@ from emotrain.families.memory import (
     require_backend,
 )
 from emotrain.families.offload import offload_linears
+from emotrain.families.pieces import load_pieces, load_vae, text_parts
 from emotrain.families.quantize import quantize_linears
-from emotrain.families.sizes import FAMILIES
+from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.table import sniff
 from emotrain.families.texts import encoder_parameters
@@ -67,22 +69,10 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def family_class(name: str) -> type[LoadedFamily]:
-    """The class of a family."""
-    if name == "sdxl":
-        from emotrain.families.sdxl import StableDiffusionXL
-
-        return StableDiffusionXL
-    if name == "sd3":
-        from emotrain.families.sd3 import StableDiffusion3
-
-        return StableDiffusion3
-    if name == "flux":
-        from emotrain.families.flux import Flux
-
-        return Flux
-    from emotrain.families.sd import StableDiffusion
-
-    return StableDiffusion
+    """The class of a family, in its folder's `model.py`."""
+    spec = FAMILIES[name]
+    found: type[LoadedFamily] = getattr(import_module(f"emotrain.families.{spec.folder}.model"), spec.model_class)
+    return found
 
 
 def load(
@@ -100,8 +90,6 @@ def load(
     prediction: str = "auto",
 ) -> LoadedFamily:
     """See `emotrain.families.load_family`."""
-    from emotrain.families.pieces import load_pieces, load_vae, text_parts
-
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     found = sniff(base, family, revision, prediction)
@@ -158,7 +146,7 @@ def plan_memory(
     return choose_memory(
         num_parameters=info.variants[found.variant].parameters,
         bytes_per_parameter=dtype.itemsize,
-        activations_gib=ACTIVATIONS_GIB[found.variant],
+        activations_gib=info.variants[found.variant].activations_gib,
         trained_gib=TRAINED_GIB + text_gib,
         free_gib=free_gib(device),
         memory="auto" if device.type != "cuda" else memory,
@@ -171,7 +159,8 @@ def plan_memory(
 def trained_text_gib(found: Sniffed, dtype: torch.dtype) -> float:
     """GiB of the CLIP text encoders."""
     sizes = encoder_parameters(found)
-    return sum(sizes[name] for name, _ in FAMILIES[found.family].text_modules) * dtype.itemsize / GIB
+    trained = FAMILIES[found.family].trainable_encoders
+    return sum(sizes[encoder.name] for encoder in trained) * dtype.itemsize / GIB
 
 
 def _place(family: LoadedFamily, plan: MemoryPlan) -> None:

@@ -21,19 +21,6 @@ USABLE = 0.95  # of a GPU of that size, beside a desktop
 BYTES_PER_PARAMETER = {"int8": 1.03, "nf4": 0.56, "fp8": 1.02}  # with their scales
 BACKENDS = {"int8": "bitsandbytes", "nf4": "bitsandbytes"}  # fp8 needs none
 
-# Saved activations in GiB without and with gradient checkpointing, the largest block counted in the
-# second: batch 1 at the model's own size, LoRA on attn-mlp with rank 16, bf16; from `emotrain plan`.
-ACTIVATIONS_GIB: dict[str, tuple[float, float]] = {
-    "sd15": (1.3, 0.3),
-    "sd21": (2.7, 0.6),
-    "sdxl": (8.4, 0.9),
-    "sd3-medium": (6.5, 0.6),
-    "sd35-medium": (10.5, 0.9),
-    "sd35-large": (20.8, 1.4),
-    "flux1-dev": (35.9, 2.3),
-    "flux1-schnell": (35.9, 2.3),
-}
-
 
 @dataclass(frozen=True)
 class MemoryPlan:

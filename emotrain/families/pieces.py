@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from emotrain.errors import ModelError
 from emotrain.families.base import TextEncoderPart
-from emotrain.families.headers import read_json, refuse_unreadable
-from emotrain.families.quiet import quiet
-from emotrain.families.sizes import FAMILIES
+from emotrain.families.component import guard, known_class, load_one, refuse_filled_up
+from emotrain.families.headers import read_json
+from emotrain.families.registry import FAMILIES
+from emotrain.families.single import load_single_file, load_vae_file
 from emotrain.families.sniff import Sniffed
 
-Loaded = TypeVar("Loaded")
 ENCODERS = frozenset(("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"))
 TOKENIZERS = frozenset(("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"))
-DENOISERS = frozenset(("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"))
-T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; what the stock pipelines pad to
 
 
 def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None, vae: Any = None) -> dict[str, Any]:
@@ -37,8 +34,6 @@ def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None,
         ModelError: a piece is missing or cannot be read.
     """
     if found.kind == "file":
-        from emotrain.families.single import load_single_file
-
         return load_single_file(found, dtype, vae)
     return load_folder(found, dtype, revision)
 
@@ -50,7 +45,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     info = FAMILIES[found.family]
     where = str(found.path)
     index = _index(found, revision)
-    denoiser_class = getattr(diffusers, known_class(where, info.denoiser, index, DENOISERS))
+    denoiser_class = getattr(diffusers, known_class(where, info.denoiser, index, frozenset((info.denoiser_class,))))
     scheduler_class = _scheduler_class(where, index)
     pieces: dict[str, Any] = {
         "denoiser": load_one(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
@@ -62,7 +57,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
         ),
     }
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    for name in info.text_encoders:
+    for name in (encoder.name for encoder in info.text_encoders):
         pieces[name], pieces[name.replace("text_encoder", "tokenizer")] = load_encoder(
             where, index, name, dtype, revision
         )
@@ -103,7 +98,7 @@ def load_encoder(
         return None, None
     kind = known_class(where, name, index, ENCODERS)
     encoder, info = load_one(getattr(transformers, kind), where, name, revision, dtype=dtype, output_loading_info=True)
-    _refuse_filled_up(os.path.join(where, name), info)
+    refuse_filled_up(os.path.join(where, name), info)
     tokenizer_class = getattr(transformers, known_class(where, tokenizer_name, index, TOKENIZERS))
     tokenizer = guard(
         where,
@@ -113,93 +108,6 @@ def load_encoder(
         ),
     )
     return encoder, tokenizer
-
-
-def known_class(where: str, part: str, index: dict[str, Any], known: frozenset[str]) -> str:
-    """The class that model_index.json names for a part, if it is one that this part can be.
-
-    A stranger's file must not choose what is run: `Auto...` classes follow the code that lies in the folder.
-
-    Raises:
-        ModelError: it is another one, or nothing of the kind.
-    """
-    entry = index.get(part)
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    if not isinstance(name, str) or name not in known:
-        raise ModelError(
-            f"`{where}` has `{str(name)[:60]}` for its {part}, which emotrain does not load",
-            f"known are {', '.join(sorted(known))}",
-        )
-    return name
-
-
-def _refuse_filled_up(where: str, info: dict[str, Any]) -> None:
-    """Refuse a model of which tensors were not in its files: transformers fills them up at random.
-
-    Raises:
-        ModelError: a tensor is missing, left over or of another shape.
-    """
-    missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
-    mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys") or ()]
-    if missing or mismatched:
-        first = (missing or mismatched)[0]
-        raise ModelError(
-            f"`{where}` lacks {len(missing) + len(mismatched)} of its tensors, such as `{first}`",
-            "its file is not complete, or its tensors have other names; download it again",
-        )
-
-
-def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any) -> Any:
-    """One model of a folder, from safetensors only; where there is just a `fp16` variant of the file, that one.
-
-    Raises:
-        ModelError: missing, pickled, damaged, or with tensors of another shape.
-    """
-    folder = Path(where) / part
-    if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(folder.glob("*.bin"))
-            if pickles:
-                refuse_unreadable(pickles[0])
-            raise ModelError(
-                f"`{folder}` holds no .safetensors file",
-                "the model's folder is not complete; download it again",
-            )
-        for file in files:
-            refuse_unreadable(file)
-        if all(".fp16." in file.name for file in files):
-            words["variant"] = "fp16"
-    return guard(
-        where,
-        part,
-        lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **words),
-    )
-
-
-def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
-    """Run a loader of diffusers or transformers; its complaints about files become a ModelError."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-    from safetensors import SafetensorError
-
-    from emotrain.families.hub import hub_error
-
-    try:
-        with quiet():
-            return load()
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-        SafetensorError, SingleFileComponentError,
-    ) as error:  # whatever a library makes of a file that is not what its names say  # fmt: skip
-        if (known := hub_error(where, error)) is not None:
-            raise known from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"`{os.path.join(where, part)}` cannot be loaded: {first}",
-            "the download may be damaged or not complete",
-        ) from error
 
 
 def load_vae(vae: str, found: Sniffed) -> Any:
@@ -212,8 +120,6 @@ def load_vae(vae: str, found: Sniffed) -> Any:
 
     path = Path(vae).expanduser()
     if path.is_file():
-        from emotrain.families.single import load_vae_file
-
         loaded = load_vae_file(path, found)
     elif (path / "vae").is_dir():
         loaded = load_one(diffusers.AutoencoderKL, str(path), "vae", None, torch_dtype=torch.float32)
@@ -235,13 +141,9 @@ def load_vae(vae: str, found: Sniffed) -> Any:
 def text_parts(found: Sniffed, pieces: dict[str, Any]) -> list[TextEncoderPart]:
     """The text encoders that are there, with how many tokens each takes."""
     parts = []
-    for name in FAMILIES[found.family].text_encoders:
-        encoder, tokenizer = pieces[name], pieces[name.replace("text_encoder", "tokenizer")]
-        if encoder is None:
-            continue
-        limit = min(
-            int(tokenizer.model_max_length),
-            T5_LIMIT.get(found.family, 77) if "T5" in type(encoder).__name__ else 77,
-        )
-        parts.append(TextEncoderPart(name, encoder, tokenizer, limit))
+    for spec in FAMILIES[found.family].text_encoders:
+        encoder, tokenizer = pieces[spec.name], pieces[spec.name.replace("text_encoder", "tokenizer")]
+        if encoder is not None:
+            limit = min(int(tokenizer.model_max_length), spec.max_tokens)
+            parts.append(TextEncoderPart(spec.name, encoder, tokenizer, limit))
     return parts

@@ -1,7 +1,7 @@
 """One .safetensors file in the original layout, as shared on Civitai, through diffusers' `from_single_file`.
 
-Where the configs come from: sizes of denoiser, VAE, text encoders and scheduler from `configs.json`
-beside this file, so that no network is needed for them. A folder beside the model with the file's own
+Where the configs come from: sizes of denoiser, VAE, text encoders and scheduler from the family's
+`configs.json`, so that no network is needed for them. A folder beside the model with the file's own
 name (`x.safetensors` and `x/`) comes first: it may hold any part of a diffusers folder, such as
 `tokenizer/`, other sizes, or pieces that the file lacks. Tokenizers that are not there are taken from
 the hub's cache, or the hub.
@@ -22,32 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emotrain.errors import ModelError
+from emotrain.families.component import guard, load_one
 from emotrain.families.headers import read_header, read_json
-from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion, refuse_incomplete
+from emotrain.families.spec import TextEncoder
 from emotrain.families.understood import PARTS, SCALES, scaled_layers
-
-# Two public repositories, neither gated, hold the tokenizers of all families: CLIP's two (the second pads with `!`, as
-# SD 2.x and the larger CLIP of SD3 do, the others with the end of text), and the T5's (a spiece.model, 512 tokens).
-CLIP_SOURCE = "stabilityai/stable-diffusion-xl-base-1.0"
-T5_SOURCE = "google/t5-v1_1-xxl"
-TOKENIZERS: dict[str, dict[str, tuple[str, str]]] = {
-    "sd15": {"tokenizer": (CLIP_SOURCE, "tokenizer")},
-    "sd21": {"tokenizer": (CLIP_SOURCE, "tokenizer_2")},
-    "sdxl": {
-        "tokenizer": (CLIP_SOURCE, "tokenizer"),
-        "tokenizer_2": (CLIP_SOURCE, "tokenizer_2"),
-    },
-    "sd3": {
-        "tokenizer": (CLIP_SOURCE, "tokenizer"),
-        "tokenizer_2": (CLIP_SOURCE, "tokenizer_2"),
-        "tokenizer_3": (T5_SOURCE, ""),
-    },
-    "flux": {"tokenizer": (CLIP_SOURCE, "tokenizer"), "tokenizer_2": (T5_SOURCE, "")},
-}
-VAE_OF = {"sd3": "sd3", "flux": "flux1"}
-TEXTS_OF = {"flux": "flux1"}
 
 
 def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None) -> dict[str, Any]:
@@ -99,8 +80,6 @@ def _load(
     import diffusers
     import transformers
 
-    from emotrain.families.pieces import guard, load_one
-
     info = FAMILIES[found.family]
     path, beside = str(found.path), str(companion(Path(found.path)))
     index = read_json(folder / "model_index.json")
@@ -120,7 +99,7 @@ def _load(
     else:
         vae = _vae_of(path, folder)
     given: dict[str, Any] = {"vae": vae, info.denoiser: pieces["denoiser"]}
-    for name in info.text_encoders:
+    for name in (encoder.name for encoder in info.text_encoders):
         tokenizer = name.replace("text_encoder", "tokenizer")
         if name in lacking:
             given[name] = given[tokenizer] = None
@@ -133,7 +112,7 @@ def _load(
         ),
     )  # fmt: skip
     pieces |= {"vae": vae, "scheduler": pipeline.scheduler}
-    for name in info.text_encoders:
+    for name in (encoder.name for encoder in info.text_encoders):
         tokenizer = name.replace("text_encoder", "tokenizer")
         encoder = getattr(pipeline, name)
         pieces[name], pieces[tokenizer] = encoder, getattr(pipeline, tokenizer)
@@ -158,8 +137,6 @@ def _check_complete(path: str, pieces: dict[str, Any]) -> None:
 def _vae_of(path: str, folder: Path) -> Any:
     import diffusers
 
-    from emotrain.families.pieces import guard
-
     return guard(
         path, "vae", lambda: diffusers.AutoencoderKL.from_single_file(
             path, config=str(folder), subfolder="vae", torch_dtype=torch.float32,
@@ -175,8 +152,6 @@ def load_vae_file(path: Path, found: Sniffed) -> Any:
         ModelError: not readable.
     """
     import diffusers
-
-    from emotrain.families.pieces import guard
 
     names = read_header(path).shapes
     config = _own_vae_config(path, found)
@@ -222,23 +197,23 @@ def config_folder(found: Sniffed, skip: set[str]) -> Iterator[Path]:
     """
     info = FAMILIES[found.family]
     beside = companion(Path(found.path))
-    texts = public_configs()["text_encoders"][TEXTS_OF.get(found.family, found.family)]
+    texts = configs(found.family)["text_encoders"]
     with _temporary() as folder:
-        configs: dict[str, Any] = {info.denoiser: found.denoiser_config, "vae": _vae_config(found)}
-        configs |= {name: config for name, (_, config) in texts.items() if name not in skip}
-        for part, config in configs.items():
+        parts: dict[str, Any] = {info.denoiser: found.denoiser_config, "vae": _vae_config(found)}
+        parts |= {name: config for name, (_, config) in texts.items() if name not in skip}
+        for part, config in parts.items():
             own = beside / part / "config.json"
             _write_json(folder / part / "config.json", read_json(own) if own.is_file() else config)
-        for name, source in TOKENIZERS[found.family].items():
-            if name.replace("tokenizer", "text_encoder") not in skip:
-                copy_tokenizer(name, beside, source, folder, Path(found.path))
+        for encoder in info.text_encoders:
+            if encoder.name not in skip:
+                copy_tokenizer(encoder, beside, folder, Path(found.path))
         _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(found)[1])
         _write_json(folder / "model_index.json", _index(found, texts, skip))
         yield folder
 
 
 def _vae_config(found: Sniffed) -> dict[str, Any]:
-    config: dict[str, Any] = public_configs()["vae"][VAE_OF.get(found.family, found.family)]
+    config: dict[str, Any] = configs(found.family)["vae"]
     return config
 
 
@@ -254,20 +229,19 @@ def _scheduler(found: Sniffed) -> tuple[str, dict[str, Any]]:
 
 
 def _index(found: Sniffed, texts: dict[str, Any], skip: set[str]) -> dict[str, Any]:
-    info, denoiser = FAMILIES[found.family], public_configs()["denoiser"][found.variant]["class"]
+    info = FAMILIES[found.family]
     index: dict[str, Any] = {
         "_class_name": info.pipeline,
-        info.denoiser: ["diffusers", denoiser],
-        "vae": ["diffusers", "AutoencoderKL"],
+        info.denoiser: ["diffusers", info.denoiser_class],
+        "vae": ["diffusers", info.vae_class],
         "scheduler": ["diffusers", _scheduler(found)[0]],
     }
-    if found.family in ("sd15", "sd21"):
+    if info.pipeline == "StableDiffusionPipeline":
         index |= {"requires_safety_checker": False}
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     for name, (kind, _) in texts.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
-        t5 = kind == "T5EncoderModel"
-        known = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
+        known = ["transformers", info.encoder(name).tokenizer_class]
         index[name] = [None, None] if name in skip else ["transformers", kind]
         index[tokenizer] = [None, None] if name in skip else known
     return index
@@ -278,18 +252,19 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def copy_tokenizer(name: str, beside: Path, source: tuple[str, str], folder: Path, model: Path) -> None:
-    """Put a tokenizer into `folder`: from beside the model, or from the hub's cache, or the hub.
+def copy_tokenizer(encoder: TextEncoder, beside: Path, folder: Path, model: Path) -> None:
+    """Put an encoder's tokenizer into `folder`: from beside the model, or from the hub's cache, or the hub.
 
     Raises:
         ModelError: it is in neither, and the hub cannot be reached.
     """
+    name = encoder.name.replace("text_encoder", "tokenizer")
     if (beside / name).is_dir():
         shutil.copytree(beside / name, folder / name)
     else:
         from emotrain.families.hub import fetch_folder
 
-        repo, part = source
+        repo, part = encoder.tokenizer
         patterns = ["*token*.json", "vocab.json", "merges.txt", "spiece.model"]
         wanted = [f"{part}/{pattern}" if part else pattern for pattern in patterns]
         fetched = fetch_folder(repo, wanted)
@@ -303,7 +278,7 @@ def copy_tokenizer(name: str, beside: Path, source: tuple[str, str], folder: Pat
         for file in (fetched / part).glob("*"):
             if file.is_file():
                 shutil.copy(file, folder / name)
-    _limit_tokens(folder / name / "tokenizer_config.json", 512 if source[0] == T5_SOURCE else 77)
+    _limit_tokens(folder / name / "tokenizer_config.json", 512 if encoder.kind == "t5" else encoder.max_tokens)
 
 
 def _limit_tokens(config: Path, limit: int) -> None:

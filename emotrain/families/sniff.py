@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from emotrain.errors import ModelError
 from emotrain.families.headers import read_json
-from emotrain.families.sizes import FAMILIES, PIPELINES, public_configs
+from emotrain.families.registry import FAMILIES, configs
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 
@@ -45,12 +45,15 @@ def widest_layer(config: dict[str, Any]) -> int:
     """The widest layer's narrower side."""
     if "block_out_channels" in config:
         return int(max(config["block_out_channels"]))
+    if "dim" in config:
+        return int(config["dim"])
     return int(config.get("num_attention_heads", 24)) * int(config.get("attention_head_dim", 128))
 
 
 def _step(family: str, config: dict[str, Any], vae_scale: int, resolution: int) -> int:
     """Pixels that sides must be multiples of; 64 for models of real size."""
-    halvings = 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1) if FAMILIES[family].denoiser == "unet" else 2
+    spec = FAMILIES[family]
+    halvings = 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1) if spec.denoiser == "unet" else spec.patch
     least = vae_scale * halvings
     return max(least, 64) if resolution >= 256 else least
 
@@ -66,9 +69,13 @@ def variant_of(family: str, config: dict[str, Any]) -> str:
         "guidance_embeds",
         "qk_norm",
         "in_channels",
+        "joint_attention_dim",
+        "dim",
+        "n_layers",
+        "num_key_value_heads",
     )
     for name in FAMILIES[family].variants:
-        public = public_configs()["denoiser"][name]["config"]
+        public = configs(family)["denoiser"][name]
         if all(_same(config.get(word), public.get(word)) for word in words if word in public or word == "qk_norm"):
             return name
     return "custom"
@@ -127,39 +134,45 @@ def _from_configs(
     missing: tuple[str, ...],
 ) -> Sniffed:
     pipeline = str(index.get("_class_name"))
-    if pipeline not in PIPELINES:
+    known = {kind: name for name, spec in FAMILIES.items() for kind in (spec.pipeline, *spec.other_pipelines)}
+    if pipeline not in known:
         raise ModelError(
             f"`{where}` is a {pipeline}, which emotrain does not train",
-            f"known are {', '.join(sorted(PIPELINES))}",
+            f"known are {', '.join(sorted(known))}",
         )
     if missing:
         raise ModelError(
             f"`{where}` is not complete: {', '.join(missing)} missing",
             "download the whole folder again",
         )
-    family = PIPELINES[pipeline]
-    denoiser = read(FAMILIES[family].denoiser, "config.json")
+    family = "sd15" if known[pipeline] == "sd21" else known[pipeline]
+    spec = FAMILIES[family]
+    denoiser = read(spec.denoiser, "config.json")
     vae = read("vae", "config.json")
     scheduler = read("scheduler", "scheduler_config.json")
     if family == "sd15" and denoiser.get("cross_attention_dim") == 1024:
         family = "sd21"
-    vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    _check_inputs(where, family, denoiser, int(vae["latent_channels"]))
+    levels = vae.get("block_out_channels") or vae.get("dim_mult")
+    vae_scale = spec.vae_scale if levels is None else 2 ** (len(levels) - 1) * spec.vae_patch
+    channels = int(vae.get("latent_channels") or vae.get("z_dim") or spec.latent_channels) * spec.vae_patch**2
+    _check_inputs(where, family, denoiser, channels)
     side = denoiser.get("sample_size")
     resolution = (
-        int(vae.get("sample_size", 1024)) if family == "flux" or not isinstance(side, int) else side * vae_scale
+        int(vae.get("sample_size", spec.resolution))
+        if spec.packed_channels > 1 or not isinstance(side, int)
+        else side * vae_scale
     )
     return Sniffed(
         family=family, variant=variant_of(family, denoiser), prediction=_prediction(where, family, scheduler),
         resolution=resolution, bucket_step=_step(family, denoiser, vae_scale, resolution), vae_scale=vae_scale,
-        max_rank=widest_layer(denoiser), kind=kind, latent_channels=int(vae["latent_channels"]), path=where,
+        max_rank=widest_layer(denoiser), kind=kind, latent_channels=channels, path=where,
         denoiser_config={k: v for k, v in denoiser.items() if not k.startswith("_")}, scheduler_config=scheduler,
     )  # fmt: skip
 
 
 def _check_inputs(where: Path | str, family: str, denoiser: dict[str, Any], channels: int) -> None:
     """Refuse denoisers that take more than latents (inpainting, edit, fill and control models)."""
-    wanted = channels * 4 if family == "flux" else channels
+    wanted = channels * FAMILIES[family].packed_channels
     if int(denoiser.get("in_channels", wanted)) != wanted:
         raise ModelError(
             f"`{where}` takes {denoiser['in_channels']} input channels instead of {wanted}: "
@@ -169,7 +182,7 @@ def _check_inputs(where: Path | str, family: str, denoiser: dict[str, Any], chan
 
 
 def _prediction(where: Path | str, family: str, scheduler: dict[str, Any]) -> Prediction:
-    if family in ("sd3", "flux"):
+    if FAMILIES[family].flow:
         return "flow"
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from emotrain.errors import ModelError
 from emotrain.families.headers import Header, read_header, read_json
-from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Prediction, Sniffed, widest_layer
 from emotrain.families.understood import refuse_not_understood
 
@@ -28,7 +28,7 @@ def refuse_incomplete(found: Sniffed, has_vae: bool) -> None:
         return
     path, beside = Path(found.path), companion(Path(found.path))
     lacking = [name for name in found.missing if not any((beside / name).glob("*.safetensors"))]
-    optional = {"text_encoder_3"} if found.family == "sd3" else set[str]()
+    optional = {encoder.name for encoder in FAMILIES[found.family].text_encoders if encoder.optional}
     if has_vae:
         optional.add("vae")
     needed = [name for name in lacking if name not in optional]
@@ -39,9 +39,6 @@ def refuse_incomplete(found: Sniffed, has_vae: bool) -> None:
     if texts:
         means.append(f"a folder `{beside.name}` beside it with {' and '.join(texts)} of a diffusers folder")
     raise ModelError(f"`{path}` does not hold {' and '.join(needed)}", f"give {'; and '.join(means)}")
-
-
-UNET_FIRST = "input_blocks.0.0.weight"
 
 
 def sniff_file(path: Path) -> Sniffed:
@@ -56,13 +53,10 @@ def sniff_file(path: Path) -> Sniffed:
     header = read_header(path)
     shapes = {name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()}
     _refuse_parts(path, shapes)
-    if any(re.match(r"double_blocks\.\d+\.img_attn\.qkv", name) for name in shapes):
-        variant = "flux1-dev" if any(name.startswith("guidance_in.") for name in shapes) else "flux1-schnell"
-        return _from_file(path, "flux", variant, header, shapes)
-    if any(re.match(r"joint_blocks\.\d+\.x_block", name) for name in shapes):
-        return _from_file(path, "sd3", _sd3_variant(shapes), header, shapes)
-    if UNET_FIRST in shapes:
-        return _from_file(path, _unet_family(path, shapes), None, header, shapes)
+    for name, spec in FAMILIES.items():
+        variant = spec.file.variant_of(path, shapes)
+        if variant is not None:
+            return _from_file(path, name, variant, header, shapes)
     some = ", ".join(f"`{name}`" for name in sorted(header.shapes)[:3])
     raise ModelError(
         f"`{path}` is not a model that emotrain knows: its {len(shapes)} tensors begin with {some}",
@@ -83,71 +77,35 @@ def _refuse_parts(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         )
 
 
-def _unet_family(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
-    channels = shapes[UNET_FIRST][1]
-    if channels != 4:
-        raise ModelError(
-            f"`{path}` takes {channels} input channels instead of 4: an inpainting or edit model",
-            "train on the text-to-image model that it was made from",
-        )
-    widths = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
-    known = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
-    found = [known[width] for width in sorted(widths) if width in known]
-    if len(widths) != 1 or not found:
-        raise ModelError(
-            f"`{path}` has a UNet whose text width is {sorted(widths)}, which emotrain does not know",
-            "known widths are 768 (sd15), 1024 (sd21), 2048 (sdxl)",
-        )
-    return found[0]
-
-
-def _sd3_variant(shapes: dict[str, tuple[int, ...]]) -> str:
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("joint_blocks.")}
-    if any(".x_block.attn2." in name for name in shapes):
-        return "sd35-medium"
-    return "sd35-large" if len(blocks) > 24 or any(".ln_q." in name for name in shapes) else "sd3-medium"
-
-
-PUBLIC = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd15", "sd15"),
-    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", "sdxl"),
-    "stabilityai/stable-diffusion-3.5-medium": ("sd3", "sd35-medium"),
-    "black-forest-labs/FLUX.1-dev": ("flux", "flux1-dev"),
-}
-
-
 def public_model(repo: str) -> Sniffed | None:
     """What a public model is by the sizes that are built in, without a file of it; None for other repositories."""
-    if repo not in PUBLIC:
-        return None
-    family, variant = PUBLIC[repo]
-    return _from_file(Path(repo), family, variant, Header({}, {}, {}), {})
+    for family, spec in FAMILIES.items():
+        for name, variant in spec.variants.items():
+            if variant.repository == repo:
+                return _from_file(Path(repo), family, name, Header({}, {}, {}), {})
+    return None
 
 
-def _from_file(
-    path: Path, family: str, variant: str | None, header: Header, shapes: dict[str, tuple[int, ...]]
-) -> Sniffed:
-    info = FAMILIES[family]
-    variant = variant or next(iter(info.variants))
-    scheduler = dict(
-        public_configs()["scheduler"][family if info.denoiser == "unet" else "sd3" if family == "sd3" else variant][1]
-    )
+def _from_file(path: Path, family: str, variant: str, header: Header, shapes: dict[str, tuple[int, ...]]) -> Sniffed:
+    spec = FAMILIES[family]
+    variant = variant or next(iter(spec.variants))
+    scheduler = dict(configs(family)["scheduler"][variant][1])
     prediction: Prediction = "flow"
-    if info.denoiser == "unet":
+    if not spec.flow:
         beside = _scheduler_beside(path)
         prediction = _unet_prediction(family, header, beside)
         scheduler["prediction_type"] = prediction
         if "ztsnr" in header.shapes or beside.get("rescale_betas_zero_snr"):
             scheduler["rescale_betas_zero_snr"] = True
-    resolution = 512 if family == "sd21" and prediction == "epsilon" else info.resolution
-    config = dict(public_configs()["denoiser"][variant]["config"])
-    own = companion(path) / info.denoiser / "config.json"
+    resolution = 512 if family == "sd21" and prediction == "epsilon" else spec.resolution
+    config = dict(configs(family)["denoiser"][variant])
+    own = companion(path) / spec.denoiser / "config.json"
     if shapes:  # none: the public model itself, by its sizes alone
         refuse_not_understood(path, family, header, read_json(own) if own.is_file() else config)
     return Sniffed(
-        family=family, variant=variant, prediction=prediction, resolution=resolution, bucket_step=info.bucket_step,
-        vae_scale=info.vae_scale, max_rank=widest_layer(config), kind="file",
-        latent_channels=info.latent_channels, path=path,
+        family=family, variant=variant, prediction=prediction, resolution=resolution, bucket_step=spec.bucket_step,
+        vae_scale=spec.vae_scale, max_rank=widest_layer(config), kind="file",
+        latent_channels=spec.latent_channels, path=path,
         denoiser_config=config, scheduler_config=scheduler, missing=missing_from_file(family, header),
     )  # fmt: skip
 
@@ -178,32 +136,12 @@ def _unet_prediction(family: str, header: Header, beside: dict[str, Any]) -> Pre
     return "v_prediction" if family == "sd21" else "epsilon"
 
 
-PIECES: dict[str, dict[str, tuple[str, ...]]] = {
-    "sd15": {"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.transformer.",)},
-    "sd21": {"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.model.",)},
-    "sdxl": {
-        "vae": ("first_stage_model.",),
-        "text_encoder": ("conditioner.embedders.0.transformer.",),
-        "text_encoder_2": ("conditioner.embedders.1.model.",),
-    },
-    "sd3": {
-        "vae": ("first_stage_model.",),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.clip_g.",),
-        "text_encoder_3": ("text_encoders.t5xxl.",),
-    },
-    "flux": {
-        "vae": ("vae.", "first_stage_model."),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.t5xxl.",),
-    },
-}
-
-
 def missing_from_file(family: str, header: Header) -> tuple[str, ...]:
     """Pieces of the family that a single file does not hold."""
+    spec = FAMILIES[family]
+    pieces = {"vae": spec.file.vae_prefixes} | {encoder.name: encoder.prefixes for encoder in spec.text_encoders}
     return tuple(
         piece
-        for piece, prefixes in PIECES[family].items()
-        if not any(name.startswith(prefixes) for name in header.shapes)
+        for piece, prefixes in pieces.items()
+        if not prefixes or not any(name.startswith(prefixes) for name in header.shapes)
     )

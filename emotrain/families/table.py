@@ -8,14 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from emotrain.errors import ConfigError, ModelError
-from emotrain.families.sizes import FAMILIES, FamilyInfo, FamilyName, Variant, public_configs
+from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Prediction, Sniffed, sniff_folder, sniff_hub
 from emotrain.families.sniff_file import sniff_file
 
-__all__ = [
-    "BUILTIN", "FAMILIES", "FamilyInfo", "FamilyName", "Sniffed", "Variant", "expected_modules", "is_hub_id",
-    "public_configs", "resolve_base", "sniff",
-]  # fmt: skip
+__all__ = ["BUILTIN", "FAMILIES", "Sniffed", "expected_modules", "is_hub_id", "resolve_base", "sniff"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = ("tiny-sd", "tiny-flux")
@@ -104,7 +101,9 @@ def _insisted(found: Sniffed, prediction: str) -> Sniffed:
     if (prediction == "flow") != (found.prediction == "flow"):
         raise ConfigError(
             f"model.prediction is `{prediction}`, but `{found.path}` is {found.describe()}",
-            "leave model.prediction out; flow is for SD3 and FLUX.1, epsilon and v for the others",
+            "leave model.prediction out; flow is for "
+            + ", ".join(spec.title for spec in FAMILIES.values() if spec.flow)
+            + ", epsilon and v for the others",
         )
     if prediction == "flow":
         return found

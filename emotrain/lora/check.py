@@ -9,13 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers.loaders
 import torch
-from diffusers.loaders import (
-    FluxLoraLoaderMixin,
-    SD3LoraLoaderMixin,
-    StableDiffusionLoraLoaderMixin,
-    StableDiffusionXLLoraLoaderMixin,
-)
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils.peft_utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
@@ -23,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from emotrain.errors import ModelError
+from emotrain.families.registry import FAMILIES
 from emotrain.lora import names
 from emotrain.lora.formats import pairs
 from emotrain.lora.targets import part_of
@@ -30,13 +26,6 @@ from emotrain.lora.targets import part_of
 if TYPE_CHECKING:
     from emotrain.lora.file import LoraFile
 
-_LOADERS = {
-    "sd15": StableDiffusionLoraLoaderMixin,
-    "sd21": StableDiffusionLoraLoaderMixin,
-    "sdxl": StableDiffusionXLLoraLoaderMixin,
-    "sd3": SD3LoraLoaderMixin,
-    "flux": FluxLoraLoaderMixin,
-}
 # of ||seen - live|| / ||live||: the rounding of A and of B, with room for subnormal numbers
 _TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 2e-2}
 
@@ -79,7 +68,7 @@ def read_as_diffusers(path: Path, lora: LoraFile) -> Weights | None:
     Raises:
         ModelError: diffusers refuses the file.
     """
-    if lora.family == "sd3" and lora.format == "kohya":
+    if lora.format in FAMILIES[lora.family].lora.unread_layouts:
         return None
     if lora.family == "flux" and lora.format == "kohya" and not _has_real_width(lora):
         return None  # its converter knows the real width only
@@ -94,14 +83,13 @@ def read_as_diffusers(path: Path, lora: LoraFile) -> Weights | None:
 
 
 def _state_dict(path: Path, lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, Any] | None, Any]:
-    loader = _LOADERS[lora.family]
-    if lora.family == "sd3":
-        state, metadata = loader.lora_state_dict(str(path), return_lora_metadata=True, local_files_only=True)
-        return state, None, metadata
-    options: dict[str, Any] = {"return_alphas": True} if lora.family == "flux" else {}
+    facts = FAMILIES[lora.family].lora
+    loader = getattr(diffusers.loaders.lora_pipeline, facts.loader)
+    options: dict[str, Any] = {"return_alphas": True} if facts.loader_alphas == "asked" else {}
     if lora.family == "sdxl":
         options["unet_config"] = _Layers()
-    return loader.lora_state_dict(str(path), return_lora_metadata=True, local_files_only=True, **options)  # type: ignore[no-any-return]
+    read = loader.lora_state_dict(str(path), return_lora_metadata=True, local_files_only=True, **options)
+    return (read[0], None, read[1]) if facts.loader_alphas == "never" else read
 
 
 class _Layers:

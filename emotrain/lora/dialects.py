@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from emotrain.errors import ModelError
+from emotrain.families.registry import FAMILIES
+from emotrain.families.spec import Group
 from emotrain.lora import names
 from emotrain.lora.formats import halves_swap
 from emotrain.lora.fused import Pair, split, swap_halves
-from emotrain.lora.origin import TRANSFORMER_HEADS, UNET_HEADS, Place, detect_family, peft_alpha
-from emotrain.lora.originals import Group, dotted, family_of_original, from_original
+from emotrain.lora.origin import Place, detect_family, peft_alpha
+from emotrain.lora.originals import dotted, families_of_original
 from emotrain.lora.targets import part_of
 
 _REFUSED = (
@@ -196,18 +198,14 @@ def _group(place: Place, family: str) -> Group | None:
         )
         return Group(place.path, (f"{place.part}.{place.path}",)) if known else None
     prefix = part_of(family)
-    if family_of_original(place.path) is not None or place.path.startswith("final_layer."):
-        group = from_original(place.path, family)
-        if group is None:
-            return None
-        return Group(group.name, tuple(f"{prefix}.{part}" for part in group.parts), group.swaps)
-    if place.path == "context_embedder" or _is_diffusers_path(place.path, prefix):
+    facts = FAMILIES[family].lora
+    if families_of_original(place.path) or place.path.startswith("final_layer."):
+        group = facts.originals.from_original(place.path)
+        if group is not None:
+            return Group(group.name, tuple(f"{prefix}.{part}" for part in group.parts), group.swaps)
+    if place.path.startswith(facts.heads) and not place.path.startswith(facts.originals.heads):
         return Group(place.path, (f"{prefix}.{place.path}",))
     return None
-
-
-def _is_diffusers_path(path: str, prefix: str) -> bool:
-    return path.startswith(UNET_HEADS if prefix == "unet" else TRANSFORMER_HEADS)
 
 
 def _alpha(place: Place, value: Tensor | None, down: Tensor, metadata: Mapping[str, str]) -> tuple[float, bool]:

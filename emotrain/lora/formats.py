@@ -1,6 +1,6 @@
-"""The two layouts that we write: kohya (real alphas, original names) and diffusers (strength 1). Dict in, dict out.
+"""The layouts that we write: kohya (real alphas), diffusers and comfyui (strength 1). Dict in, dict out.
 
-Why two: ComfyUI and A1111 ignore most of a diffusers-layout file of an SD or SDXL UNet, and diffusers ignores a
+Why several: ComfyUI and A1111 ignore most of a diffusers-layout file of an SD or SDXL UNet, and diffusers ignores a
 kohya-layout file of SD3; each family's default is the one that all of them read at exactly the trained strength.
 """
 
@@ -13,28 +13,32 @@ import torch
 from torch import Tensor
 
 from emotrain.errors import ModelError
+from emotrain.families.registry import FAMILIES
+from emotrain.families.spec import Group
 from emotrain.lora import names
 from emotrain.lora.fused import Pair, fuse, swap_halves
-from emotrain.lora.originals import Group, group_of, to_sgm
-from emotrain.lora.targets import UNET_FAMILIES
 
-Layout = Literal["kohya", "diffusers"]
+Layout = Literal["kohya", "diffusers", "comfyui"]
+LAYOUTS: tuple[Layout, ...] = ("kohya", "diffusers", "comfyui")
 
 
 def layout_of(family: str, choice: str = "auto") -> Layout:
-    """The layout that a choice of `auto`, `kohya` or `diffusers` means for a family."""
-    if choice == "kohya" or (choice == "auto" and family in UNET_FAMILIES):
-        return "kohya"
-    if choice in ("auto", "diffusers"):
-        return "diffusers"
-    raise ValueError(f"format must be auto, kohya or diffusers, got {choice}")
+    """The layout that a choice of `auto`, `kohya`, `diffusers` or `comfyui` means for a family."""
+    if choice == "auto":
+        return FAMILIES[family].lora.layout
+    for layout in LAYOUTS:
+        if choice == layout:
+            return layout
+    raise ValueError(f"format must be auto, {', '.join(LAYOUTS)}, got {choice}")
 
 
 def to_layout(
     state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str, layout: Layout
 ) -> dict[str, Tensor]:
-    """`to_kohya` or `to_diffusers` by name."""
-    return to_kohya(state, alphas, family) if layout == "kohya" else to_diffusers(state, alphas)
+    """`to_kohya`, `to_diffusers` or `to_comfyui` by name."""
+    if layout == "kohya":
+        return to_kohya(state, alphas, family)
+    return to_diffusers(state, alphas) if layout == "diffusers" else to_comfyui(state, alphas, family)
 
 
 def pairs(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Pair]:
@@ -62,6 +66,22 @@ def to_diffusers(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> di
     return tensors
 
 
+def to_comfyui(state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str) -> dict[str, Tensor]:
+    """`diffusion_model.` and the original's names (diffusers' in some families), alpha / rank multiplied into B.
+
+    Raises:
+        ModelError: a module that the layout has no name for, or a text encoder's; nothing is left out silently.
+    """
+    tensors: dict[str, Tensor] = {}
+    for (part, group), pair in _grouped(pairs(state, alphas), family, FAMILIES[family].lora.comfyui_originals).items():
+        if part not in ("unet", "transformer"):
+            raise ModelError(f"the comfyui layout has no name for `{group.name}` of the {part}", "save it as kohya")
+        pair = pair.folded()
+        tensors[f"diffusion_model.{group.name}{names.DOWN}"] = pair.down
+        tensors[f"diffusion_model.{group.name}{names.UP}"] = pair.up
+    return tensors
+
+
 def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str) -> dict[str, Tensor]:
     """Kohya's names with `.alpha` scalars: SD on diffusers names, SDXL on SGM names, SD3 and FLUX fused as originally.
 
@@ -71,40 +91,36 @@ def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float], family: s
     Raises:
         ModelError: a module that the layout has no name for; nothing is left out silently.
     """
-    own = _one_alpha_per_part(pairs(state, alphas)) if family in UNET_FAMILIES else pairs(state, alphas)
+    own = _one_alpha_per_part(pairs(state, alphas)) if FAMILIES[family].denoiser == "unet" else pairs(state, alphas)
     tensors: dict[str, Tensor] = {}
-    for stem, pair in _stems(own, family).items():
+    for (part, group), pair in _grouped(own, family, FAMILIES[family].lora.kohya_originals).items():
+        prefix = "lora_unet" if part in ("unet", "transformer") else _text_prefix(part, family)
+        stem = f"{prefix}_{group.name.replace('.', '_')}"
         tensors[f"{stem}.lora_down.weight"] = pair.down
         tensors[f"{stem}.lora_up.weight"] = pair.up
         tensors[f"{stem}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
     return tensors
 
 
-def _stems(own: Mapping[str, Pair], family: str) -> dict[str, Pair]:
-    """Kohya's stem -> pair, fused where the original is."""
-    stems: dict[str, Pair] = {}
+def _grouped(own: Mapping[str, Pair], family: str, originals: bool) -> dict[tuple[str, Group], Pair]:
+    """(part, group) -> pair, fused where the original is; `originals`: the denoiser's modules by original names."""
+    grouped: dict[tuple[str, Group], Pair] = {}
     done: set[str] = set()
     for path, pair in own.items():
         if path in done:
             continue
-        part = names.part_of_key(path)
+        part = str(names.part_of_key(path))
         local = path.removeprefix(f"{part}.")
-        if part in ("unet", "transformer"):
-            group = _unet_group(local, family) if part == "unet" else group_of(local, family)
-            if group is None:
-                raise ModelError(f"the kohya layout of {family} has no name for `{local}`", "save it as diffusers")
-            members = tuple(f"{part}.{name}" for name in group.parts)
-            done.update(members)
-            stem = f"lora_unet_{group.name.replace('.', '_')}"
-            stems[stem] = _joined(group, [own.get(member) for member in members])
-        else:
-            stems[f"{_text_prefix(str(part), family)}_{local.replace('.', '_')}"] = pair
-    return stems
-
-
-def _unet_group(local: str, family: str) -> Group | None:
-    name = to_sgm(local) if family == "sdxl" else local
-    return None if name is None else Group(name, (local,))
+        if part not in ("unet", "transformer") or not originals:
+            grouped[part, Group(local, (local,))] = pair
+            continue
+        group = FAMILIES[family].lora.originals.to_original(local)
+        if group is None:
+            raise ModelError(f"the original {family} has no name for `{local}`", "save it as diffusers")
+        members = tuple(f"{part}.{name}" for name in group.parts)
+        done.update(members)
+        grouped[part, group] = _joined(group, [own.get(member) for member in members])
+    return grouped
 
 
 def _joined(group: Group, members: list[Pair | None]) -> Pair:
@@ -128,7 +144,7 @@ def halves_swap(name: str, down: Tensor, up: Tensor) -> bool:
 
 def _text_prefix(part: str, family: str) -> str:
     if part == "text_encoder":
-        return "lora_te" if family in ("sd15", "sd21") else "lora_te1"
+        return FAMILIES[family].lora.kohya_text
     return {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}[part]
 
 

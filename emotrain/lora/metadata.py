@@ -16,21 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from emotrain.families.registry import FAMILIES
 from emotrain.lora import container
 
-_BASE_VERSIONS = {
-    "sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3", "flux": "flux1",
-}  # fmt: skip
-_ARCHITECTURES = {
-    "sd15": "stable-diffusion-v1", "sd21": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base",
-    "sd3": "stable-diffusion-3-m", "flux": "flux-1-dev",
-    "sd35-medium": "stable-diffusion-3-5-medium", "sd35-large": "stable-diffusion-3-5-large",
-    "flux1-schnell": "flux-1-schnell",
-}  # fmt: skip
-_IMPLEMENTATIONS = {
-    "sdxl": "https://github.com/Stability-AI/generative-models",
-    "flux": "https://github.com/black-forest-labs/flux",
-}
 _ABSOLUTE = re.compile(r"^(?:file:|~|/|\\\\|[A-Za-z]:[\\/])")
 _HOMES = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:[\\/]Users[\\/])[^\s\"',;]*")
 
@@ -172,7 +160,7 @@ def _kohya(about: About) -> dict[str, Any]:
         "ss_network_dim": about.rank,
         "ss_network_alpha": about.alpha,
         "ss_network_args": dict(about.network_args),
-        "ss_base_model_version": _BASE_VERSIONS[about.family],
+        "ss_base_model_version": FAMILIES[about.family].lora.base_version,
         "ss_v2": about.family == "sd21",
         "ss_output_name": about.name,
         "ss_sd_model_name": about.base_name,
@@ -208,13 +196,14 @@ def _kohya(about: About) -> dict[str, Any]:
 
 
 def _modelspec(about: About) -> dict[str, Any]:
-    base = _ARCHITECTURES.get(about.variant, _ARCHITECTURES[about.family])
+    spec = FAMILIES[about.family]
+    base = spec.variants.get(about.variant, next(iter(spec.variants.values()))).architecture
     moment = about.finished_at
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(about.prediction)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/lora",
-        "modelspec.implementation": _IMPLEMENTATIONS.get(about.family, "diffusers"),
+        "modelspec.implementation": spec.lora.implementation or "diffusers",
         "modelspec.title": about.title or about.name or "LoRA",
         "modelspec.resolution": "x".join(map(str, about.resolution)) if about.resolution else None,
         "modelspec.date": _date(moment),

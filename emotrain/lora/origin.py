@@ -11,15 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from emotrain.errors import ModelError
-from emotrain.lora.originals import family_of_original
-from emotrain.lora.targets import TRANSFORMER_FAMILIES, UNET_FAMILIES
-
-_TEXT_WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # of attn2.to_k in a UNet: the text encoders' outputs
-UNET_HEADS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
-TRANSFORMER_HEADS = (
-    "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "proj_out", "norm_out.",
-    "time_text_embed.",
-)  # fmt: skip
+from emotrain.families.registry import FAMILIES
+from emotrain.families.unet import LORA_HEADS, TEXT_WIDTHS
+from emotrain.lora.originals import families_of_original
 
 
 @dataclass(frozen=True)
@@ -43,32 +37,32 @@ class Place:
         return [key.removeprefix(self.stem) for key in keys if key.startswith((self.stem + ".", self.stem + "_lora."))]
 
 
+UNETS = {name for name, spec in FAMILIES.items() if spec.denoiser == "unet"}
+
+
 def detect_family(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> str:
     """The family, from names first, widths next, and metadata where both leave it open (tiny models)."""
     paths = [place.path for place in halves if not place.part]
     if not paths:
         return _text_only(halves, metadata)
-    if any(path.startswith("single_transformer_blocks.") for path in paths):
-        return "flux"
-    for path in paths:
-        origin = family_of_original(path)
-        if origin in TRANSFORMER_FAMILIES:
-            return origin
-    if any(path.startswith(UNET_HEADS) or family_of_original(path) == "unet" for path in paths):
+    for name, spec in FAMILIES.items():
+        if any(re.fullmatch(mark, path) for mark in spec.lora.marks for path in paths):
+            return name
+    original = {family for path in paths for family in families_of_original(path)}
+    if original & UNETS or any(path.startswith(LORA_HEADS) for path in paths):
         return _unet_family(halves, metadata)
-    return _transformer_family(halves, metadata)
+    if len(original) == 1:
+        return original.pop()
+    return _transformer_family(halves, metadata, original)
 
 
 def stated_family(metadata: Mapping[str, str]) -> str | None:
     """The family that a file's metadata names, if any."""
-    if (own := metadata.get("emotrain.family")) in UNET_FAMILIES + TRANSFORMER_FAMILIES:
+    if (own := metadata.get("emotrain.family")) in FAMILIES:
         return own
     told = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
-    for word, family in (
-        ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"), ("flux", "flux"), ("sd3", "sd3"),
-        ("stable-diffusion-3", "sd3"), ("sd_v2", "sd21"), ("stable-diffusion-v2", "sd21"), ("sd_v1", "sd15"),
-        ("sd_1.5", "sd15"), ("stable-diffusion-v1", "sd15"),
-    ):  # fmt: skip
+    words = [(word, name) for name, spec in FAMILIES.items() for word in spec.lora.stated]
+    for word, family in sorted(words, key=lambda row: -len(row[0])):  # `stable-diffusion-xl-v1` is no `...-v1`
         if word in told:
             return "sd21" if family == "sd15" and metadata.get("ss_v2") == "True" else family
     return None
@@ -120,25 +114,28 @@ def _unet_family(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping
     stated = stated_family(metadata)
     for place, found in halves.items():
         if not place.part and re.search(r"\.attn2\.to_[kv]$", place.path) and (down := found.get("down")) is not None:
-            known = _TEXT_WIDTHS.get(int(down.shape[1]) if down.ndim > 1 else 0)
+            known = TEXT_WIDTHS.get(int(down.shape[1]) if down.ndim > 1 else 0)
             if known is not None:
                 return known
             break
-    if stated in UNET_FAMILIES:
+    if stated in UNETS:
         return stated
     if any(place.part == "text_encoder_2" or ".transformer_blocks.1." in place.path for place in halves):
         return "sdxl"
-    if any(place.dialect == "kohya" and family_of_original(place.path) == "unet" for place in halves if not place.part):
+    if any(place.dialect == "kohya" and families_of_original(place.path) for place in halves if not place.part):
         return "sdxl"
     return "sd15"
 
 
-def _transformer_family(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> str:
-    if any(".attn2." in place.path for place in halves):
-        return "sd3"
+def _transformer_family(
+    halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping[str, str], among: set[str]
+) -> str:
+    """Where several families have such names: what the metadata say, then the width."""
     stated = stated_family(metadata)
-    if stated in TRANSFORMER_FAMILIES:
+    if stated is not None and stated not in UNETS:
         return stated
+    if len(among) > 1:
+        return sorted(among, key=list(FAMILIES).index)[0]
     widths = {
         int(found["down"].shape[1])
         for place, found in halves.items()

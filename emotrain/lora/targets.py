@@ -13,60 +13,15 @@ from typing import Literal
 from torch import nn
 
 from emotrain.errors import ConfigError
+from emotrain.families.registry import FAMILIES
 
 TargetSet = Literal["attn", "attn-mlp", "all"]
 Targets = str | Sequence[str]
 
-UNET_FAMILIES = ("sd15", "sd21", "sdxl")
-TRANSFORMER_FAMILIES = ("sd3", "flux")
-FAMILIES = UNET_FAMILIES + TRANSFORMER_FAMILIES
-
-_BLOCK = r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)"
-_UNET: dict[str, tuple[str, ...]] = {
-    "attn": (rf"{_BLOCK}\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\.(?:to_[qkv]|to_out\.0)",),
-    "mlp": (
-        rf"{_BLOCK}\.attentions\.\d+\.transformer_blocks\.\d+\.ff\.net\.(?:0\.proj|2)",
-        rf"{_BLOCK}\.attentions\.\d+\.proj_(?:in|out)",
-    ),
-    "rest": (
-        rf"{_BLOCK}\.resnets\.\d+\.(?:conv1|conv2|time_emb_proj|conv_shortcut)",
-        rf"{_BLOCK}\.(?:downsamplers|upsamplers)\.0\.conv",
-    ),
-}
-_SD3: dict[str, tuple[str, ...]] = {
-    "attn": (
-        r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
-        r"transformer_blocks\.\d+\.attn2\.(?:to_[qkv]|to_out\.0)",
-    ),
-    "mlp": (r"transformer_blocks\.\d+\.ff(?:_context)?\.net\.(?:0\.proj|2)",),
-    "rest": (r"transformer_blocks\.\d+\.norm1(?:_context)?\.linear",),
-}
-_FLUX: dict[str, tuple[str, ...]] = {
-    "attn": (
-        r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
-        r"single_transformer_blocks\.\d+\.attn\.to_[qkv]",
-    ),
-    "mlp": (
-        r"transformer_blocks\.\d+\.ff(?:_context)?\.net\.(?:0\.proj|2)",
-        r"single_transformer_blocks\.\d+\.proj_(?:mlp|out)",
-    ),
-    "rest": (
-        r"transformer_blocks\.\d+\.norm1(?:_context)?\.linear",
-        r"single_transformer_blocks\.\d+\.norm\.linear",
-    ),
-}
 _CLIP: dict[str, tuple[str, ...]] = {
     "attn": (r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.(?:[qkv]|out)_proj",),
     "mlp": (r"(?:text_model\.)?encoder\.layers\.\d+\.mlp\.fc[12]",),
     "rest": (),
-}
-_SETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "sd15": _UNET,
-    "sd21": _UNET,
-    "sdxl": _UNET,
-    "sd3": _SD3,
-    "flux": _FLUX,
-    "clip": _CLIP,
 }
 _BEFORE, _AFTER = r"(?:.*\.)?(?:", r")(?:\..*)?"
 _MEMBERS = {"attn": ("attn",), "attn-mlp": ("attn", "mlp"), "all": ("attn", "mlp", "rest")}
@@ -80,21 +35,22 @@ def patterns(targets: Targets, family: str) -> tuple[str, ...]:
 
     Args:
         targets: `attn`, `attn-mlp`, `all`, or regular expressions of module paths.
-        family: sd15, sd21, sdxl, sd3, flux, or clip for a text encoder.
+        family: a name of `families.registry`, or clip for a text encoder.
 
     Raises:
         ConfigError: an unknown set, or a pattern that is not a regular expression.
         ValueError: an unknown family.
     """
-    if family not in _SETS:
-        raise ValueError(f"family must be one of {', '.join(_SETS)}, got {family}")
+    if family != "clip" and family not in FAMILIES:
+        raise ValueError(f"family must be clip or one of {', '.join(FAMILIES)}, got {family}")
+    sets = _CLIP if family == "clip" else FAMILIES[family].lora.targets
     if isinstance(targets, str):
         if targets not in _MEMBERS:
             raise ConfigError(
                 f"network.targets is `{targets}`, which is not a set of modules",
                 "use attn, attn-mlp, all, or a list of regular expressions",
             )
-        return tuple(p for member in _MEMBERS[targets] for p in _SETS[family][member])
+        return tuple(p for member in _MEMBERS[targets] for p in sets[member])
     return tuple(_segments(p) for p in targets)
 
 
@@ -174,11 +130,9 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 def part_of(family: str) -> str:
     """`unet` or `transformer`: what the denoiser of a family is called in files."""
-    if family in UNET_FAMILIES:
-        return "unet"
-    if family in TRANSFORMER_FAMILIES:
-        return "transformer"
-    raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family}")
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family}")
+    return FAMILIES[family].denoiser
 
 
 def _is_wide_conv(layer: nn.Module) -> bool:

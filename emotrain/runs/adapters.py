@@ -35,7 +35,7 @@ def refuse_lost_parts(earlier: LoraFile, family: LoadedFamily, names: tuple[str,
         ConfigError: it trains a text encoder that the preset does not train.
         ModelError: it trains one that cannot be trained.
     """
-    trainable = [name for name, _ in FAMILIES[family.name].text_modules]
+    trainable = [encoder.name for encoder in FAMILIES[family.name].trainable_encoders]
     lost = [part for part in earlier.parts if part not in (part_of(family.name), *names)]
     if not lost:
         return
@@ -99,8 +99,8 @@ def check_text_modules(found: Sniffed, counts: dict[str, int]) -> None:
     """
     info = FAMILIES[found.family]
     if found.variant in info.variants:
-        for name, expected in info.text_modules:
-            _refuse_other_count(found, f"the {name}", expected, counts.get(name, 0))
+        for encoder in info.trainable_encoders:
+            _refuse_other_count(found, f"the {encoder.name}", encoder.lora_modules, counts.get(encoder.name, 0))
 
 
 def _refuse_other_count(found: Sniffed, what: str, expected: int | None, num_modules: int) -> None:

@@ -92,7 +92,7 @@ def loader_settings(preset: Preset, found: Sniffed) -> LoaderSettings:
 def has_frozen_encoder(family: str) -> bool:
     """Whether a family has a text encoder that is never trained (a T5): its embeddings are always cached."""
     info = FAMILIES[family]
-    return len(info.text_encoders) > len(info.text_modules)
+    return len(info.text_encoders) > len(info.trainable_encoders)
 
 
 def read_pictures(preset: Preset) -> Pictures:

@@ -22,18 +22,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from emotrain.families.loading import family_class
-from emotrain.families.sizes import FAMILIES
+from emotrain.families.registry import FAMILIES
 from emotrain.families.texts import CLIP_TOKENS
 from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.runs.adapters import TEXT_TARGETS
 
-BLOCKS = (
-    "ResnetBlock2D",
-    "BasicTransformerBlock",
-    "JointTransformerBlock",
-    "FluxTransformerBlock",
-    "FluxSingleTransformerBlock",
-)  # what diffusers computes again with gradient checkpointing
+# what diffusers computes again with gradient checkpointing
+BLOCKS = frozenset(block for spec in FAMILIES.values() for block in spec.blocks)
 
 
 @dataclass(frozen=True)
@@ -161,8 +156,7 @@ def build_on_meta(family: str, config: dict[str, Any], dtype: torch.dtype) -> nn
     """The frozen denoiser without weights."""
     import diffusers
 
-    names = {"unet": "UNet2DConditionModel", "sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
-    cls = getattr(diffusers, names["unet" if FAMILIES[family].denoiser == "unet" else family])
+    cls = getattr(diffusers, FAMILIES[family].denoiser_class)
     with torch.device("meta"):
         model: nn.Module = cls.from_config(config)
     return nn.Module.to(model, dtype).requires_grad_(False).eval()
@@ -242,18 +236,14 @@ def _forward(
     """A call of the family's own `predict` with tensors of the right shapes."""
     from emotrain.families.base import Conditioning
 
-    built = object.__new__(family_class(family))
+    cls = family_class(family)
+    built = object.__new__(cls)
     built.denoiser, built.device, built.dtype = model, torch.device("meta"), dtype
     built._waiting = None
     batch = latents[0]
-    config: Any = model.config
-    width = config.cross_attention_dim if FAMILIES[family].denoiser == "unet" else config.joint_attention_dim
-    pooled = getattr(config, "pooled_projection_dim", 1)
-    if family == "sdxl":  # the rest of that input are the six sizes
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     text = {
-        "prompt_embeds": torch.empty(batch, num_tokens, width, device="meta", requires_grad=grad),
-        "pooled_prompt_embeds": torch.empty(batch, pooled, device="meta", requires_grad=grad),
+        name: torch.empty(batch, *shape, device="meta", requires_grad=grad)
+        for name, shape in cls.text_shapes(model.config, num_tokens).items()
     }
     sizes = torch.zeros(batch, 2, dtype=torch.int64, device="meta")
     noisy, times = torch.empty(latents, device="meta"), torch.zeros(batch, device="meta")

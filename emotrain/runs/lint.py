@@ -15,8 +15,6 @@ from emotrain.dataset.settings import settings_from
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Scans, scan_preset
 
-CLIP_FAMILIES = ("sd15", "sd21", "sdxl")  # the others read captions with T5, whose tokens are estimated
-
 
 @dataclass(frozen=True)
 class Options:
@@ -72,8 +70,9 @@ def lint_scans(preset: Preset, found: Sniffed, scans: Scans, options: Options | 
 
 
 def token_counter(found: Sniffed) -> TokenCounter:
-    """Counts with the model's own CLIP tokenizer where its folder holds one, else estimates."""
-    places = FAMILIES[found.family].max_tokens
-    if found.kind == "folder" and found.family in CLIP_FAMILIES:
+    """Counts with the model's own CLIP tokenizer where its folder holds one; T5 and others are estimated."""
+    spec = FAMILIES[found.family]
+    places = spec.max_tokens
+    if found.kind == "folder" and all(encoder.kind == "clip" for encoder in spec.text_encoders):
         return tokenizer_in(Path(found.path) / "tokenizer") or estimator(places)
     return estimator(places)

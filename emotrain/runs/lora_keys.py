@@ -10,25 +10,11 @@ import transformers
 from torch import Tensor, nn
 
 from emotrain.errors import ConfigError
-from emotrain.families.table import public_configs
+from emotrain.families.registry import FAMILIES, configs, family_of_variant
 from emotrain.lora import names, targets
-from emotrain.lora.formats import layout_of, to_layout
+from emotrain.lora.formats import LAYOUTS, layout_of, to_layout
 
-# the family's name -> the variant it stands for, and where its text encoders are listed
-_VARIANTS = {
-    "sd15": ("sd15", "sd15"),
-    "sd21": ("sd21", "sd21"),
-    "sdxl": ("sdxl", "sdxl"),
-    "sd3": ("sd3-medium", "sd3"),
-    "sd3-medium": ("sd3-medium", "sd3"),
-    "sd35-medium": ("sd35-medium", "sd3"),
-    "sd35-large": ("sd35-large", "sd3"),
-    "flux": ("flux1-dev", "flux1"),
-    "flux1-dev": ("flux1-dev", "flux1"),
-    "flux1-schnell": ("flux1-schnell", "flux1"),
-}
-_FAMILY_OF_TEXT = {"flux1": "flux"}
-KNOWN = tuple(_VARIANTS)
+KNOWN = tuple(dict.fromkeys(name for family, spec in FAMILIES.items() for name in (family, *spec.variants)))
 
 
 def lora_keys(
@@ -37,10 +23,10 @@ def lora_keys(
     """Tensor names of a LoRA file at the model's real size.
 
     Args:
-        family: sd15, sd21, sdxl, sd3, flux, or a variant such as sd35-large.
+        family: a family, or a variant such as sd35-large.
         target_set: attn, attn-mlp or all.
         text_encoder: with the CLIP text encoders.
-        format: auto, kohya or diffusers.
+        format: auto, kohya, diffusers or comfyui.
 
     Returns:
         `keys`; `modules`, how many LoRA modules they are in this format (fused ones count once); `adapted`, how many
@@ -49,16 +35,16 @@ def lora_keys(
     Raises:
         ConfigError: an unknown family or format.
     """
-    if family not in _VARIANTS:
-        raise ConfigError(f"`{family}` is not a known family", f"one of {', '.join(_VARIANTS)}")
-    if format not in ("auto", "kohya", "diffusers"):
-        raise ConfigError(f"`{format}` is not a known format", "one of auto, kohya, diffusers")
-    variant, texts = _VARIANTS[family]
-    base = _FAMILY_OF_TEXT.get(texts, texts)
+    if family not in KNOWN:
+        raise ConfigError(f"`{family}` is not a known family", f"one of {', '.join(KNOWN)}")
+    if format not in ("auto", *LAYOUTS):
+        raise ConfigError(f"`{format}` is not a known format", f"one of auto, {', '.join(LAYOUTS)}")
+    base = family if family in FAMILIES else str(family_of_variant(family))
+    variant = family if family not in FAMILIES else next(iter(FAMILIES[base].variants))
     layout = layout_of(base, format)
-    state = _names_of(_denoiser(variant), target_set, base, targets.part_of(base))
+    state = _names_of(_denoiser(base, variant), target_set, base, targets.part_of(base))
     if text_encoder:
-        for part, encoder in _clips(texts).items():
+        for part, encoder in _clips(base).items():
             state.update(_names_of(encoder, "attn-mlp", "clip", part))
     adapted: dict[str, int] = {}
     for path in names.module_names(state):
@@ -90,17 +76,18 @@ def _names_of(model: nn.Module, target_set: str, kind: str, part: str) -> dict[s
     return state
 
 
-def _denoiser(variant: str) -> nn.Module:
-    entry = public_configs()["denoiser"][variant]
+def _denoiser(family: str, variant: str) -> nn.Module:
     with torch.device("meta"):
-        model: nn.Module = getattr(diffusers, entry["class"]).from_config(entry["config"])
+        model: nn.Module = getattr(diffusers, FAMILIES[family].denoiser_class).from_config(
+            configs(family)["denoiser"][variant]
+        )
     return model
 
 
 def _clips(family: str) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
-    for part, (kind, config) in public_configs()["text_encoders"][family].items():
-        if kind.startswith("CLIP"):
-            with torch.device("meta"):
-                found[part] = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
+    for encoder in FAMILIES[family].trainable_encoders:
+        kind, config = configs(family)["text_encoders"][encoder.name]
+        with torch.device("meta"):
+            found[encoder.name] = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
     return found

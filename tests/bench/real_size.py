@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,41 +24,34 @@ from emotrain.diffusion import build_objective
 from emotrain.families.base import Conditioning
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.loading import DTYPES, family_class
-from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.families.registry import FAMILIES, configs, family_of_variant
 from emotrain.families.table import ASSETS
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.file import save_lora, self_check
 from emotrain.optim.registry import build_optimizer
 from emotrain.train.losses import timesteps_at
 
-SCHEDULERS = {"sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3"}
-
 
 def build(variant: str, dtype: torch.dtype, device: torch.device) -> LoadedFamily:
     """The family with random weights and without text encoders."""
     import diffusers
 
-    configs = public_configs()
-    family = next(name for name, info in FAMILIES.items() if variant in info.variants)
-    public = configs["denoiser"][variant]
-    flow = family in ("sd3", "flux")
-    words = dict(configs["scheduler"][SCHEDULERS.get(family, variant)][1])
-    words.pop("prediction_type", None)
-    kind = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+    family = str(family_of_variant(variant))
+    spec, public = FAMILIES[family], configs(family)
+    kind, words = public["scheduler"][variant]
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # twice the memory otherwise, for a moment
     try:
         with device:
-            denoiser = getattr(diffusers, public["class"]).from_config(public["config"])
+            denoiser = getattr(diffusers, spec.denoiser_class).from_config(public["denoiser"][variant])
     finally:
         torch.set_default_dtype(before)
-    name = {"sd3": "sd3", "flux": "flux1"}.get(family, family)
-    vae = diffusers.AutoencoderKL.from_config(configs["vae"][name]).to(device)
-    scheduler = getattr(diffusers, kind)(**words)
+    vae = getattr(diffusers, spec.vae_class).from_config(public["vae"]).to(device)
+    scheduler = getattr(diffusers, kind)(**{key: value for key, value in words.items() if key != "prediction_type"})
     return family_class(family)(
         Parts(
-            name=family, variant=variant, prediction="flow" if flow else "epsilon",
+            name=family, variant=variant, prediction="flow" if spec.flow else "epsilon",
             denoiser=denoiser, vae=vae, text_encoders=[], scheduler=scheduler, device=device, dtype=dtype,
         )
     )  # fmt: skip
@@ -67,15 +59,10 @@ def build(variant: str, dtype: torch.dtype, device: torch.device) -> LoadedFamil
 
 def text_of(family: LoadedFamily) -> dict[str, torch.Tensor]:
     """Random embeddings of the right shapes."""
-    config: Any = family.denoiser.config
-    tokens = {"sd3": 77 + 256, "flux": 512}.get(family.name, 77)
-    width = getattr(config, "cross_attention_dim", None) or config.joint_attention_dim
-    pooled = 1280 if family.name == "sdxl" else getattr(config, "pooled_projection_dim", 1)
+    tokens = sum(encoder.max_tokens for encoder in FAMILIES[family.name].text_encoders if encoder.adds_tokens)
     generator = torch.Generator().manual_seed(1)
-    return {
-        "prompt_embeds": torch.randn(1, tokens, width, generator=generator),
-        "pooled_prompt_embeds": torch.randn(1, pooled, generator=generator),
-    }
+    shapes = family.text_shapes(family.denoiser.config, tokens)
+    return {name: torch.randn(1, *shape, generator=generator) for name, shape in shapes.items()}
 
 
 def main() -> None:

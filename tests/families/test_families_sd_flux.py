@@ -11,7 +11,7 @@ import torch
 
 from emotrain.families import load_family
 from emotrain.families.base import Conditioning, DrawRequest
-from emotrain.families.flux import image_ids, pack, unpack
+from emotrain.families.flux.model import image_ids, pack, unpack
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from emotrain.diffusion import build_objective
 from emotrain.families import load_family
 from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds
-from emotrain.families.flux import pack
+from emotrain.families.flux.model import pack
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import ASSETS
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from emotrain.dataset.loader import Batch, Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.families import load_family
-from emotrain.families.sizes import public_configs
+from emotrain.families.registry import configs, family_of_variant
 from emotrain.train import loop
 from emotrain.train.state import TrainState
 
@@ -28,7 +28,7 @@ SIZES = [(512, 512), (768, 768), (1024, 1024), (832, 1216), (1344, 768)]  # widt
 SCHEDULERS = [
     ("flux_folder", "flux1-dev"),
     ("flux_folder", "flux1-schnell"),
-    ("sd3_folder", "sd3"),
+    ("sd3_folder", "sd3-medium"),
     ("sd3_folder", "dynamic"),  # no public SD3 has it, but its pipeline knows it
 ]
 DYNAMIC = {
@@ -83,7 +83,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     folder, name = request.param
     shutil.copytree(request.getfixturevalue(folder), tmp_path / "model")
     file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
-    known = DYNAMIC if name == "dynamic" else public_configs()["scheduler"][name][1]
+    known = DYNAMIC if name == "dynamic" else configs(str(family_of_variant(name)))["scheduler"][name][1]
     file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", **known}))
     return load_family(str(tmp_path / "model"), device="cpu")
 
@@ -104,9 +104,11 @@ def test_the_loop_trains_at_the_sigmas_of_the_stock_pipeline(
 
 
 def test_flux_dev_at_1024_pixels_has_the_published_shift() -> None:
-    from emotrain.families.flux import Flux
+    from emotrain.families.flux.model import Flux
 
-    objective = build_objective("flow", public_configs()["scheduler"]["flux1-dev"][1])
-    tokens = Flux.num_image_tokens(Flux.__new__(Flux), 128, 128)
+    objective = build_objective("flow", configs("flux")["scheduler"]["flux1-dev"][1])
+    family = Flux.__new__(Flux)
+    family.name = "flux"
+    tokens = family.num_image_tokens(128, 128)
     assert tokens == 4096
     assert objective.timesteps(torch.tensor([0.5]), tokens).item() == pytest.approx(0.7595, abs=1e-3)

@@ -12,10 +12,10 @@ from tiny_models import weights
 from torch import Tensor
 
 from emotrain.errors import ModelError
+from emotrain.families.unet import to_sgm
 from emotrain.lora.dialects import detect, parse
 from emotrain.lora.formats import pairs, to_diffusers, to_kohya
 from emotrain.lora.origin import require_family
-from emotrain.lora.originals import to_sgm
 
 Tensors = dict[str, Tensor]
 

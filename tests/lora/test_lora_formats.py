@@ -8,9 +8,10 @@ from tiny_models import weights
 from torch import Tensor
 
 from emotrain.errors import ModelError
+from emotrain.families.unet import from_sgm, to_sgm
 from emotrain.lora.dialects import parse
 from emotrain.lora.formats import layout_of, to_diffusers, to_kohya, to_layout
-from emotrain.lora.originals import dotted, from_sgm, to_sgm
+from emotrain.lora.originals import dotted
 from emotrain.runs.lora_keys import lora_keys
 
 FAMILIES = ["sd15", "sd21", "sdxl", "sd3", "flux"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from emotrain.errors import ConfigError
-from emotrain.families.table import public_configs
+from emotrain.families.registry import FAMILIES, configs, family_of_variant
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.targets import layers, select
 
@@ -34,9 +34,9 @@ MILLIONS_AT_RANK_16 = {
 
 @cache
 def real_size(variant: str) -> nn.Module:
-    entry = public_configs()["denoiser"][variant]
+    family = str(family_of_variant(variant))
     with torch.device("meta"):
-        return getattr(diffusers, entry["class"]).from_config(entry["config"])
+        return getattr(diffusers, FAMILIES[family].denoiser_class).from_config(configs(family)["denoiser"][variant])
 
 
 @pytest.mark.parametrize("variant", COUNTS)
@@ -64,7 +64,7 @@ def test_rank_16_has_the_documented_number_of_parameters(variant: str) -> None:
 
 def test_an_adapter_on_the_meta_device_reads_no_weights_and_has_the_right_count() -> None:
     with torch.device("meta"):
-        model = diffusers.UNet2DConditionModel.from_config(public_configs()["denoiser"]["sd15"]["config"])
+        model = diffusers.UNet2DConditionModel.from_config(configs("sd15")["denoiser"]["sd15"])
     adapter = add_adapter(model, rank=16, alpha=16, targets="attn-mlp", family="sd15", seed=0)
     assert adapter.num_modules == 192
     assert round(adapter.num_parameters / 1e6, 2) == 6.78
@@ -106,6 +106,6 @@ def test_an_unknown_set_is_an_error_that_names_the_known_ones() -> None:
 
 def test_a_rank_above_what_the_layers_hold_is_refused() -> None:
     with torch.device("meta"):
-        model = diffusers.UNet2DConditionModel.from_config(public_configs()["denoiser"]["sd15"]["config"])
+        model = diffusers.UNet2DConditionModel.from_config(configs("sd15")["denoiser"]["sd15"])
     with pytest.raises(ConfigError, match="1000000000"):
         add_adapter(model, rank=10**9, alpha=1, targets="attn", family="sd15", seed=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import emotrain.assets.make_assets as maker
-from emotrain.families.sizes import FAMILIES, public_configs
+from emotrain.families.registry import FAMILIES, configs
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.targets import select
 from emotrain.runs.footprint import build_on_meta, count_saved, measure
@@ -28,7 +28,7 @@ def test_the_count_on_meta_is_that_of_real_tensors() -> None:
 
 
 def test_checkpointing_keeps_less_and_a_block_is_part_of_the_whole() -> None:
-    config = public_configs()["denoiser"]["sd15"]["config"]
+    config = configs("sd15")["denoiser"]["sd15"]
     counted = measure("sd15", config, latents=(1, 4, 64, 64), num_tokens=77, low=torch.bfloat16, adapter_words=WORDS)
     assert 0 < counted.block < counted.saved
     assert counted.checkpointed < 0.4 * counted.plain
@@ -48,10 +48,8 @@ def test_memory_grows_with_the_batch_and_halves_with_half_the_precision() -> Non
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
 def test_parameters_and_modules_at_real_size_are_the_tables(family: str, variant: str) -> None:
-    public = public_configs()["denoiser"][variant]
-    model = build_on_meta(family, public["config"], torch.float32)
-    assert sum(p.numel() for p in model.parameters()) == public["parameters"]
     known = FAMILIES[family].variants[variant]
-    assert known.parameters == public["parameters"]
+    model = build_on_meta(family, configs(family)["denoiser"][variant], torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == known.parameters
     for targets, count in known.modules.items():
         assert len(select(model, targets, family)) == count

@@ -14,7 +14,7 @@ from emotrain.cli.app import main
 from emotrain.config.load import load
 from emotrain.config.schema import Preset
 from emotrain.errors import ExitCode
-from emotrain.families.sd import StableDiffusion
+from emotrain.families.sd.model import StableDiffusion
 from emotrain.lora.file import read_lora
 from emotrain.runs import no_room, start
 from emotrain.runs.folder import RunFolder

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emotrain.families.base import Conditioning, TextEmbeds
 from emotrain.families.common import SMALL_MODEL_GUIDANCE, LoadedFamily, ids_of
-from emotrain.families.sizes import FAMILIES
+from emotrain.families.flux.spec import FLUX
 
 TRAINING_GUIDANCE = 1.0  # the dev model is distilled; at 1.0 its own prediction is the least bent
 
@@ -41,8 +41,6 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
 class Flux(LoadedFamily):
     """FLUX.1-dev (guidance embedding), FLUX.1-schnell, and small ones of the same build."""
 
-    patch_size = 2  # `pack` makes a token of 2x2 latents
-
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S, D] of the T5, pooled_prompt_embeds [B, D] of CLIP."""
         clip = self.part("text_encoder")
@@ -60,6 +58,14 @@ class Flux(LoadedFamily):
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
         """prompt_embeds float32 [B, S, D] and pooled_prompt_embeds float32 [B, D] on the CPU."""
         return self.to_rows(self.encode_with_grad(texts))
+
+    @staticmethod
+    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Tokens and one pooled embedding."""
+        return {
+            "prompt_embeds": (num_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W].
@@ -98,7 +104,7 @@ class Flux(LoadedFamily):
         if self.denoiser.config.guidance_embeds:
             return {
                 **words,
-                "guidance_scale": FAMILIES["flux"].guidance if guidance is None else guidance,
+                "guidance_scale": FLUX.guidance if guidance is None else guidance,
             }
         scale = usual_true_guidance(self.variant) if guidance is None else guidance
         if scale > 1.0:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emotrain.families.base import Conditioning, TextEmbeds
 from emotrain.families.common import SMALL_MODEL_GUIDANCE, LoadedFamily, ids_of
-from emotrain.families.sizes import FAMILIES
+from emotrain.families.sd.spec import SD15
 
 
 class StableDiffusion(LoadedFamily):
@@ -25,6 +25,11 @@ class StableDiffusion(LoadedFamily):
     def encode_texts(self, texts: list[str]) -> TextEmbeds:
         """prompt_embeds float32 [B, S, D] on the CPU."""
         return self.to_rows(self.encode_with_grad(texts))
+
+    @staticmethod
+    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """One embedding a token."""
+        return {"prompt_embeds": (num_tokens, config.cross_attention_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """Epsilon or v, float32 [B, C, H, W]; the sizes in `conditioning` play no part."""
@@ -52,4 +57,4 @@ class StableDiffusion(LoadedFamily):
 
 def usual_guidance(variant: str) -> float:
     """The guidance of samples."""
-    return FAMILIES["sd15"].guidance if variant != "custom" else SMALL_MODEL_GUIDANCE
+    return SD15.guidance if variant != "custom" else SMALL_MODEL_GUIDANCE

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emotrain.families.base import Conditioning, TextEmbeds
 from emotrain.families.common import LoadedFamily, ids_of
-from emotrain.families.sizes import FAMILIES
+from emotrain.families.sdxl.spec import SDXL
 
 
 def time_ids(conditioning: Conditioning) -> Tensor:
@@ -45,6 +45,12 @@ class StableDiffusionXL(LoadedFamily):
         """Zeros, unless the model's model_index.json says otherwise."""
         return {key: torch.zeros_like(value) for key, value in empty.items()} if self.force_zeros else empty
 
+    @staticmethod
+    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """The pooled embedding shares its input with the six sizes."""
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"prompt_embeds": (num_tokens, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
+
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """Epsilon or v, float32 [B, C, H, W]."""
         latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
@@ -76,5 +82,5 @@ class StableDiffusionXL(LoadedFamily):
             "pooled_prompt_embeds": text["pooled_prompt_embeds"],
             "negative_prompt_embeds": negative["prompt_embeds"],
             "negative_pooled_prompt_embeds": negative["pooled_prompt_embeds"],
-            "guidance_scale": FAMILIES["sdxl"].guidance if guidance is None else guidance,
+            "guidance_scale": SDXL.guidance if guidance is None else guidance,
         }

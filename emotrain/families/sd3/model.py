@@ -9,15 +9,11 @@ from torch import Tensor, nn
 
 from emotrain.families.base import Conditioning, TextEmbeds
 from emotrain.families.common import LoadedFamily, ids_of
-from emotrain.families.sizes import FAMILIES
-
-T5_TOKENS = 256  # what the stock pipeline pads to
+from emotrain.families.sd3.spec import SD3, T5_TOKENS
 
 
 class StableDiffusion3(LoadedFamily):
     """SD3 medium, SD3.5 medium and large. The T5 may be absent; its tokens are then zeros."""
-
-    patch_size = 2  # of every published SD3: latents per token and side
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """prompt_embeds [B, S + S', D]: CLIP tokens padded to the T5's width, then the T5's.
@@ -53,6 +49,14 @@ class StableDiffusion3(LoadedFamily):
         """prompt_embeds and pooled_prompt_embeds as above, float32 on the CPU."""
         return self.to_rows(self.encode_with_grad(texts))
 
+    @staticmethod
+    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Tokens and one pooled embedding."""
+        return {
+            "prompt_embeds": (num_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]; sigmas become timesteps 0..1000 here."""
         latents, sigmas, text = self._inputs(noisy_latents, timesteps, text)
@@ -79,5 +83,5 @@ class StableDiffusion3(LoadedFamily):
             "pooled_prompt_embeds": text["pooled_prompt_embeds"],
             "negative_prompt_embeds": negative["prompt_embeds"],
             "negative_pooled_prompt_embeds": negative["pooled_prompt_embeds"],
-            "guidance_scale": FAMILIES["sd3"].guidance if guidance is None else guidance,
+            "guidance_scale": SD3.guidance if guidance is None else guidance,
         }

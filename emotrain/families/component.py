@@ -1,0 +1,103 @@
+"""One component of a model through the class that diffusers or transformers has for it, with distrust."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from emotrain.errors import ModelError
+from emotrain.families.headers import refuse_unreadable
+from emotrain.families.quiet import quiet
+
+Loaded = TypeVar("Loaded")
+
+
+def known_class(where: str, part: str, index: dict[str, Any], known: frozenset[str]) -> str:
+    """The class that model_index.json names for a part, if it is one that this part can be.
+
+    A stranger's file must not choose what is run: `Auto...` classes follow the code that lies in the folder.
+
+    Raises:
+        ModelError: it is another one, or nothing of the kind.
+    """
+    entry = index.get(part)
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if not isinstance(name, str) or name not in known:
+        raise ModelError(
+            f"`{where}` has `{str(name)[:60]}` for its {part}, which emotrain does not load",
+            f"known are {', '.join(sorted(known))}",
+        )
+    return name
+
+
+def refuse_filled_up(where: str, info: dict[str, Any]) -> None:
+    """Refuse a model of which tensors were not in its files: transformers fills them up at random.
+
+    Raises:
+        ModelError: a tensor is missing, left over or of another shape.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+    mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys") or ()]
+    if missing or mismatched:
+        first = (missing or mismatched)[0]
+        raise ModelError(
+            f"`{where}` lacks {len(missing) + len(mismatched)} of its tensors, such as `{first}`",
+            "its file is not complete, or its tensors have other names; download it again",
+        )
+
+
+def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any) -> Any:
+    """One model of a folder, from safetensors only; where there is just a `fp16` variant of the file, that one.
+
+    Raises:
+        ModelError: missing, pickled, damaged, or with tensors of another shape.
+    """
+    folder = Path(where) / part
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(folder.glob("*.bin"))
+            if pickles:
+                refuse_unreadable(pickles[0])
+            raise ModelError(
+                f"`{folder}` holds no .safetensors file",
+                "the model's folder is not complete; download it again",
+            )
+        for file in files:
+            refuse_unreadable(file)
+        if all(".fp16." in file.name for file in files):
+            words["variant"] = "fp16"
+    return guard(
+        where,
+        part,
+        lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **words),
+    )
+
+
+def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
+    """Run a loader of diffusers or transformers; its complaints about files become a ModelError."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from safetensors import SafetensorError
+
+    from emotrain.families.hub import hub_error
+
+    try:
+        with quiet():
+            return load()
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+        SafetensorError, SingleFileComponentError,
+    ) as error:  # whatever a library makes of a file that is not what its names say  # fmt: skip
+        if (known := hub_error(where, error)) is not None:
+            raise known from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"`{os.path.join(where, part)}` cannot be loaded: {first}",
+            "the download may be damaged or not complete",
+        ) from error

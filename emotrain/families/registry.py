@@ -1,0 +1,36 @@
+"""The families that emotrain trains, in the order in which a file is tried (no torch).
+
+A new family is a folder and one line here (and its name in `config.values.FamilyName`, which may not look in here).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from emotrain.families.flux.spec import FLUX
+from emotrain.families.sd.spec import SD15, SD21
+from emotrain.families.sd3.spec import SD3
+from emotrain.families.sdxl.spec import SDXL
+from emotrain.families.spec import FamilySpec
+
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD15, SD21, SDXL, SD3, FLUX)}
+
+
+@cache
+def configs(family: str) -> dict[str, Any]:
+    """The public models' own configs: `denoiser` and `scheduler` by variant, `vae`, `text_encoders` by name.
+
+    A text encoder is [class, config], a scheduler [class, config].
+    """
+    path = Path(__file__).parent / FAMILIES[family].folder / "configs.json"
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    own: dict[str, Any] = loaded.get(family, loaded)
+    return own
+
+
+def family_of_variant(variant: str) -> str | None:
+    """The family that has a public model of that name."""
+    return next((name for name, spec in FAMILIES.items() if variant in spec.variants), None)

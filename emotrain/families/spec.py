@@ -1,0 +1,268 @@
+"""What there is to say of a model family without opening a file: the kinds of facts (no torch).
+
+A family is a folder here: `spec.py` holds one `FamilySpec` (or several that share everything else), `configs.json` the
+public models' own configs, `model.py` the class that encodes, predicts and draws. `registry.py` lists the families.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
+
+CLIP_TOKENIZERS = "stabilityai/stable-diffusion-xl-base-1.0"  # not gated; the second one pads with `!`
+T5_TOKENIZER = "google/t5-v1_1-xxl"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family.
+
+    Attributes:
+        name: as in a diffusers folder: text_encoder, text_encoder_2, ...
+        kind: of model; only CLIP encoders can be trained.
+        parameters: of the public one.
+        tokenizer: a public repository that holds its tokenizer, and the folder in it.
+        tokenizer_class: of transformers.
+        prefixes: how its tensors begin in a single file of the whole model.
+        max_tokens: what the stock pipeline pads or cuts to.
+        adds_tokens: whether its tokens are tokens of the denoiser's, or widen those of another encoder.
+        lora_modules: modules that a LoRA on the public one has; 0 where it is never trained.
+        optional: the model works without it.
+    """
+
+    name: str
+    kind: Literal["clip", "t5", "llm"]
+    parameters: int
+    tokenizer: tuple[str, str]
+    tokenizer_class: str = "CLIPTokenizer"
+    prefixes: tuple[str, ...] = ()
+    max_tokens: int = 77
+    adds_tokens: bool = True
+    lora_modules: int = 0
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One public model of a family.
+
+    Attributes:
+        parameters: of its denoiser.
+        modules: how many modules a LoRA has per named set of targets, counted on the meta device; a test counts again.
+        activations_gib: saved activations without and with gradient checkpointing, the largest block counted in the
+            second: batch 1 at the model's own size, LoRA on attn-mlp with rank 16, bf16; from `emotrain plan`.
+        architecture: `modelspec.architecture` of LoRA files.
+        repository: on the hub, where its sizes stand for the files.
+    """
+
+    parameters: int
+    modules: Mapping[str, int]
+    activations_gib: tuple[float, float]
+    architecture: str
+    repository: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One module of the original model: its dotted name, and diffusers' modules in the order of its output rows."""
+
+    name: str
+    parts: tuple[str, ...]
+    swaps: bool = False  # (shift, scale) here is (scale, shift) there
+
+
+class OriginalNames(Protocol):
+    """Names of the original checkpoints, which kohya and ComfyUI files use, against diffusers' names."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """By which an original name is recognised."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Segments of paths that hold an underscore: kohya writes dots as underscores."""
+
+    def to_original(self, path: str) -> Group | None:
+        """The original module that a diffusers path belongs to; None where there is none."""
+
+    def from_original(self, path: str) -> Group | None:
+        """The group of a dotted original name; None where it is not one."""
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """Names by a table of (original, diffusers' parts), in which {i} is a number.
+
+    `swaps` names originals whose two halves (shift, scale) are the other way round in diffusers.
+    """
+
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    heads: tuple[str, ...]
+    swaps: re.Pattern[str] | None = None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every segment of the table's paths that holds an underscore."""
+        paths = [path for original, parts in self.rows for path in (original, *parts)]
+        return tuple(sorted({word for path in paths for word in path.split(".") if "_" in word}))
+
+    def to_original(self, path: str) -> Group | None:
+        """The original module that a diffusers path belongs to; None where there is none."""
+        for original, parts in self.rows:
+            for part in parts:
+                if found := _rule(part).fullmatch(path):
+                    return self._filled(original, parts, found.groups())
+        return None
+
+    def from_original(self, path: str) -> Group | None:
+        """The group of a dotted original name; None where it is not one."""
+        for original, parts in self.rows:
+            if found := _rule(original).fullmatch(path):
+                return self._filled(original, parts, found.groups())
+        return None
+
+    def _filled(self, original: str, parts: tuple[str, ...], numbers: tuple[str, ...]) -> Group:
+        number = numbers[0] if numbers else ""
+        swaps = self.swaps is not None and self.swaps.fullmatch(original) is not None
+        return Group(original.replace("{i}", number), tuple(p.replace("{i}", number) for p in parts), swaps)
+
+
+@cache
+def _rule(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{i\}", r"(\d+)"))
+
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """How LoRA files of a family look.
+
+    Attributes:
+        targets: "attn", "mlp" and "rest": regular expressions of whole module paths.
+        heads: how diffusers' paths of its denoiser begin.
+        marks: regular expressions of diffusers' paths that this family alone has.
+        originals: names of the original model.
+        layout: the file layout that ComfyUI, A1111 and diffusers all read at exactly the trained strength.
+        loader: diffusers' mixin that reads such files.
+        loader_alphas: whether that returns alphas: always, where asked, or never (it folds them in).
+        unread_layouts: layouts that diffusers cannot read for this family.
+        kohya_originals: kohya's files use the original's names (else diffusers').
+        comfyui_originals: `diffusion_model.` files use the original's names (else diffusers').
+        kohya_text: prefix of the first text encoder in kohya's files.
+        base_version: `ss_base_model_version`.
+        implementation: `modelspec.implementation`, the original code.
+        stated: words in the metadata of others' files by which they name the family.
+    """
+
+    targets: Mapping[str, tuple[str, ...]]
+    heads: tuple[str, ...]
+    originals: OriginalNames
+    layout: Literal["kohya", "diffusers", "comfyui"]
+    loader: str
+    base_version: str
+    marks: tuple[str, ...] = ()
+    loader_alphas: Literal["always", "asked", "never"] = "never"
+    unread_layouts: tuple[str, ...] = ()
+    kohya_originals: bool = True
+    comfyui_originals: bool = True
+    kohya_text: str = "lora_te1"
+    implementation: str = ""
+    stated: tuple[str, ...] = ()
+
+
+def nothing_to_check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """A single file whose tensor names alone say enough."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """How a single file of a family looks, in the original layout.
+
+    Attributes:
+        variant_of: which public model the shapes belong to, "" for the only one; None: another family. Names come
+            without the denoiser's prefix. Raises ModelError for near relatives that cannot be trained.
+        heads: how the denoiser's tensors begin.
+        vae_prefixes: how the VAE's tensors begin.
+        check: refuses what the names alone do not show; gets path, shapes and the denoiser's config.
+    """
+
+    variant_of: Callable[[Path, Shapes], str | None]
+    heads: tuple[str, ...]
+    vae_prefixes: tuple[str, ...] = ()
+    check: Callable[[Path, Shapes, Mapping[str, Any]], None] = nothing_to_check
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One family; sizes in pixels.
+
+    Attributes:
+        name: in presets.
+        title: for people.
+        folder: of `configs.json` and `model.py`.
+        pipeline: diffusers' class, which model_index.json names.
+        denoiser: unet or transformer, as in a diffusers folder.
+        denoiser_class: of diffusers.
+        model_class: in `model.py`.
+        resolution: of the public model.
+        latent_channels: of the VAE.
+        vae_scale: pixels per latent.
+        layer_width_max: the narrower side of the widest layer: the largest rank that adds something.
+        guidance: of samples.
+        text_encoders: in the order of the pipeline.
+        variants: public models by name; the first is meant where nothing is said.
+        lora: how LoRA files look.
+        file: how single files look.
+        blocks: classes that gradient checkpointing computes again.
+        bucket_step: sides are multiples of this.
+        vae_class: of diffusers.
+        flow: rectified flow; else epsilon or v.
+        packed_channels: the denoiser's input channels are these times the latent channels.
+        patch: latents per token and side, as the stock pipeline counts them for the scheduler.
+        vae_patch: latents are patches of that many of the VAE's own per side.
+        other_pipelines: further pipelines that such folders name.
+    """
+
+    name: str
+    title: str
+    folder: str
+    pipeline: str
+    denoiser: Literal["unet", "transformer"]
+    denoiser_class: str
+    model_class: str
+    resolution: int
+    latent_channels: int
+    layer_width_max: int
+    guidance: float
+    text_encoders: tuple[TextEncoder, ...]
+    variants: Mapping[str, Variant]
+    lora: LoraFacts = field(repr=False)
+    file: FileFacts = field(repr=False)
+    blocks: tuple[str, ...]
+    vae_scale: int = 8
+    bucket_step: int = 64
+    vae_class: str = "AutoencoderKL"
+    flow: bool = False
+    packed_channels: int = 1
+    patch: int = 1
+    vae_patch: int = 1
+    other_pipelines: tuple[str, ...] = ()
+
+    @property
+    def trainable_encoders(self) -> tuple[TextEncoder, ...]:
+        """Text encoders that can carry a LoRA."""
+        return tuple(encoder for encoder in self.text_encoders if encoder.lora_modules)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest text encoder."""
+        return max(encoder.max_tokens for encoder in self.text_encoders)
+
+    def encoder(self, name: str) -> TextEncoder:
+        """The text encoder of that name."""
+        return next(encoder for encoder in self.text_encoders if encoder.name == name)
