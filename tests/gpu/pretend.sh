@@ -24,4 +24,5 @@ try run quickstart "${short[@]}" --name checkpointed --set train.gradient_checkp
 for optimizer in emoairy emocats emonavi; do
   try run quickstart "${short[@]}" --name "$optimizer" --set "train.optimizer=$optimizer" --set sample.every=0
 done
+try verify-resume quickstart --steps 3
 echo "pretend CUDA: all runs ended well"

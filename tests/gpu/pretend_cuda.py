@@ -4,7 +4,8 @@
     python pretend_cuda.py run script.py ARGS...   # or: run -m pytest ...; run -m emotrain run quickstart --plain
 
 It mixes nothing: an operator that gets CUDA and CPU tensors raises, as on a GPU. Autocast is the real CUDA autocast. It
-counts blocking reads (`pretend_cuda.counts()`), copies and bytes. It proves nothing about CUDA's own kernels, speed or
+counts blocking reads, copies and bytes (`pretend_cuda.counts()`), and runs out of memory where a limit is set
+(`torch.cuda.set_per_process_memory_fraction`). It proves nothing about CUDA's own kernels, speed or
 determinism. PRETEND_FREE_GIB (default 23) is what `mem_get_info` says; PRETEND_BF16=0 makes a card without bf16.
 """
 
@@ -40,11 +41,14 @@ def build() -> None:
     command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
     command += [f"-I{path}" for path in include_paths()] + [str(HERE / "hooks.cpp"), f"-L{lib}", "-ltorch_cpu", "-lc10"]
     subprocess.run([*command, "-o", str(BUILD / "libhooks.so")], check=True)
+    ctypes.CDLL(str(BUILD / "libhooks.so"), mode=ctypes.RTLD_GLOBAL)  # which the extension asks for page-locked memory
     load("pretend_ext", [str(HERE / "pretend.cpp")], build_directory=str(BUILD), extra_cflags=["-O1"])
 
 
 def install() -> None:
-    """Must run before torch is imported."""
+    """Must run before torch is imported; once is enough."""
+    if "pretend_ext" in sys.modules:
+        return
     assert "torch" not in sys.modules, "install() before torch is imported"
     lib = _torch_lib()
     for name in ("libgomp", "libc10.so", "libtorch_cpu.so"):
@@ -65,6 +69,45 @@ def install() -> None:
     bf16 = os.environ.get("PRETEND_BF16", "1") != "0"
     generator = torch.Generator().manual_seed(3)
 
+    class Stream:
+        """All work is done when the call returns: a stream is an order that holds by itself."""
+
+        cuda_stream = 0
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        def __enter__(self) -> Stream:
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            pass
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+        def wait_event(self, event: object) -> None:
+            pass
+
+        def record_event(self, event: object = None) -> object:
+            return event or Event()
+
+        def synchronize(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return True
+
+    class Event(Stream):
+        def record(self, stream: object = None) -> None:
+            pass
+
+        def wait(self, stream: object = None) -> None:
+            pass
+
+        def elapsed_time(self, end: object) -> float:
+            return 0.0
+
     class Properties:
         total_memory, major, minor, name, multi_processor_count = total, 8, 9 if bf16 else 0, "Pretend", 128
 
@@ -77,6 +120,13 @@ def install() -> None:
     cuda.mem_get_info = lambda device=None: (free - ext.counts()[4], total)
     cuda.empty_cache = lambda: None
     cuda.synchronize = lambda device=None: None
+    cuda.Stream, cuda.Event = Stream, Event  # type: ignore[misc]
+    cuda.current_stream = cuda.default_stream = lambda device=None: Stream()
+    cuda.stream = lambda stream: stream
+    cuda.set_per_process_memory_fraction = lambda fraction, device=None: ext.limit(int(fraction * total))
+    cuda.reset_peak_memory_stats = lambda device=None: ext.reset_peak()
+    cuda.max_memory_reserved = cuda.memory_reserved = lambda device=None: ext.counts()[5]
+    cuda.set_sync_debug_mode = lambda mode: None
     cuda.max_memory_allocated = lambda device=None: ext.counts()[5]
     cuda.memory_allocated = lambda device=None: ext.counts()[4]
     cuda.get_device_capability = lambda device=None: (8, 9) if bf16 else (7, 5)
@@ -88,14 +138,14 @@ def install() -> None:
     cuda.manual_seed_all = lambda seed: generator.manual_seed(seed)
     cuda.default_generators = (generator,)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.Tensor.pin_memory = lambda self, device=None: self.clone()
+    torch.Tensor.record_stream = lambda self, stream: None
 
 
 def counts() -> dict[str, int]:
-    """Blocking reads, host-to-device and device-to-host copies, operators, bytes in use and at the peak."""
+    """Blocking reads, copies to and from the device, operators, bytes in use and at the peak, copies that block."""
     import pretend_ext as ext
 
-    names = ("syncs", "h2d", "d2h", "operators", "bytes", "peak_bytes")
+    names = ("syncs", "h2d", "d2h", "operators", "bytes", "peak_bytes", "pageable")
     return dict(zip(names, ext.counts(), strict=False))
 
 
@@ -104,6 +154,8 @@ def main() -> None:
     if word == "build":
         build()
     elif word == "run" and rest:
+        os.environ["PRETEND_CUDA_DIR"] = str(BUILD)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
         install()
         if rest[0] == "-m":
             sys.argv = rest[1:]
