@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emotrain.cli.options import OneJson, Overrides
+
+if TYPE_CHECKING:
+    from emotrain.runs.verify import Comparison
 
 
 def verify_resume(
@@ -21,6 +24,8 @@ def verify_resume(
 
     Trains 2n steps straight, then n steps, `kill -9`, resume and n steps more, and compares weights, optimizer,
     emotion, random states and history bit for bit. Nothing is left behind. Exit 5 where anything differs.
+    On a GPU it trains with deterministic kernels, as `train.deterministic: true` does; with
+    `--set train.deterministic=false` it says how far apart the common, faster ones end.
 
     Examples:
       emotrain verify-resume quickstart
@@ -39,13 +44,20 @@ def verify_resume(
         found = verify(loaded.preset, steps, Path(work), output.note)
     equal = sum(item.equal for item in found)
     if as_json:
-        rows = [{"what": item.what, "equal": item.equal, "size": item.size} for item in found]
+        rows = [{"what": c.what, "equal": c.equal, "size": c.size, "apart": c.apart} for c in found]
         output.json_object({"steps": 2 * steps, "equal": equal == len(found), "compared": rows})
     else:
-        lines = [(item.what, "equal" if item.equal else "DIFFERENT", item.size) for item in found]
-        output.table(lines, ("compared", "result", "size"))
+        output.table([(c.what, _said(c), c.size) for c in found], ("compared", "result", "size"))
     if equal != len(found):
         raise CheckpointError(
             f"{len(found) - equal} of {len(found)} things differ after kill and resume",
-            "on a GPU, kernels with atomics can cause this; please report it with `emotrain doctor`",
+            "on a GPU, kernels that add up in no fixed order cause this: leave train.deterministic at auto"
+            if loaded.preset.train.deterministic is False
+            else "please report it with the output of `emotrain doctor`",
         )
+
+
+def _said(found: Comparison) -> str:
+    if found.equal:
+        return "equal"
+    return f"DIFFERENT, by up to {found.apart:.2g}" if found.apart else "DIFFERENT"

@@ -191,7 +191,13 @@ class TrainSection(Section):
     gradient_checkpointing: Auto | Bool = Field(
         "auto", description="less memory for a slower step; auto: where it does not fit"
     )
-    seed: Seed = Field(42, description="the same seed on the same machine gives the same bytes")
+    deterministic: Auto | Bool = Field(
+        "auto",
+        description="on a GPU only kernels that add up in a fixed order, a little slower; auto: in verify-resume",
+    )
+    seed: Seed = Field(
+        42, description="the same seed on the same machine gives the same bytes; on a GPU with `deterministic: true`"
+    )
     loss: LossSection = LossSection()
 
 

@@ -71,6 +71,7 @@ class Session:
     def load(self) -> None:
         """Everything up to the first step that needs no run folder; bad input is refused here."""
         preset = self.preset
+        rng.deterministic_kernels(preset.train.deterministic is True)
         rng.seed_all(preset.train.seed)
         self.found = build.sniffed(preset)
         settings = build.loader_settings(preset, self.found)

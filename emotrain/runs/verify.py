@@ -24,18 +24,19 @@ FREE = ("train_s", "resumes")  # wall-clock seconds, and how often the run was r
 
 @dataclass(frozen=True)
 class Comparison:
-    """One thing that was compared, and whether it is equal to the last bit."""
+    """One thing that was compared, and whether it is equal to the last bit; `apart` is the largest difference."""
 
     what: str
     equal: bool
     size: str
+    apart: float = 0.0
 
 
 def verify_resume(preset: Preset, steps: int, work: Path, tell: Callable[[str], None]) -> list[Comparison]:
     """Train twice in processes of their own, kill the second one half-way, and compare everything.
 
     Args:
-        preset: samples are left out and checkpoints set to every `steps` steps.
+        preset: samples are left out and checkpoints set to every `steps` steps; `train.deterministic: auto` is true.
         steps: n; the run is 2n steps long.
         work: an empty folder for the two runs.
         tell: gets a line about each stage.
@@ -78,6 +79,8 @@ def _start(preset: Preset, steps: int, work: Path, name: str) -> subprocess.Pope
     values["save"]["every"] = steps
     values["sample"]["every"] = 0
     values["stop"]["mode"] = "off"
+    if values["train"]["deterministic"] == "auto":
+        values["train"]["deterministic"] = True
     path = work / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return _emotrain("run", str(path), "--json", "--runs-dir", str(work / "runs"))
@@ -111,7 +114,11 @@ def _kill_at(process: subprocess.Popen[str], step: int) -> None:
 def _tensors(what: str, one: Path, other: Path) -> Comparison:
     a, b = load_file(one), load_file(other)
     equal = a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
-    return Comparison(what, equal, f"{len(a)} tensors, {sum(t.numel() for t in a.values()):,} numbers")
+    apart = 0.0
+    if not equal and a.keys() == b.keys():
+        pairs = [(a[key], b[key]) for key in a if a[key].shape == b[key].shape and a[key].numel()]
+        apart = max((float((one.double() - two.double()).abs().max()) for one, two in pairs), default=0.0)
+    return Comparison(what, equal, f"{len(a)} tensors, {sum(t.numel() for t in a.values()):,} numbers", apart)
 
 
 def _document(path: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from emotrain.dataset.loader import Batch
-from emotrain.errors import ResourceError
+from emotrain.errors import ConfigError, ResourceError
 from emotrain.train import rng
 from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 GIB = 2**30
 _SAID = re.compile(r"out of memory|allocate memory|alloc_failed", re.IGNORECASE)
 _ASKED = re.compile(r"allocate ([\d.]+) ?(GiB|MiB|bytes)", re.IGNORECASE)
+_NO_ORDER = re.compile(r"(\w+) does not have a deterministic implementation")
 _UNITS = {"gib": 1.0, "mib": 1 / 1024, "bytes": 1 / GIB}
 
 
@@ -58,10 +59,16 @@ def with_memory(doing: str, work: Callable[[], T]) -> T:
 
     Raises:
         OutOfMemory: `work` ran out of memory.
+        ConfigError: `train.deterministic` is true, and an operation has no deterministic form.
     """
     try:
         return work()
     except (MemoryError, RuntimeError) as error:
+        if found := _NO_ORDER.search(str(error)):
+            raise ConfigError(
+                f"train.deterministic is true, and `{found[1]}` has no deterministic form on this device",
+                "leave it at auto",
+            ) from None
         if not is_out_of_memory(error):
             raise
         size = asked_gib(error)

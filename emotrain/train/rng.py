@@ -1,7 +1,8 @@
-"""Every global random state as tensors and JSON, and back: torch (and devices), numpy, python."""
+"""What makes equal runs equal: seeds, all global random states as tensors and JSON and back, kernels in fixed order."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,21 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # CPU and all devices
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def deterministic_kernels(wanted: bool) -> None:
+    """On CUDA: only kernels that give the same bits for the same input; call it before CUDA starts.
+
+    By default some add up in the order in which their threads come to an end (atomics): attention's backward pass,
+    scattering, some convolutions. cuBLAS needs its workspace's size fixed for it. An operation of torch that has no
+    deterministic form raises; kernels of other libraries (bitsandbytes) are not asked. On the CPU nothing is changed.
+    """
+    if not torch.cuda.is_available():
+        return
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a launch a tensor
 
 
 def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:

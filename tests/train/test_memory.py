@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_run import FakeFamily, Recorder, limits, make_parts
 
-from emotrain.errors import ExitCode
+from emotrain.errors import ConfigError, ExitCode
 from emotrain.train.loop import fit
 from emotrain.train.memory import OutOfMemory, asked_gib, describe, is_out_of_memory, rehearse, with_memory
 from emotrain.train.state import TrainState
@@ -149,3 +149,11 @@ def test_a_step_that_runs_out_of_memory_is_not_done_and_the_state_before_it_is_s
     _, after_one, expected = run(0)
     assert torch.equal(weights, expected)
     assert (state.step, state.micro_step, state.samples_seen) == (1, 3, after_one.samples_seen)
+
+
+def test_an_operation_without_a_deterministic_form_is_named_with_the_key_to_change() -> None:
+    def scatter() -> None:
+        raise RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_determin...")
+
+    with pytest.raises(ConfigError, match=r"train.deterministic is true, and `put_` has no deterministic form"):
+        with_memory("at step 1", scatter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -11,6 +12,24 @@ import torch
 from emotrain.errors import CheckpointError
 from emotrain.train import rng
 from emotrain.train.durable import decode_json, encode_json
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_kernels_are_chosen_on_cuda_and_nothing_changes_on_the_cpu(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", chosen.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rng.deterministic_kernels(wanted)
+    assert chosen == []
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rng.deterministic_kernels(wanted)
+    assert chosen == [wanted]
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None) == (":4096:8" if wanted else None)
 
 
 def draws() -> tuple[object, ...]:
