@@ -53,6 +53,7 @@ def step_row(event: StepEnd) -> dict[str, Any]:
         "expected_end": list(end) if end is not None else None,
         "memory_gib": finite(event.memory_gib),
         "skipped": event.skipped,
+        "gain": event.gain,
     }
 
 

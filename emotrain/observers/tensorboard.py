@@ -161,6 +161,7 @@ def _step_scalars(event: StepEnd) -> dict[str, float]:
         "emo/scalar": reading.scalar,
         "emo/trust": reading.trust,
         "emo/pulse": reading.pulse,
+        "emo/gain": event.gain,
         "emo/stop_meter": event.stop_meter,
         "grad_norm": event.grad_norm,
         "guard/skipped": float(event.skipped),

@@ -68,6 +68,11 @@ class Averaged:
         torch._foreach_lerp_(self._average, [p.detach() for p in self._params()], weight)
         return loss
 
+    def restart(self, scale: float) -> None:
+        """Go on from weights that were put in place, with steps `scale` times as long; the average begins there."""
+        self.inner.restart(scale)
+        self.steps, self._average = 0, []
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.inner.zero_grad(set_to_none=set_to_none)

@@ -67,6 +67,11 @@ class Partner:
             self.reading = replace(self.reading, pulse=self._lr())
         return loss
 
+    def restart(self, scale: float) -> None:
+        """Go on from weights that were put in place, with steps `scale` times as long."""
+        for group in self.param_groups:
+            group["lr"] *= scale
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.inner.zero_grad(set_to_none=set_to_none)
@@ -149,14 +154,23 @@ def lion(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: floa
 
 
 def prodigy(params: Any, *, lr: float, eps: float, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
-    """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), from prodigyopt."""
+    """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), from prodigyopt, as its authors advise for diffusion.
+
+    That is with bias correction and `safeguard_warmup`; without them its estimate runs away on LoRAs.
+    """
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
         raise ConfigError("train.optimizer `prodigy` needs the package prodigyopt", _INSTALL) from error
     with redirect_stdout(io.StringIO()):  # its constructor prints
         inner: torch.optim.Optimizer = Prodigy(
-            params, lr=lr, eps=eps, betas=betas or (0.9, 0.999), weight_decay=weight_decay
+            params,
+            lr=lr,
+            eps=eps,
+            betas=betas or (0.9, 0.999),
+            weight_decay=weight_decay,
+            use_bias_correction=True,
+            safeguard_warmup=True,
         )
     return inner
 

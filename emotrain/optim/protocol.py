@@ -35,6 +35,9 @@ class OptimizerLike(Protocol):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters."""
 
+    def restart(self, scale: float) -> None:
+        """Go on from weights that were put in place, with steps `scale` times as long."""
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
 

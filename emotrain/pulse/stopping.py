@@ -10,6 +10,9 @@ pictures are memorised, but no longer as fast as that of the same pictures as th
 as it exceeds SHARED of what the pictures as they are have gained. Mirroring is no fair measure of what is not symmetric
 (light from the left, lettering, a grid): where the mirrored pictures have gained little when their fall ends, the rule
 listens to the pictures as they are, and can tell a standstill only.
+
+Where a run measures the gain of its step length (`emotrain.pulse.gain`), the same validations lower it, and the run
+ends when no other gain brings more.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from emotrain.pulse.gain import NEGLIGIBLE, VAIN, Gain
 from emotrain.pulse.signal import listen
 from emotrain.pulse.state import Averages
 
@@ -28,7 +32,6 @@ DENSE = 0.9  # share of lit steps in the window that counts as sustained
 PATIENCE = 0.4  # of the best step: how long the validation may fail to improve
 PATIENCE_LIT = 0.3  # the same while the published signal is sustained
 MIN_FAILED_VALIDATIONS = 2  # in a row, with scalar below zero
-NEGLIGIBLE = 0.005  # of the improvement so far: a smaller new best does not start the wait again
 NEGLIGIBLE_PLAIN = 0.03  # the same for training pictures as they are, which go on falling as they are memorised
 SHARED = 0.35  # of what pictures gain as they are: mirrored ones that gain less are being memorised
 FAST = 0.1  # of the improvement so far: a fall of mirrored pictures that counts whatever it is
@@ -50,11 +53,14 @@ class StopRule:
         mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on validation and signal.
         min_steps: never before this step.
         held_out: the validation hears held-out pictures; else training pictures, mirrored.
+        gain: of the step length, lowered where validations stop improving; None: it stays as it is.
     """
 
     mode: Literal["off", "signal", "trusted"] = "trusted"
     min_steps: int = MIN_STEPS
     held_out: bool = True
+    gain: Gain | None = None
+    gain_lowered: bool = field(default=False, compare=False)  # by the last validation
     lit: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     base_loss: float | None = None
     base_plain: float | None = None  # loss of the mirrored pictures as they are
@@ -102,6 +108,10 @@ class StopRule:
         still = too_small / max(felt, 1e-12)  # a fall too small to count is standing still
         felt_no_fall = step != self.anchor_step and self.scalar <= still
         self.failed_validations = self.failed_validations + 1 if felt_no_fall else 0
+        if self.gain is not None:
+            assert self.best_loss is not None
+            losses = {"best_loss": self.best_loss, "base_loss": self.base_loss}
+            self.gain_lowered = self.gain.update_validation(step, is_best=is_best, **losses)
         return is_best
 
     def _felt(self, loss: float, plain: float | None) -> float:
@@ -119,13 +129,17 @@ class StopRule:
         gained = self.base_plain - plain
         if loss >= self.anchor_loss and gained > MIN_GAIN * self.base_plain and self.base_loss - loss < UNFAIR * gained:
             self.unfair = True
+            if self.gain is not None:
+                self.gain.mark = None  # a loss of mirrored pictures
             self.base_loss, self.anchor_loss, self.best_loss = self.base_plain, math.inf, None
             return plain, None
         return loss, plain
 
-    def update_step(self, ready: bool) -> None:
-        """Take in the optimizer's own stop signal of one step."""
+    def update_step(self, ready: bool, length: float = 0.0) -> None:
+        """Take in the optimizer's own stop signal of one step, and the step's length."""
         self.num_steps += 1
+        if self.gain is not None:
+            self.gain.update_step(length)
         self.lit.append(ready)
         if sum(self.lit) > self.densest:
             self.densest, self.densest_end = sum(self.lit), self.num_steps
@@ -158,6 +172,8 @@ class StopRule:
         ready = min(step / max(self.min_steps, 1), 1.0)
         if self.mode == "signal" or not self.validations:
             return ready * sum(self.lit) / WINDOW / DENSE if self.lit else 0.0
+        if self.gain is not None:
+            return min(ready, self.gain.progress())
         waited = (step - self.anchor_step) / max(self.wait(), self.min_steps - self.anchor_step, 1)
         return (
             min(ready, waited, self.failed_validations / MIN_FAILED_VALIDATIONS, 1.0)
@@ -167,9 +183,15 @@ class StopRule:
 
     def expected_end(self, step: int, max_steps: int) -> tuple[int, int] | None:
         """First and last step at which the run is expected to end, once the validation has begun to fail."""
-        if self.mode != "trusted" or not self.failed_validations:
+        if self.mode != "trusted":
             return None
-        first = max(step, self.min_steps, self.anchor_step + self.wait())
+        if self.gain is not None:
+            end = self.gain.earliest_end()
+        else:
+            end = self.anchor_step + self.wait() if self.failed_validations else None
+        if end is None:
+            return None
+        first = max(step, self.min_steps, end)
         return min(first, max_steps), min(round(first * 1.5), max_steps)
 
     def decide(self, step: int) -> str | None:
@@ -180,17 +202,20 @@ class StopRule:
             if self.sustained:
                 return f"the optimizer signalled READY TO STOP on {sum(self.lit)} of the last {WINDOW} steps"
             return None
-        if self.failed_validations >= MIN_FAILED_VALIDATIONS and step - self.anchor_step >= self.wait():
-            which, fell = "held-out loss", "was lowest"
-            if not self.held_out:
-                which, fell = "loss of mirrored pictures", "last fell by more than memorising"
-            if self.unfair:
-                which, fell = "loss of training pictures", "last fell by more than a trifle"
-            return (
-                f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g})"
-                f" and has not improved for {self.failed_validations} validations (scalar {self.scalar:+.3f})"
-            )
-        return None
+        if self.gain is not None:
+            if not self.gain.done:
+                return None
+            why = f"{VAIN} step lengths in a row have brought less than {NEGLIGIBLE:.1%} of what was gained"
+        elif self.failed_validations >= MIN_FAILED_VALIDATIONS and step - self.anchor_step >= self.wait():
+            why = f"has not improved for {self.failed_validations} validations (scalar {self.scalar:+.3f})"
+        else:
+            return None
+        which, fell = "held-out loss", "was lowest"
+        if not self.held_out:
+            which, fell = "loss of mirrored pictures", "last fell by more than memorising"
+        if self.unfair:
+            which, fell = "loss of training pictures", "last fell by more than a trifle"
+        return f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g}) and {why}"
 
     def to_document(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -213,10 +238,11 @@ class StopRule:
             "validations": self.validations,
             "num_steps": self.num_steps,
             "densest": [self.densest, self.densest_end],
+            "gain": self.gain.to_document() if self.gain else None,
         }
 
     def load_document(self, document: dict[str, Any]) -> None:
-        """Inverse of `to_document`; mode and min_steps stay as this rule was built."""
+        """Inverse of `to_document`; mode and min_steps stay as this rule was built, the gain is the saved rule's."""
         self.lit = deque(document["lit"], maxlen=WINDOW)
         self.base_loss, self.base_plain = document["base_loss"], document["base_plain"]
         self.unfair = document["unfair"]
@@ -228,3 +254,5 @@ class StopRule:
         self.scalar, self.failed_validations = document["scalar"], document["failed_validations"]
         self.validations, self.num_steps = document["validations"], document["num_steps"]
         self.densest, self.densest_end = document["densest"]
+        gain = document.get("gain")  # not there in runs of 0.1.0
+        self.gain = Gain.from_document(gain) if gain else None

@@ -28,6 +28,7 @@ from emotrain.lora.file import LoraFile
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
+from emotrain.pulse import gain
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
 from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
@@ -211,13 +212,21 @@ def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sa
     )
 
 
+def measures_gain(preset: Preset) -> bool:
+    """Whether the run measures how long its steps may be, in place of the published unit."""
+    return preset.train.gain == "auto" and preset.train.optimizer.name == "emosens"
+
+
 def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> OptimizerLike:
     """The optimizer with the words that the preset gives, averaged unless it does that by itself."""
     settings = preset.train.optimizer
     words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
     if settings.name in EMO_OPTIMIZERS:
         words["notify"] = False  # the loop says it, as an event
-    optimizer = build_optimizer(settings.name, params, lr=preset.train.lr, **words)
+    lr = preset.train.lr
+    if measures_gain(preset):
+        lr = (lr or 1.0) * gain.START
+    optimizer = build_optimizer(settings.name, params, lr=lr, **words)
     return Averaged(optimizer) if preset.train.ema and settings.name != "schedulefree" else optimizer
 
 
@@ -230,7 +239,7 @@ def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:
             "use `trusted`, which listens to the held-out loss",
         )
     least = MIN_STEPS if preset.stop.min_steps == "auto" else preset.stop.min_steps
-    return StopRule(mode, least, held_out)
+    return StopRule(mode, least, held_out, gain.Gain() if measures_gain(preset) else None)
 
 
 def validate_every(preset: Preset, held_out: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from emotrain.errors import CheckpointError, Problem
 
 FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
-FIXED = ("train.loss.baseline", "train.ema")  # what a checkpoint's state depends on: they cannot change at all
+FIXED = ("train.loss.baseline", "train.ema", "train.gain")  # a checkpoint's state depends on them: they cannot change
 MOVED = re.compile(r"(dataset\.folders\.\d+\.(path|mask)|validate\.folder) was ")
 MOST_NAMES = 5
 
@@ -76,7 +76,7 @@ def preset_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     lines = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
-        if was == now or key.startswith(FREE):
+        if was == now or key.startswith(FREE) or (key in FIXED and key not in old):  # the run is older than the key
             continue
         if key == "train.max_steps" and isinstance(was, int) and isinstance(now, int) and now > was:
             continue

@@ -132,8 +132,9 @@ class Session:
         rate = self.preset.train.lr
         if rate is None or before.preset["train"]["lr"] == rate:
             return
+        gain = self.stop_rule.gain.value if self.stop_rule.gain else 1.0
         for group in self.optimizer.param_groups:
-            group["scope" if "scope" in group else "lr"] = rate
+            group["scope" if "scope" in group else "lr"] = rate * gain
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was taken."""
@@ -226,6 +227,7 @@ class Session:
                 ("model", f"{Path(preset.model.base).name}, {self.found.describe()}"),
                 ("data", f"{data.num_images} pictures, {held_words}"),
                 ("LoRA", f"rank {model.adapter.rank}, {describe_modules(model.adapter.num_modules_by_part())}"),
+                *([("step", "length measured by the validation")] if self.stop_rule.gain else []),
                 *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
             ),
         )
@@ -265,6 +267,7 @@ class Session:
         if state.step:
             lora, outcome = finish.hand_over(self, outcome)
         self.say_if_nothing_moved()
+        self.say_unit()
         folder.update_info(
             finished=None if interrupted else now(),
             steps=state.step,
@@ -277,6 +280,7 @@ class Session:
             train_s=round(state.train_s, 3),
             resumes=state.resumes,
             lora=lora.name if lora else None,
+            gain=self.stop_rule.gain.summary() if self.stop_rule.gain else None,
         )
         if outcome.reason in (StopReason.SIGNAL, StopReason.MAX_STEPS):
             contrast.compare_captions(self, lambda: bool(signals))
@@ -308,8 +312,22 @@ class Session:
         if preset.validate_.folder is not None:
             return None
         words = f"validate.fraction=0 --set stop.mode=off --set train.max_steps={best}"
+        if self.stop_rule.gain is not None:  # as many steps as the LoRA is made of, at their mean gain
+            made = self.stop_rule.gain.best
+            lr = (preset.train.lr or 1.0) * made.gain / made.steps
+            words = f"validate.fraction=0 --set stop.mode=off --set train.max_steps={made.steps} --set train.gain=fixed"
+            words += f" --set train.lr={lr:.2f} --set train.allow_small_lr=true"
         preset_path, name = shlex.quote(str(self.folder.preset_path)), shlex.quote(f"{self.folder.name}-all")
         return f"emotrain run {preset_path} --name {name} --set {words}"
+
+    def say_unit(self) -> None:
+        """What the run has found LR 1.0 to be, where it has measured it."""
+        gain = self.stop_rule.gain
+        if gain is not None and (length := gain.step_length()):
+            number = f"{length:.1e}".replace("e-0", "e-")
+            lr = self.preset.train.lr or 1.0
+            made = f"the mean length of the {gain.best.steps} steps that the LoRA is made of"
+            self.notify(Notice(f"LR {lr:.1f} = {number} here: {made}", level="info"))
 
     def say_if_nothing_moved(self) -> None:
         """A run that learned nothing says so: its LoRA looks like any other file."""

@@ -43,6 +43,7 @@ class StepEnd:
     expected_end: tuple[int, int] | None = None  # first and last step it may end at, once that can be said
     memory_gib: float = 0.0
     skipped: int = 0  # batches left out so far because of non-finite numbers
+    gain: float = 1.0  # on the published step length
 
 
 @dataclass(frozen=True)

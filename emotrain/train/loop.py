@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
+from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.train.events import Event, Notice, StepEnd, ValidationEnd
 from emotrain.train.guard import LIMIT, describe
@@ -207,6 +208,22 @@ def run_validation(parts: Parts, state: TrainState) -> None:
     if parts.validation is not None:
         with parts.optimizer.eval_mode():
             _validate(parts, parts.validation, state)
+        if parts.stop_rule.gain_lowered:
+            shorten_steps(parts, state)
+
+
+def shorten_steps(parts: Parts, state: TrainState) -> None:
+    """Go back to the best weights and on from there with shorter steps, as the stop rule's gain says."""
+    rule = parts.stop_rule
+    assert rule.gain is not None
+    rule.gain_lowered = False
+    parts.adapter.load_state(state.best_adapter)
+    parts.optimizer.restart(SHRINK)
+    words = (
+        f"step length reduced to a third at step {state.step} (gain {rule.gain.value:.3g}): {PATIENCE} validations"
+        f" without improvement; training goes on from the weights of step {state.best_step}"
+    )
+    parts.notify(Notice(words, level="info"))
 
 
 def run_sample(parts: Parts, step: int) -> None:
@@ -310,7 +327,7 @@ def tell(
     optimizer, rule = parts.optimizer, parts.stop_rule
     assert optimizer.reading is not None
     lights_up = optimizer.should_stop and not (rule.lit and rule.lit[-1])
-    rule.update_step(optimizer.should_stop)
+    rule.update_step(optimizer.should_stop, optimizer.reading.pulse * optimizer.reading.drive)
     parts.notify(
         StepEnd(
             step=state.step,
@@ -326,6 +343,7 @@ def tell(
             expected_end=rule.expected_end(state.step, limits.max_steps),
             memory_gib=peak_memory_gib(parts.family.device),
             skipped=state.guard.skipped,
+            gain=rule.gain.value if rule.gain else 1.0,
         )
     )
     if lights_up and limits.tell_ready:

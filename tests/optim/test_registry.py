@@ -149,6 +149,29 @@ def test_eval_mode_changes_nothing_elsewhere() -> None:
             assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
 
+def test_prodigy_runs_as_its_authors_advise_for_diffusion() -> None:
+    pytest.importorskip("prodigyopt")
+    group = build_optimizer("prodigy", params(), lr=1.0).param_groups[0]
+    assert (group["use_bias_correction"], group["safeguard_warmup"]) == (True, True)
+
+
+@pytest.mark.parametrize("name", ["emosens", "emonavi", "adamw"])
+def test_a_restart_scales_the_step_that_follows(name: str) -> None:
+    def moved(scale: float) -> float:
+        weights = params()
+        optimizer = build_optimizer(name, weights, lr=1e-3 if name != "emosens" else 1.0, weight_decay=0.0)
+        if scale != 1.0:
+            optimizer.restart(scale)
+        before = weights[0].detach().clone()
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.observe(0.5)
+        optimizer.step()
+        return float((weights[0].detach() - before).abs().mean())
+
+    assert moved(0.25) == pytest.approx(0.25 * moved(1.0), rel=1e-3)
+
+
 def test_prodigy_is_built_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("prodigyopt")
     build_optimizer("prodigy", params(), lr=1.0)

@@ -104,12 +104,12 @@ def resume(place: Path, run: RunFolder, *overrides: str, **words: Any) -> tuple[
     return result, watch
 
 
-def assert_same(one: RunFolder, other: RunFolder) -> None:
+def assert_same(one: RunFolder, other: RunFolder, steps: int = 6) -> None:
     for name in ("lora.safetensors", "lora-last.safetensors"):
         first, second = read_lora(one.path / name).state, read_lora(other.path / name).state
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
-    first, second = (CheckpointStore(run.checkpoints_dir).load(6)[0] for run in (one, other))
+    first, second = (CheckpointStore(run.checkpoints_dir).load(steps)[0] for run in (one, other))
     for stem, tensors in first.tensors.items():
         assert all(torch.equal(tensors[key], second.tensors[stem][key]) for key in tensors), stem
     for document in (first.documents, second.documents):
@@ -121,7 +121,7 @@ def assert_same(one: RunFolder, other: RunFolder) -> None:
         for run in (one, other)
     ]
     assert logs[0] == logs[1]
-    assert len(logs[0]) == 6
+    assert len(logs[0]) == steps
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,27 @@ def test_a_run_that_is_stopped_and_goes_on_equals_one_that_was_not(
     result, watch = resume(place, result.folder)
     assert (result.exit_code, watch.steps) == (0, [4, 5, 6])
     assert_same(straight, result.folder)
+
+
+def test_a_run_that_measures_its_step_length_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
+    """With steps far too long validations fail, so that the gain is lowered before and after the resume."""
+    words = ("train.gain=auto", "train.lr=2000", "validate.every=1", "train.max_steps=9")
+
+    def reductions(folder: RunFolder) -> list[int]:
+        return [step for step, _ in folder.info()["gain"]["reductions"]]
+
+    straight = start.run(preset(place, *words), runs_dir=tmp_path / "a", observers=())
+    watch = Watch(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    half = start.run(preset(place, *words), runs_dir=tmp_path / "b", observers=(watch,))
+    assert watch.steps == [1, 2, 3, 4]
+    before = reductions(half.folder)
+    resumed, watch = resume(place, half.folder, *words)
+    assert watch.steps == [5, 6, 7, 8, 9]
+    assert before
+    assert len(before) < len(reductions(straight.folder))
+    assert reductions(resumed.folder) == reductions(straight.folder)
+    assert resumed.folder.info()["gain"] == straight.folder.info()["gain"]
+    assert_same(straight.folder, resumed.folder, steps=9)
 
 
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_gives_the_same_end(
@@ -192,7 +213,7 @@ def test_what_has_changed_is_refused_by_name_and_nothing_is_written(
     with pytest.raises(CheckpointError, match=r"train.max_grad_norm was 1.0 .* is 0.5 now") as caught:
         resume(place, half, "train.max_grad_norm=0.5")
     assert "--allow-config-change" in (caught.value.hint or "")
-    for word in ("train.loss.baseline=raw", "train.ema=false"):
+    for word in ("train.loss.baseline=raw", "train.ema=false", "train.gain=auto"):
         with pytest.raises(CheckpointError, match=f"{word.split('=')[0]} was") as caught:
             resume(place, half, word, allow_config_change=True)
         assert "cannot change within a run" in (caught.value.hint or "")

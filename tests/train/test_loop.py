@@ -17,6 +17,7 @@ from fake_run import FakeData, Recorder, limits, make_parts
 from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
+from emotrain.pulse.gain import SHRINK, Gain
 from emotrain.pulse.stopping import UNFAIR_SENTENCE, StopRule
 from emotrain.train.events import Notice, StepEnd, ValidationEnd
 from emotrain.train.loop import StopReason, accumulate, fit
@@ -187,6 +188,43 @@ def test_an_averaging_optimizer_is_validated_and_kept_with_its_averaged_weights(
     assert state.best_step == 6
     assert torch.equal(state.best_adapter["layer.weight"], meant)
     assert not torch.allclose(meant, trained, atol=1e-4)
+
+
+def measured_run(losses: list[float], **numbers):
+    """A run whose validations say these losses, with an averaged EmoSens that begins at three times its step length."""
+    recorder, state, left = Recorder(), TrainState(), iter(losses)
+    parts = make_parts(recorder, stop_rule=StopRule(min_steps=1, gain=Gain()))
+    optimizer = Averaged(EmoSens(parts.adapter.parameters(), lr=3.0))
+    validation = type("P", (), {"loss": lambda s: next(left), "drift": lambda s: 0.0})()
+    parts = replace(parts, optimizer=optimizer, validation=validation)
+    return recorder, state, parts, fit(parts, limits(**numbers), state)
+
+
+def test_where_validations_stop_improving_the_best_weights_train_on_with_a_third_of_the_step_length():
+    recorder, state, parts, _ = measured_run([1.0, 0.5, 0.6, 0.6], max_steps=6)  # validations at 0, 2, 4, 6
+    assert torch.equal(parts.adapter.state()["layer.weight"], state.best_adapter["layer.weight"])
+    assert state.best_step == 2
+    assert [group["scope"] for group in parts.optimizer.param_groups] == [3.0 * SHRINK]
+    assert [(notice.level, notice.message) for notice in recorder.of(Notice)] == [
+        (
+            "info",
+            "step length reduced to a third at step 6 (gain 1): 2 validations without improvement; training goes on"
+            " from the weights of step 2",
+        )
+    ]
+    with parts.optimizer.eval_mode():  # the average begins anew
+        assert torch.equal(parts.adapter.state()["layer.weight"], state.best_adapter["layer.weight"])
+    recorder, _, parts, _ = measured_run([1.0, 0.5, 0.6, 0.6, 0.4], max_steps=8)
+    steps = recorder.of(StepEnd)
+    assert [event.gain for event in steps] == [3.0] * 6 + [pytest.approx(1.0)] * 2
+    assert steps[6].reading.pulse < 0.5 * steps[5].reading.pulse
+
+
+def test_a_measured_run_ends_by_itself_and_says_why():
+    recorder, state, _, outcome = measured_run([1.0, 0.5, *[0.6] * 6], max_steps=100)
+    assert (outcome.reason, state.step, state.best_step) == (StopReason.SIGNAL, 14, 2)
+    assert "2 step lengths in a row have brought less than 0.5% of what was gained" in outcome.sentence
+    assert len(recorder.of(Notice)) == 2
 
 
 def test_the_stop_rule_ends_the_run_after_sample_and_save():

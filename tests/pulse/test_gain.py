@@ -1,0 +1,165 @@
+"""The gain on the step length: when it is lowered, when it is done, and what it says LR 1.0 is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import pytest
+
+from emotrain.pulse.gain import HOPE, START, Gain
+from emotrain.pulse.stopping import StopRule
+
+BASE = 1.0
+
+
+def play(losses: Iterable[float], rule: StopRule | None = None, every: int = 10) -> tuple[StopRule, int | None]:
+    """Validations of these losses, the first that of the base; the rule, and the step at which it ended the run."""
+    rule = rule or StopRule(gain=Gain(), min_steps=1)
+    for place, loss in enumerate(losses):
+        for _ in range(every if place else 0):
+            rule.update_step(False, 1e-3)
+        rule.update_validation(place * every, loss)
+        if place and rule.decide(place * every):
+            return rule, place * every
+    return rule, None
+
+
+def gain_of(rule: StopRule) -> Gain:
+    assert rule.gain is not None
+    return rule.gain
+
+
+def test_two_validations_without_a_new_best_lower_the_gain_to_a_third_and_one_does_not():
+    rule, _ = play([BASE, 0.8, 0.9, 0.7, 0.71])
+    assert gain_of(rule).value == START
+    rule.update_validation(50, 0.7)
+    assert rule.gain_lowered
+    assert gain_of(rule).value == pytest.approx(START / 3)
+    assert gain_of(rule).reductions == [(50, pytest.approx(1.0))]
+    rule.update_validation(60, 0.6)
+    assert not rule.gain_lowered
+    assert gain_of(rule).value == pytest.approx(1.0)
+
+
+def test_the_run_ends_when_two_gains_in_a_row_have_brought_next_to_nothing():
+    worse = [0.55] * 2
+    rule, ended = play([BASE, 0.5, *worse, *worse, *worse, *worse])
+    assert ended == 70
+    assert gain_of(rule).value == pytest.approx(START / 9)
+    sentence = rule.decide(70)
+    assert sentence == (
+        "the held-out loss was lowest at step 10 (0.5) and 2 step lengths in a row have brought less than 0.5% of what"
+        " was gained"
+    )
+
+
+def test_a_gain_that_brings_more_than_a_trifle_starts_the_count_again():
+    worse = [0.6] * 2
+    trifle = [BASE, 0.5, *worse, *worse, 0.4995, *worse, *worse, *worse]
+    more = [BASE, 0.5, *worse, *worse, 0.45, *worse, *worse, *worse]
+    assert play(trifle)[1] == 80
+    assert play(more)[1] == 120
+
+
+def test_a_run_that_has_gained_nothing_yet_gets_shorter_steps_and_is_given_time():
+    rule, ended = play([BASE] + [1.1] * 60)
+    assert ended is not None
+    assert ended >= HOPE
+    assert gain_of(rule).value < 0.1
+    late, ended = play([BASE, *[1.1] * 9, 0.9, 0.8])
+    assert ended is None
+    assert late.best_step == 110
+
+
+@pytest.mark.parametrize("mode", ["off", "signal"])
+def test_only_the_trusted_mode_ends_by_the_gain_and_a_gain_that_is_done_stays(mode):
+    rule, ended = play([BASE, 0.5, *[0.6] * 30], StopRule(mode, gain=Gain()))
+    assert ended is None
+    assert gain_of(rule).done
+    assert len(gain_of(rule).reductions) == 2
+
+
+def test_never_before_min_steps():
+    assert play([BASE, 0.5, *[0.6] * 30], StopRule(min_steps=150, gain=Gain()))[1] == 150
+
+
+def test_lr_is_the_mean_length_of_the_steps_that_the_best_weights_are_made_of():
+    gain = Gain()
+
+    def steps(count: int, length: float) -> None:
+        for _ in range(count):
+            gain.update_step(length)
+
+    def validate(step: int, is_best: bool, best: float) -> bool:
+        return gain.update_validation(step, is_best=is_best, best_loss=best, base_loss=BASE)
+
+    validate(0, True, BASE)
+    steps(10, 3e-3)
+    validate(10, True, 0.5)
+    steps(20, 9e-3)  # thrown away
+    validate(20, False, 0.5)
+    assert validate(30, False, 0.5)
+    steps(10, 1e-3)
+    validate(40, True, 0.4)
+    steps(10, 7.0)  # after the best
+    assert gain.best.steps == 20
+    assert gain.step_length() == pytest.approx(2e-3)
+    assert gain.best.gain / 20 == pytest.approx((3 + 1) / 2)
+    assert gain.summary() == {
+        "value": pytest.approx(1.0), "reductions": [[30, pytest.approx(1.0)]], "steps": 20,
+        "step_length": pytest.approx(2e-3),
+    }  # fmt: skip
+
+
+def test_the_meter_and_the_expected_end_agree_with_the_end():
+    losses = [BASE, 0.7, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
+    rule = StopRule(gain=Gain(), min_steps=1)
+    meters, ends = [], []
+    for place, loss in enumerate(losses):
+        rule.update_validation(10 * place, loss)
+        meters.append(rule.meter(10 * place))
+        ends.append(rule.expected_end(10 * place, 1000))
+    assert meters == [0, 0, 0, 0.25, 0, 0.25, 0.5, 0.75, 1.0]
+    assert ends[:3] == [None] * 3
+    assert ends[5:] == [(80, 120)] * 4
+    assert rule.decide(80)
+
+
+def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
+    losses = [BASE, 0.5, 0.6, 0.6, 0.45, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
+    straight, ended = play(losses)
+    assert ended == 100
+    first, _ = play(losses[:6])
+    second = StopRule(min_steps=1)
+    second.load_document(json.loads(json.dumps(first.to_document())))
+    assert second == first
+    for place in range(6, len(losses)):
+        for _ in range(10):
+            second.update_step(False, 1e-3)
+        second.update_validation(place * 10, losses[place])
+    assert second == straight
+
+
+def test_mirrored_pictures_lower_it_where_they_no_longer_gain_by_more_than_memorising():
+    def style(step: int) -> float:
+        return 1.5 - 0.8 * min(step / 100, 1) - 0.2 * max(step - 100, 0) / 900
+
+    def by_heart(step: int) -> float:
+        return style(step) - 0.4 * max(step - 100, 0) / 900
+
+    for plain, lowered in ((by_heart, True), (style, False)):
+        rule = StopRule(held_out=False, gain=Gain())
+        for step in range(0, 301, 30):
+            rule.update_validation(step, style(step), plain(step))
+        assert bool(gain_of(rule).reductions) == lowered
+
+
+def test_where_mirroring_turns_out_unfair_the_gain_is_judged_by_the_pictures_as_they_are():
+    rule = StopRule(held_out=False, gain=Gain(), min_steps=1)
+    told = [(1.0, 1.5), (0.9, 1.4), (0.95, 1.4), (0.95, 1.4), (0.95, 1.0), (0.9, 1.0), (0.9, 1.0)]
+    for place, (mirrored, plain) in enumerate(told):
+        rule.update_validation(10 * place, mirrored, plain)
+    assert rule.unfair
+    assert len(gain_of(rule).reductions) == 2
+    assert (gain_of(rule).mark, gain_of(rule).vain) == (1.0, 0)
