@@ -270,4 +270,5 @@ def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:
         return_tensors="pt",
     )
     ids: Tensor = batch.input_ids
-    return ids.to(next(part.encoder.parameters()).device)
+    device = next(part.encoder.parameters()).device
+    return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)

@@ -6,7 +6,8 @@ Shape letters: B samples of a micro-batch, C latent channels, H W latent height 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from emotrain.diffusion import Objective
     from emotrain.families.base import Conditioning, Family, TextEmbeds
 
+ALIGNED = 16  # bytes: where a tensor may begin, whatever its dtype
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -47,9 +49,30 @@ def timesteps_at(family: Family, objective: Objective, u: Tensor, latents: Tenso
     return objective.timesteps(u, family.num_image_tokens(*latents.shape[-2:]))
 
 
-def sizes_of(batch: Batch) -> Conditioning:
-    """The batch's sizes as families know them: the two rooms have one shape of it each."""
-    return cast("Conditioning", batch.conditioning)
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The CPU's tensors on the device: packed into page-locked memory and sent by one copy that nothing waits for.
+
+    A copy from common (pageable) memory makes the host wait for all that the device has still to do.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    packed, unpack = pack(tensors, pinned=device.type == "cuda")
+    return unpack(packed.to(device, non_blocking=True))
+
+
+def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """The CPU's tensors as the bytes of one, uint8, and what makes them of its bytes again wherever these are."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    room = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+
+    def unpack(whole: Tensor) -> list[Tensor]:
+        pieces = zip(torch.split(whole, room), sizes, tensors, strict=True)
+        return [piece[:size].view(tensor.dtype).view(tensor.shape) for piece, size, tensor in pieces]
+
+    packed = torch.empty(sum(room), dtype=torch.uint8, pin_memory=pinned)
+    for place, tensor in zip(unpack(packed), tensors, strict=True):
+        place.copy_(tensor)
+    return packed, unpack
 
 
 def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) -> TextEmbeds:
@@ -68,15 +91,38 @@ def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) 
     return {key: value[[unique.index(text) for text in texts]] for key, value in fresh.items()}
 
 
+def predict(
+    family: Family, batch: Batch, noisy: Tensor, timesteps: Tensor, *more: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The denoiser's output for a batch, and `more` tensors on its device; all of it goes there in one copy.
+
+    Args:
+        family: the model.
+        batch: texts and sizes.
+        noisy: latents with noise, on the CPU [B, C, H, W].
+        timesteps: [B].
+        more: whatever else the loss needs there.
+    """
+    sizes = batch.conditioning
+    numbers = (noisy, timesteps, sizes.original_sizes, sizes.crop_top_lefts, sizes.target_sizes, *more)
+    there = to_device([*numbers, *batch.text.values()], family.device)
+    noisy, timesteps, original, crop, target = there[:5]
+    rest, text = there[5 : len(numbers)], dict(zip(batch.text, there[len(numbers) :], strict=True))
+    known = cast("Conditioning", replace(sizes, original_sizes=original, crop_top_lefts=crop, target_sizes=target))
+    return family.predict(noisy, timesteps, text_of(family, batch.texts, text), known).float(), rest
+
+
 def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
-    latents = batch.latents.to(family.device)  # timesteps stay on the CPU, where the noise schedule is looked up
-    noise = objective.noise(latents, noise.to(family.device))
-    noisy = objective.add_noise(latents, noise, timesteps)
-    text = text_of(family, batch.texts, batch.text)
-    prediction = family.predict(noisy, timesteps, text, sizes_of(batch))
-    error = (prediction.float() - objective.target(latents, noise, timesteps)).pow(2)
-    if batch.masks is not None:
-        masks = batch.masks.to(family.device)
-        error = error * masks / masks.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
-    return error.mean(dim=(1, 2, 3)) * objective.weight(timesteps).to(error.device)
+    """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B].
+
+    Latents and noise are mixed on the CPU, where they are: that costs less than sending both and the coefficients.
+    """
+    noise = objective.noise(batch.latents, noise)
+    noisy = objective.add_noise(batch.latents, noise, timesteps)
+    target, weight = objective.target(batch.latents, noise, timesteps), objective.weight(timesteps)
+    masks = [] if batch.masks is None else [batch.masks]
+    prediction, (target, weight, *masks) = predict(family, batch, noisy, timesteps, target, weight, *masks)
+    error = (prediction - target).pow(2)
+    for mask in masks:
+        error = error * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
+    return error.mean(dim=(1, 2, 3)) * weight

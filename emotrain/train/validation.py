@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
-from emotrain.train.losses import GOLDEN, sample_losses, sizes_of, text_of, timesteps_at
+from emotrain.train.losses import GOLDEN, predict, sample_losses, timesteps_at
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -124,16 +124,11 @@ class Validation:
         rows = [row * self.draws + row % self.draws for row in range(len(batch.ids) // self.draws)]
         found = []
         for piece, own_noise, own_timesteps in self._pieces(rows_of(batch, rows), noise[rows], timesteps[rows]):
-            latents = piece.latents.to(self.family.device)
-            noisy = self.objective.add_noise(latents, own_noise.to(self.family.device), own_timesteps)
-            text = self._empty(len(piece.ids))
-            found.append(self.family.predict(noisy, own_timesteps, text, sizes_of(piece)).float())
+            count = len(piece.ids)
+            empty = {key: value.expand(count, *value.shape[1:]) for key, value in self.empty_text.items()}
+            noisy = self.objective.add_noise(piece.latents, own_noise, own_timesteps)
+            found.append(predict(self.family, replace(piece, text=empty, texts=("",) * count), noisy, own_timesteps)[0])
         return found
-
-    def _empty(self, count: int) -> TextEmbeds:
-        """Embeddings of the empty caption, `count` rows."""
-        cached = {key: value.expand(count, *value.shape[1:]) for key, value in self.empty_text.items()}
-        return text_of(self.family, [""] * count, cached)
 
     def _pieces(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[tuple[Batch, Tensor, Tensor]]:
         """Small latents go through the denoiser together, large ones one by one, to spare memory."""

@@ -21,7 +21,7 @@ from emotrain.families.base import DrawRequest
 from emotrain.families.sampling import draw_sample
 from emotrain.lora.adapter import adapter_like
 from emotrain.lora.file import read_lora
-from emotrain.train.losses import GOLDEN, sample_losses, sizes_of, timesteps_at
+from emotrain.train.losses import GOLDEN, sample_losses, timesteps_at
 
 TRIGGER = "inkmoji"
 DRAWS = 8
@@ -82,7 +82,7 @@ class Bench:
         timesteps = timesteps_at(self.family, self.objective, u, self.batch.latents)
         noise = torch.randn(self.batch.latents.shape, generator=torch.Generator().manual_seed(98))
         noisy = self.objective.add_noise(self.batch.latents, noise, timesteps)
-        sizes = sizes_of(self.batch)
+        sizes = self.batch.conditioning
         on = self.family.predict(noisy, timesteps, self.plain, sizes)
         with self.adapter.off():
             off = self.family.predict(noisy, timesteps, self.plain, sizes)
