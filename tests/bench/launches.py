@@ -31,14 +31,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from emotrain.dataset.loader import Batch, Conditioning
-from emotrain.diffusion import build_objective
 from emotrain.lora.adapter import add_adapter
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
 from emotrain.train import loop
-from emotrain.train.loop import Limits, Parts, train_step
-from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.loop import Limits, train_step
 from emotrain.train.state import TrainState
 
 GIB = 2**30
@@ -209,24 +206,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
         if args.checkpointing:
             family.denoiser.enable_gradient_checkpointing()
         optimizer = Averaged(build_optimizer("emosens", adapter.parameters(), lr=None, notify=False))
-        side, channels = args.size // 8, 16 if family.name in ("sd3", "flux") else 4
-        zeros, sizes = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), args.size)
-        text = real_size.text_of(family)
-        if family.name in ("sd15", "sd21"):
-            text.pop("pooled_prompt_embeds")
-
-        class Data:
-            batches_per_epoch = 10
-
-            def batch(self, number: int) -> Batch:
-                latents, sized = torch.zeros(1, channels, side, side), Conditioning(sizes, zeros, sizes)
-                return Batch(latents, dict(text), sized, torch.ones(1), None, ("a",), 0, ("t",))
-
-        parts: Any = Parts(
-            family=family, objective=build_objective(family.prediction, family.scheduler_config), adapter=adapter,
-            optimizer=optimizer, data=Data(), stop_rule=None, loss_baseline=LossBaseline(), validation=None,
-            notify=print, save=None, sample=None, record=None, interrupted=None,
-        )  # type: ignore[arg-type]  # fmt: skip
+        parts = real_size.loop_parts(family, adapter, optimizer, args.size)
         phases(meter, optimizer)
         state = TrainState()
         for _ in range(2):

@@ -14,26 +14,36 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from emotrain.dataset.loader import Batch
+from emotrain.dataset.loader import Conditioning as Sizes
 from emotrain.diffusion import build_objective
 from emotrain.families.base import Conditioning
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.loading import DTYPES, family_class
 from emotrain.families.registry import FAMILIES, configs, family_of_variant
 from emotrain.families.table import ASSETS
-from emotrain.lora.adapter import add_adapter
+from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.lora.file import save_lora, self_check
 from emotrain.optim.registry import build_optimizer
+from emotrain.train.loop import Parts as LoopParts
+from emotrain.train.loss_baseline import LossBaseline
 from emotrain.train.losses import timesteps_at
 
+Change = Callable[[str, dict[str, Any]], dict[str, Any]]  # part (unet, vae, text_encoder...), its config -> another
 
-def build(variant: str, dtype: torch.dtype, device: torch.device) -> LoadedFamily:
-    """The family with random weights and without text encoders."""
+
+def build(
+    variant: str, dtype: torch.dtype, device: torch.device, change: Change = lambda part, config: config
+) -> LoadedFamily:
+    """The family with random weights and without text encoders; `change` makes it smaller."""
     import diffusers
 
     family = str(family_of_variant(variant))
@@ -44,10 +54,11 @@ def build(variant: str, dtype: torch.dtype, device: torch.device) -> LoadedFamil
     torch.set_default_dtype(dtype)  # twice the memory otherwise, for a moment
     try:
         with device:
-            denoiser = getattr(diffusers, spec.denoiser_class).from_config(public["denoiser"][variant])
+            own = change(spec.denoiser, public["denoiser"][variant])
+            denoiser = getattr(diffusers, spec.denoiser_class).from_config(own)
     finally:
         torch.set_default_dtype(before)
-    vae = getattr(diffusers, spec.vae_class).from_config(public["vae"]).to(device)
+    vae = getattr(diffusers, spec.vae_class).from_config(change("vae", public["vae"])).to(device)
     scheduler = getattr(diffusers, kind)(**{key: value for key, value in words.items() if key != "prediction_type"})
     return family_class(family)(
         Parts(
@@ -63,6 +74,27 @@ def text_of(family: LoadedFamily) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = family.text_shapes(family.denoiser.config, tokens)
     return {name: torch.randn(1, *shape, generator=generator) for name, shape in shapes.items()}
+
+
+def loop_parts(family: LoadedFamily, adapter: Adapter, optimizer: Any, size: int) -> LoopParts:
+    """What the loop's `train_step` needs, with one batch of `size` pixels that comes again and again."""
+    side = size // family.vae_scale
+    zeros, sizes, text = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), size), text_of(family)
+    channels = family.vae.config.latent_channels
+
+    class Data:
+        batches_per_epoch = 10
+
+        def batch(self, number: int) -> Batch:
+            latents, sized = torch.zeros(1, channels, side, side), Sizes(sizes, zeros, sizes)
+            return Batch(latents, dict(text), sized, torch.ones(1), None, ("a",), 0, ("t",))
+
+    nothing: Any = None
+    return LoopParts(
+        family=family, objective=build_objective(family.prediction, family.scheduler_config), adapter=adapter,
+        optimizer=optimizer, data=Data(), stop_rule=nothing, loss_baseline=LossBaseline(), validation=None,
+        notify=print, save=nothing, sample=nothing, record=nothing, interrupted=nothing,
+    )  # fmt: skip
 
 
 def main() -> None:

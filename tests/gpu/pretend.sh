@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The CPU's arithmetic behind device `cuda`: finds tensors on the wrong device and of the wrong dtype without a GPU.
-# Builds the stand-in once (g++), then runs both quickstarts in bf16 and fp16, text encoders, and verify-resume on it.
+# Builds the stand-in once (g++), then runs both quickstarts in bf16 and fp16, text encoders, optimizers, and the GPU check
+# itself with tiny models: verify-resume, offload, quantised bases, a whole run under a memory limit.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PRETEND_CUDA_DIR="${PRETEND_CUDA_DIR:-$(mktemp -d)}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" CI=true
@@ -24,5 +25,7 @@ try run quickstart "${short[@]}" --name checkpointed --set train.gradient_checkp
 for optimizer in emoairy emocats emonavi; do
   try run quickstart "${short[@]}" --name "$optimizer" --set "train.optimizer=$optimizer" --set sample.every=0
 done
-try verify-resume quickstart --steps 3
+echo "== pretend CUDA: the check"
+"$python" tests/gpu/pretend_cuda.py run tests/gpu/check.py --tiny --out "$runs/check.jsonl" \
+  --stages doctor,exact,kernels,sdxl,sdxl-memory,flux-kinds,flux,fp16
 echo "pretend CUDA: all runs ended well"

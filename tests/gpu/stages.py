@@ -1,0 +1,425 @@
+"""What the GPU check looks at: each stage by its name, in this process; one line of JSON for each thing that is known.
+
+    python tests/gpu/stages.py NAME [--tiny]
+
+`check.py` runs them all, each with its time limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "bench"), str(HERE.parents[1])]
+
+import models
+import real_size
+import torch
+
+from emotrain.cli.app import main as emotrain_main
+from emotrain.families import load_family
+from emotrain.families.common import LoadedFamily
+from emotrain.families.offload import offload_linears
+from emotrain.families.registry import FAMILIES, family_of_variant
+from emotrain.lora.adapter import Adapter, add_adapter
+from emotrain.optim import kernels
+from emotrain.optim.averaged import Averaged
+from emotrain.optim.registry import build_optimizer
+from emotrain.train import rng
+from emotrain.train.loop import Limits, accumulate, train_step
+from emotrain.train.state import TrainState
+
+GIB = 2**30
+CUDA = torch.device("cuda")
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch")
+Rows = Iterator[dict[str, Any]]
+
+
+def row(what: str, ok: bool | None = None, **numbers: Any) -> dict[str, Any]:
+    """One thing that is known; `ok` None where it is a number and no claim."""
+    return {"what": what, "ok": ok, **numbers}
+
+
+def emotrain(*words: str) -> tuple[int, str]:
+    """A command in this process: its exit code and what it said on stdout."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = emotrain_main(list(words))
+    clean()
+    return int(code or 0), said.getvalue()
+
+
+def clean() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> float:
+    """GiB of tensors at most since `clean`."""
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def pretended() -> dict[str, int] | None:
+    """Pretend CUDA's own counts; None on a real GPU."""
+    if "pretend_ext" not in sys.modules:
+        return None
+    import pretend_cuda
+
+    return pretend_cuda.counts()
+
+
+def launches(work: Callable[[], Any]) -> int:
+    """Kernels that `work` starts."""
+    before = pretended()
+    if before is not None:
+        work()
+        return pretended()["operators"] - before["operators"]  # type: ignore[index]
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as found:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
+
+
+def blocking(work: Callable[[], Any]) -> int:
+    """How often the host waits for the device in `work`."""
+    before = pretended()
+    if before is not None:
+        work()
+        after = pretended()
+        assert after is not None
+        return sum(after[key] - before[key] for key in ("syncs", "d2h", "pageable"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+class Trainer:
+    """A model with random weights and a LoRA, and the loop's own step on it."""
+
+    def __init__(
+        self,
+        family: LoadedFamily,
+        size: int,
+        *,
+        checkpointing: bool = False,
+        stay: frozenset[torch.nn.Module] | None = None,
+    ) -> None:
+        if family.vae is not None:
+            family._identities = {"vae": "", "text": ""}
+            family.free_encoders()
+        self.adapter = add_adapter(family.denoiser, rank=16, targets="attn-mlp", family=family.name, seed=0)
+        if stay is not None:
+            family.let_denoiser_wait(stay)
+            family.place_denoiser()
+        self.adapter.use_half_precision(family.dtype)
+        if checkpointing:
+            family.denoiser.enable_gradient_checkpointing()
+        optimizer = Averaged(build_optimizer("emosens", self.adapter.parameters(), lr=None, notify=False))
+        self.parts = real_size.loop_parts(family, self.adapter, optimizer, size)
+        self.state, self.limits = TrainState(), Limits(1000, 1, 1.0, 0, 10, 10, 0)
+
+    def step(self) -> float:
+        """One step; its loss, which is also the wait for the device."""
+        done = train_step(self.parts, self.limits, self.state)
+        return float("nan") if done is None else done[0]
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Seconds a step, launches, waits, memory."""
+        clean()
+        losses = [self.step() for _ in range(3)]
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            losses.append(self.step())
+            seconds.append(time.perf_counter() - started)
+        memory = {"peak_gib": peak(), "reserved_gib": torch.cuda.max_memory_reserved() / GIB}
+        return {
+            "s_step": statistics.median(seconds), "launches": launches(self.step), "waits": blocking(self.step),
+            **memory, "loss": losses[-1], "finite": all(loss == loss for loss in losses),
+        }  # fmt: skip
+
+
+def doctor(tiny: bool) -> Rows:
+    """What the machine is."""
+    code, said = emotrain("doctor", "--json")
+    facts = json.loads(said)
+    device = facts["devices"][1] if len(facts["devices"]) > 1 else {}
+    versions = {name: facts[name] for name in ("torch", "diffusers", "transformers", "peft", "optional")}
+    yield row("a GPU is seen", code == 0 and bool(device), **device, **versions, cuda=torch.version.cuda)
+
+
+def quickstart(tiny: bool) -> Rows:
+    """The built-in models: train, draw, save, resume."""
+    steps = 8 if tiny else 40
+    for preset in ("quickstart", "quickstart-flux"):
+        with tempfile.TemporaryDirectory() as work:
+            clean()
+            words = [f"train.max_steps={steps}", f"save.every={steps // 2}", f"sample.every={steps}", "sample.steps=4"]
+            sets = [word for pair in words for word in ("--set", pair)]
+            code, _ = emotrain("run", preset, "--plain", "--runs-dir", work, *sets)
+            folder = Path(work) / preset
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            good = code == 0 and (folder / "lora.safetensors").exists() and (folder / "samples" / "sheet.png").exists()
+            s_step = statistics.median(line["step_s"] for line in lines[2:])
+            yield row(f"{preset}, {steps} steps", good, s_step=s_step, loss=lines[-1]["loss"])
+            code, _ = emotrain("resume", str(folder), "--checkpoint", str(steps // 2), "--plain")
+            again = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            apart = max(abs(one["loss"] - two["loss"]) for one, two in zip(lines, again, strict=True))
+            yield row(f"{preset}, resumed half-way", code == 0 and len(again) == steps, largest_difference=apart)
+
+
+def exact(tiny: bool) -> Rows:
+    """Equal runs: bits of one backward pass, and verify-resume."""
+    for wanted in (True, False):
+        rng.deterministic_kernels(wanted)
+        clean()
+        size = 64 if tiny else 1024
+        family = real_size.build("sdxl", torch.bfloat16, CUDA, models.change("sdxl", tiny))
+        trainer = Trainer(family, size, checkpointing=True)
+        twice, seconds = [], []
+        for _ in range(3):
+            started = time.perf_counter()
+            accumulate(trainer.parts, trainer.limits, trainer.state)
+            twice.append([gradient.clone() for gradient in trainer.adapter.gradients()])
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+            trainer.adapter.drop_gradients()
+        equal = all(torch.equal(one, two) for one, two in zip(*twice[1:], strict=True))
+        name = f"SDXL backward twice, deterministic: {wanted}".lower()
+        yield row(name, equal if wanted else None, equal_bits=equal, s_backward=seconds[-1])
+        del family, trainer, twice
+    steps = "3" if tiny else "5"
+    for words in ([], ["--set", "train.deterministic=false"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "emotrain", "verify-resume", "quickstart", "--steps", steps, "--json", *words],
+            capture_output=True, text=True, cwd=HERE.parents[1],
+        )  # fmt: skip
+        found = json.loads(done.stdout) if done.stdout.startswith("{") else {"equal": False, "compared": []}
+        name = "verify-resume" + (", common kernels" if words else "")
+        apart = max((one["apart"] for one in found["compared"]), default=None)
+        yield row(name, None if words else found["equal"], equal_bits=found["equal"], apart=apart)
+        if tiny:
+            return  # pretend CUDA's kernels are the CPU's: the second would say the same
+
+
+def optimizer_kernels(tiny: bool) -> Rows:
+    """EmoSens through torch's fused kernel and through its fallback; random states there and back."""
+    count = 20_000 if tiny else 40_000_000
+    ends = {}
+    for fused in (True, False):
+        kernels.has_fused_adamw.cache_clear()
+        if not fused:
+            kernels.has_fused_adamw = lambda device: False  # type: ignore[assignment]
+        generator = torch.Generator("cpu").manual_seed(0)
+        start = torch.randn(count, generator=generator).to(CUDA)
+        gradient = torch.randn(count, generator=generator).to(CUDA)
+        parameter = torch.nn.Parameter(start)
+        optimizer = build_optimizer("emosens", [parameter], lr=None, notify=False)
+        seconds = []
+        for number in range(8):
+            parameter.grad = gradient * (number + 1)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            optimizer.observe(1.0 / (number + 1))
+            optimizer.step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        ends[fused] = parameter.detach()
+        yield row(f"EmoSens step, {'fused' if fused else 'fallback'}", None, ms=1000 * statistics.median(seconds))
+    apart = float((ends[True] - ends[False]).abs().max())
+    yield row("fused equals fallback", apart < 1e-5, apart=apart)
+    tensors, document = rng.capture()
+    wanted = torch.rand(9, device=CUDA).tolist()
+    torch.rand(5, device=CUDA)
+    rng.restore(tensors, document)
+    yield row("random states of CUDA come back", torch.rand(9, device=CUDA).tolist() == wanted)
+
+
+def planned(folder: Path | str, size: int, *words: str) -> float:
+    """GiB that `emotrain plan` says of a step, without what CUDA takes for itself."""
+    sets = [f"model={folder}", "network.targets=attn-mlp", f"dataset.resolution={size}", *words]
+    sets += ["dataset.buckets.upscale=true", "dataset=builtin:example", "model.family=auto"]
+    _, said = emotrain("plan", "sdxl", "--json", *(word for pair in sets for word in ("--set", pair)))
+    parts = json.loads(said)["memory_gib"]
+    return sum(gib for name, gib in parts.items() if name != "CUDA itself")
+
+
+def sdxl(tiny: bool) -> Rows:
+    """SDXL with random weights through the loop: plain and checkpointed, against the plan."""
+    size, steps = (128, 2) if tiny else (1024, 10)
+    with tempfile.TemporaryDirectory() as work:
+        base: Path | str = "stabilityai/stable-diffusion-xl-base-1.0"
+        if tiny:
+            base = Path(work) / "sdxl"
+            models.write_folder(base, "sdxl", torch.bfloat16, torch.device("cpu"), models.change("sdxl", tiny))
+        for name, checkpointing in (("plain", False), ("checkpointed", True)):
+            family = real_size.build("sdxl", torch.bfloat16, CUDA, models.change("sdxl", tiny))
+            found = Trainer(family, size, checkpointing=checkpointing).measure(steps)
+            del family
+            said = planned(base, size, f"train.gradient_checkpointing={str(checkpointing).lower()}")
+            share = found["peak_gib"] / said
+            good = found["finite"] and found["waits"] <= 1 and (tiny or 0.9 <= share <= 1.1)
+            yield row(f"SDXL {size} px, {name}", good, **found, planned_gib=said, of_plan=share)
+
+
+def flux_kinds(tiny: bool) -> Rows:
+    """FLUX.1 at its real width with few blocks, from a folder and from one file, in every kind of base."""
+    size = 128 if tiny else 512
+    with tempfile.TemporaryDirectory() as work:
+        folder, file = Path(work) / "flux", Path(work) / "single.safetensors"
+        how = models.change("flux1-dev", tiny, few_blocks=True)
+        denoiser = models.write_folder(folder, "flux1-dev", torch.bfloat16, CUDA, how)
+        models.write_flux_file(file, denoiser)
+        del denoiser
+        file.with_suffix("").symlink_to(folder)
+        first: dict[Path, float] = {}
+        # diffusers reads single files of the public width alone; bitsandbytes' kernels are real
+        bases, kinds = ([folder], ["none", "fp8"]) if tiny else ([folder, file], ["none", "fp8", "int8", "nf4"])
+        for base in bases:
+            for kind in kinds:
+                clean()
+                try:
+                    family = load_family(str(base), dtype="bf16", quantize=kind, device="cuda")
+                    trainer = Trainer(family, size)
+                    family.place_denoiser()
+                    loss = trainer.step()
+                except Exception as error:  # one kind that fails must not hide the others
+                    yield row(f"FLUX.1 {base.name}, {kind}", False, why=f"{type(error).__name__}: {error}"[:300])
+                    continue
+                first.setdefault(base, loss)
+                there = all(p.device.type == "cuda" for p in family.denoiser.parameters())
+                share = abs(loss / first[base] - 1)
+                numbers = {"loss": loss, "from_bf16": share, "all_on_cuda": there, "peak_gib": peak()}
+                yield row(f"FLUX.1 {base.name}, {kind}", there and share < 0.05, **numbers)
+                del family, trainer
+        both = list(first.values())
+        if not tiny:
+            yield row("folder and file are one model", len(both) == 2 and abs(both[0] / both[1] - 1) < 1e-3)
+
+
+def flux(tiny: bool) -> Rows:
+    """FLUX.1 whole, checkpointed: resident, then with its weights at home."""
+    size, steps = (128, 2) if tiny else (1024, 5)
+    losses = {}
+    for offload in (False, True):
+        clean()
+        family = real_size.build("flux1-dev", torch.bfloat16, CUDA, models.change("flux1-dev", tiny))
+        stay = None
+        if offload:
+            family.denoiser.cpu()
+            clean()
+            stay = offload_linears(family.denoiser, CUDA)
+        trainer = Trainer(family, size, checkpointing=True, stay=stay)
+        found = trainer.measure(steps)
+        losses[offload] = found["loss"]
+        name = "offloaded" if offload else "resident"
+        yield row(f"FLUX.1 {size} px, checkpointed, {name}", found["finite"] and found["waits"] <= 1, **found)
+        del family, trainer, stay
+    yield row("offloaded trains as resident does", abs(losses[True] / losses[False] - 1) < 1e-3, **{
+        "resident": losses[False], "offloaded": losses[True],
+    })  # fmt: skip
+
+
+def fp16(tiny: bool) -> Rows:
+    """A card without bf16: how many gradients become zero with and without the loss's scale."""
+    zeros = {}
+    for scaled in (True, False):
+        clean()
+        size = 64 if tiny else 512
+        family = real_size.build("sd15", torch.float16, CUDA, models.change("sd15", tiny))
+        trainer = Trainer(family, size)
+        adapter: Adapter = trainer.adapter
+        if not scaled:
+            adapter.loss_scale = 1.0
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(3)
+            for parameter in adapter.parameters():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        accumulate(trainer.parts, trainer.limits, trainer.state)
+        total = sum(g.numel() for g in adapter.gradients())
+        zeros[scaled] = sum(int((g == 0).sum()) for g in adapter.gradients()) / total
+        adapter.drop_gradients()
+        loss = trainer.step()
+        yield row(f"SD 1.5 in fp16, {'scaled' if scaled else 'not scaled'}", loss == loss, zeros=zeros[scaled])
+    yield row("the scale keeps gradients", zeros[True] <= zeros[False])
+
+
+def capped(words: list[str]) -> None:
+    """`stages.py capped GIB -- emotrain's words`: a command that may take so much of the GPU's memory and no more."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(float(words[0]) * GIB / total)
+    code = emotrain_main(words[2:])
+    print(json.dumps({"peak_gib": peak()}), file=sys.stderr)
+    sys.exit(code)
+
+
+def sdxl_memory(tiny: bool) -> Rows:
+    """SDXL from its files to its LoRA on a card of each size: encode, train, validate, draw, save."""
+    size = 128 if tiny else 1024
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "sdxl"
+        models.write_folder(folder, "sdxl", torch.bfloat16, CUDA, models.change("sdxl", tiny))
+        clean()
+        for number, gib in enumerate((8, 24) if tiny else (8, 12, 16, 24)):
+            words = [
+                f"model.base={folder}", "model.dtype=bf16", f"model.memory={gib}gb", "dataset=builtin:example",
+                f"dataset.resolution={size}", "dataset.buckets.upscale=true", "train.max_steps=4", "save.every=2",
+                "sample.every=4", "sample.at_start=false", "sample.steps=2", "validate.probe_images=1",
+                "validate.every=4", "train.gradient_accumulation_steps=1", "stop.mode=off",
+            ]  # fmt: skip
+            sets = [word for pair in words for word in ("--set", pair)]
+            command = ["run", "sdxl", "--name", f"card-{gib}", "--runs-dir", work, "--plain", *sets]
+            done = subprocess.run(
+                [sys.executable, str(HERE / "stages.py"), "capped", str(gib), "--", *command],
+                capture_output=True, text=True, cwd=work,
+            )  # fmt: skip
+            info = Path(work) / f"card-{gib}" / "run.json"
+            drawn = list((info.parent / "samples").glob("step-*.png"))
+            said = [line for line in done.stderr.splitlines() if line.startswith('{"peak_gib"')]
+            numbers = json.loads(said[-1]) if said else {}
+            if done.returncode:
+                numbers["why"] = " ".join(done.stderr.split()[-60:])
+            yield row(f"SDXL whole run in {gib} GiB", done.returncode == 0 and bool(drawn), **numbers, first=not number)
+
+
+STAGES: dict[str, Callable[[bool], Rows]] = {
+    "doctor": doctor, "quickstart": quickstart, "exact": exact, "kernels": optimizer_kernels, "sdxl": sdxl,
+    "sdxl-memory": sdxl_memory, "flux-kinds": flux_kinds, "flux": flux, "fp16": fp16,
+}  # fmt: skip
+
+
+def main() -> None:
+    """One stage."""
+    name, *words = sys.argv[1:] or [""]
+    if name == "capped":
+        capped(words)
+    if name not in STAGES:
+        sys.exit(__doc__)
+    assert family_of_variant("sdxl") in FAMILIES
+    for found in STAGES[name]("--tiny" in words):
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
