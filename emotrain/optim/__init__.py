@@ -1,10 +1,8 @@
 """The emo optimizers, and the ones to compare them with."""
 
 from emotrain.optim.base import EmoOptimizer
-from emotrain.optim.emoairy import EmoAiry
-from emotrain.optim.emocats import EmoCats
-from emotrain.optim.emofact import EmoFact
-from emotrain.optim.emolynx import EmoLynx
+from emotrain.optim.emoairy import EmoAiry, EmoFact
+from emotrain.optim.emocats import EmoCats, EmoLynx
 from emotrain.optim.emonavi import EmoNavi
 from emotrain.optim.emosens import EmoSens
 from emotrain.optim.emotion import EmoTion

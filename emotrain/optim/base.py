@@ -10,17 +10,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from emotrain.optim.batches import Batch, fill, gather, refuse_sparse
+from emotrain.optim.batches import Batch, Length, fill, gather, refuse_sparse
 from emotrain.optim.kernels import correction_at
-from emotrain.optim.lengths import scope_of, step_lengths
-from emotrain.optim.shadow import follow_shadow
 from emotrain.optim.state import check_state, emotion_to_dict, load_tensors, reading_from_dict
-from emotrain.optim.writer import Writer, write
 from emotrain.pulse.reading import Reading
 from emotrain.pulse.signal import (
     SENSORS,
@@ -28,11 +25,20 @@ from emotrain.pulse.signal import (
     Watch,
     canonical_generation,
     feel,
+    pulse_at,
     start,
+    tensor_pulses,
 )
-from emotrain.pulse.state import state_from_dict
+from emotrain.pulse.state import EmotionState, state_from_dict
 
 LOG = logging.getLogger("emotrain.optim")
+
+
+class Writer(Protocol):
+    """A TensorBoard SummaryWriter, or what looks like one."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Note one number."""
 
 
 class EmoOptimizer(torch.optim.Optimizer):
@@ -90,7 +96,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self.writer = writer
         self.reading: Reading | None = None
         self._emotion = start(self.generation)
-        self._heard = False
+        self._observed = False
         lr = (1e-3 if self.generation == "3.6" else 1.0) if lr is None else lr
         betas = (0.9, 0.995) if betas is None else betas
         super().__init__(params, {"lr": lr, "eps": eps, "betas": tuple(betas), "weight_decay": weight_decay})
@@ -138,7 +144,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         )
         if self.generation == "3.7.0":  # its pulse moves on in `step`, tensor by tensor
             felt = replace(felt, noise_est=before.noise_est, d_est=before.d_est)
-        self._emotion, self._heard = felt, True
+        self._emotion, self._observed = felt, True
         if ready and not before.ready:
             self._turned_on()
             if self.notify:
@@ -164,9 +170,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if not self._heard:
+            if not self._observed:
                 self.observe(loss)
-        if not self._heard:
+        if not self._observed:
             raise RuntimeError(
                 f"{type(self).__name__}.step() was called before observe(loss): call observe(mean_loss) once before "
                 "each step(), or pass a closure: step(closure)"
@@ -174,7 +180,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         grads: list[list[Tensor]] = [[p.grad for p in params] for params in members]
         refuse_sparse(grads)
-        self._heard = False
+        self._observed = False
         assert self.reading is not None
         lengths, self._emotion, reading = step_lengths(self.param_groups, members, self._emotion, self.reading)
         self.reading = reading
@@ -220,7 +226,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             index: {slot: value.detach().clone() for slot, value in slots.items()}
             for index, slots in packed["state"].items()
         }
-        packed["emotion"] = emotion_to_dict(self.name, self._emotion, self.reading, self._heard, self._memory())
+        packed["emotion"] = emotion_to_dict(self.name, self._emotion, self.reading, self._observed, self._memory())
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -229,19 +235,19 @@ class EmoOptimizer(torch.optim.Optimizer):
         Raises:
             WrongStateError: it belongs to another optimizer, generation or set of parameters.
         """
-        check_state(self, state_dict)
+        check_state(self, self.name, self.generation, state_dict)
         super().load_state_dict({**state_dict, "state": {}})
         load_tensors(self, state_dict)
         emotion = state_dict["emotion"]
         self._emotion = state_from_dict(emotion["state"])
         self.reading = reading_from_dict(emotion["reading"])
-        self._heard = bool(emotion["observed_loss"])
+        self._observed = bool(emotion["observed_loss"])
         self._recall(emotion["memory"])
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the writer, so that a copied optimizer feels on."""
         words = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
-        own = {key: getattr(self, key) for key in (*words, "reading", "_emotion", "_heard")}
+        own = {key: getattr(self, key) for key in (*words, "reading", "_emotion", "_observed")}
         return {**super().__getstate__(), **own, "writer": None}
 
     @contextmanager
@@ -298,3 +304,71 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _count_gradients(self) -> int:
         return max(1, sum(p.grad is not None for group in self.param_groups for p in group["params"]))
+
+
+def scope_of(group: dict[str, Any], generation: str) -> float:
+    """The learning rate given by the user; in 3.6 it is `lr` itself, so that a scheduler can move it."""
+    return float(group["lr"] if generation == "3.6" else group["scope"])
+
+
+def step_lengths(
+    groups: list[dict[str, Any]], members: list[list[Tensor]], emotion: EmotionState, reading: Reading
+) -> tuple[list[tuple[Length, Length]], EmotionState, Reading]:
+    """Step length and decay of each group; each group's `lr` is set to its pulse, for loggers.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        members: their parameters that have gradients.
+        emotion: after this step's loss.
+        reading: of this step.
+
+    Returns:
+        Per group eta and decay (3.7.0: one of each per tensor), the emotion and the reading (both change in 3.7.0
+        only, whose pulse moves on with every tensor; the reading then shows the last tensor's).
+    """
+    lengths: list[tuple[Length, Length]] = []
+    for group, params in zip(groups, members, strict=True):
+        scope, weight_decay = scope_of(group, emotion.generation), group["weight_decay"]
+        if emotion.generation == "3.7.0":
+            pulses, emotion = tensor_pulses(emotion, reading.trust, [scope] * len(params))
+            lengths.append(([x * reading.drive for x in pulses], [x * weight_decay for x in pulses]))
+            if pulses:
+                group["lr"] = pulses[-1]
+                reading = replace(reading, pulse=pulses[-1], noise_est=emotion.noise_est, d_est=emotion.d_est)
+        else:
+            group["lr"] = scope if emotion.generation == "3.6" else pulse_at(emotion, scope)
+            lengths.append((group["lr"] * reading.drive, group["lr"] * weight_decay))
+    return lengths, emotion, reading
+
+
+def follow_shadow(batch: Batch, reading: Reading) -> None:
+    """One step of the shadow, before the update; all generations, after muooon's EmoNavi and EmoSens (Apache-2.0).
+
+    ratio = 1 - |scalar| where |scalar| > 0.625, else 0. With ratio > 0: p = (1-ratio) p + |trust| shadow; otherwise
+    shadow += 0.1 |trust| (p - shadow).
+
+    Args:
+        batch: with state "shadow"; its params and shadows are changed in place.
+        reading: of this step.
+    """
+    shadows, trust = batch.state["shadow"], abs(reading.trust)
+    ratio = 1.0 - abs(reading.scalar) if abs(reading.scalar) > 0.625 else 0.0
+    if ratio > 0.0:
+        torch._foreach_mul_(batch.params, 1.0 - ratio)
+        torch._foreach_add_(batch.params, torch._foreach_mul(shadows, trust))
+    else:
+        torch._foreach_lerp_(shadows, batch.params, 0.1 * trust)
+
+
+def write(writer: Writer, reading: Reading, should_stop: bool, step: int) -> None:
+    """One step's numbers; the tags are those of muooon's option guide, `trust` and `stop` are ours."""
+    numbers = {
+        "emoLR/base": reading.pulse,
+        "emoLR/Turbo": reading.pulse * reading.drive,
+        "emostate/emoDrive": reading.drive,
+        "emostate/scalar": reading.scalar,
+        "emostate/trust": reading.trust,
+        "emostate/stop": float(should_stop),
+    }
+    for tag, number in numbers.items():
+        writer.add_scalar(tag, number, step)

@@ -1,4 +1,4 @@
-"""EmoAiry: the sign of the gradient at the emotion's step length, without any state."""
+"""EmoAiry and EmoFact: the sign of the gradient at the emotion's step length, without any state."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ class EmoAiry(EmoOptimizer):
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
         descend(batch, lambda part: torch._foreach_sign(batch.grads[part]))
+
+
+class EmoFact(EmoAiry):
+    """EmoFact 3.6; after muooon's EmoFact (Apache-2.0). The rule of EmoAiry, and for the same reason no state.
+
+    p -= lr wd p;  p -= lr drive sign(g)
+    """
+
+    name: ClassVar[str] = "emofact"
+    generations: ClassVar[tuple[str, ...]] = ("3.6",)

@@ -1,4 +1,4 @@
-"""EmoCats: Lion at the emotion's step length."""
+"""EmoCats and EmoLynx: Lion at the emotion's step length."""
 
 from __future__ import annotations
 
@@ -41,3 +41,13 @@ class EmoCats(EmoOptimizer):
             return lerped
 
         descend(batch, direction)
+
+
+class EmoLynx(EmoCats):
+    """EmoLynx 3.6; after muooon's EmoLynx (Apache-2.0). The rule of EmoCats.
+
+    u = sign(b1 m + (1-b1) g);  p -= lr wd p;  p -= lr drive u;  m = b2 m + (1-b2) g
+    """
+
+    name: ClassVar[str] = "emolynx"
+    generations: ClassVar[tuple[str, ...]] = ("3.6",)

@@ -7,10 +7,8 @@ from typing import Any, cast
 
 from emotrain.errors import ConfigError
 from emotrain.optim.base import EmoOptimizer
-from emotrain.optim.emoairy import EmoAiry
-from emotrain.optim.emocats import EmoCats
-from emotrain.optim.emofact import EmoFact
-from emotrain.optim.emolynx import EmoLynx
+from emotrain.optim.emoairy import EmoAiry, EmoFact
+from emotrain.optim.emocats import EmoCats, EmoLynx
 from emotrain.optim.emonavi import EmoNavi
 from emotrain.optim.emosens import EmoSens
 from emotrain.optim.emotion import EmoTion

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from emotrain.errors import CheckpointError
 from emotrain.optim.batches import state_dtype
 from emotrain.pulse.reading import Reading
 from emotrain.pulse.state import EmotionState, state_to_dict
-
-if TYPE_CHECKING:
-    from emotrain.optim.base import EmoOptimizer
 
 
 class WrongStateError(CheckpointError, ValueError):
@@ -43,8 +41,8 @@ def reading_from_dict(plain: Mapping[str, float]) -> Reading | None:
     return Reading(**plain) if plain else None
 
 
-def check_state(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Refuse a state that does not fit, before anything is changed.
+def check_state(optimizer: Optimizer, name: str, generation: str, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state that does not fit an optimizer of this name and generation, before anything is changed.
 
     Raises:
         WrongStateError: with a sentence that says what it belongs to.
@@ -56,21 +54,21 @@ def check_state(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
             f"this state holds no emotion, so it is not of {here}",
             "load it into the optimizer that saved it",
         )
-    if emotion["optimizer"] != optimizer.name:
+    if emotion["optimizer"] != name:
         raise WrongStateError(
-            f"this state is of the optimizer `{emotion['optimizer']}` and cannot go on in `{optimizer.name}`",
-            f"build `{emotion['optimizer']}`, or start `{optimizer.name}` without a state",
+            f"this state is of the optimizer `{emotion['optimizer']}` and cannot go on in `{name}`",
+            f"build `{emotion['optimizer']}`, or start `{name}` without a state",
         )
-    generation = emotion["state"]["generation"]
-    if generation != optimizer.generation:
+    saved = emotion["state"]["generation"]
+    if saved != generation:
         raise WrongStateError(
-            f"this state is of {here} generation {generation} and cannot go on in {optimizer.generation}",
-            f'pass generation="{generation}", or start without a state',
+            f"this state is of {here} generation {saved} and cannot go on in {generation}",
+            f'pass generation="{saved}", or start without a state',
         )
     _check_groups(optimizer, state_dict)
 
 
-def _check_groups(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
+def _check_groups(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     here = [len(group["params"]) for group in optimizer.param_groups]
     there = [len(group["params"]) for group in state_dict["param_groups"]]
     if here != there:
@@ -88,7 +86,7 @@ def _check_groups(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> Non
                 )
 
 
-def load_tensors(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None:
+def load_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Copy the tensors in, in the state's dtype (not the parameter's) and on the parameter's device."""
     for param, slots in _pairs(optimizer, state_dict["param_groups"], state_dict["state"]):
         optimizer.state[param] = {
@@ -98,7 +96,7 @@ def load_tensors(optimizer: EmoOptimizer, state_dict: Mapping[str, Any]) -> None
 
 
 def _pairs(
-    optimizer: EmoOptimizer,
+    optimizer: Optimizer,
     groups: list[dict[str, Any]],
     state: Mapping[int, Mapping[str, torch.Tensor]],
 ) -> list[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
