@@ -221,7 +221,8 @@ class ValidateSection(Section):
 
     every: Auto | PositiveInt = Field(
         "auto",
-        description="steps between two validations; auto: so that they take 5 % of the run, 10 % of a built-in model's",
+        description="steps between two validations; auto: so that they take 5 % of the run, 10 % of a built-in model's,"
+        " twice that with train.gain: auto",
     )
     probe_images: PositiveInt = Field(4, description="pictures in the validation")
     folder: Str | None = Field(None, description="a held-out folder of your own")

@@ -167,7 +167,16 @@ def test_some_pictures_are_held_out_where_there_are_enough(tmp_path: Path, count
     assert (len(pictures.train), len(pictures.held_out)) == (count - held, held)
 
 
-@pytest.mark.parametrize(("words", "every"), [("", 160), ("micro_batch_size: 4", 40), ("micro_batch_size: 64", 10)])
+@pytest.mark.parametrize(
+    ("words", "every"),
+    [
+        ("", 160),
+        ("micro_batch_size: 4", 40),
+        ("micro_batch_size: 64", 10),
+        ("gain: auto", 80),
+        ("gain: auto, optimizer: adamw, lr: 1e-4", 160),
+    ],
+)
 def test_validations_are_so_rare_that_they_take_a_twentieth_of_the_run(tmp_path: Path, words: str, every: int) -> None:
     words = f"train: {{{words}}}"
     loaded = load_preset(preset(tmp_path, "dataset: ./data", words), ("model.base=./sdxl.safetensors",), "one")
