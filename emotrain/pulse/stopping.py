@@ -1,15 +1,15 @@
 """The decision to end a run: pure floats in, one sentence out (no torch).
 
-Nothing that hears only the training loss can feel over-training, since that loss goes on falling. So the decision
-rests on the validation: the loss of a few held-out pictures at fixed noise and timesteps. The emo sensors read it: they
-are started anew at every best validation, and `scalar` below zero since then means that the run gets worse. The
-published signals of the training loss shorten the wait where they light.
+The training loss cannot show over-training, since it goes on falling. So the decision rests on the validation: the loss
+of a few held-out pictures at fixed noise and timesteps. The emo sensors follow it: they are started anew at every best
+validation, and `scalar` below zero since then means that the run gets worse. The published signals of the training loss
+shorten the wait where they light.
 
-Where no pictures can be spared the validation mirrors training pictures. Their loss goes on falling slowly while the
-pictures are memorised, but no longer as fast as that of the same pictures as they are. So a fall counts as far
-as it exceeds SHARED of what the pictures as they are have gained. Mirroring is no fair measure of what is not symmetric
-(light from the left, lettering, a grid): where the mirrored pictures have gained little when their fall ends, the rule
-listens to the pictures as they are, and can tell a standstill only.
+Where no pictures can be spared the validation uses training pictures, flipped. Their loss goes on falling slowly while
+the pictures are memorised, but no longer as fast as that of the same pictures unflipped. So a fall counts as far as it
+exceeds SHARED of what the unflipped ones have gained. Flipping is no fair measure of what is not symmetric (light from
+the left, lettering, a grid): where the flipped pictures have gained little when their fall ends, the rule uses them
+unflipped, and can tell a standstill only.
 
 Where a run measures the gain of its step length (`emotrain.pulse.gain`), the same validations lower it, and the run
 ends when no other gain brings more.
@@ -32,16 +32,16 @@ DENSE = 0.9  # share of lit steps in the window that counts as sustained
 PATIENCE = 0.4  # of the best step: how long the validation may fail to improve
 PATIENCE_LIT = 0.3  # the same while the published signal is sustained
 MIN_FAILED_VALIDATIONS = 2  # in a row, with scalar below zero
-NEGLIGIBLE_PLAIN = 0.03  # the same for training pictures as they are, which go on falling as they are memorised
-SHARED = 0.35  # of what pictures gain as they are: mirrored ones that gain less are being memorised
-FAST = 0.1  # of the improvement so far: a fall of mirrored pictures that counts whatever it is
-UNFAIR = 0.4  # of the gain of pictures as they are: if mirrored ones have gained less, mirroring is not fair
-MIN_GAIN = 0.02  # of the base's loss: before that nothing is said about mirroring
+NEGLIGIBLE_PLAIN = 0.03  # NEGLIGIBLE for unflipped training pictures, which go on falling as they are memorised
+SHARED = 0.35  # of what unflipped pictures gain: flipped ones that gain less are being memorised
+FAST = 0.1  # of the improvement so far: a fall of flipped pictures that counts whatever it is
+UNFAIR = 0.4  # of the gain of unflipped pictures: if flipped ones have gained less, flipping is not fair
+MIN_GAIN = 0.02  # of the base's loss: before that nothing is said about flipping
 MIN_STEPS = 60
 HOPE = 200  # steps that a run gets in which no validation is better than the base
 UNFAIR_SENTENCE = (
-    "mirrored, the pictures have hardly gained what they have as they are: the validation listens to these from now on,"
-    " which cannot feel over-training; a folder of others would (validate.folder)"
+    "flipped, the training pictures have hardly improved where unflipped they have: from now on the validation uses"
+    " them unflipped, which cannot show over-training; a folder of other pictures would (validate.folder)"
 )
 
 
@@ -52,7 +52,7 @@ class StopRule:
     Args:
         mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on validation and signal.
         min_steps: never before this step.
-        held_out: the validation hears held-out pictures; else training pictures, mirrored.
+        held_out: the validation uses held-out pictures; else training pictures, flipped.
         gain: of the step length, lowered where validations stop improving; None: it stays as it is.
     """
 
@@ -63,8 +63,8 @@ class StopRule:
     gain_lowered: bool = field(default=False, compare=False)  # by the last validation
     lit: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     base_loss: float | None = None
-    base_plain: float | None = None  # loss of the mirrored pictures as they are
-    unfair: bool = False  # mirroring: the rule listens to the pictures as they are
+    base_plain: float | None = None  # loss of the same pictures, unflipped
+    unfair: bool = False  # flipping: the rule uses the unflipped pictures
     observed_loss: float = field(default=math.nan, compare=False)  # what the last validation said
     best_step: int | None = None
     best_loss: float | None = None
@@ -84,8 +84,8 @@ class StopRule:
 
         Args:
             step: steps done.
-            loss: of the held-out or the mirrored pictures, finite.
-            plain: of the mirrored pictures as they are.
+            loss: of the held-out or the flipped pictures, finite.
+            plain: of the flipped pictures, unflipped.
         """
         self.validations += 1
         if self.base_loss is None:
@@ -93,35 +93,35 @@ class StopRule:
         if plain is not None:
             loss, plain = self._fair(loss, plain)
         self.observed_loss = loss
-        felt, gain = self._felt(loss, plain), max(self.base_loss - loss, 0.0)
-        too_small = gain * (NEGLIGIBLE_PLAIN if self.unfair else NEGLIGIBLE)
-        counts = self.anchor_loss - felt > too_small
+        without, gained = self._without_memorising(loss, plain), max(self.base_loss - loss, 0.0)
+        too_small = gained * (NEGLIGIBLE_PLAIN if self.unfair else NEGLIGIBLE)
+        counts = self.anchor_loss - without > too_small
         if plain is not None:
-            counts = counts or self.anchor_loss - loss > FAST * gain
+            counts = counts or self.anchor_loss - loss > FAST * gained
         is_best = (self.best_loss is None or loss < self.best_loss) if self.held_out else counts
         if is_best:
             self.best_step, self.best_loss = step, loss
         if counts:
             self.anchor_step, self.anchor_loss, self.anchor_plain = step, loss, plain
-            self.averages, felt = None, loss
-        self.averages, self.scalar, _ = listen(self.averages, felt)
-        still = too_small / max(felt, 1e-12)  # a fall too small to count is standing still
-        felt_no_fall = step != self.anchor_step and self.scalar <= still
-        self.failed_validations = self.failed_validations + 1 if felt_no_fall else 0
+            self.averages, without = None, loss
+        self.averages, self.scalar, _ = listen(self.averages, without)
+        still = too_small / max(without, 1e-12)  # a fall too small to count is standing still
+        no_fall = step != self.anchor_step and self.scalar <= still
+        self.failed_validations = self.failed_validations + 1 if no_fall else 0
         if self.gain is not None:
             assert self.best_loss is not None
             losses = {"best_loss": self.best_loss, "base_loss": self.base_loss}
             self.gain_lowered = self.gain.update_validation(step, is_best=is_best, **losses)
         return is_best
 
-    def _felt(self, loss: float, plain: float | None) -> float:
-        """A mirrored loss without what comes of learning the pictures by heart since the anchor."""
+    def _without_memorising(self, loss: float, plain: float | None) -> float:
+        """A loss of flipped pictures without what comes of memorising them since the anchor."""
         if plain is None or self.anchor_plain is None:
             return loss
         return loss + SHARED * max(self.anchor_plain - plain, 0.0)
 
     def _fair(self, loss: float, plain: float) -> tuple[float, float | None]:
-        """What to listen to: mirrored pictures and the same as they are, or these alone."""
+        """What to use: flipped pictures and the same unflipped, or these alone."""
         assert self.base_loss is not None
         assert self.base_plain is not None
         if self.unfair:
@@ -130,7 +130,7 @@ class StopRule:
         if loss >= self.anchor_loss and gained > MIN_GAIN * self.base_plain and self.base_loss - loss < UNFAIR * gained:
             self.unfair = True
             if self.gain is not None:
-                self.gain.mark = None  # a loss of mirrored pictures
+                self.gain.mark = None  # a loss of flipped pictures
             self.base_loss, self.anchor_loss, self.best_loss = self.base_plain, math.inf, None
             return plain, None
         return loss, plain
@@ -207,14 +207,17 @@ class StopRule:
                 return None
             why = f"{VAIN} step lengths in a row have brought less than {NEGLIGIBLE:.1%} of what was gained"
         elif self.failed_validations >= MIN_FAILED_VALIDATIONS and step - self.anchor_step >= self.wait():
-            why = f"has not improved for {self.failed_validations} validations (scalar {self.scalar:+.3f})"
+            why = f"has not improved for {self.failed_validations} validations"
         else:
             return None
         which, fell = "held-out loss", "was lowest"
         if not self.held_out:
-            which, fell = "loss of mirrored pictures", "last fell by more than memorising"
+            which, fell = "loss of flipped training pictures", "last fell by more than memorising explains"
         if self.unfair:
-            which, fell = "loss of training pictures", "last fell by more than a trifle"
+            which, fell = (
+                "loss of training pictures",
+                f"last fell by more than {NEGLIGIBLE_PLAIN:.0%} of what was gained",
+            )
         return f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g}) and {why}"
 
     def to_document(self) -> dict[str, Any]:

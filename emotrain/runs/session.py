@@ -211,7 +211,7 @@ class Session:
         preset, data, model = self.preset, self.data.train, self.model
         held = len(self.pictures.held_out)
         per_epoch = data.batches_per_epoch / preset.train.gradient_accumulation_steps
-        held_words = f"{held} held out" if held else "none held out: the validation mirrors training pictures"
+        held_words = f"{held} held out" if held else "none held out: the validation uses flipped training pictures"
         return RunStart(
             name=folder.name,
             run_dir=folder.path,

@@ -48,7 +48,7 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class ValidationEnd:
-    """The validation: loss at fixed noise and timesteps, on pictures the LoRA is not trained on (or mirrored ones)."""
+    """The validation: loss at fixed noise and timesteps, on pictures the LoRA is not trained on (or flipped ones)."""
 
     step: int
     loss: float

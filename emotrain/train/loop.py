@@ -76,7 +76,7 @@ class Parts:
     sample: Callable[[int], None]
     record: Callable[[int, Sequence[Sample]], None]
     interrupted: Callable[[], bool]
-    plain_validation: Validation | None = None  # the mirrored pictures of `validation` as they are
+    plain_validation: Validation | None = None  # the flipped pictures of `validation`, unflipped
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The validation: the loss of a few pictures at fixed noise and fixed, stratified timesteps.
 
-The pictures are held out (or mirrored where none can be spared), so that the validation can show over-training, which
-the training loss cannot. Noise and timesteps never change, so that two validations differ by the adapter alone.
+The pictures are held out (or flipped training pictures where none can be spared), so that the validation can show
+over-training, which the training loss cannot. Noise and timesteps never change, so that two validations differ by the
+adapter alone.
 """
 
 from __future__ import annotations

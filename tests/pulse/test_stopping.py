@@ -164,7 +164,7 @@ def test_a_fall_of_mirrored_pictures_that_comes_of_learning_by_heart_does_not_co
     stopped, sentence = play(rule, style, plain=by_heart)
     assert 140 <= stopped <= 200
     assert 90 <= rule.best_step <= 130
-    assert "mirrored" in sentence
+    assert "flipped" in sentence
     again = StopRule(held_out=False)
     again.load_document(json.loads(json.dumps(rule.to_document())))
     assert again == rule
