@@ -144,7 +144,15 @@ VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|%[A-Za-z_]\w*%")
 
 def _path_variables(root: Node) -> list[Problem]:
     """`$HOME/pics`, `%USERPROFILE%`: variables stay as they are, so that a preset means the same to everybody."""
-    nodes = [leaf(root, key) for key in ("model.base", "model.vae", "start_from.continue", "validate.folder")]
+    keys = (
+        "model.base",
+        "model.vae",
+        "model.text_encoder",
+        "model.tokenizer",
+        "start_from.continue",
+        "validate.folder",
+    )
+    nodes = [leaf(root, key) for key in keys]
     folders = leaf(root, "dataset.folders")
     for item in folders.value if folders is not None and isinstance(folders.value, list) else ():
         nodes += [as_mapping(item).get("path"), as_mapping(item).get("mask")]

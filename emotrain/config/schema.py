@@ -36,6 +36,12 @@ class ModelSection(Section):
     base: Text = Field(description="a .safetensors file, diffusers folder, hub id or builtin: name")
     family: Auto | FamilyName = Field("auto", description="recognised from the files; set it to insist")
     vae: Str | None = Field(None, description="another VAE: a diffusers folder, a hub id or a file")
+    text_encoder: Str | None = Field(
+        None, description="the text encoder of a model whose parts are separate files: a file or a folder"
+    )
+    tokenizer: Str | None = Field(
+        None, description="a folder with its tokenizer (default: beside the model, or the hub)"
+    )
     revision: Str | None = Field(None, description="a hub id's branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="of the frozen base; the LoRA itself is always float32"

@@ -245,7 +245,7 @@ class CachedDataset:
         text: dict[str, Tensor] = {}
         if self._rows:
             rows = [self._rows[said] for _, said, _ in samples]
-            text = {name: torch.stack([_widen(row[name]) for row in rows]) for name in rows[0]}
+            text = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
         masks = None
         if any(item.mask is not None for item, _, _ in samples):
             masks = torch.stack([_mask(item, mirrored) for item, _, mirrored in samples])
@@ -277,8 +277,13 @@ def _side(item: Item, mirrored: bool) -> Tensor:
     return item.mirrored
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Embeddings of a batch in float32; rows of fewer tokens are filled up with zeros (False in a mask)."""
+    wide = [row.float() if row.is_floating_point() else row for row in rows]
+    longest = max(row.shape[0] for row in wide)
+    if any(row.shape[0] != longest for row in wide):
+        wide = [torch.cat([row, row.new_zeros(longest - row.shape[0], *row.shape[1:])]) for row in wide]
+    return torch.stack(wide)
 
 
 def _mask(item: Item, mirrored: bool) -> Tensor:

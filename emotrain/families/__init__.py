@@ -16,6 +16,8 @@ def load_family(
     *,
     family: str = "auto",
     vae: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     quantize: str = "none",
@@ -31,6 +33,8 @@ def load_family(
         base: a .safetensors file, a diffusers folder, a hub id, or `builtin:tiny-sd` | `builtin:tiny-flux`.
         family: auto, or the family that it has to be.
         vae: another VAE: a diffusers folder, a hub id or a file.
+        text_encoder: of a single file without one: a file or a folder.
+        tokenizer: a folder with its tokenizer.
         revision: a hub id's branch, tag or commit.
         dtype: auto | bf16 | fp16 | fp32, of the denoiser and the text encoders; auto is bf16 on GPUs that have it,
             fp16 on others, fp32 on the CPU.
@@ -52,6 +56,7 @@ def load_family(
     from emotrain.families.loading import load
 
     return load(
-        base, family=family, vae=vae, revision=revision, dtype=dtype, quantize=quantize, memory=memory,
-        device=device, gradient_checkpointing=gradient_checkpointing, train_text=train_text, prediction=prediction,
+        base, family=family, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, revision=revision, dtype=dtype,
+        quantize=quantize, memory=memory, device=device, gradient_checkpointing=gradient_checkpointing,
+        train_text=train_text, prediction=prediction,
     )  # fmt: skip

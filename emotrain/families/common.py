@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
+from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds, TextEncoderPart
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.offload import move_rest
+from emotrain.families.quiet import quiet
 from emotrain.families.registry import FAMILIES
 
 # Of samples of small models such as the built-in ones, looked at with 1, 2, 3 and 5: at 1 shapes are
@@ -80,8 +81,9 @@ class LoadedFamily(ABC):
         self.placement = parts.memory.sentence if parts.memory else ""
         self._waiting: frozenset[nn.Module] | None = None  # see `let_denoiser_wait`
         config = parts.vae.config
-        self.vae_scale = 2 ** (len(config.block_out_channels) - 1)
-        self.latent_scale = float(config.scaling_factor)
+        levels = getattr(config, "block_out_channels", None) or config.dim_mult
+        self.vae_scale = 2 ** (len(levels) - 1) * FAMILIES[parts.name].vae_patch
+        self.latent_scale = float(getattr(config, "scaling_factor", None) or 1.0)
         self.latent_shift = float(getattr(config, "shift_factor", None) or 0.0)
         self._identities: dict[str, str] = {}
         for module in (self.denoiser, parts.vae, *(part.encoder for part in self.text_encoders)):
@@ -180,7 +182,7 @@ class LoadedFamily(ABC):
     def _inputs(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds) -> tuple[Tensor, Tensor, TextEmbeds]:
         """To the device; latents and embeddings in the denoiser's dtype, timesteps in float32."""
         self.place_denoiser()
-        moved = {key: value.to(self.device, self.dtype) for key, value in text.items()}
+        moved = {key: to_device(value, self.device, self.dtype) for key, value in text.items()}
         return (
             noisy_latents.to(self.device, self.dtype),
             timesteps.to(self.device, torch.float32),
@@ -251,6 +253,19 @@ class LoadedFamily(ABC):
     def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Arguments of the pipeline's call for these embeddings; `guidance` None is the model's usual one."""
 
+    def draw(self, request: DrawRequest, text: TextEmbeds, negative: TextEmbeds) -> Tensor:
+        """Scaled latents [1, C, H, W] by the stock pipeline; embeddings are on the device."""
+        words = self.pipeline_words(text, negative, request.guidance)
+        with quiet():
+            pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        latents: Tensor = pipeline(
+            **words, **request.extras, width=request.width, height=request.height,
+            generator=torch.Generator("cpu").manual_seed(request.seed), num_inference_steps=request.steps,
+            output_type="latent",
+        ).images  # fmt: skip
+        return self.unpack_sampled(latents, request.width, request.height)
+
     def unpack_sampled(self, latents: Tensor, width: int, height: int) -> Tensor:
         """Latents as the pipeline returns them -> scaled latents [B, C, H, W]; `width` and `height` in pixels."""
         return latents
@@ -258,6 +273,16 @@ class LoadedFamily(ABC):
     def fresh_scheduler(self) -> Any:
         """A scheduler of the model's own kind that no one else uses."""
         return type(self.scheduler).from_config(self.scheduler.config)
+
+
+def vae_channels(config: Any) -> int:
+    """Channels of a VAE's own latents."""
+    return int(getattr(config, "latent_channels", None) or config.z_dim)
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """To the device, numbers in `dtype`; masks stay masks."""
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:

@@ -20,6 +20,7 @@ from emotrain.families.offload import offload_linears
 from emotrain.families.pieces import load_pieces, load_vae, text_parts
 from emotrain.families.quantize import quantize_linears
 from emotrain.families.registry import FAMILIES
+from emotrain.families.separate import Given
 from emotrain.families.sniff import Sniffed
 from emotrain.families.table import sniff
 from emotrain.families.texts import encoder_parameters
@@ -80,6 +81,8 @@ def load(
     *,
     family: str,
     vae: str | None,
+    text_encoder: str | None,
+    tokenizer: str | None,
     revision: str | None,
     dtype: str,
     quantize: str,
@@ -97,7 +100,7 @@ def load(
     plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing, text_gib)
     require_backend(plan.quantize)
     own_vae = load_vae(vae, found) if vae is not None else None
-    pieces = load_pieces(found, kind, revision, own_vae)
+    pieces = load_pieces(found, kind, revision, Given(own_vae, text_encoder, tokenizer))
     if own_vae is not None:
         pieces["vae"] = own_vae
     if found.prediction != "flow" and pieces["scheduler"].config.get("prediction_type") != found.prediction:

@@ -11,17 +11,31 @@ import torch
 
 from emotrain.errors import ModelError
 from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import vae_channels
 from emotrain.families.component import guard, known_class, load_one, refuse_filled_up
 from emotrain.families.headers import read_json
 from emotrain.families.registry import FAMILIES
+from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae
 from emotrain.families.single import load_single_file, load_vae_file
 from emotrain.families.sniff import Sniffed
+from emotrain.families.sniff_file import refuse_incomplete
+from emotrain.families.spec import TextEncoder
 
-ENCODERS = frozenset(("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"))
-TOKENIZERS = frozenset(("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"))
+ENCODERS = {
+    "clip": frozenset(("CLIPTextModel", "CLIPTextModelWithProjection")),
+    "t5": frozenset(("T5EncoderModel",)),
+    "llm": frozenset(("Qwen3Model", "Qwen3ForCausalLM")),
+}
+TOKENIZERS = {
+    "clip": frozenset(("CLIPTokenizer", "CLIPTokenizerFast")),
+    "t5": frozenset(("T5Tokenizer", "T5TokenizerFast")),
+    "llm": frozenset(("Qwen2Tokenizer", "Qwen2TokenizerFast")),
+}
 
 
-def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None, vae: Any = None) -> dict[str, Any]:
+def load_pieces(
+    found: Sniffed, dtype: torch.dtype, revision: str | None = None, given: Given = NOTHING
+) -> dict[str, Any]:
     """Denoiser, VAE, scheduler, and each text encoder with its tokenizer, on the CPU.
 
     The VAE is always float32: in half precision the real ones overflow or lose detail, and it is used once per picture.
@@ -34,7 +48,10 @@ def load_pieces(found: Sniffed, dtype: torch.dtype, revision: str | None = None,
         ModelError: a piece is missing or cannot be read.
     """
     if found.kind == "file":
-        return load_single_file(found, dtype, vae)
+        refuse_incomplete(found, has_vae=given.vae is not None, has_text=given.text_encoder is not None)
+        if any(encoder.kind == "llm" for encoder in FAMILIES[found.family].text_encoders):
+            return load_separate(found, dtype, given)
+        return load_single_file(found, dtype, given.vae)
     return load_folder(found, dtype, revision)
 
 
@@ -49,7 +66,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     scheduler_class = _scheduler_class(where, index)
     pieces: dict[str, Any] = {
         "denoiser": load_one(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
-        "vae": load_one(diffusers.AutoencoderKL, where, "vae", revision, torch_dtype=torch.float32),
+        "vae": load_one(getattr(diffusers, info.vae_class), where, "vae", revision, torch_dtype=torch.float32),
         "scheduler": guard(
             where,
             "scheduler",
@@ -57,9 +74,9 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
         ),
     }
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    for name in (encoder.name for encoder in info.text_encoders):
-        pieces[name], pieces[name.replace("text_encoder", "tokenizer")] = load_encoder(
-            where, index, name, dtype, revision
+    for encoder in info.text_encoders:
+        pieces[encoder.name], pieces[encoder.name.replace("text_encoder", "tokenizer")] = load_encoder(
+            where, index, encoder, dtype, revision
         )
     return pieces
 
@@ -88,18 +105,18 @@ def _index(found: Sniffed, revision: str | None) -> dict[str, Any]:
 
 
 def load_encoder(
-    where: str, index: dict[str, Any], name: str, dtype: torch.dtype, revision: str | None
+    where: str, index: dict[str, Any], spec: TextEncoder, dtype: torch.dtype, revision: str | None
 ) -> tuple[Any, Any]:
     """One text encoder and its tokenizer; (None, None) where the model was saved without it."""
     import transformers
 
-    tokenizer_name = name.replace("text_encoder", "tokenizer")
+    name, tokenizer_name = spec.name, spec.name.replace("text_encoder", "tokenizer")
     if (index.get(name) or [None])[0] is None:
         return None, None
-    kind = known_class(where, name, index, ENCODERS)
+    kind = known_class(where, name, index, ENCODERS[spec.kind])
     encoder, info = load_one(getattr(transformers, kind), where, name, revision, dtype=dtype, output_loading_info=True)
     refuse_filled_up(os.path.join(where, name), info)
-    tokenizer_class = getattr(transformers, known_class(where, tokenizer_name, index, TOKENIZERS))
+    tokenizer_class = getattr(transformers, known_class(where, tokenizer_name, index, TOKENIZERS[spec.kind]))
     tokenizer = guard(
         where,
         tokenizer_name,
@@ -107,7 +124,7 @@ def load_encoder(
             where, subfolder=tokenizer_name, revision=revision, trust_remote_code=False
         ),
     )
-    return encoder, tokenizer
+    return (encoder.model if kind.endswith("ForCausalLM") else encoder), tokenizer
 
 
 def load_vae(vae: str, found: Sniffed) -> Any:
@@ -119,20 +136,18 @@ def load_vae(vae: str, found: Sniffed) -> Any:
     import diffusers
 
     path = Path(vae).expanduser()
+    spec = FAMILIES[found.family]
+    kind = getattr(diffusers, spec.vae_class)
     if path.is_file():
-        loaded = load_vae_file(path, found)
+        loaded = load_vae_file(path, found) if spec.vae_class == "AutoencoderKL" else load_separate_vae(path, found)
     elif (path / "vae").is_dir():
-        loaded = load_one(diffusers.AutoencoderKL, str(path), "vae", None, torch_dtype=torch.float32)
+        loaded = load_one(kind, str(path), "vae", None, torch_dtype=torch.float32)
     else:
-        loaded = guard(
-            vae,
-            "",
-            lambda: diffusers.AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True),
-        )
-    if loaded.config.latent_channels != found.latent_channels:
+        loaded = guard(vae, "", lambda: kind.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True))
+    channels = vae_channels(loaded.config) * spec.vae_patch**2
+    if channels != found.latent_channels:
         raise ModelError(
-            f"model.vae `{vae}` has {loaded.config.latent_channels} latent channels, "
-            f"but the model needs {found.latent_channels}",
+            f"model.vae `{vae}` has {channels} latent channels, but the model needs {found.latent_channels}",
             f"use a VAE made for {found.family}, or leave model.vae out",
         )
     return loaded

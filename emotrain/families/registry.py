@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.families.flux.spec import FLUX
+from emotrain.families.flux2.spec import FLUX2
 from emotrain.families.sd.spec import SD15, SD21
 from emotrain.families.sd3.spec import SD3
 from emotrain.families.sdxl.spec import SDXL
 from emotrain.families.spec import FamilySpec
+from emotrain.families.zimage.spec import ZIMAGE
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD15, SD21, SDXL, SD3, FLUX)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD15, SD21, SDXL, SD3, FLUX2, FLUX, ZIMAGE)}
 
 
 @cache
@@ -29,6 +31,13 @@ def configs(family: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     own: dict[str, Any] = loaded.get(family, loaded)
     return own
+
+
+def encoder_configs(family: str, variant: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Text encoders of a public model: name -> (class, config)."""
+    known = configs(family)
+    own = known.get("text_encoders_of", {}).get(variant, known["text_encoders"])
+    return {name: (kind, config) for name, (kind, config) in own.items()}
 
 
 def family_of_variant(variant: str) -> str | None:

@@ -1,4 +1,4 @@
-"""One sample through the stock diffusers pipeline around the live modules. The global random state is not touched."""
+"""One sample with the live modules. The global random state is not touched."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 
 from emotrain.families.base import DrawRequest
-from emotrain.families.common import LoadedFamily
-from emotrain.families.quiet import quiet
+from emotrain.families.common import LoadedFamily, to_device
 
 
 def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
@@ -23,23 +22,14 @@ def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:
     step = family.vae_scale * 2
     if request.width % step or request.height % step:
         raise ValueError(f"width and height must be multiples of {step}, got {request.width} x {request.height}")
-    text = {key: value.to(family.device, family.dtype) for key, value in request.text.items()}
-    negative = {key: value.to(family.device, family.dtype) for key, value in request.negative.items()}
-    words = family.pipeline_words(text, negative, request.guidance)
-    with quiet():
-        pipeline = family.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    text = {key: to_device(value, family.device, family.dtype) for key, value in request.text.items()}
+    negative = {key: to_device(value, family.device, family.dtype) for key, value in request.negative.items()}
     family.place_denoiser()
     training = family.denoiser.training
     family.denoiser.eval()
     try:
         with torch.no_grad():
-            latents = pipeline(
-                **words, **request.extras, width=request.width, height=request.height, generator=generator,
-                num_inference_steps=request.steps, output_type="latent",
-            ).images  # fmt: skip
-            pixels = family.decode_latents(family.unpack_sampled(latents, request.width, request.height))
+            pixels = family.decode_latents(family.draw(request, text, negative))
     finally:
         family.denoiser.train(training)
     levels = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

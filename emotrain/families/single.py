@@ -26,7 +26,7 @@ from emotrain.families.component import guard, load_one
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
-from emotrain.families.sniff_file import companion, refuse_incomplete
+from emotrain.families.sniff_file import companion
 from emotrain.families.spec import TextEncoder
 from emotrain.families.understood import PARTS, SCALES, scaled_layers
 
@@ -37,14 +37,13 @@ def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None) -> dic
     Raises:
         ModelError: pieces are neither in the file nor beside it, or the file does not fit its kind.
     """
-    refuse_incomplete(found, has_vae=vae is not None)
     beside = companion(Path(found.path))
     lacking = [name for name in found.missing if name != "vae" and not _has_weights(beside / name)]
     with config_folder(found, skip=set(lacking)) as folder:
         return _load(found, folder, found.missing, lacking, dtype, vae)
 
 
-def _unscaled(path: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
+def unscaled(path: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
     """The tensors of a file whose weights are stored with scales, with these applied; None for other files.
 
     Raises:
@@ -83,7 +82,7 @@ def _load(
     info = FAMILIES[found.family]
     path, beside = str(found.path), str(companion(Path(found.path)))
     index = read_json(folder / "model_index.json")
-    source = _unscaled(Path(path), dtype) or path
+    source = unscaled(Path(path), dtype) or path
     pieces: dict[str, Any] = {
         "denoiser": guard(
             path, "", lambda: getattr(diffusers, index[info.denoiser][1]).from_single_file(
@@ -118,11 +117,11 @@ def _load(
         pieces[name], pieces[tokenizer] = encoder, getattr(pipeline, tokenizer)
         if type(encoder).__name__.startswith("T5"):  # its word embeddings have two names, and files hold one
             encoder.set_input_embeddings(encoder.get_input_embeddings())
-    _check_complete(path, pieces)
+    check_complete(path, pieces)
     return pieces
 
 
-def _check_complete(path: str, pieces: dict[str, Any]) -> None:
+def check_complete(path: str, pieces: dict[str, Any]) -> None:
     """Refuse models in which a tensor was not in the file: diffusers leaves those on the meta device."""
     for part, module in pieces.items():
         if isinstance(module, torch.nn.Module):
@@ -160,9 +159,9 @@ def load_vae_file(path: Path, found: Sniffed) -> Any:
         guard(str(path), "", lambda: vae.load_state_dict(load_file(path)))
         return vae.float()
     with _temporary() as folder:
-        _write_json(folder / "vae" / "config.json", config)
+        write_json(folder / "vae" / "config.json", config)
         vae = _vae_of(str(path), folder)
-    _check_complete(str(path), {"vae": vae})
+    check_complete(str(path), {"vae": vae})
     return vae
 
 
@@ -203,12 +202,12 @@ def config_folder(found: Sniffed, skip: set[str]) -> Iterator[Path]:
         parts |= {name: config for name, (_, config) in texts.items() if name not in skip}
         for part, config in parts.items():
             own = beside / part / "config.json"
-            _write_json(folder / part / "config.json", read_json(own) if own.is_file() else config)
+            write_json(folder / part / "config.json", read_json(own) if own.is_file() else config)
         for encoder in info.text_encoders:
             if encoder.name not in skip:
                 copy_tokenizer(encoder, beside, folder, Path(found.path))
-        _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(found)[1])
-        _write_json(folder / "model_index.json", _index(found, texts, skip))
+        write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(found)[1])
+        write_json(folder / "model_index.json", _index(found, texts, skip))
         yield folder
 
 
@@ -247,7 +246,8 @@ def _index(found: Sniffed, texts: dict[str, Any], skip: set[str]) -> dict[str, A
     return index
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, in a folder that is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
 
@@ -285,4 +285,4 @@ def _limit_tokens(config: Path, limit: int) -> None:
     """Tokenizers without a limit of their own get the public model's."""
     words = read_json(config) if config.is_file() else {}
     if int(words.get("model_max_length", 10**9)) > limit:
-        _write_json(config, {**words, "model_max_length": limit})
+        write_json(config, {**words, "model_max_length": limit})

@@ -154,7 +154,7 @@ def _from_configs(
         family = "sd21"
     levels = vae.get("block_out_channels") or vae.get("dim_mult")
     vae_scale = spec.vae_scale if levels is None else 2 ** (len(levels) - 1) * spec.vae_patch
-    channels = int(vae.get("latent_channels") or vae.get("z_dim") or spec.latent_channels) * spec.vae_patch**2
+    channels = latent_channels(family, vae)
     _check_inputs(where, family, denoiser, channels)
     side = denoiser.get("sample_size")
     resolution = (
@@ -168,6 +168,13 @@ def _from_configs(
         max_rank=widest_layer(denoiser), kind=kind, latent_channels=channels, path=where,
         denoiser_config={k: v for k, v in denoiser.items() if not k.startswith("_")}, scheduler_config=scheduler,
     )  # fmt: skip
+
+
+def latent_channels(family: str, vae: dict[str, Any]) -> int:
+    """Channels of the latents that the loop sees, by the VAE's config."""
+    spec = FAMILIES[family]
+    own = vae.get("latent_channels") or vae.get("z_dim")
+    return spec.latent_channels if own is None else int(own) * spec.vae_patch**2
 
 
 def _check_inputs(where: Path | str, family: str, denoiser: dict[str, Any], channels: int) -> None:

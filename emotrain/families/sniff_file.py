@@ -18,8 +18,10 @@ def companion(path: Path) -> Path:
     return path.with_suffix("")
 
 
-def refuse_incomplete(found: Sniffed, has_vae: bool) -> None:
-    """Refuse a single file of which pieces are neither in it nor beside it; `has_vae`: another VAE is given.
+def refuse_incomplete(found: Sniffed, has_vae: bool, has_text: bool = False) -> None:
+    """Refuse a single file of which pieces are neither in it nor beside it.
+
+    `has_vae` and `has_text`: the preset names a VAE or a text encoder of its own.
 
     Raises:
         ModelError: with the pieces, and where they can come from.
@@ -31,13 +33,17 @@ def refuse_incomplete(found: Sniffed, has_vae: bool) -> None:
     optional = {encoder.name for encoder in FAMILIES[found.family].text_encoders if encoder.optional}
     if has_vae:
         optional.add("vae")
+    separate = any(encoder.kind == "llm" for encoder in FAMILIES[found.family].text_encoders)
+    if has_text and separate:
+        optional.add("text_encoder")
     needed = [name for name in lacking if name not in optional]
     if not needed:
         return
     texts = [name for name in needed if name != "vae"]
     means = [f"the VAE by `model.vae`, or in `{beside.name}/vae`"] if "vae" in needed else []
     if texts:
-        means.append(f"a folder `{beside.name}` beside it with {' and '.join(texts)} of a diffusers folder")
+        folder = f"a folder `{beside.name}` beside it with {' and '.join(texts)} of a diffusers folder"
+        means.append(f"the text encoder by `model.text_encoder`, or {folder}" if separate else folder)
     raise ModelError(f"`{path}` does not hold {' and '.join(needed)}", f"give {'; and '.join(means)}")
 
 
@@ -100,12 +106,15 @@ def _from_file(path: Path, family: str, variant: str, header: Header, shapes: di
     resolution = 512 if family == "sd21" and prediction == "epsilon" else spec.resolution
     config = dict(configs(family)["denoiser"][variant])
     own = companion(path) / spec.denoiser / "config.json"
+    if own.is_file():
+        config = {key: value for key, value in read_json(own).items() if not key.startswith("_")}
     if shapes:  # none: the public model itself, by its sizes alone
-        refuse_not_understood(path, family, header, read_json(own) if own.is_file() else config)
+        refuse_not_understood(path, family, header, config)
+    channels = int(config.get("in_channels", spec.latent_channels * spec.packed_channels)) // spec.packed_channels
     return Sniffed(
         family=family, variant=variant, prediction=prediction, resolution=resolution, bucket_step=spec.bucket_step,
         vae_scale=spec.vae_scale, max_rank=widest_layer(config), kind="file",
-        latent_channels=spec.latent_channels, path=path,
+        latent_channels=channels, path=path,
         denoiser_config=config, scheduler_config=scheduler, missing=missing_from_file(family, header),
     )  # fmt: skip
 

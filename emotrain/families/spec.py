@@ -34,6 +34,7 @@ class TextEncoder:
         adds_tokens: whether its tokens are tokens of the denoiser's, or widen those of another encoder.
         lora_modules: modules that a LoRA on the public one has; 0 where it is never trained.
         optional: the model works without it.
+        chat_template: captions go through the tokenizer's chat template.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TextEncoder:
     adds_tokens: bool = True
     lora_modules: int = 0
     optional: bool = False
+    chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Variant:
             second: batch 1 at the model's own size, LoRA on attn-mlp with rank 16, bf16; from `emotrain plan`.
         architecture: `modelspec.architecture` of LoRA files.
         repository: on the hub, where its sizes stand for the files.
+        encoder_parameters: of its text encoder, where that is another one than the family's.
     """
 
     parameters: int
@@ -66,6 +69,7 @@ class Variant:
     activations_gib: tuple[float, float]
     architecture: str
     repository: str = ""
+    encoder_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,11 @@ def _rule(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{i\}", r"(\d+)"))
 
 
+def never(shapes: Shapes) -> bool:
+    """No widths tell."""
+    return False
+
+
 @dataclass(frozen=True)
 class LoraFacts:
     """How LoRA files of a family look.
@@ -146,6 +155,7 @@ class LoraFacts:
         targets: "attn", "mlp" and "rest": regular expressions of whole module paths.
         heads: how diffusers' paths of its denoiser begin.
         marks: regular expressions of diffusers' paths that this family alone has.
+        recognise: tells the family by its widths, module path -> (in, out), where names alone do not.
         originals: names of the original model.
         layout: the file layout that ComfyUI, A1111 and diffusers all read at exactly the trained strength.
         loader: diffusers' mixin that reads such files.
@@ -166,6 +176,7 @@ class LoraFacts:
     loader: str
     base_version: str
     marks: tuple[str, ...] = ()
+    recognise: Callable[[Shapes], bool] = never
     loader_alphas: Literal["always", "asked", "never"] = "never"
     unread_layouts: tuple[str, ...] = ()
     kohya_originals: bool = True

@@ -18,9 +18,7 @@ from emotrain.families.registry import FAMILIES
 # Other models that share names with those that are trained here, by a tensor that they alone have.
 OTHERS = {
     "distilled_guidance_layer.": "Chroma",
-    "double_stream_modulation_img.": "FLUX.2",
     "txtfusion.": "Krea 2",
-    "cap_embedder.": "Lumina or Z-Image",
     "llm_adapter.": "Anima",
     "pipe.": "a model of another kind",
 }

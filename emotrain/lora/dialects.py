@@ -20,7 +20,7 @@ from emotrain.lora import names
 from emotrain.lora.formats import halves_swap
 from emotrain.lora.fused import Pair, split, swap_halves
 from emotrain.lora.origin import Place, detect_family, peft_alpha
-from emotrain.lora.originals import dotted, families_of_original
+from emotrain.lora.originals import dotted
 from emotrain.lora.targets import part_of
 
 _REFUSED = (
@@ -199,13 +199,10 @@ def _group(place: Place, family: str) -> Group | None:
         return Group(place.path, (f"{place.part}.{place.path}",)) if known else None
     prefix = part_of(family)
     facts = FAMILIES[family].lora
-    if families_of_original(place.path) or place.path.startswith("final_layer."):
-        group = facts.originals.from_original(place.path)
-        if group is not None:
-            return Group(group.name, tuple(f"{prefix}.{part}" for part in group.parts), group.swaps)
-    if place.path.startswith(facts.heads) and not place.path.startswith(facts.originals.heads):
-        return Group(place.path, (f"{prefix}.{place.path}",))
-    return None
+    group = facts.originals.from_original(place.path)
+    if group is not None:
+        return Group(group.name, tuple(f"{prefix}.{part}" for part in group.parts), group.swaps)
+    return Group(place.path, (f"{prefix}.{place.path}",)) if place.path.startswith(facts.heads) else None
 
 
 def _alpha(place: Place, value: Tensor | None, down: Tensor, metadata: Mapping[str, str]) -> tuple[float, bool]:

@@ -48,6 +48,14 @@ def detect_family(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mappin
     for name, spec in FAMILIES.items():
         if any(re.fullmatch(mark, path) for mark in spec.lora.marks for path in paths):
             return name
+    widths = {
+        place.path: (int(found["down"].shape[1]), int(found["up"].shape[0]))
+        for place, found in halves.items()
+        if "down" in found and "up" in found and found["down"].ndim > 1
+    }
+    for name, spec in FAMILIES.items():
+        if spec.lora.recognise(widths):
+            return name
     original = {family for path in paths for family in families_of_original(path)}
     if original & UNETS or any(path.startswith(LORA_HEADS) for path in paths):
         return _unet_family(halves, metadata)
@@ -134,8 +142,8 @@ def _transformer_family(
     stated = stated_family(metadata)
     if stated is not None and stated not in UNETS:
         return stated
-    if len(among) > 1:
-        return sorted(among, key=list(FAMILIES).index)[0]
+    if len(among) > 1:  # FLUX.1 and FLUX.2: the elder where nothing tells
+        return sorted(among)[0]
     widths = {
         int(found["down"].shape[1])
         for place, found in halves.items()

@@ -121,6 +121,8 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
         model.base,
         family=model.family,
         vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
         revision=model.revision,
         dtype=model.dtype,
         quantize=model.quantize,

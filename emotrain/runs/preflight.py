@@ -94,7 +94,7 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
         result.failures.append(ConfigError(f"{at('model.family')}: {what}", hint))
         return
     try:
-        refuse_incomplete(found, has_vae=model.vae is not None)
+        refuse_incomplete(found, has_vae=model.vae is not None, has_text=model.text_encoder is not None)
     except ModelError as error:
         result.failures.append(error)
     result.found = found
@@ -148,7 +148,7 @@ def _check_sizes(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
 def least_step(found: Sniffed) -> int:
     """Pixels that the model's sides must be multiples of: its VAE's and its denoiser's halvings."""
     levels = found.denoiser_config.get("block_out_channels")
-    return found.vae_scale * (2 ** (len(levels) - 1) if levels else 2)
+    return found.vae_scale * (2 ** (len(levels) - 1) if levels else FAMILIES[found.family].patch)
 
 
 def _nearest(side: int, step: int) -> str:
@@ -157,11 +157,13 @@ def _nearest(side: int, step: int) -> str:
 
 
 def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
-    """Another VAE, and the earlier LoRAs: there, readable, and of the model's family."""
-    start, vae = preset.start_from.continue_, preset.model.vae
-    if vae is not None and Path(vae).is_absolute() and not Path(vae).exists():
-        message = f"{at('model.vae')}: {vae} does not exist"
-        result.failures.append(ModelError(message, "paths are relative to the preset's file"))
+    """Parts of the model that lie elsewhere, and the earlier LoRAs: there, readable, and of the model's family."""
+    start = preset.start_from.continue_
+    for key in ("vae", "text_encoder", "tokenizer"):
+        part = getattr(preset.model, key)
+        if part is not None and Path(part).is_absolute() and not Path(part).exists():
+            message = f"{at(f'model.{key}')}: {part} does not exist"
+            result.failures.append(ModelError(message, "paths are relative to the preset's file"))
     wanted = [(f"start_from.stack.{index}.path", item.path) for index, item in enumerate(preset.start_from.stack)]
     wanted += [("start_from.continue", start)] if start is not None else []
     if not wanted:

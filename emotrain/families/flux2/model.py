@@ -1,0 +1,102 @@
+"""FLUX.2 klein: a transformer over latents of 2x2 patches, captions by Qwen3.
+
+Shape letters: B batch, C latent channels (128), H W latent height and width (16 pixels each), S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
+from emotrain.families.flow import FlowFamily, chat_ids, hidden_states
+
+LAYERS = (9, 18, 27)  # of the text encoder, side by side
+
+
+def patchify(latents: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 4C, H/2, W/2]: each 2x2 patch becomes channels."""
+    b, c, h, w = latents.shape
+    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+
+
+def unpatchify(latents: Tensor) -> Tensor:
+    """[B, 4C, H, W] -> [B, C, 2H, 2W]."""
+    b, c, h, w = latents.shape
+    return latents.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
+
+
+def empirical_mu(num_tokens: int, steps: int) -> float:
+    """The logarithm of the sampler's shift, as the release fits it to tokens and steps (`compute_empirical_mu`)."""
+    many = 0.00016927 * num_tokens + 0.45666666  # 200 steps
+    if num_tokens > 4300:
+        return many
+    few = 8.73809524e-05 * num_tokens + 1.89833333  # 10 steps
+    return few + (many - few) * (steps - 10) / 190
+
+
+class Flux2(FlowFamily):
+    """klein base 4B and 9B, and small ones of the same build."""
+
+    def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
+        """[S, 3D]: three layers side by side at all places, padding too: the model attends to it."""
+        ids, mask = chat_ids(part, text, enable_thinking=False)
+        states = hidden_states(part, ids, mask)
+        layers = LAYERS if len(states) > LAYERS[-1] else range(1, 4)  # small ones of the same build are not so deep
+        return torch.cat([states[layer][0] for layer in layers], dim=-1)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """float32 [B, 3, 16H, 16W] in -1..1 -> latents float32 [B, C, H, W], normalised by the VAE's statistics."""
+        weight = next(self.vae.parameters())
+        mean: Tensor = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mean
+        shift, scale = self._statistics()
+        return ((patchify(mean.float()) - shift) / scale).cpu()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> pixels float32 [B, 3, 16H, 16W] on the CPU, about -1..1."""
+        weight = next(self.vae.parameters())
+        shift, scale = self._statistics()
+        raw = unpatchify(latents.float().to(weight.device) * scale + shift)
+        pixels: Tensor = self.vae.decode(raw.to(weight.dtype)).sample
+        return pixels.float().cpu()
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel, [1, C, 1, 1]: the VAE's batch norm, which stands still."""
+        norm = self.vae.bn
+        deviation = (norm.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
+        return norm.running_mean.float().view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+
+    @staticmethod
+    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """One embedding a token."""
+        return {"prompt_embeds": (num_tokens, config.joint_attention_dim)}
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
+        """The flow's velocity, float32 [B, C, H, W]."""
+        latents, sigmas, embeds, _ = self._flow_inputs(noisy_latents, timesteps, text)
+        height, width = latents.shape[-2:]
+        output: Tensor = self.denoiser(
+            hidden_states=latents.flatten(2).transpose(1, 2),
+            timestep=sigmas.to(self.dtype),
+            guidance=torch.ones_like(sigmas) if self.denoiser.config.guidance_embeds else None,
+            encoder_hidden_states=embeds,
+            txt_ids=_places(1, 1, embeds.shape[1], latents.device),
+            img_ids=_places(height, width, 1, latents.device),
+        ).sample
+        return output.transpose(1, 2).reshape(latents.shape).float()
+
+    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
+        """Evenly spaced sigmas, shifted by tokens and steps."""
+        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, mu=empirical_mu(num_tokens, steps))
+
+
+def _places(height: int, width: int, tokens: int, device: torch.device) -> Tensor:
+    """[H * W * S, 4]: (0, row, column, token) of every place."""
+    axes = (torch.arange(count, device=device) for count in (1, height, width, tokens))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(math.prod((height, width, tokens)), 4)

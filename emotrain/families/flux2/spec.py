@@ -1,0 +1,160 @@
+"""FLUX.2 (Black Forest Labs 2025): klein 4B and 9B, dev; facts (no torch)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emotrain.errors import ModelError
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+
+MAX_TOKENS = 512
+_WIDTHS = {3072: "klein-4b", 4096: "klein-9b"}
+
+
+def _variant_of(path: Path, shapes: Shapes) -> str | None:
+    sign = shapes.get("double_stream_modulation_img.lin.weight")
+    if sign is None:
+        return None
+    if sign[-1] == 6144:
+        raise ModelError(
+            f"`{path}` is FLUX.2 dev, whose 32 billion parameters and Mistral text encoder emotrain does not train",
+            "train on FLUX.2 klein base, 4B or 9B",
+        )
+    return _WIDTHS.get(sign[-1], "klein-4b")
+
+
+def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Refuse other sizes than those that are known: pruned models, and ones that came later."""
+    wanted = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    width = shapes["double_stream_modulation_img.lin.weight"][-1]
+    counts = [
+        len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
+        for kind in ("double_blocks", "single_blocks")
+    ]
+    if [width, *counts] != [wanted, int(config["num_layers"]), int(config["num_single_layers"])]:
+        raise ModelError(
+            f"`{path}` is FLUX.2 of a size that emotrain does not know: {width} wide, {counts[0]} + {counts[1]} blocks",
+            "train on FLUX.2 klein base, 4B or 9B",
+        )
+
+
+def _recognise(shapes: Shapes) -> bool:
+    """Whether the feed-forward layers of a LoRA are gated, 3 wide: FLUX.1 has the same names, and plain ones, 4 wide.
+
+    A LoRA on the attention of the double blocks alone does not tell.
+    """
+    for path, (inner, out) in shapes.items():
+        if path.endswith((".linear1", ".to_qkv_mlp_proj")) and path.startswith("single_"):
+            return out == 9 * inner
+        if path.endswith((".linear2",)) and path.startswith("single_blocks."):
+            return inner == 4 * out
+        if re.search(r"\.(?:img|txt)_mlp\.0$", path):
+            return out == 6 * inner
+    return False
+
+
+_DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+_QKV, _ADD_QKV = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+NAMES = NameTable(
+    rows=(
+        ("double_blocks.{i}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.{n}" for n in _QKV)),
+        ("double_blocks.{i}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.{n}" for n in _ADD_QKV)),
+        ("double_blocks.{i}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
+        ("double_blocks.{i}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
+        ("double_blocks.{i}.img_mlp.0", (f"{_DOUBLE}.ff.linear_in",)),
+        ("double_blocks.{i}.img_mlp.2", (f"{_DOUBLE}.ff.linear_out",)),
+        ("double_blocks.{i}.txt_mlp.0", (f"{_DOUBLE}.ff_context.linear_in",)),
+        ("double_blocks.{i}.txt_mlp.2", (f"{_DOUBLE}.ff_context.linear_out",)),
+        ("single_blocks.{i}.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",)),
+        ("single_blocks.{i}.linear2", (f"{_SINGLE}.attn.to_out",)),
+        ("img_in", ("x_embedder",)),
+        ("txt_in", ("context_embedder",)),
+        ("time_in.in_layer", ("time_guidance_embed.timestep_embedder.linear_1",)),
+        ("time_in.out_layer", ("time_guidance_embed.timestep_embedder.linear_2",)),
+        ("guidance_in.in_layer", ("time_guidance_embed.guidance_embedder.linear_1",)),
+        ("guidance_in.out_layer", ("time_guidance_embed.guidance_embedder.linear_2",)),
+        ("double_stream_modulation_img.lin", ("double_stream_modulation_img.linear",)),
+        ("double_stream_modulation_txt.lin", ("double_stream_modulation_txt.linear",)),
+        ("single_stream_modulation.lin", ("single_stream_modulation.linear",)),
+        ("final_layer.linear", ("proj_out",)),
+        ("final_layer.adaLN_modulation.1", ("norm_out.linear",)),
+    ),
+    heads=("double_blocks.", "single_blocks.", "img_in", "txt_in", "time_in.", "guidance_in."),
+    swaps=re.compile(r"final_layer\.adaLN_modulation\.1"),
+)
+
+FLUX2 = FamilySpec(
+    name="flux2",
+    title="FLUX.2",
+    folder="flux2",
+    pipeline="Flux2KleinPipeline",
+    denoiser="transformer",
+    denoiser_class="Flux2Transformer2DModel",
+    model_class="Flux2",
+    resolution=1024,
+    latent_channels=128,
+    layer_width_max=6144,
+    guidance=4.0,
+    text_encoders=(
+        TextEncoder(
+            "text_encoder", "llm", 4_022_468_096, ("black-forest-labs/FLUX.2-klein-base-4B", "tokenizer"),
+            "Qwen2Tokenizer", max_tokens=MAX_TOKENS, chat_template=True,
+        ),
+    ),
+    variants={
+        "klein-4b": Variant(
+            3_875_544_576, {"attn": 80, "attn-mlp": 100, "all": 109}, (20.0, 1.6), "flux-2-klein-base-4b",
+            "black-forest-labs/FLUX.2-klein-base-4B",
+        ),
+        "klein-9b": Variant(
+            9_078_581_248, {"attn": 112, "attn-mlp": 144, "all": 153}, (34.0, 2.1), "flux-2-klein-base-9b",
+            "black-forest-labs/FLUX.2-klein-base-9B", encoder_parameters=7_568_405_504,
+        ),
+    },
+    lora=LoraFacts(
+        targets={
+            "attn": (
+                r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+                r"single_transformer_blocks\.\d+\.attn\.(?:to_qkv_mlp_proj|to_out)",
+            ),
+            "mlp": (r"transformer_blocks\.\d+\.ff(?:_context)?\.linear_(?:in|out)",),
+            "rest": (
+                r"double_stream_modulation_(?:img|txt)\.linear|single_stream_modulation\.linear",
+                r"time_guidance_embed\.(?:timestep|guidance)_embedder\.linear_[12]",
+                r"x_embedder|context_embedder|norm_out\.linear|proj_out",
+            ),
+        },
+        heads=(
+            "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "proj_out",
+            "norm_out.", "time_guidance_embed.", "double_stream_modulation_", "single_stream_modulation.",
+        ),
+        marks=(
+            r"single_transformer_blocks\.\d+\.attn\.(?:to_qkv_mlp_proj|to_out)(?:\..*)?",
+            r"transformer_blocks\.\d+\.ff(?:_context)?\.linear_(?:in|out)",
+            r"(?:double|single)_stream_modulation.*|time_guidance_embed\..*",
+        ),
+        recognise=_recognise,
+        originals=NAMES,
+        layout="diffusers",
+        loader="Flux2LoraLoaderMixin",
+        base_version="flux2",
+        implementation="https://github.com/black-forest-labs/flux2",
+        stated=("flux2", "flux-2", "flux.2", "klein"),
+    ),
+    file=FileFacts(
+        _variant_of,
+        (
+            "img_in.", "txt_in.", "time_in.", "guidance_in.", "double_blocks.", "single_blocks.", "final_layer.",
+            "double_stream_modulation_", "single_stream_modulation.",
+        ),
+        check=_check,
+    ),
+    blocks=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+    vae_class="AutoencoderKLFlux2",
+    vae_scale=16,
+    vae_patch=2,
+    flow=True,
+)  # fmt: skip

@@ -1,0 +1,186 @@
+"""Models whose parts are separate files, as ComfyUI keeps them: denoiser, VAE and text encoder, each a .safetensors.
+
+The denoiser is `model.base`; the others are `model.vae` and `model.text_encoder`, or lie in the folder beside the model
+with the file's own name (`x.safetensors` and `x/vae`, `x/text_encoder`, `x/tokenizer`). Configs are the public model's.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from emotrain.errors import ModelError
+from emotrain.families.component import guard, load_one, refuse_filled_up
+from emotrain.families.headers import read_header, read_json
+from emotrain.families.registry import FAMILIES, configs, encoder_configs
+from emotrain.families.single import check_complete, copy_tokenizer, unscaled, write_json
+from emotrain.families.sniff import Sniffed
+from emotrain.families.sniff_file import companion
+
+
+@dataclass(frozen=True)
+class Given:
+    """Parts that the preset names: a loaded VAE, and paths of the text encoder and its tokenizer."""
+
+    vae: Any = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+
+
+NOTHING = Given()
+
+
+def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str, Any]:
+    """All pieces, on the CPU; see `pieces.load_pieces`.
+
+    Raises:
+        ModelError: a piece is missing or cannot be read.
+    """
+    import diffusers
+
+    spec, path = FAMILIES[found.family], Path(found.path)
+    beside = companion(path)
+    (encoder,) = spec.text_encoders
+    vae_class = getattr(diffusers, spec.vae_class)
+    vae = given.vae or load_one(vae_class, str(beside), "vae", None, torch_dtype=torch.float32)
+    kind, words = configs(found.family)["scheduler"][found.variant]
+    own = beside / "scheduler" / "scheduler_config.json"
+    scheduler = getattr(diffusers, kind).from_config(read_json(own) if own.is_file() else words)
+    text = _text_encoder(found, dtype, Path(given.text_encoder) if given.text_encoder else beside / encoder.name)
+    return {
+        "denoiser": _denoiser(found, dtype),
+        "vae": vae,
+        "scheduler": scheduler,
+        encoder.name: text,
+        encoder.name.replace("text_encoder", "tokenizer"): _tokenizer(found, given.tokenizer),
+    }
+
+
+def _denoiser(found: Sniffed, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    spec, path = FAMILIES[found.family], Path(found.path)
+    source: Any = unscaled(path, dtype) or str(path)
+    with tempfile.TemporaryDirectory(prefix="emotrain-") as folder:
+        own = companion(path) / spec.denoiser / "config.json"
+        config = read_json(own) if own.is_file() else {"_class_name": spec.denoiser_class, **found.denoiser_config}
+        write_json(Path(folder) / spec.denoiser / "config.json", config)
+        denoiser = guard(
+            str(path), "", lambda: getattr(diffusers, spec.denoiser_class).from_single_file(
+                source, config=folder, subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
+            ),
+        )  # fmt: skip
+    check_complete(str(path), {spec.denoiser: denoiser})
+    return denoiser
+
+
+def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
+    """A language model without its head, from a file (ComfyUI's, transformers') or a folder of transformers."""
+    import transformers
+
+    ((name, (kind, words)),) = encoder_configs(found.family, found.variant).items()
+    model_class = getattr(transformers, kind)
+    if path.is_dir():
+        own = path / name if (path / name).is_dir() else path
+        model, info = load_one(model_class, str(own), "", None, dtype=dtype, output_loading_info=True)
+        refuse_filled_up(str(own), info)
+        return model
+    beside = companion(path) / "config.json"
+    config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
+    tensors = unscaled(path, dtype) or load_file(path)
+    own_names = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
+    own_names = {key: value for key, value in own_names.items() if not key.startswith(("lm_head.", "logit_scale"))}
+    with torch.device("meta"):
+        model = model_class(config)
+    _refuse_other_tensors(path, own_names, model.state_dict(), FAMILIES[found.family].title)
+    model.load_state_dict({key: value.to(dtype) for key, value in own_names.items()}, assign=True)
+    return _without_meta(model)
+
+
+def _refuse_other_tensors(path: Path, own: dict[str, Tensor], wanted: dict[str, Tensor], title: str) -> None:
+    lacking = sorted(wanted.keys() - own.keys())
+    odd = sorted(own.keys() - wanted.keys())
+    other = [key for key in wanted.keys() & own.keys() if own[key].shape != wanted[key].shape]
+    if other:
+        key = sorted(other)[0]
+        raise ModelError(
+            f"model.text_encoder `{path}` is of another size than {title} takes: `{key}` is {tuple(own[key].shape)} "
+            f"instead of {tuple(wanted[key].shape)}",
+            "give the text encoder that was made for this model",
+        )
+    if lacking or odd:
+        raise ModelError(
+            f"model.text_encoder `{path}` lacks {len(lacking)} tensors and has {len(odd)} of another model, "
+            f"such as `{(lacking or odd)[0]}`",
+            "give the bf16 or fp8_scaled file of the text encoder that was made for this model",
+        )
+
+
+def _without_meta(model: Any) -> Any:
+    """Tables that are computed and not stored are computed again: built on the meta device they are empty."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device.type == "meta":
+                fresh = type(module)(config=model.config)
+                module.register_buffer(name, getattr(fresh, name), persistent=False)
+                if hasattr(module, f"original_{name}"):
+                    setattr(module, f"original_{name}", getattr(fresh, name))
+    return model.eval()
+
+
+def _tokenizer(found: Sniffed, folder: str | None) -> Any:
+    import transformers
+
+    path = Path(found.path)
+    (encoder,) = FAMILIES[found.family].text_encoders
+    kind = getattr(transformers, encoder.tokenizer_class)
+    with tempfile.TemporaryDirectory(prefix="emotrain-") as temporary:
+        if folder is None:
+            copy_tokenizer(encoder, companion(path), Path(temporary), path)
+            folder = str(Path(temporary) / encoder.name.replace("text_encoder", "tokenizer"))
+        where = folder
+        tokenizer = guard(where, "", lambda: kind.from_pretrained(where, trust_remote_code=False))
+    if encoder.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            f"the tokenizer of `{path}` has no chat template",
+            "copy the whole tokenizer folder of the model's repository",
+        )
+    return tokenizer
+
+
+def load_separate_vae(path: Path, found: Sniffed) -> Any:
+    """A VAE that diffusers has no reader of single files for, in the original layout or in diffusers'.
+
+    Raises:
+        ModelError: not readable, or not of the family's kind.
+    """
+    import diffusers
+
+    spec = FAMILIES[found.family]
+    names = read_header(path).shapes
+    beside = companion(path) / "config.json"
+    config = read_json(beside) if beside.is_file() else configs(found.family)["vae"]
+    vae = getattr(diffusers, spec.vae_class).from_config(config)
+    tensors = load_file(path)
+    if not any(name.startswith("encoder.down_blocks.") for name in names):
+        tensors = guard(str(path), "", lambda: _ldm_vae(tensors, config))
+    guard(str(path), "", lambda: vae.load_state_dict(tensors))
+    return vae.float()
+
+
+def _ldm_vae(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The names of latent diffusion's VAE in diffusers; the statistics that FLUX.2 adds have one name in both."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    own = {key: value for key, value in tensors.items() if key.startswith("bn.")}
+    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(
+        {key: value for key, value in tensors.items() if key not in own}, config
+    )
+    return converted | own

@@ -1,0 +1,45 @@
+"""Z-Image: a single-stream transformer over picture and caption tokens, captions by Qwen3.
+
+Shape letters: B batch, C latent channels, H W latent height and width, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
+from emotrain.families.flow import FlowFamily, chat_ids, hidden_states
+
+
+class ZImage(FlowFamily):
+    """Base, Turbo and what descends from them; they differ in weights, steps and guidance only."""
+
+    def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
+        """[S, D]: the last layer but one at the real tokens, in thinking mode's template."""
+        ids, mask = chat_ids(part, text, enable_thinking=True)
+        states = hidden_states(part, ids, mask.bool())
+        return states[-2][0][mask[0].bool()]
+
+    @staticmethod
+    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """One embedding a token."""
+        return {"prompt_embeds": (num_tokens, config.cap_feat_dim)}
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
+        """The flow's velocity, float32 [B, C, H, W].
+
+        The model is given 1 - sigma, lists in place of batches, and its output is the negative velocity.
+        """
+        latents, sigmas, embeds, mask = self._flow_inputs(noisy_latents, timesteps, text)
+        counts = mask.sum(dim=1).tolist()
+        captions = [row[:count] for row, count in zip(embeds, counts, strict=True)]
+        pictures = list(latents[:, :, None].unbind(0))
+        output: list[Tensor] = self.denoiser(pictures, 1.0 - sigmas, captions).sample
+        return -torch.stack(output)[:, :, 0].float()
+
+    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
+        """Evenly spaced sigmas with the scheduler's own shift."""
+        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=1.0)

@@ -1,0 +1,173 @@
+"""Small random models of the newer families, whole as diffusers folders, and as ComfyUI's separate files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """A byte tokenizer with Qwen's special tokens and its chat template."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "pad_token": "<|endoftext|>"}
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def qwen(width: int, layers: int = 4, **words: Any) -> Any:
+    """A random Qwen3 without its head."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(11)
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=300, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, **words,
+        )
+    ).eval()  # fmt: skip
+
+
+def vae_of(kind: str) -> Any:
+    """A random VAE of 8 pixels per latent."""
+    import diffusers
+
+    torch.manual_seed(12)
+    blocks = 4
+    words: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64,
+    }  # fmt: skip
+    if kind == "flux2":
+        vae = diffusers.AutoencoderKLFlux2(latent_channels=4, **words)
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        return vae.eval()
+    return diffusers.AutoencoderKL(
+        latent_channels=4, scaling_factor=0.5, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+        **words,
+    ).eval()  # fmt: skip
+
+
+def denoiser_of(kind: str) -> Any:
+    """A random denoiser; its zero-initialised parts are random too, or nothing would depend on anything."""
+    import diffusers
+
+    torch.manual_seed(13)
+    if kind == "flux2":
+        model = diffusers.Flux2Transformer2DModel(
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=4, joint_attention_dim=96, timestep_guidance_channels=32, mlp_ratio=3.0,
+            axes_dims_rope=(4, 4, 4, 4), rope_theta=2000, guidance_embeds=False,
+        )  # fmt: skip
+    else:
+        model = diffusers.ZImageTransformer2DModel(
+            in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32,
+            axes_dims=[8, 4, 4], axes_lens=[1024, 64, 64],
+        )  # fmt: skip
+    for parameter in model.parameters():
+        if float(parameter.detach().abs().max()) == 0.0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def pipeline_of(kind: str) -> Any:
+    """The stock pipeline of a family around the small parts."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
+    from transformers import Qwen3ForCausalLM
+
+    if kind == "flux2":
+        base = qwen(32)
+        encoder = Qwen3ForCausalLM(base.config)
+        encoder.model.load_state_dict(base.state_dict())
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+        )
+        return Flux2KleinPipeline(
+            scheduler=scheduler, vae=vae_of(kind), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
+            transformer=denoiser_of(kind),
+        )  # fmt: skip
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae_of(kind), text_encoder=qwen(32),
+        tokenizer=qwen_tokenizer(), transformer=denoiser_of(kind),
+    )  # fmt: skip
+
+
+def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
+    """The denoiser's tensors under the names that ComfyUI's files have."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    out: dict[str, torch.Tensor] = {}
+    if kind == "zimage":
+        for key, value in state.items():
+            new = key.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")
+            new = new.replace("attention.to_out.0", "attention.out")
+            new = new.replace("attention.norm_q", "attention.q_norm").replace("attention.norm_k", "attention.k_norm")
+            if ".to_q." in new:
+                qkv = [state[key.replace(".to_q.", f".to_{letter}.")] for letter in "qkv"]
+                out[new.replace(".to_q.", ".qkv.")] = torch.cat(qkv)
+            elif ".to_k." not in new and ".to_v." not in new:
+                out[new] = value
+        return out
+    from emotrain.families.flux2.spec import NAMES
+
+    norms = {"attn.norm_q": "query_norm", "attn.norm_k": "key_norm"}
+    added = {"attn.norm_added_q": "query_norm", "attn.norm_added_k": "key_norm"}
+    done: set[str] = set()
+    for key in state:
+        path, _, last = key.rpartition(".")
+        if path in done:
+            continue
+        found = next((side for side in (*norms, *added) if path.endswith(side)), None)
+        if found is not None:
+            number = path.split(".")[1]
+            if path.startswith("single_"):
+                out[f"single_blocks.{number}.norm.{norms[found]}.scale"] = state[key]
+            else:
+                stream = "img" if found in norms else "txt"
+                out[f"double_blocks.{number}.{stream}_attn.norm.{(norms | added)[found]}.scale"] = state[key]
+            continue
+        group = NAMES.to_original(path)
+        assert group is not None, path
+        value = torch.cat([state[f"{part}.{last}"] for part in group.parts])
+        if group.swaps:
+            scale, shift = value.chunk(2)
+            value = torch.cat([shift, scale])
+        out[f"{group.name}.{last}"] = value
+        done.update(group.parts)
+    return out
+
+
+def separate_files(kind: str, pipeline: Any, folder: Path) -> dict[str, Path]:
+    """The model as ComfyUI's files: `denoiser`, `vae`, `text_encoder`, and a folder `tokenizer`.
+
+    The configs of these sizes lie in the folder beside the denoiser, and beside the other two.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.safetensors" for name in ("denoiser", "vae", "text_encoder")}
+    save_file(original_denoiser(kind, pipeline.transformer), files["denoiser"])
+    save_file({key: value.contiguous() for key, value in pipeline.vae.state_dict().items()}, files["vae"])
+    model = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
+    save_file({f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}, files["text_encoder"])
+    beside = folder / "denoiser" / "transformer"
+    pipeline.transformer.save_config(beside)
+    for part, module in (("vae", pipeline.vae), ("text_encoder", model)):
+        config = dict(module.config) if part == "vae" else module.config.to_dict()
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config, default=str))
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    return {**files, "tokenizer": folder / "tokenizer"}

@@ -1,0 +1,231 @@
+"""Z-Image and FLUX.2 against their stock pipelines: prompts, latents, the denoiser's call, whole pictures, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from newer_models import pipeline_of, separate_files
+from safetensors.torch import load_file, save_file
+
+from emotrain.errors import ModelError
+from emotrain.families import load_family
+from emotrain.families.base import Conditioning, DrawRequest
+from emotrain.families.sampling import draw_sample
+from emotrain.families.table import sniff
+
+KINDS = ["zimage", "flux2"]
+PROMPTS = ["a red apple", "a very much longer caption, of a pear on a table near a window", ""]
+NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+    """Name of the family, its stock pipeline, and the folder that it was saved in."""
+    pipeline = pipeline_of(request.param)
+    pipeline.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("newer") / request.param
+    pipeline.save_pretrained(folder)
+    return request.param, pipeline, folder
+
+
+def stock_embeds(kind: str, pipeline: Any, prompt: str) -> torch.Tensor:
+    if kind == "zimage":
+        return pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0]
+    return pipeline._get_qwen3_prompt_embeds(
+        pipeline.text_encoder, pipeline.tokenizer, prompt, hidden_states_layers=(1, 2, 3)
+    )[0]
+
+
+def test_it_is_recognised(model: tuple[str, Any, Path]) -> None:
+    kind, _, folder = model
+    found = sniff(folder)
+    assert (found.family, found.prediction, found.variant) == (kind, "flow", "custom")
+    assert found.vae_scale == {"zimage": 8, "flux2": 16}[kind]
+    assert found.latent_channels == {"zimage": 4, "flux2": 16}[kind]
+
+
+def test_prompts_are_encoded_as_by_the_stock_pipeline(model: tuple[str, Any, Path]) -> None:
+    kind, pipeline, folder = model
+    family = load_family(str(folder), device="cpu")
+    embeds = family.encode_texts(PROMPTS)
+    for row, mask, prompt in zip(embeds["prompt_embeds"], embeds["prompt_mask"], PROMPTS, strict=True):
+        with torch.no_grad():
+            expected = stock_embeds(kind, pipeline, prompt)
+        assert int(mask.sum()) == len(expected)
+        assert torch.equal(row[mask], expected)
+    alone = family.encode_texts(PROMPTS[:1])  # a row does not depend on its neighbours
+    assert torch.equal(alone["prompt_embeds"][0], embeds["prompt_embeds"][0][embeds["prompt_mask"][0]])
+
+
+def test_latents_are_the_stock_vaes_and_come_back(model: tuple[str, Any, Path]) -> None:
+    kind, pipeline, folder = model
+    family = load_family(str(folder), device="cpu")
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode_images(pixels)
+    with torch.no_grad():
+        raw = pipeline.vae.encode(pixels).latent_dist.mode()
+        if kind == "zimage":
+            expected = (raw - 0.1) * 0.5
+        else:
+            norm = pipeline.vae.bn
+            expected = pipeline._patchify_latents(raw)
+            expected = (expected - norm.running_mean.view(1, -1, 1, 1)) / torch.sqrt(
+                norm.running_var.view(1, -1, 1, 1) + pipeline.vae.config.batch_norm_eps
+            )
+        assert torch.allclose(latents, expected, atol=1e-6)
+        assert torch.allclose(family.decode_latents(latents), pipeline.vae.decode(raw).sample, atol=1e-5)
+
+
+# The small text encoder has fewer layers than the real one.
+SHALLOW = {"zimage": {}, "flux2": {"text_encoder_out_layers": (1, 2, 3)}}
+
+
+def capture(pipeline: Any, **words: Any) -> tuple[list[dict[str, Any]], Any]:
+    """What a stock pipeline asks of its denoiser, call by call, and the picture's latents."""
+    calls: list[dict[str, Any]] = []
+    inner = pipeline.transformer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        calls.append({"args": args, "kwargs": kwargs, "output": output[0]})
+        return output
+
+    pipeline.transformer.forward = forward
+    try:
+        latents = pipeline(output_type="latent", **words).images
+    finally:
+        pipeline.transformer.forward = inner
+    return calls, latents
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64)])
+def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], size: tuple[int, int]) -> None:
+    kind, pipeline, folder = model
+    family = load_family(str(folder), device="cpu")
+    width, height = size
+    calls, _ = capture(
+        pipeline, prompt=PROMPTS[0], width=width, height=height, num_inference_steps=3,
+        guidance_scale={"zimage": 0.0, "flux2": 1.0}[kind], generator=torch.Generator().manual_seed(5), **SHALLOW[kind],
+    )  # fmt: skip
+    text = family.encode_texts(PROMPTS[:1])
+    for call in calls:
+        if kind == "zimage":
+            noisy = torch.stack(call["args"][0])[:, :, 0]
+            sigmas = 1.0 - call["args"][1]
+            expected = -torch.stack(call["output"])[:, :, 0]
+        else:
+            tokens = call["kwargs"]["hidden_states"]
+            noisy = tokens.transpose(1, 2).reshape(1, -1, height // 16, width // 16)
+            sigmas = call["kwargs"]["timestep"]
+            expected = call["output"].transpose(1, 2).reshape(noisy.shape)
+        with torch.no_grad():
+            ours = family.predict(noisy, sigmas, text, NO_SIZES)
+        assert torch.allclose(ours, expected, atol=1e-5)
+        assert float(expected.abs().max()) > 1e-3
+    assert len(calls) == 3
+
+
+def test_captions_of_different_lengths_in_one_batch(model: tuple[str, Any, Path]) -> None:
+    _, _, folder = model
+    family = load_family(str(folder), device="cpu")
+    latents = torch.randn(2, family.denoiser.config.in_channels, 4, 4, generator=torch.Generator().manual_seed(1))
+    sigmas = torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        both = family.predict(latents, sigmas, family.encode_texts(PROMPTS[:2]), NO_SIZES)
+        for i in range(2):
+            alone = family.predict(latents[i : i + 1], sigmas[i : i + 1], family.encode_texts([PROMPTS[i]]), NO_SIZES)
+            assert torch.allclose(both[i], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_sample_is_the_stock_pipelines_picture(model: tuple[str, Any, Path], guidance: float) -> None:
+    kind, pipeline, folder = model
+    family = load_family(str(folder), device="cpu")
+    words: dict[str, Any] = {"prompt": PROMPTS[0], "width": 64, "height": 96, "num_inference_steps": 4, **SHALLOW[kind]}
+    words["guidance_scale"] = guidance - 1.0 if kind == "zimage" else guidance  # its scale counts from 0
+    picture = pipeline(generator=torch.Generator().manual_seed(7), **words).images[0]
+    ours = draw_sample(
+        family,
+        DrawRequest(
+            text=family.encode_texts(PROMPTS[:1]), negative=family.encode_texts([""]), width=64, height=96, seed=7,
+            steps=4, guidance=guidance,
+        ),
+    )  # fmt: skip
+    difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(picture, dtype=int))
+    assert difference.max() <= 1
+    assert np.asarray(picture).std() > 1
+
+
+def test_comfyuis_separate_files_are_the_same_model(model: tuple[str, Any, Path], tmp_path: Path) -> None:
+    kind, pipeline, folder = model
+    files = separate_files(kind, pipeline, tmp_path / "comfy")
+    whole = load_family(str(folder), device="cpu")
+    found = sniff(files["denoiser"])
+    assert (found.family, found.kind, found.missing) == (kind, "file", ("vae", "text_encoder"))
+    family = load_family(
+        str(files["denoiser"]), device="cpu", vae=str(files["vae"]), text_encoder=str(files["text_encoder"]),
+        tokenizer=str(files["tokenizer"]),
+    )  # fmt: skip
+    for ours, theirs in ((family.denoiser, whole.denoiser), (family.vae, whole.vae)):
+        assert {k: v.tolist() for k, v in ours.state_dict().items()} == {
+            k: v.tolist() for k, v in theirs.state_dict().items()
+        }
+    one, other = family.encode_texts(PROMPTS), whole.encode_texts(PROMPTS)
+    assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
+
+
+def test_scaled_fp8_files_are_read_with_their_scales(model: tuple[str, Any, Path], tmp_path: Path) -> None:
+    kind, pipeline, _ = model
+    files = separate_files(kind, pipeline, tmp_path / "comfy")
+    for name in ("denoiser", "text_encoder"):
+        tensors = load_file(files[name])
+        stored = {}
+        for key, value in tensors.items():
+            if value.ndim == 2 and "embed" not in key:
+                scale = value.abs().max() / 448
+                stored[key] = (value / scale).to(torch.float8_e4m3fn)
+                stored[key.removesuffix("weight") + "weight_scale"] = scale.reshape(())
+            else:
+                stored[key] = value
+        save_file(stored, files[name])
+    family = load_family(
+        str(files["denoiser"]), device="cpu", vae=str(files["vae"]), text_encoder=str(files["text_encoder"]),
+        tokenizer=str(files["tokenizer"]),
+    )  # fmt: skip
+    for ours, theirs in ((family.denoiser, pipeline.transformer), (family.text_encoders[0].encoder, None)):
+        original = (theirs or getattr(pipeline.text_encoder, "model", pipeline.text_encoder)).state_dict()
+        for key, value in ours.state_dict().items():
+            if value.ndim == 2 and value.numel() > 100:
+                assert torch.allclose(value, original[key], rtol=0.07, atol=2e-3 * float(original[key].abs().max()))
+
+
+def test_what_is_missing_is_named_with_its_key(model: tuple[str, Any, Path], tmp_path: Path) -> None:
+    kind, pipeline, _ = model
+    files = separate_files(kind, pipeline, tmp_path / "comfy")
+    with pytest.raises(ModelError, match="does not hold vae and text_encoder") as caught:
+        load_family(str(files["denoiser"]), device="cpu")
+    assert "model.vae" in str(caught.value.hint)
+    assert "model.text_encoder" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("harm", ["smaller", "lacking", "other"])
+def test_a_text_encoder_of_another_kind_is_refused(model: tuple[str, Any, Path], harm: str, tmp_path: Path) -> None:
+    kind, pipeline, _ = model
+    files = separate_files(kind, pipeline, tmp_path / "comfy")
+    tensors = load_file(files["text_encoder"])
+    if harm == "smaller":
+        tensors["model.norm.weight"] = torch.ones(8)
+    elif harm == "lacking":
+        del tensors["model.norm.weight"]
+    else:
+        tensors["model.visual.patch_embed.weight"] = torch.ones(8)
+    save_file(tensors, files["text_encoder"])
+    with pytest.raises(ModelError, match="model.text_encoder"):
+        load_family(
+            str(files["denoiser"]), device="cpu", vae=str(files["vae"]), text_encoder=str(files["text_encoder"]),
+            tokenizer=str(files["tokenizer"]),
+        )  # fmt: skip
