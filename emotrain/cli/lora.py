@@ -31,6 +31,7 @@ class Format(StrEnum):
 
     KOHYA = "kohya"
     DIFFUSERS = "diffusers"
+    COMFYUI = "comfyui"
 
 
 class AnyFormat(StrEnum):
@@ -39,6 +40,7 @@ class AnyFormat(StrEnum):
     AUTO = "auto"
     KOHYA = "kohya"
     DIFFUSERS = "diffusers"
+    COMFYUI = "comfyui"
 
 
 class Dtype(StrEnum):

@@ -39,7 +39,7 @@ def plan(
     from emotrain.runs.plan import as_dict, make_plan
 
     loaded = load(preset, overrides or ())
-    made = make_plan(loaded.preset, may_assume_pictures=preset in shipped_presets())
+    made = make_plan(loaded.preset, may_assume=preset in shipped_presets())
     for line in made.assumed:
         output.warning(line)
     if as_json:

@@ -261,7 +261,7 @@ class SaveSection(Section):
 
     every: PositiveInt = Field(250, description="steps between two checkpoints")
     keep_last: Annotated[int, Field(ge=2)] = Field(3, description="checkpoints kept besides the best")
-    format: Literal["auto", "kohya", "diffusers"] = Field(
+    format: Literal["auto", "kohya", "diffusers", "comfyui"] = Field(
         "auto", description="the key layout; auto: the one that every reader of the family loads"
     )
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="of the LoRA file; checkpoints hold float32")

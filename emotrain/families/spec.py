@@ -160,7 +160,7 @@ class LoraFacts:
         layout: the file layout that ComfyUI, A1111 and diffusers all read at exactly the trained strength.
         loader: diffusers' mixin that reads such files.
         loader_alphas: whether that returns alphas: always, where asked, or never (it folds them in).
-        unread_layouts: layouts that diffusers cannot read for this family.
+        unread_layouts: layouts that diffusers cannot read for this family, or not with every target.
         kohya_originals: kohya's files use the original's names (else diffusers').
         comfyui_originals: `diffusion_model.` files use the original's names (else diffusers').
         kohya_text: prefix of the first text encoder in kohya's files.

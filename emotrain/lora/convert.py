@@ -62,7 +62,7 @@ def merge_files(
         parts: (file, weight) each.
         out: the new file.
         rank: bring each module down to this rank by SVD; None is exact.
-        format: auto, kohya or diffusers.
+        format: auto, kohya, diffusers or comfyui.
         dtype: auto, fp16, bf16 or fp32; auto is the files' own where that loses nothing, else fp32.
         overwrite: replace `out`.
 

@@ -116,7 +116,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
         if down is None or up is None:
             raise ModelError(f"`{place.stem}` has only one half: {'up' if down is None else 'down'} is there alone")
         alpha, stated = _alpha(place, alphas.pop(place, None), down, metadata)
-        missing += not stated and place.dialect != "diffusers"
+        missing += not stated and place.dialect != "diffusers" and "emotrain.family" not in metadata
         group = _group(place, family)
         if group is None:
             unknown += [place.stem + suffix for suffix in place.suffixes(tensors)]
@@ -186,7 +186,8 @@ def _place(stem: str, *, old: bool) -> Place | None:
         path = path.replace(".processor.", ".")
         head, _, last = path.rpartition(".")
         path = f"{head}.{_OLD_PROJECTIONS[last]}" if part and last in _OLD_PROJECTIONS else path
-    path = f"{path}.0" if not part and path.endswith(".to_out") else path
+    if not part and path.endswith(".to_out") and not path.startswith("single_transformer_blocks."):
+        path = f"{path}.0"  # older diffusers left the number out
     return Place(part, names.local(path, part) if part else path, stem, dialect)
 
 

@@ -78,7 +78,7 @@ def save_lora(
         state: canonical names, or plain ones of the denoiser ("<module path>.lora_A.weight").
         alphas: alpha per module path, canonical or plain.
         family: sd15, sd21, sdxl, sd3 or flux.
-        format: auto, kohya or diffusers.
+        format: auto, kohya, diffusers or comfyui.
         dtype: fp16, bf16 or fp32.
         metadata: strings; `build_metadata` makes them. The hashes of the weights are added here.
 

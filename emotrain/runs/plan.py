@@ -17,7 +17,7 @@ from emotrain.dataset.settings import LoaderSettings
 from emotrain.families.loading import choose_device, choose_dtype, free_gib
 from emotrain.families.memory import SIZES_GIB, MemoryPlan
 from emotrain.families.sniff_file import public_model
-from emotrain.families.table import Sniffed
+from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
 from emotrain.runs.adapters import check_modules, check_text_modules
 from emotrain.runs.build import Pictures, loader_settings, read_pictures, sniffed
@@ -81,22 +81,23 @@ class Plan:
 ASSUMED = 30  # pictures
 
 
-def make_plan(preset: Preset, *, may_assume_pictures: bool = False) -> Plan:
+def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     """Plan a run from its preset, its pictures and the small files of its model.
 
     A public model is planned with the sizes that are built in: nothing of it is fetched.
 
     Args:
         preset: of the run.
-        may_assume_pictures: where none of its folders is there, plan for a common number of square pictures.
+        may_assume: where its model or none of its folders is there, plan for the public model of its family, and for
+            a common number of square pictures.
 
     Raises:
         EmotrainError: what `emotrain check` would say.
         ModelError: the LoRA would not cover the modules that it should.
     """
-    found = public_model(preset.model.base) or sniffed(preset)  # the public ones by the sizes that are built in
+    missing, found = _model(preset, may_assume)
     settings = loader_settings(preset, found)
-    assumed, pictures = _pictures(preset, settings.rules.resolutions[0], may_assume_pictures)
+    assumed, pictures = _pictures(preset, settings.rules.resolutions[0], may_assume)
     work = _work(pictures, settings, preset)
     device = choose_device("auto")
     low = planned_dtype(preset.model.dtype, device)
@@ -137,8 +138,21 @@ def make_plan(preset: Preset, *, may_assume_pictures: bool = False) -> Plan:
             tokens=tokens,
         ),
         free_gib=memory.free,
-        assumed=assumed,
+        assumed=missing + assumed,
     )
+
+
+def _model(preset: Preset, may_assume: bool) -> tuple[tuple[str, ...], Sniffed]:
+    """What the model is; the family's public one where it is not there, and a line that says so."""
+    model = preset.model
+    if (found := public_model(model.base)) is not None:  # by the sizes that are built in
+        return (), found
+    if not may_assume or model.family == "auto" or Path(model.base).exists():
+        return (), sniffed(preset)
+    spec = FAMILIES[model.family]
+    found = public_model(next(variant.repository for variant in spec.variants.values() if variant.repository))
+    assert found is not None
+    return (f"{model.base} is not here: planned for the public {spec.title}",), found
 
 
 def _pictures(preset: Preset, side: int, may_assume: bool) -> tuple[tuple[str, ...], Pictures]:

@@ -49,7 +49,22 @@ def test_check_passes_on_the_quickstarts(name: str, capsys: Captured) -> None:
     assert main(["check", name]) == 0
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15",
+        "sdxl",
+        "sd3",
+        "flux",
+        "zimage",
+        "zimage-turbo",
+        "klein-4b",
+        "klein-9b",
+        "illustrious",
+        "noobai-vpred",
+        "pony",
+    ],
+)
 def test_check_passes_on_the_others_up_to_the_missing_model_file(
     name: str, capsys: Captured, pictures_dir: Path, tmp_path: Path
 ) -> None:

@@ -70,10 +70,10 @@ ZIMAGE = FamilySpec(
     ),
     variants={
         "z-image": Variant(
-            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, (30.0, 1.6), "z-image", "Tongyi-MAI/Z-Image"
+            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, (35.3, 2.3), "z-image", "Tongyi-MAI/Z-Image"
         ),
         "z-image-turbo": Variant(
-            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, (30.0, 1.6), "z-image-turbo",
+            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, (35.3, 2.3), "z-image-turbo",
             "Tongyi-MAI/Z-Image-Turbo",
         ),
     },
@@ -98,6 +98,7 @@ ZIMAGE = FamilySpec(
         layout="comfyui",
         comfyui_originals=False,
         loader="ZImageLoraLoaderMixin",
+        unread_layouts=("kohya",),
         base_version="zimage",
         stated=("zimage", "z-image", "z_image"),
     ),

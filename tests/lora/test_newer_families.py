@@ -1,0 +1,156 @@
+"""LoRA files of Z-Image and FLUX.2: every layout that we write or that others write, read back and by diffusers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from emotrain.errors import ModelError
+from emotrain.families.registry import FAMILIES
+from emotrain.lora import names
+from emotrain.lora.adapter import Adapter, add_adapter
+from emotrain.lora.check import compare, read_as_diffusers
+from emotrain.lora.convert import convert
+from emotrain.lora.file import canonical, read_lora, save_lora, self_check
+from emotrain.lora.formats import LAYOUTS, pairs, to_kohya
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
+
+from newer_models import denoiser_of  # noqa: E402
+
+KINDS = ["zimage", "flux2"]
+
+
+def trained(kind: str, targets: str) -> Adapter:
+    """An adapter with random weights and an alpha that is not its rank."""
+    adapter = add_adapter(denoiser_of(kind), rank=4, alpha=2.0, targets=targets, family=kind, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapter
+
+
+def layer_updates(state: dict[str, torch.Tensor], alphas: dict[str, float]) -> dict[str, torch.Tensor]:
+    return {path: (pair.up @ pair.down) * pair.strength for path, pair in pairs(state, alphas).items()}
+
+
+@pytest.mark.parametrize("targets", ["attn", "attn-mlp", "all"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_says_the_live_weights_to_us_and_to_diffusers(
+    kind: str, layout: str, targets: str, tmp_path: Path
+) -> None:
+    adapter = trained(kind, targets)
+    path = tmp_path / "lora.safetensors"
+    save_lora(
+        path, adapter.file_state(), alphas=adapter.file_alphas(), family=kind, format=layout, dtype="fp32", metadata={}
+    )
+    self_check(path, adapter.file_state(), adapter.file_alphas(), kind)
+    lora = read_lora(path)
+    assert lora.family == kind
+    assert len(lora.alphas) == adapter.num_modules
+    seen = read_as_diffusers(path, lora)
+    unread = layout in FAMILIES[kind].lora.unread_layouts
+    assert (seen is None) == unread
+    if seen is not None:
+        compare(path, "in diffusers", canonical(adapter.file_state(), adapter.file_alphas(), kind), seen, "fp32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_layout_has_the_names_that_comfyui_and_diffusers_both_read(kind: str, tmp_path: Path) -> None:
+    adapter = trained(kind, "attn-mlp")
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, adapter.file_state(), alphas=adapter.file_alphas(), family=kind, metadata={})
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+    head = {"zimage": "diffusion_model.layers.0.attention.to_q", "flux2": "transformer.transformer_blocks.0.attn.to_q"}
+    assert {head[kind] + names.DOWN, head[kind] + names.UP} <= keys
+    assert not any(key.endswith(".alpha") for key in keys)  # FLUX.2's reader refuses them
+
+
+def others(kind: str, adapter: Adapter) -> dict[str, dict[str, torch.Tensor]]:
+    """The same LoRA as other programs write it."""
+    state, alphas = canonical(adapter.file_state(), adapter.file_alphas(), kind)
+    kohya = to_kohya(state, alphas, kind)
+    ai_toolkit = {}
+    for key, value in kohya.items():
+        stem, _, role = key.partition(".")
+        if role == "alpha":
+            continue
+        group = FAMILIES[kind].lora.originals.from_original(dotted_original(kind, stem.removeprefix("lora_unet_")))
+        assert group is not None, stem
+        half = ".lora_A.weight" if "down" in role else ".lora_B.weight"
+        strength = float(kohya[f"{stem}.alpha"]) / kohya[f"{stem}.lora_down.weight"].shape[0]
+        ai_toolkit[f"diffusion_model.{group.name}{half}"] = value if "down" in role else value * strength
+    plain = {key.removeprefix("transformer."): value for key, value in state.items()}
+    onetrainer = {}
+    for key, value in plain.items():
+        path, down, _ = key.partition(names.DOWN)
+        path = path if down else key.partition(names.UP)[0]
+        onetrainer[f"transformer.{path}.lora_{'down' if down else 'up'}.weight"] = value
+        onetrainer[f"transformer.{path}.alpha"] = torch.tensor(alphas[f"transformer.{path}"])
+    return {"kohya": kohya, "ai-toolkit": ai_toolkit, "onetrainer": onetrainer}
+
+
+def dotted_original(kind: str, name: str) -> str:
+    from emotrain.lora.originals import dotted
+
+    return dotted(name)
+
+
+@pytest.mark.parametrize("program", ["kohya", "ai-toolkit", "onetrainer"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_other_programs_are_the_same_update(kind: str, program: str, tmp_path: Path) -> None:
+    adapter = trained(kind, "all")
+    path = tmp_path / "theirs.safetensors"
+    save_file({k: v.contiguous() for k, v in others(kind, adapter)[program].items()}, path)
+    lora = read_lora(path)
+    assert lora.family == kind
+    ours = layer_updates(*canonical(adapter.file_state(), adapter.file_alphas(), kind))
+    theirs = layer_updates(lora.state, lora.alphas)
+    assert ours.keys() == theirs.keys()
+    for name, update in ours.items():
+        assert torch.allclose(update, theirs[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert_goes_there_and_back(kind: str, tmp_path: Path) -> None:
+    adapter = trained(kind, "attn-mlp")
+    first = tmp_path / "first.safetensors"
+    save_lora(first, adapter.file_state(), alphas=adapter.file_alphas(), family=kind, dtype="fp32", metadata={})
+    for i, layout in enumerate(LAYOUTS):
+        written = convert(first, layout, tmp_path / f"{i}.safetensors")
+        assert (written.family, written.modules) == (kind, adapter.num_modules)
+
+
+def test_a_flux1_lora_is_not_taken_for_flux2(tmp_path: Path) -> None:
+    """Their double blocks have the same names; the single blocks and the feed-forward widths tell."""
+    width = 64
+    shapes = {"single_blocks.0.linear1": (width, 7 * width), "double_blocks.0.img_mlp.0": (width, 4 * width)}
+    for wanted, factors in (("flux", (7, 4)), ("flux2", (9, 6))):
+        tensors: dict[str, torch.Tensor] = {}
+        for (name, (inner, _)), factor in zip(shapes.items(), factors, strict=True):
+            tensors[f"diffusion_model.{name}.lora_A.weight"] = torch.ones(2, inner)
+            tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.ones(factor * inner, 2)
+        path = tmp_path / f"{wanted}.safetensors"
+        save_file(tensors, path)
+        assert read_lora(path).family == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_of_no_module_are_named(kind: str, tmp_path: Path) -> None:
+    adapter = trained(kind, "attn")
+    tensors: dict[str, Any] = {k: v.contiguous() for k, v in others(kind, adapter)["kohya"].items()}
+    tensors["lora_unet_nowhere_1.lora_down.weight"] = torch.ones(4, 8)
+    tensors["lora_unet_nowhere_1.lora_up.weight"] = torch.ones(8, 4)
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(ModelError, match="2 of its keys belong to no module"):
+        read_lora(tmp_path / "odd.safetensors")
