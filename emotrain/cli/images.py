@@ -10,14 +10,6 @@ from emotrain.cli import output
 from emotrain.cli.complete import run_names
 from emotrain.cli.options import RUNS, OneJson, RunsDir
 
-_MEANING = {
-    "suspicious": "its caption may be wrong, or the picture broken",
-    "hard": "its loss stays far above the others'",
-    "memorised": "its loss fell far below the others': seen too often, or a copy",
-    "usual": "",
-    "unseen": "seen too rarely to say",
-}
-
 
 def images(
     run: Annotated[str, typer.Argument(help="A run's folder or name", autocompletion=run_names)],
@@ -37,6 +29,7 @@ def images(
       emotrain images mika_v2 --all
       emotrain images mika_v2 --json
     """
+    from emotrain.dataset.ranking import MEANINGS
     from emotrain.runs.folder import open_run
     from emotrain.runs.pictures import rank_pictures
 
@@ -51,13 +44,13 @@ def images(
         if not outliers:
             output.result(f"nothing stands out among {len(scores)} pictures (`--all` shows them)")
             return
-        output.table([(score.verdict, score.id, _MEANING[score.verdict]) for score in outliers])
+        output.table([(score.verdict, score.id, MEANINGS[score.verdict]) for score in outliers])
         return
     rows = [
         (
             score.verdict, f"{score.z_early:.1f}", f"{score.z_late:.1f}",
             "-" if score.z_contrast is None else f"{score.z_contrast:.1f}", score.visits, score.id,
-            _MEANING[score.verdict],
+            MEANINGS[score.verdict],
         )
         for score in scores
     ]  # fmt: skip

@@ -41,6 +41,13 @@ APART = (
 )
 HEARS = -2.2  # median contrast up to which the model makes enough of captions to tell
 Z_OUTLIER = 3.5  # of medians and median deviations: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
+MEANINGS: dict[Verdict, str] = {
+    "suspicious": "its caption may be wrong, or the picture broken",
+    "hard": "its loss stays far above the others'",
+    "memorised": "its loss fell far below the others': seen too often, or a copy",
+    "usual": "",
+    "unseen": "seen too rarely to say",
+}
 _ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
 
 

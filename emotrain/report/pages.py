@@ -1,0 +1,73 @@
+"""Pages from templates: text from strangers is escaped, nothing is fetched, and no script runs but our own.
+
+A page is one file: a style sheet, pictures as data URLs and at most one script inside it, under a content security
+policy that forbids the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import unicodedata
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+LONGEST = 4000  # characters of one text: no caption fills a page
+_HIDDEN = ("Cc", "Cs", "Co", "Cn", "Zl", "Zp")
+_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+
+
+def shown(value: object) -> object:
+    """A text as a page shows it: cut at 4000 characters, control and direction marks as U+FFFD.
+
+    Markup and everything that is no text are left alone.
+    """
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    text = value if len(value) <= LONGEST else value[:LONGEST] + "…"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        " " if c in "\t\n\r" else "\ufffd" if unicodedata.category(c) in _HIDDEN or c in _DIRECTIONS else c
+        for c in text
+    )
+
+
+def data_url(jpeg: bytes) -> Markup:
+    """A JPEG as the `src` of an `img`."""
+    return Markup("data:image/jpeg;base64,") + base64.b64encode(jpeg).decode("ascii")
+
+
+@cache
+def environment() -> Environment:
+    """The templates; every text that they print is made showable, then escaped."""
+    found = Environment(
+        loader=PackageLoader("emotrain.report"),
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["data_url"] = data_url
+    return found
+
+
+def render(template: str, *, script: str | None = None, **values: Any) -> str:
+    """A whole document.
+
+    Args:
+        template: its name.
+        script: name of the one script that may run in it; the policy names its hash.
+        values: what the template shows.
+    """
+    policy, code = POLICY, None
+    if script is not None:
+        code = Markup(environment().get_template(script).render())
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
+        policy = f"{POLICY}; script-src 'sha256-{digest}'"
+    return environment().get_template(template).render(policy=policy, script=code, **values)
