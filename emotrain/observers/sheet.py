@@ -1,4 +1,4 @@
-"""The contact sheet of a run: a column for each sampled step, a row for each prompt."""
+"""The contact sheet of a run: a row for each prompt, a column for each sampled step and one for the LoRA file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ GAP = 6
 LABEL_WIDTH = 190
 HEADER = 30
 FONT_PX = 16
+LORA = "lora.safetensors"
 BACKGROUND = (250, 250, 250)
 INK = (32, 32, 32)
 FAINT = (130, 130, 130)
@@ -38,6 +39,7 @@ def make_sheet(
     columns: Mapping[int, Sequence[Path]],
     prompts: Sequence[str],
     *,
+    lora: Sequence[Path] = (),
     best_step: int | None = None,
     max_columns: int = MAX_COLUMNS,
 ) -> Image.Image:
@@ -51,6 +53,7 @@ def make_sheet(
     Args:
         columns: for each step the paths of its pictures, in the order of `prompts`.
         prompts: the row labels.
+        lora: pictures of the LoRA file itself, if there are any: the last column, whatever `max_columns` says.
         best_step: column to mark.
         max_columns: widest sheet, at least 2.
 
@@ -58,22 +61,23 @@ def make_sheet(
         An RGB picture.
 
     Raises:
-        ValueError: no steps or no prompts.
+        ValueError: no pictures or no prompts.
     """
-    if not columns or not prompts:
-        raise ValueError("a sheet needs at least one step and one prompt")
+    if not (columns or lora) or not prompts:
+        raise ValueError("a sheet needs at least one step, or the LoRA's pictures, and one prompt")
     steps = choose_steps(sorted(columns), max_columns, best_step)
-    cell_w, cell_h = _cell_size([path for step in steps for path in columns[step]])
-    width = LABEL_WIDTH + len(steps) * (cell_w + GAP) + GAP
+    shown = [(f"step {step}" + (" (best)" if step == best_step else ""), columns[step]) for step in steps]
+    shown += [(LORA, lora)] if lora else []
+    cell_w, cell_h = _cell_size([path for _, paths in shown for path in paths])
+    width = LABEL_WIDTH + len(shown) * (cell_w + GAP) + GAP
     height = HEADER + len(prompts) * (cell_h + GAP) + GAP
     sheet = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for column, step in enumerate(steps):
+    for column, (label, paths) in enumerate(shown):
         left = LABEL_WIDTH + GAP + column * (cell_w + GAP)
-        _draw_step(draw, step, left, cell_w, best=step == best_step)
+        _draw_label(draw, label, left, cell_w, marked=label == LORA or label.endswith("(best)"))
         for row in range(len(prompts)):
             top = HEADER + row * (cell_h + GAP)
-            paths = columns[step]
             picture = _thumbnail(paths[row], cell_w, cell_h) if row < len(paths) else None
             _paste(sheet, draw, picture, (left, top, cell_w, cell_h))
     for row, prompt in enumerate(prompts):
@@ -86,10 +90,11 @@ def save_sheet(
     columns: Mapping[int, Sequence[Path]],
     prompts: Sequence[str],
     *,
+    lora: Sequence[Path] = (),
     best_step: int | None = None,
 ) -> Path:
     """Draw the sheet and put it at `path` (PNG) in one move: nobody sees half of it."""
-    sheet = make_sheet(columns, prompts, best_step=best_step)
+    sheet = make_sheet(columns, prompts, lora=lora, best_step=best_step)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -169,11 +174,10 @@ def _paste(
     sheet.paste(picture, (left + shift_x, top + shift_y))
 
 
-def _draw_step(draw: ImageDraw.ImageDraw, step: int, left: int, cell_w: int, *, best: bool) -> None:
-    label = f"step {step}" + (" (best)" if best else "")
+def _draw_label(draw: ImageDraw.ImageDraw, label: str, left: int, cell_w: int, *, marked: bool) -> None:
     font = _font(label)
     text = _shorten(draw, label, cell_w, font)
-    draw.text((left + cell_w / 2, HEADER / 2), text, fill=BEST if best else INK, font=font, anchor="mm")
+    draw.text((left + cell_w / 2, HEADER / 2), text, fill=BEST if marked else INK, font=font, anchor="mm")
 
 
 def _draw_prompt(draw: ImageDraw.ImageDraw, prompt: str, top: int, cell_h: int) -> None:

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from emotrain.config.prompts import SamplePrompt
 from emotrain.families.base import DrawRequest, TextEmbeds
 from emotrain.families.sampling import draw_sample
-from emotrain.observers.sheet import save_sheet
+from emotrain.observers.sheet import LORA, save_sheet
 from emotrain.train.durable import fsync_file, fsync_folder
 from emotrain.train.events import Event, Notice, Phase, SamplesDrawn
 from emotrain.train.losses import text_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Sampler:
     """Draws every prompt with the live weights; a picture depends on weights, prompt and seed alone.
 
-    `folder` gets `step-00000050-1.png` and `sheet.png`; it is set once the run has one.
+    `folder` gets `step-00000050-1.png`, `lora-1.png` and `sheet.png`; it is set once the run has one.
 
     Args:
         family: with the live weights.
@@ -80,25 +80,42 @@ class Sampler:
 
         A full disk, or too little memory, costs the pictures and not the run.
         """
+        numbers = range(1, len(self.prompts) + 1)
+        paths = [self.path(step, number) for number in numbers]
+        if self._draw_all(paths, step, f"step {step}"):
+            sheet = self.sheet(step, best_step)
+            if sheet is not None:
+                self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet))
+
+    def draw_lora(self, step: int, best_step: int | None = None) -> None:
+        """Draw all prompts with the LoRA file's weights, which the model must hold: the sheet's last column.
+
+        Args:
+            step: that the file is of.
+            best_step: column to mark.
+        """
+        paths = self.lora_paths()
+        if self._draw_all(paths, step, LORA):
+            self.sheet(None, best_step, paths)
+
+    def lora_paths(self) -> list[Path]:
+        """Where the pictures of the LoRA file lie."""
+        return [self.folder / f"lora-{number}.png" for number in range(1, len(self.prompts) + 1)]
+
+    def _draw_all(self, paths: Sequence[Path], step: int, what: str) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            paths = []
-            for number, request in enumerate(self.requests, 1):
-                self.notify(Phase("drawing samples", number - 1, len(self.requests)))
-                paths.append(self.path(step, number))
-                with_memory("while drawing samples", partial(self._draw_one, request, number, paths[-1]))
-            sheet = self.sheet(step, best_step)
-            self._fresh += [*paths, sheet]
+            for number, (request, path) in enumerate(zip(self.requests, paths, strict=True), 1):
+                self.notify(Phase("drawing samples", number - 1, len(paths)))
+                with_memory("while drawing samples", partial(self._draw_one, request, number, step, path))
+            self._fresh += paths
             self.notify(Phase("drawing samples", len(paths), len(paths)))
+            return True
         except OSError as error:
-            self.notify(Notice(f"samples of step {step} were not written: {error.strerror}"))
-            return
+            self.notify(Notice(f"samples of {what} were not written: {error.strerror}"))
         except OutOfMemory:
-            self.notify(
-                Notice(f"samples of step {step} were not drawn: out of memory; a smaller sample.size needs less")
-            )
-            return
-        self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet))
+            self.notify(Notice(f"samples of {what} were not drawn: out of memory; a smaller sample.size needs less"))
+        return False
 
     def _told(self, request: DrawRequest, number: int) -> DrawRequest:
         """The request as text encoders in training understand it by now."""
@@ -110,16 +127,16 @@ class Sampler:
             negative = self._negative(said, text_of(self.family, [said], request.negative))
         return replace(request, text=text, negative=negative)
 
-    def _draw_one(self, request: DrawRequest, number: int, path: Path) -> None:
+    def _draw_one(self, request: DrawRequest, number: int, step: int, path: Path) -> None:
         info = PngInfo()
-        for key, text in self.describe(number, path).items():
+        for key, text in self.describe(number, step).items():
             info.add_itxt(key, text)
         draw_sample(self.family, self._told(request, number)).save(path, pnginfo=info)
 
-    def describe(self, number: int, path: Path) -> dict[str, str]:
+    def describe(self, number: int, step: int) -> dict[str, str]:
         """What a picture's file says of itself: `parameters` as A1111 writes and reads it, and `emotrain` in JSON."""
         request, prompt, negative = self.requests[number - 1], self.prompts[number - 1], self.negatives[number - 1]
-        size, step = f"{request.width}x{request.height}", int(path.name.split("-")[1])
+        size = f"{request.width}x{request.height}"
         guidance = "" if request.guidance is None else f", CFG scale: {request.guidance:g}"
         lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
         lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}, LoRA step: {step}")
@@ -142,11 +159,21 @@ class Sampler:
         for folder in (self.folder, self.folder.parent) if fresh else ():
             fsync_folder(folder)
 
-    def sheet(self, last_step: int, best_step: int | None = None) -> Path:
-        """The contact sheet of all steps up to `last_step`."""
+    def sheet(self, last_step: int | None, best_step: int | None, lora: Sequence[Path] = ()) -> Path | None:
+        """The contact sheet of all steps up to `last_step` (None: of all), and of the LoRA file.
+
+        None where it cannot be written, which costs the sheet alone.
+        """
         columns = {}
         for first in sorted(self.folder.glob("step-*-1.png")):
             step = int(first.name.split("-")[1])
-            if step <= last_step:
+            if last_step is None or step <= last_step:
                 columns[step] = [self.path(step, number) for number in range(1, len(self.prompts) + 1)]
-        return save_sheet(self.folder / "sheet.png", columns, self.prompts, best_step=best_step)
+        path = self.folder / "sheet.png"
+        try:
+            save_sheet(path, columns, self.prompts, lora=lora, best_step=best_step)
+        except OSError as error:
+            self.notify(Notice(f"{path.name} was not written: {error.strerror}"))
+            return None
+        self._fresh.append(path)
+        return path

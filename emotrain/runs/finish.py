@@ -12,8 +12,8 @@ from torch import Tensor
 
 from emotrain.config.schema import Preset
 from emotrain.dataset.ranking import NO_CAPTION
-from emotrain.errors import ResourceError, UnwritableWeightsError
-from emotrain.lora.file import save_lora, self_check
+from emotrain.errors import ModelError, ResourceError, UnwritableWeightsError
+from emotrain.lora.file import read_lora, save_lora, self_check
 from emotrain.observers.metrics_log import MetricsLog, truncate_log
 from emotrain.observers.tensorboard import TensorBoard
 from emotrain.runs.folder import RunFolder
@@ -135,3 +135,31 @@ def write_lora(session: Session, path: Path, state: dict[str, Tensor], step: int
     )
     self_check(path, state, adapter.alphas(), family.name)
     session.notify(Saved(step, path, best=path == session.folder.lora_path))
+
+
+def draw_written(session: Session, lora: Path | None, outcome: Outcome) -> None:
+    """The sheet's last column: what the LoRA file draws, read back as its users read it.
+
+    Left out where the run was interrupted or diverged; pictures of an earlier file go in any case.
+    """
+    sampler, adapter = session.sampler, session.model.adapter
+    if sampler is None:
+        return
+    try:
+        for path in sampler.lora_paths():
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        session.notify(Notice(f"pictures of an earlier LoRA file stay in {sampler.folder}: {error.strerror}"))
+        return
+    if lora is None or outcome.reason not in (StopReason.SIGNAL, StopReason.MAX_STEPS):
+        return
+    live = adapter.state()
+    try:
+        adapter.load_state(read_lora(lora).state)
+    except ModelError as error:  # a layout that joins modules may give them other ranks
+        session.notify(Notice(f"the sheet has no column of {lora.name}: {error.message}"))
+        return
+    best = session.state.best_step
+    sampler.draw_lora(session.state.step if best is None else best, best)
+    adapter.load_state(live)
+    sync([sampler], session.notify)

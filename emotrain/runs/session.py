@@ -266,6 +266,7 @@ class Session:
         lora = None
         if state.step:
             lora, outcome = finish.hand_over(self, outcome)
+            finish.draw_written(self, lora, outcome)
         self.say_if_nothing_moved()
         self.say_unit()
         folder.update_info(

@@ -56,6 +56,16 @@ def test_columns_are_steps_and_rows_are_prompts(columns: dict[int, list[Path]]) 
             assert part.getcolors() == [(128 * 128, Image.new("RGB", (1, 1), colour).getpixel((0, 0)))]
 
 
+def test_the_lora_file_is_the_last_column_whatever_the_number_of_steps(
+    columns: dict[int, list[Path]], tmp_path: Path
+) -> None:
+    lora = [picture(tmp_path / f"lora-{row}.png", colour) for row, colour in enumerate(("white", "black"))]
+    sheet = make_sheet(columns, ["a fox", "a ship"], lora=lora, max_columns=2)
+    assert sheet.size[0] == LABEL_WIDTH + 3 * (128 + GAP) + GAP
+    assert [sheet.getpixel(box(2, row)[:2]) for row in (0, 1)] == [(255, 255, 255), (0, 0, 0)]
+    assert make_sheet({}, ["a fox", "a ship"], lora=lora).size[0] == LABEL_WIDTH + 128 + 2 * GAP
+
+
 def test_steps_and_prompts_are_written_beside_the_pictures(
     columns: dict[int, list[Path]],
 ) -> None:

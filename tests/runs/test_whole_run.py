@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import CheckpointError
 from emotrain.families.table import resolve_base
-from emotrain.lora.file import read_lora
+from emotrain.lora.file import LoraFile, read_lora
 from emotrain.observers.json_events import JsonEvents
+from emotrain.observers.sheet import GAP, LABEL_WIDTH
 from emotrain.pulse.logs import read_log
 from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
-from emotrain.runs import build, start
+from emotrain.runs import build, finish, start
 from emotrain.runs.folder import open_run
+from emotrain.train.loop import Outcome, StopReason
 
 SHORT = (
     "train.max_steps=4",
@@ -63,6 +66,34 @@ def test_a_run_leaves_a_lora_that_draws_the_live_picture_in_a_fresh_pipeline(tmp
     assert np.abs(live - fresh).max() <= 1
     without = np.asarray(draw_fresh(model, None, "inkmoji, rocket"), int)
     assert np.abs(live - without).max() > 1
+    handed_over = np.asarray(draw_fresh(model, folder.lora_path, "inkmoji, rocket"), int)
+    own = np.asarray(read_picture(folder.samples_dir / "lora-1.png"), int)
+    assert np.abs(own - handed_over).max() <= 1
+
+
+@pytest.mark.parametrize(("preset", "format"), [("quickstart", "diffusers"), ("quickstart-flux", "kohya")])
+def test_the_sheets_last_column_is_drawn_from_the_file(tmp_path, monkeypatch, preset, format):
+    def read_as_nothing(path: Path) -> LoraFile:
+        lora = read_lora(path)
+        return replace(lora, state={key: torch.zeros_like(value) for key, value in lora.state.items()})
+
+    monkeypatch.setattr(finish, "read_lora", read_as_nothing)
+    folder = train(preset, tmp_path, f"save.format={format}").folder
+    base = np.asarray(read_picture(folder.samples_dir / "step-00000000-1.png"), int)
+    assert np.abs(np.asarray(read_picture(folder.samples_dir / "lora-1.png"), int) - base).max() == 0
+    assert np.abs(np.asarray(read_picture(folder.samples_dir / "step-00000004-1.png"), int) - base).max() > 0
+    width, _ = read_picture(folder.samples_dir / "sheet.png").size
+    assert width == LABEL_WIDTH + 3 * (128 + GAP) + GAP
+
+
+def test_pictures_of_an_earlier_lora_file_do_not_outlive_it(tmp_path):
+    folder = train("quickstart", tmp_path).folder
+    (folder.samples_dir / "lora-1.png").write_bytes(b"of an earlier file")
+    session = start.Session(load_preset(folder.preset_path), ())
+    session.load()
+    session.sampler.folder = folder.samples_dir
+    finish.draw_written(session, folder.lora_path, Outcome(StopReason.INTERRUPTED, ""))
+    assert not (folder.samples_dir / "lora-1.png").exists()
 
 
 def test_trained_text_encoders_are_part_of_the_file(tmp_path):
