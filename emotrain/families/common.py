@@ -191,6 +191,8 @@ class LoadedFamily(ABC):
 
     # ------------------------------------------------------------ memory
 
+    vae_encoder_may_go = True  # some VAEs cannot decode without it
+
     def let_denoiser_wait(self, stay: frozenset[nn.Module] = frozenset()) -> None:
         """`place_denoiser` has still to move the denoiser, but not the weights of layers in `stay`."""
         self._waiting = stay
@@ -216,7 +218,7 @@ class LoadedFamily(ABC):
         self.vae_identity()
         self.text_identity()
         self.text_encoders = [part for part in self.text_encoders if part.name in self.trained_encoders]
-        if self.vae is not None and getattr(self.vae, "encoder", None) is not None:
+        if self.vae_encoder_may_go and self.vae is not None and getattr(self.vae, "encoder", None) is not None:
             self.vae.encoder = None
             self.vae.quant_conv = None
         if self.device.type == "cuda":
@@ -281,8 +283,8 @@ def vae_channels(config: Any) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """To the device, numbers in `dtype`; masks stay masks."""
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    """Numbers to the device in `dtype`; masks stay on the CPU, where they are counted without waiting."""
+    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor
 
 
 def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:

@@ -24,7 +24,7 @@ from emotrain.families.spec import TextEncoder
 ENCODERS = {
     "clip": frozenset(("CLIPTextModel", "CLIPTextModelWithProjection")),
     "t5": frozenset(("T5EncoderModel",)),
-    "llm": frozenset(("Qwen3Model", "Qwen3ForCausalLM")),
+    "llm": frozenset(("Qwen3Model", "Qwen3ForCausalLM", "Qwen3VLModel", "Qwen3VLForConditionalGeneration")),
 }
 TOKENIZERS = {
     "clip": frozenset(("CLIPTokenizer", "CLIPTokenizerFast")),
@@ -124,7 +124,8 @@ def load_encoder(
             where, subfolder=tokenizer_name, revision=revision, trust_remote_code=False
         ),
     )
-    return (encoder.model if kind.endswith("ForCausalLM") else encoder), tokenizer
+    encoder = encoder.model if "For" in kind else encoder  # the head is not needed, nor the eyes
+    return (encoder.language_model if kind.startswith("Qwen3VL") else encoder), tokenizer
 
 
 def load_vae(vae: str, found: Sniffed) -> Any:

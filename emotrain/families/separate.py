@@ -50,9 +50,9 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
     (encoder,) = spec.text_encoders
     vae_class = getattr(diffusers, spec.vae_class)
     vae = given.vae or load_one(vae_class, str(beside), "vae", None, torch_dtype=torch.float32)
-    kind, words = configs(found.family)["scheduler"][found.variant]
     own = beside / "scheduler" / "scheduler_config.json"
-    scheduler = getattr(diffusers, kind).from_config(read_json(own) if own.is_file() else words)
+    words = read_json(own) if own.is_file() else found.scheduler_config
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)
     text = _text_encoder(found, dtype, Path(given.text_encoder) if given.text_encoder else beside / encoder.name)
     return {
         "denoiser": _denoiser(found, dtype),
@@ -96,7 +96,8 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
     config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
     tensors = unscaled(path, dtype) or load_file(path)
     own_names = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
-    own_names = {key: value for key, value in own_names.items() if not key.startswith(("lm_head.", "logit_scale"))}
+    unused = ("lm_head.", "logit_scale", *(("visual.",) if kind.startswith("Qwen3VL") else ()))
+    own_names = {key: value for key, value in own_names.items() if not key.startswith(unused)}
     with torch.device("meta"):
         model = model_class(config)
     _refuse_other_tensors(path, own_names, model.state_dict(), FAMILIES[found.family].title)
@@ -170,15 +171,21 @@ def load_separate_vae(path: Path, found: Sniffed) -> Any:
     vae = getattr(diffusers, spec.vae_class).from_config(config)
     tensors = load_file(path)
     if not any(name.startswith("encoder.down_blocks.") for name in names):
-        tensors = guard(str(path), "", lambda: _ldm_vae(tensors, config))
+        tensors = guard(str(path), "", lambda: _original_vae(tensors, spec.vae_class, config))
     guard(str(path), "", lambda: vae.load_state_dict(tensors))
     return vae.float()
 
 
-def _ldm_vae(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The names of latent diffusion's VAE in diffusers; the statistics that FLUX.2 adds have one name in both."""
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+def _original_vae(tensors: dict[str, Tensor], kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Original names in diffusers': of Wan's VAE, which is Qwen-Image's too, or of latent diffusion's.
 
+    The statistics that FLUX.2 adds to the latter have one name in both.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
+
+    if kind == "AutoencoderKLQwenImage":
+        film: dict[str, Tensor] = convert_wan_vae_to_diffusers(dict(tensors))
+        return film
     own = {key: value for key, value in tensors.items() if key.startswith("bn.")}
     converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(
         {key: value for key, value in tensors.items() if key not in own}, config

@@ -118,7 +118,7 @@ def sniff_folder(folder: Path) -> Sniffed:
 
 def _absent(folder: Path, index: dict[str, Any]) -> tuple[str, ...]:
     """Parts that model_index.json names and the folder does not hold."""
-    wanted = [part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+    wanted = [part for part, value in index.items() if isinstance(value, list) and value and isinstance(value[0], str)]
     return tuple(
         part
         for part in wanted

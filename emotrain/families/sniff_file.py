@@ -9,7 +9,7 @@ from typing import Any
 from emotrain.errors import ModelError
 from emotrain.families.headers import Header, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs
-from emotrain.families.sniff import Prediction, Sniffed, widest_layer
+from emotrain.families.sniff import Prediction, Sniffed, variant_of, widest_layer
 from emotrain.families.understood import refuse_not_understood
 
 
@@ -108,6 +108,8 @@ def _from_file(path: Path, family: str, variant: str, header: Header, shapes: di
     own = companion(path) / spec.denoiser / "config.json"
     if own.is_file():
         config = {key: value for key, value in read_json(own).items() if not key.startswith("_")}
+        if any(encoder.kind == "llm" for encoder in spec.text_encoders):
+            variant = variant_of(family, config)
     if shapes:  # none: the public model itself, by its sizes alone
         refuse_not_understood(path, family, header, config)
     channels = int(config.get("in_channels", spec.latent_channels * spec.packed_channels)) // spec.packed_channels

@@ -18,7 +18,6 @@ from emotrain.families.registry import FAMILIES
 # Other models that share names with those that are trained here, by a tensor that they alone have.
 OTHERS = {
     "distilled_guidance_layer.": "Chroma",
-    "txtfusion.": "Krea 2",
     "llm_adapter.": "Anima",
     "pipe.": "a model of another kind",
 }

@@ -159,7 +159,12 @@ def build_on_meta(family: str, config: dict[str, Any], dtype: torch.dtype) -> nn
     cls = getattr(diffusers, FAMILIES[family].denoiser_class)
     with torch.device("meta"):
         model: nn.Module = cls.from_config(config)
-    return nn.Module.to(model, dtype).requires_grad_(False).eval()
+    model = nn.Module.to(model, dtype)
+    wide = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # as diffusers loads it
+    for name, module in model.named_modules():
+        if wide & set(name.split(".")):
+            module.to(torch.float32)
+    return model.requires_grad_(False).eval()
 
 
 def measure(

@@ -80,7 +80,9 @@ def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) 
 
     Fresh ones carry gradients, and are those of the encoders as they are now: with the adapter on or off.
     """
-    known = {key: value.to(family.device) for key, value in cached.items()}
+    known = {  # masks stay on the CPU, where they are counted without waiting for the device
+        key: value.to(family.device) if value.is_floating_point() else value for key, value in cached.items()
+    }
     if not family.trained_encoders:
         return known
     if torch.is_grad_enabled():

@@ -43,11 +43,33 @@ def qwen(width: int, layers: int = 4, **words: Any) -> Any:
     ).eval()  # fmt: skip
 
 
+def qwen_vl(width: int) -> Any:
+    """A random Qwen3-VL: a language model and a small eye that nothing looks through."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    torch.manual_seed(14)
+    text = {
+        "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "pad_token_id": None,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    eye = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
+        "deepstack_visual_indexes": [], "num_position_embeddings": 16,
+    }  # fmt: skip
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eye)).eval()
+
+
 def vae_of(kind: str) -> Any:
     """A random VAE of 8 pixels per latent."""
     import diffusers
 
     torch.manual_seed(12)
+    if kind == "krea2":
+        return diffusers.AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0],
+        ).eval()  # fmt: skip
     blocks = 4
     words: dict[str, Any] = {
         "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
@@ -75,6 +97,13 @@ def denoiser_of(kind: str) -> Any:
             num_attention_heads=4, joint_attention_dim=96, timestep_guidance_channels=32, mlp_ratio=3.0,
             axes_dims_rope=(4, 4, 4, 4), rope_theta=2000, guidance_embeds=False,
         )  # fmt: skip
+    elif kind == "krea2":
+        model = diffusers.Krea2Transformer2DModel(
+            in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=96, timestep_embed_dim=32, text_hidden_dim=32, num_text_layers=3,
+            text_num_attention_heads=4, text_num_key_value_heads=4, text_intermediate_size=48,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
     else:
         model = diffusers.ZImageTransformer2DModel(
             in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32,
@@ -88,9 +117,17 @@ def denoiser_of(kind: str) -> Any:
 
 def pipeline_of(kind: str) -> Any:
     """The stock pipeline of a family around the small parts."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
     from transformers import Qwen3ForCausalLM
 
+    if kind == "krea2":
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=6400
+        )
+        return Krea2Pipeline(
+            scheduler=scheduler, vae=vae_of(kind), text_encoder=qwen_vl(32), tokenizer=qwen_tokenizer(),
+            transformer=denoiser_of(kind), text_encoder_select_layers=(1, 2, 3),
+        )  # fmt: skip
     if kind == "flux2":
         base = qwen(32)
         encoder = Qwen3ForCausalLM(base.config)
@@ -123,6 +160,8 @@ def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
             elif ".to_k." not in new and ".to_v." not in new:
                 out[new] = value
         return out
+    if kind == "krea2":
+        return krea2_names(state)
     from emotrain.families.flux2.spec import NAMES
 
     norms = {"attn.norm_q": "query_norm", "attn.norm_k": "key_norm"}
@@ -152,6 +191,38 @@ def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
     return out
 
 
+def krea2_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Krea 2's own names."""
+    heads = {
+        "img_in.": "first.", "time_embed.linear_1.": "tmlp.0.", "time_embed.linear_2.": "tmlp.2.",
+        "time_mod_proj.": "tproj.1.", "txt_in.norm.weight": "txtmlp.0.scale", "txt_in.linear_1.": "txtmlp.1.",
+        "txt_in.linear_2.": "txtmlp.3.", "text_fusion.": "txtfusion.", "transformer_blocks.": "blocks.",
+        "final_layer.linear.": "last.linear.", "final_layer.norm.weight": "last.norm.scale",
+        "final_layer.scale_shift_table": "last.modulation.lin",
+    }  # fmt: skip
+    inner = {
+        ".attn.to_q.": ".attn.wq.", ".attn.to_k.": ".attn.wk.", ".attn.to_v.": ".attn.wv.",
+        ".attn.to_out.0.": ".attn.wo.", ".attn.to_gate.": ".attn.gate.", ".ff.": ".mlp.",
+        ".attn.norm_q.weight": ".attn.qknorm.qnorm.scale", ".attn.norm_k.weight": ".attn.qknorm.knorm.scale",
+        ".norm1.weight": ".prenorm.scale", ".norm2.weight": ".postnorm.scale", ".scale_shift_table": ".mod.lin",
+    }  # fmt: skip
+    out = {}
+    for key, value in state.items():
+        head = next((old for old in heads if key.startswith(old)), None)
+        new = key if head is None else heads[head] + key[len(head) :]
+        if new not in heads.values():
+            for old, theirs in inner.items():
+                new = new.replace(old, theirs)
+        out[new] = value.reshape(-1) if new.endswith(".mod.lin") and new.startswith("blocks.") else value
+    return out
+
+
+def text_model(pipeline: Any) -> Any:
+    """The language model of a pipeline's text encoder, without head and eyes."""
+    encoder = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
+    return getattr(encoder, "language_model", encoder)
+
+
 def separate_files(kind: str, pipeline: Any, folder: Path) -> dict[str, Path]:
     """The model as ComfyUI's files: `denoiser`, `vae`, `text_encoder`, and a folder `tokenizer`.
 
@@ -161,7 +232,7 @@ def separate_files(kind: str, pipeline: Any, folder: Path) -> dict[str, Path]:
     files = {name: folder / f"{name}.safetensors" for name in ("denoiser", "vae", "text_encoder")}
     save_file(original_denoiser(kind, pipeline.transformer), files["denoiser"])
     save_file({key: value.contiguous() for key, value in pipeline.vae.state_dict().items()}, files["vae"])
-    model = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
+    model = text_model(pipeline)
     save_file({f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}, files["text_encoder"])
     beside = folder / "denoiser" / "transformer"
     pipeline.transformer.save_config(beside)

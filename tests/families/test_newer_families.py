@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from newer_models import pipeline_of, separate_files
+from newer_models import pipeline_of, separate_files, text_model
 from safetensors.torch import load_file, save_file
 
 from emotrain.errors import ModelError
 from emotrain.families import load_family
 from emotrain.families.base import Conditioning, DrawRequest
+from emotrain.families.flux.model import unpack
+from emotrain.families.registry import FAMILIES
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 
-KINDS = ["zimage", "flux2"]
+KINDS = ["zimage", "flux2", "krea2"]
 PROMPTS = ["a red apple", "a very much longer caption, of a pear on a table near a window", ""]
 NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
 
@@ -35,6 +37,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def stock_embeds(kind: str, pipeline: Any, prompt: str) -> torch.Tensor:
     if kind == "zimage":
         return pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0]
+    if kind == "krea2":
+        states, mask = pipeline.get_text_hidden_states(prompt, 512, torch.device("cpu"))
+        return states[0][mask[0]]
     return pipeline._get_qwen3_prompt_embeds(
         pipeline.text_encoder, pipeline.tokenizer, prompt, hidden_states_layers=(1, 2, 3)
     )[0]
@@ -44,8 +49,8 @@ def test_it_is_recognised(model: tuple[str, Any, Path]) -> None:
     kind, _, folder = model
     found = sniff(folder)
     assert (found.family, found.prediction, found.variant) == (kind, "flow", "custom")
-    assert found.vae_scale == {"zimage": 8, "flux2": 16}[kind]
-    assert found.latent_channels == {"zimage": 4, "flux2": 16}[kind]
+    assert found.vae_scale == {"zimage": 8, "flux2": 16, "krea2": 8}[kind]
+    assert found.latent_channels == {"zimage": 4, "flux2": 16, "krea2": 4}[kind]
 
 
 def test_prompts_are_encoded_as_by_the_stock_pipeline(model: tuple[str, Any, Path]) -> None:
@@ -67,8 +72,12 @@ def test_latents_are_the_stock_vaes_and_come_back(model: tuple[str, Any, Path]) 
     pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_images(pixels)
     with torch.no_grad():
-        raw = pipeline.vae.encode(pixels).latent_dist.mode()
-        if kind == "zimage":
+        raw = pipeline.vae.encode(pixels if kind != "krea2" else pixels[:, :, None]).latent_dist.mode()
+        if kind == "krea2":
+            config = pipeline.vae.config
+            mean, deviation = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            expected = ((raw - mean) / deviation)[:, :, 0]
+        elif kind == "zimage":
             expected = (raw - 0.1) * 0.5
         else:
             norm = pipeline.vae.bn
@@ -77,11 +86,13 @@ def test_latents_are_the_stock_vaes_and_come_back(model: tuple[str, Any, Path]) 
                 norm.running_var.view(1, -1, 1, 1) + pipeline.vae.config.batch_norm_eps
             )
         assert torch.allclose(latents, expected, atol=1e-6)
-        assert torch.allclose(family.decode_latents(latents), pipeline.vae.decode(raw).sample, atol=1e-5)
+        pixels = pipeline.vae.decode(raw).sample
+        pixels = pixels[:, :, 0] if kind == "krea2" else pixels
+        assert torch.allclose(family.decode_latents(latents), pixels, atol=1e-5)
 
 
 # The small text encoder has fewer layers than the real one.
-SHALLOW = {"zimage": {}, "flux2": {"text_encoder_out_layers": (1, 2, 3)}}
+SHALLOW = {"zimage": {}, "krea2": {}, "flux2": {"text_encoder_out_layers": (1, 2, 3)}}
 
 
 def capture(pipeline: Any, **words: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -109,7 +120,8 @@ def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], 
     width, height = size
     calls, _ = capture(
         pipeline, prompt=PROMPTS[0], width=width, height=height, num_inference_steps=3,
-        guidance_scale={"zimage": 0.0, "flux2": 1.0}[kind], generator=torch.Generator().manual_seed(5), **SHALLOW[kind],
+        guidance_scale={"zimage": 0.0, "flux2": 1.0, "krea2": 0.0}[kind], generator=torch.Generator().manual_seed(5),
+        **SHALLOW[kind],
     )  # fmt: skip
     text = family.encode_texts(PROMPTS[:1])
     for call in calls:
@@ -117,6 +129,11 @@ def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], 
             noisy = torch.stack(call["args"][0])[:, :, 0]
             sigmas = 1.0 - call["args"][1]
             expected = -torch.stack(call["output"])[:, :, 0]
+        elif kind == "krea2":
+            tokens = call["kwargs"]["hidden_states"]
+            noisy = unpack(tokens, height // 8, width // 8)
+            sigmas = call["kwargs"]["timestep"]
+            expected = unpack(call["output"], height // 8, width // 8)
         else:
             tokens = call["kwargs"]["hidden_states"]
             noisy = tokens.transpose(1, 2).reshape(1, -1, height // 16, width // 16)
@@ -132,7 +149,8 @@ def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], 
 def test_captions_of_different_lengths_in_one_batch(model: tuple[str, Any, Path]) -> None:
     _, _, folder = model
     family = load_family(str(folder), device="cpu")
-    latents = torch.randn(2, family.denoiser.config.in_channels, 4, 4, generator=torch.Generator().manual_seed(1))
+    channels = family.denoiser.config.in_channels // FAMILIES[family.name].packed_channels
+    latents = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(1))
     sigmas = torch.tensor([0.3, 0.8])
     with torch.no_grad():
         both = family.predict(latents, sigmas, family.encode_texts(PROMPTS[:2]), NO_SIZES)
@@ -146,12 +164,14 @@ def test_a_sample_is_the_stock_pipelines_picture(model: tuple[str, Any, Path], g
     kind, pipeline, folder = model
     family = load_family(str(folder), device="cpu")
     words: dict[str, Any] = {"prompt": PROMPTS[0], "width": 64, "height": 96, "num_inference_steps": 4, **SHALLOW[kind]}
-    words["guidance_scale"] = guidance - 1.0 if kind == "zimage" else guidance  # its scale counts from 0
+    words["guidance_scale"] = guidance if kind == "flux2" else guidance - 1.0  # theirs counts from 0
     picture = pipeline(generator=torch.Generator().manual_seed(7), **words).images[0]
+    text, negative = family.encode_texts(PROMPTS[:1]), family.encode_texts([""])
+    family.free_encoders()  # as during a run
     ours = draw_sample(
         family,
         DrawRequest(
-            text=family.encode_texts(PROMPTS[:1]), negative=family.encode_texts([""]), width=64, height=96, seed=7,
+            text=text, negative=negative, width=64, height=96, seed=7,
             steps=4, guidance=guidance,
         ),
     )  # fmt: skip
@@ -166,6 +186,7 @@ def test_comfyuis_separate_files_are_the_same_model(model: tuple[str, Any, Path]
     whole = load_family(str(folder), device="cpu")
     found = sniff(files["denoiser"])
     assert (found.family, found.kind, found.missing) == (kind, "file", ("vae", "text_encoder"))
+    assert found.variant == "custom"  # by the config beside it: nothing of the public model's sizes is expected
     family = load_family(
         str(files["denoiser"]), device="cpu", vae=str(files["vae"]), text_encoder=str(files["text_encoder"]),
         tokenizer=str(files["tokenizer"]),
@@ -185,7 +206,7 @@ def test_scaled_fp8_files_are_read_with_their_scales(model: tuple[str, Any, Path
         tensors = load_file(files[name])
         stored = {}
         for key, value in tensors.items():
-            if value.ndim == 2 and "embed" not in key:
+            if value.ndim == 2 and "embed" not in key and key.endswith(".weight"):
                 scale = value.abs().max() / 448
                 stored[key] = (value / scale).to(torch.float8_e4m3fn)
                 stored[key.removesuffix("weight") + "weight_scale"] = scale.reshape(())
@@ -197,7 +218,7 @@ def test_scaled_fp8_files_are_read_with_their_scales(model: tuple[str, Any, Path
         tokenizer=str(files["tokenizer"]),
     )  # fmt: skip
     for ours, theirs in ((family.denoiser, pipeline.transformer), (family.text_encoders[0].encoder, None)):
-        original = (theirs or getattr(pipeline.text_encoder, "model", pipeline.text_encoder)).state_dict()
+        original = (theirs or text_model(pipeline)).state_dict()
         for key, value in ours.state_dict().items():
             if value.ndim == 2 and value.numel() > 100:
                 assert torch.allclose(value, original[key], rtol=0.07, atol=2e-3 * float(original[key].abs().max()))
@@ -222,10 +243,32 @@ def test_a_text_encoder_of_another_kind_is_refused(model: tuple[str, Any, Path],
     elif harm == "lacking":
         del tensors["model.norm.weight"]
     else:
-        tensors["model.visual.patch_embed.weight"] = torch.ones(8)
+        tensors["model.layers.99.norm.weight"] = torch.ones(8)
     save_file(tensors, files["text_encoder"])
     with pytest.raises(ModelError, match="model.text_encoder"):
         load_family(
             str(files["denoiser"]), device="cpu", vae=str(files["vae"]), text_encoder=str(files["text_encoder"]),
             tokenizer=str(files["tokenizer"]),
         )  # fmt: skip
+
+
+def test_a_whole_run_and_one_that_continues_its_lora(
+    model: tuple[str, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emotrain.cli.app import main
+    from emotrain.lora.file import read_lora
+
+    kind, _, folder = model
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(
+        f"model: {folder}\n"
+        "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
+        "network: {rank: 2}\ntrain: {max_steps: 3}\nvalidate: {every: 2}\nsave: {every: 2}\n"
+        'sample: {every: 2, steps: 2, prompts: ["a [trigger]"]}\nstop: {mode: "off"}\n'
+    )
+    assert main(["check", "p.yaml"]) == 0
+    assert main(["run", "p.yaml", "--plain"]) == 0
+    lora = read_lora(tmp_path / "runs" / "p" / "lora.safetensors")
+    assert lora.family == kind
+    assert list((tmp_path / "runs" / "p" / "samples").glob("step-*-1.png"))
+    assert main(["run", "p.yaml", "--plain", "--name", "on", "--set", f"start_from.continue={lora.path}"]) == 0

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
 
 from newer_models import denoiser_of  # noqa: E402
 
-KINDS = ["zimage", "flux2"]
+KINDS = ["zimage", "flux2", "krea2"]
 
 
 def trained(kind: str, targets: str) -> Adapter:
@@ -71,7 +71,8 @@ def test_the_default_layout_has_the_names_that_comfyui_and_diffusers_both_read(k
 
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
-    head = {"zimage": "diffusion_model.layers.0.attention.to_q", "flux2": "transformer.transformer_blocks.0.attn.to_q"}
+    double = "transformer.transformer_blocks.0.attn.to_q"
+    head = {"zimage": "diffusion_model.layers.0.attention.to_q", "flux2": double, "krea2": double}
     assert {head[kind] + names.DOWN, head[kind] + names.UP} <= keys
     assert not any(key.endswith(".alpha") for key in keys)  # FLUX.2's reader refuses them
 

@@ -131,7 +131,7 @@ def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path) -> None:
     assert dict(plan.disk)["cached captions"] == 0
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux", "zimage", "klein-4b", "illustrious"])
+@pytest.mark.parametrize("name", ["sd15", "flux", "zimage", "krea2", "illustrious"])
 def test_will_it_fit_my_card_is_answered_without_a_model_or_pictures(
     name: str, capsys: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:

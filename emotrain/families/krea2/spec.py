@@ -1,0 +1,114 @@
+"""Krea 2 (Krea 2026): Raw is trained on, Turbo is for drawing; facts (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emotrain.errors import ModelError
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+
+MAX_TOKENS = 512
+
+
+def _variant_of(path: Path, shapes: Shapes) -> str | None:
+    return "krea2-raw" if "txtfusion.projector.weight" in shapes else None
+
+
+def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Refuse pruned models."""
+    count = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    if count != int(config["num_layers"]):
+        raise ModelError(
+            f"`{path}` has {count} blocks, and Krea 2 has {config['num_layers']}: a pruned or another model",
+            "train on Krea 2 Raw",
+        )
+
+
+_ATTENTION = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0", "gate": "to_gate"}
+_FUSION = ("layerwise_blocks", "refiner_blocks")
+
+
+def _rows(theirs: str, ours: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return (
+        *((f"{theirs}.attn.{name}", (f"{ours}.attn.{own}",)) for name, own in _ATTENTION.items()),
+        *((f"{theirs}.mlp.{name}", (f"{ours}.ff.{name}",)) for name in ("gate", "up", "down")),
+    )
+
+
+NAMES = NameTable(
+    rows=(
+        *_rows("blocks.{i}", "transformer_blocks.{i}"),
+        *(row for part in _FUSION for row in _rows(f"txtfusion.{part}.{{i}}", f"text_fusion.{part}.{{i}}")),
+        ("txtfusion.projector", ("text_fusion.projector",)),
+        ("first", ("img_in",)),
+        ("tmlp.0", ("time_embed.linear_1",)),
+        ("tmlp.2", ("time_embed.linear_2",)),
+        ("tproj.1", ("time_mod_proj",)),
+        ("txtmlp.1", ("txt_in.linear_1",)),
+        ("txtmlp.3", ("txt_in.linear_2",)),
+        ("last.linear", ("final_layer.linear",)),
+    ),
+    heads=("txtfusion.", "txtmlp.", "tmlp.", "tproj."),
+)
+
+KREA2 = FamilySpec(
+    name="krea2",
+    title="Krea 2",
+    folder="krea2",
+    pipeline="Krea2Pipeline",
+    denoiser="transformer",
+    denoiser_class="Krea2Transformer2DModel",
+    model_class="Krea2",
+    resolution=1024,
+    latent_channels=16,
+    layer_width_max=6144,
+    guidance=5.5,
+    text_encoders=(
+        TextEncoder(
+            "text_encoder", "llm", 4_022_468_096, ("krea/Krea-2-Raw", "tokenizer"), "Qwen2Tokenizer",
+            max_tokens=MAX_TOKENS,
+        ),
+    ),
+    variants={
+        "krea2-raw": Variant(
+            12_820_073_036, {"attn": 140, "attn-mlp": 224, "all": 264}, (38.7, 3.0), "krea-2-raw", "krea/Krea-2-Raw"
+        ),
+    },
+    lora=LoraFacts(
+        targets={
+            "attn": (r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_gate|to_out\.0)",),
+            "mlp": (r"transformer_blocks\.\d+\.ff\.(?:gate|up|down)",),
+            "rest": (
+                r"text_fusion\.\w+\.\d+\.(?:attn\.(?:to_[qkv]|to_gate|to_out\.0)|ff\.(?:gate|up|down))",
+                r"text_fusion\.projector|img_in|time_embed\.linear_[12]|time_mod_proj|txt_in\.linear_[12]",
+                r"final_layer\.linear",
+            ),
+        },
+        heads=(
+            "transformer_blocks.", "text_fusion.", "img_in", "time_embed.", "time_mod_proj", "txt_in.", "final_layer.",
+        ),
+        marks=(
+            r"transformer_blocks\.\d+\.(?:attn\.to_gate|ff\.(?:gate|up|down))",
+            r"blocks\.\d+\.(?:attn\.(?:w[qkvo]|gate)|mlp\.(?:gate|up|down))",
+            r"(?:text_fusion|txtfusion)\..*",
+        ),
+        originals=NAMES,
+        layout="diffusers",
+        loader="Krea2LoraLoaderMixin",
+        unread_layouts=("kohya",),
+        base_version="krea2",
+        stated=("krea2", "krea-2"),
+    ),
+    file=FileFacts(
+        _variant_of,
+        ("blocks.", "first.", "last.", "tmlp.", "tproj.", "txtmlp.", "txtfusion."),
+        check=_check,
+    ),
+    blocks=("Krea2TransformerBlock",),
+    vae_class="AutoencoderKLQwenImage",
+    flow=True,
+    packed_channels=4,
+    patch=2,
+)  # fmt: skip
