@@ -80,7 +80,7 @@ class Family(Protocol):
         """Keep the CLIP text encoders on the device for the whole run; their names."""
 
     def place_denoiser(self) -> None:
-        """Move the denoiser and its LoRA to the device, where they had to wait for the encoders."""
+        """Move the denoiser and its LoRA to the device, where they waited for the encoders' work to be done."""
 
     def free_encoders(self) -> None:
         """Let go of the untrained text encoders (and of the VAE's encoder half) once everything is cached."""

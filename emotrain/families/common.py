@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds, TextEncoderPart
 from emotrain.families.memory import MemoryPlan
-from emotrain.families.offload import move_rest
+from emotrain.families.offload import offload_blocks
+from emotrain.families.quantize import quantize_linears
 from emotrain.families.quiet import quiet
 from emotrain.families.registry import FAMILIES
 
@@ -79,7 +80,7 @@ class LoadedFamily(ABC):
         self.force_zeros = parts.force_zeros
         self.memory = parts.memory
         self.placement = parts.memory.sentence if parts.memory else ""
-        self._waiting: frozenset[nn.Module] | None = None  # see `let_denoiser_wait`
+        self._placed = False  # see `place_denoiser`
         config = parts.vae.config
         levels = getattr(config, "block_out_channels", None) or config.dim_mult
         self.vae_scale = 2 ** (len(levels) - 1) * FAMILIES[parts.name].vae_patch
@@ -193,25 +194,27 @@ class LoadedFamily(ABC):
 
     vae_encoder_may_go = True  # some VAEs cannot decode without it
 
-    def let_denoiser_wait(self, stay: frozenset[nn.Module] = frozenset()) -> None:
-        """`place_denoiser` has still to move the denoiser, but not the weights of layers in `stay`."""
-        self._waiting = stay
-
     def place_denoiser(self) -> None:
-        """Move the denoiser and its LoRA to the device, and encoders in its way to the CPU.
+        """Move the denoiser and its LoRA to the device in the form that was planned, and text encoders off it.
 
-        Does something once, and only where not everything fits onto the GPU; `predict` calls it
-        too. Call it after the data set is encoded and before an optimizer looks at the parameters.
+        Does something once; `predict` calls it too. Until then it is on the CPU, so that the encoders have the device
+        for themselves. Call it after the data set is encoded and before an optimizer looks at the parameters.
         """
-        if self._waiting is None:
+        if self._placed:
             return
-        stay, self._waiting = self._waiting, None
+        self._placed = True
         for part in self.text_encoders:
             if part.name not in self.trained_encoders:
                 part.encoder.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        move_rest(self.denoiser, stay, self.device)
+        if self.memory is not None and self.memory.offload:
+            spare = (self.memory.budget_gib or 0.0) - self.memory.needed_gib
+            offload_blocks(self.denoiser, self.device, FAMILIES[self.name].blocks, spare)
+            return
+        if self.memory is not None and self.memory.quantize != "none":
+            quantize_linears(self.denoiser, self.memory.quantize, self.device)
+        self.denoiser.to(self.device)
 
     def free_encoders(self) -> None:
         """Let go of the text encoders that are not trained and of the VAE's encoder half; identities are kept."""
@@ -223,7 +226,6 @@ class LoadedFamily(ABC):
             self.vae.quant_conv = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.place_denoiser()
 
     # ------------------------------------------------------------ identities
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SMALLEST = 256  # a layer with fewer inputs or outputs stays as it is: embedders and the final projection
+LORA_HOLDERS = frozenset(("lora_A", "lora_B"))  # peft's modules that hold the Linear layers of its adapters
 FP8_MAX = 448.0  # the largest number of e4m3
 
 
@@ -69,22 +70,25 @@ class _Fp8Product(torch.autograd.Function):
 def quantize_linears(model: nn.Module, kind: str, device: torch.device) -> int:
     """Exchange the large Linear layers of a frozen model and put each on `device`; how many were exchanged.
 
-    The rest of the model stays where it is. Only one layer at a time is on the device in both forms.
+    The rest of the model stays where it is, a LoRA's own layers as they are. Only one layer at a time is on the device
+    in both forms.
 
     Args:
-        model: frozen; nothing is adapted yet.
+        model: frozen, with or without a LoRA.
         kind: int8, nf4 or fp8.
         device: where the layers go.
     """
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and min(child.weight.shape) >= SMALLEST
-    ]
+    places = [place for place in base_linears(model) if min(place[2].weight.shape) >= SMALLEST]
     for parent, name, layer in places:
         setattr(parent, name, _quantized(layer, kind, device))
     return len(places)
+
+
+def base_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """All Linear layers of the base, not those of LoRAs on it: (parent, name in it, layer)."""
+    parents = [module for path, module in model.named_modules() if path.rpartition(".")[2] not in LORA_HOLDERS]
+    found = [(parent, name, child) for parent in parents for name, child in parent.named_children()]
+    return [(parent, name, child) for parent, name, child in found if type(child) is nn.Linear]
 
 
 def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Module:

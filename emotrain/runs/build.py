@@ -23,6 +23,7 @@ from emotrain.errors import ConfigError
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, digest_module, words_of
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
+from emotrain.families.transfer import send
 from emotrain.lora.adapter import Adapter
 from emotrain.lora.file import LoraFile
 from emotrain.optim.averaged import Averaged
@@ -36,7 +37,7 @@ from emotrain.runs.data import scan_preset
 from emotrain.runs.draw import Sampler
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.loss_baseline import LossBaseline, expected_by_bins
-from emotrain.train.losses import noise_like, sample_losses, timesteps_at, to_device, uniforms
+from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.validation import Validation
 
 Notify = Callable[[Event], None]
@@ -298,7 +299,7 @@ def build_loss_baseline(preset: Preset, model: Model, data: CachedDataset, notif
         timesteps = timesteps_at(model.family, model.objective, u, batch.latents)
         noise = noise_like(batch.latents, seed, micro_step)
         each = sample_losses(model.family, model.objective, batch, noise, timesteps)
-        weighted = each * to_device([batch.weights], each.device)[0]
+        weighted = each * send([batch.weights], each.device)[0]
         pairs += zip(model.objective.position(timesteps).tolist(), weighted.tolist(), strict=True)
         micro_step += 1
     notify(Phase(doing, wanted, wanted))

@@ -244,7 +244,7 @@ def _forward(
     cls = family_class(family)
     built = object.__new__(cls)
     built.denoiser, built.device, built.dtype = model, torch.device("meta"), dtype
-    built._waiting = None
+    built._placed = True
     batch = latents[0]
     text = {
         name: torch.empty(batch, *shape, device="meta", requires_grad=grad)

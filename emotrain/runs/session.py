@@ -88,13 +88,13 @@ class Session:
             if preset.network.text_encoder:
                 adapters.check_text_modules(self.found, counts)
         self.data = build.prepare_data(preset, self.model, self.pictures, settings, self.notify)
+        self.size = settings.rules.resolutions[0]
+        self.sampler = build.build_sampler(preset, self.model, self.size, self.notify)
+        self.model.family.free_encoders()  # all is encoded: the denoiser takes their place
         self.model.family.place_denoiser()
         self.model.adapter.use_half_precision(self.model.family.dtype)
         self.optimizer = build.build_optimizer_of(preset, self.model.adapter.parameters())
         self.stop_rule = build.build_stop_rule(preset, held_out=bool(self.pictures.held_out))
-        self.size = settings.rules.resolutions[0]
-        self.sampler = build.build_sampler(preset, self.model, self.size, self.notify)
-        self.model.family.free_encoders()
         self.state = TrainState()
         self.expected: list[float] = []
         self.dataset_digest = fingerprint(self.pictures.all)

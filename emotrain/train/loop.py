@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
+from emotrain.families.transfer import send
 from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.train.events import Event, Notice, StepEnd, ValidationEnd
 from emotrain.train.guard import LIMIT, describe
 from emotrain.train.loss_baseline import LossBaseline
-from emotrain.train.losses import noise_like, sample_losses, timesteps_at, to_device, uniforms
+from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.memory import OutOfMemory, with_memory
 from emotrain.train.state import TrainState
 from emotrain.train.validation import Validation
@@ -148,7 +149,7 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
         timesteps = timesteps_at(parts.family, parts.objective, u, batch.latents)
         noise = noise_like(batch.latents, limits.seed, first + i)
         each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
-        weighted = each * to_device([batch.weights], each.device)[0]
+        weighted = each * send([batch.weights], each.device)[0]
         (weighted.sum() / total * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
         parts.adapter.collect_gradients()
         losses.append(torch.stack([each.detach(), weighted.detach()]))

@@ -6,7 +6,7 @@ Shape letters: B samples of a micro-batch, C latent channels, H W latent height 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from emotrain.dataset.loader import Batch
+from emotrain.families.transfer import send
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
     from emotrain.families.base import Conditioning, Family, TextEmbeds
 
-ALIGNED = 16  # bytes: where a tensor may begin, whatever its dtype
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -47,32 +47,6 @@ def timesteps_at(family: Family, objective: Objective, u: Tensor, latents: Tenso
     The one way to timesteps: some flow models shift them by the number of image tokens, which the family counts.
     """
     return objective.timesteps(u, family.num_image_tokens(*latents.shape[-2:]))
-
-
-def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The CPU's tensors on the device: packed into page-locked memory and sent by one copy that nothing waits for.
-
-    A copy from common (pageable) memory makes the host wait for all that the device has still to do.
-    """
-    if device.type == "cpu":
-        return list(tensors)
-    packed, unpack = pack(tensors, pinned=device.type == "cuda")
-    return unpack(packed.to(device, non_blocking=True))
-
-
-def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """The CPU's tensors as the bytes of one, uint8, and what makes them of its bytes again wherever these are."""
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    room = [-(-size // ALIGNED) * ALIGNED for size in sizes]
-
-    def unpack(whole: Tensor) -> list[Tensor]:
-        pieces = zip(torch.split(whole, room), sizes, tensors, strict=True)
-        return [piece[:size].view(tensor.dtype).view(tensor.shape) for piece, size, tensor in pieces]
-
-    packed = torch.empty(sum(room), dtype=torch.uint8, pin_memory=pinned)
-    for place, tensor in zip(unpack(packed), tensors, strict=True):
-        place.copy_(tensor)
-    return packed, unpack
 
 
 def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) -> TextEmbeds:
@@ -107,7 +81,7 @@ def predict(
     """
     sizes = batch.conditioning
     numbers = (noisy, timesteps, sizes.original_sizes, sizes.crop_top_lefts, sizes.target_sizes, *more)
-    there = to_device([*numbers, *batch.text.values()], family.device)
+    there = send([*numbers, *batch.text.values()], family.device)
     noisy, timesteps, original, crop, target = there[:5]
     rest, text = there[5 : len(numbers)], dict(zip(batch.text, there[len(numbers) :], strict=True))
     known = cast("Conditioning", replace(sizes, original_sizes=original, crop_top_lefts=crop, target_sizes=target))

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from emotrain.errors import ConfigError
 from emotrain.families import memory
+from emotrain.families.flux.spec import FLUX as FLUX_FAMILY
 from emotrain.families.memory import choose_memory, require_backend
-from emotrain.families.offload import offload_linears
+from emotrain.families.offload import offload_blocks
 
 FLUX: dict[str, Any] = {
     "num_parameters": 11_901_408_320, "bytes_per_parameter": 2, "activations_gib": (38.0, 2.6),
@@ -86,24 +88,81 @@ class Block(nn.Module):
         return self.two(torch.tanh(self.norm(self.one(x))))
 
 
-def test_offloaded_layers_give_the_same_gradients_though_their_weights_went_home() -> None:
-    """The home copy is spoilt before the backward pass: it must not be used there."""
+class Stack(nn.Module):
+    """Blocks between two layers that are not in any, in another order than that of their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.checkpointed = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in reversed(self.blocks):
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_offloaded_blocks_give_the_same_gradients_though_their_weights_went_home(checkpointed: bool) -> None:
+    """What is at home is spoilt before the backward pass where nothing is computed again: it must not be used there."""
     torch.manual_seed(0)
-    plain = Block().requires_grad_(False)
-    moved = Block().requires_grad_(False)
+    plain = Stack().requires_grad_(False)
+    moved = Stack().requires_grad_(False)
     moved.load_state_dict(plain.state_dict())
-    stay = offload_linears(moved, torch.device("cpu"), move=torch.clone)
-    assert stay == {moved.one, moved.two}
+    plain.checkpointed = moved.checkpointed = checkpointed
+    moving = offload_blocks(moved, torch.device("cpu"), ["Block"])
+    assert moving is not None
     x = torch.randn(3, 5, 4)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = plain(one)
     expected.square().sum().backward()
     output = moved(two)
     assert torch.equal(output, expected)
-    for module in (moved.one, moved.two):
-        module.weight.data.fill_(float("nan"))
+    if not checkpointed:
+        for home in moving.homes:
+            home.packed.fill_(255)
     output.square().sum().backward()
     assert torch.equal(one.grad, two.grad)
+    assert moved.blocks[0].one.weight.data_ptr() == moving.homes[0].parameters[0].data_ptr()
+
+
+def test_every_block_is_sent_for_before_its_turn_and_the_last_one_stays_for_the_way_back() -> None:
+    stack = Stack().requires_grad_(False)
+    moving = offload_blocks(stack, torch.device("cpu"), ["Block"])
+    assert moving is not None
+    ready: list[bool] = []
+    come = moving._come
+
+    def watched(index: int) -> None:
+        ready.append(index in moving.there)
+        come(index)
+
+    moving._come = watched  # type: ignore[method-assign]
+    x = torch.randn(2, 4, requires_grad=True)
+    for _ in range(2):
+        ready.clear()
+        before = moving.copies
+        stack(x).sum().backward()
+    assert moving.order == [3, 2, 1, 0]
+    assert ready == [True] * 8  # forwards, and once more each on the way back
+    assert moving.copies - before == 5  # where the pass turns round, what is next has not left yet
+
+
+def test_blocks_stay_where_there_is_room_and_only_frozen_weights_of_the_base_move() -> None:
+    stack = Stack().requires_grad_(False)
+    assert offload_blocks(stack, torch.device("cpu"), ["Block"], room_gib=1.0) is None
+    size = sum(p.numel() * 4 for p in stack.blocks[0].parameters())
+    moving = offload_blocks(stack, torch.device("cpu"), ["Block"], room_gib=2.5 * size / 2**30)
+    assert moving is not None
+    assert len(moving.homes) == 2
+    one = Stack().requires_grad_(False)
+    one.blocks[1].one.weight.requires_grad_()
+    one.blocks[1].lora_A = nn.ModuleDict({"stack": nn.Linear(4, 2).requires_grad_(False)})
+    moving = offload_blocks(one, torch.device("cpu"), ["Block"])
+    assert moving is not None
+    assert [len(home.places) for home in moving.homes] == [5, 4, 5, 5]
 
 
 def test_group_offloading_of_diffusers_takes_weights_home_before_the_backward_pass(
@@ -134,7 +193,7 @@ def test_group_offloading_of_diffusers_takes_weights_home_before_the_backward_pa
     theirs = flux_gradients(
         lambda model: group_offloading.apply_group_offloading(model, device, device, offload_type="leaf_level")
     )
-    ours = flux_gradients(lambda model: offload_linears(model, device, move=torch.clone))
+    ours = flux_gradients(lambda model: offload_blocks(model, device, FLUX_FAMILY.blocks))
     assert all(torch.equal(one, two) for one, two in zip(ours, expected, strict=True))
     assert any(not gradient.isfinite().all() for gradient in theirs)
 

@@ -75,6 +75,18 @@ def test_a_lora_trains_on_quantised_layers(kind: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_a_lora_that_is_there_already_keeps_its_own_layers() -> None:
+    model = block()
+    layers = install(model, {"up": 300}, {"up": 300.0}, "default")
+    for layer in layers.values():
+        initialise(layer, "default", torch.Generator().manual_seed(1))
+    assert quantize_linears(model, "fp8", CPU) == 2
+    up = layers["up"]
+    assert type(up.get_base_layer()) is Fp8Linear
+    assert type(up.lora_A["default"]) is type(up.lora_B["default"]) is nn.Linear
+    assert type(model.down) is Fp8Linear
+
+
 def test_fp8_takes_a_quarter_of_float32_and_keeps_no_copy_for_the_backward_pass() -> None:
     layer = nn.Linear(512, 1024).requires_grad_(False)
     small = Fp8Linear.from_linear(layer)

@@ -54,7 +54,9 @@ def install() -> None:
     for name in ("libgomp", "libc10.so", "libtorch_cpu.so"):
         for file in lib.glob(f"{name}*"):
             ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(BUILD / "libhooks.so"), mode=ctypes.RTLD_GLOBAL)
+    hooks = ctypes.CDLL(str(BUILD / "libhooks.so"), mode=ctypes.RTLD_GLOBAL)
+    hooks.pretend_pin.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    hooks.pretend_unpin.argtypes = (ctypes.c_void_p,)
     import torch
     import torch.cuda
     import torch.cuda.amp.common
@@ -108,6 +110,17 @@ def install() -> None:
         def elapsed_time(self, end: object) -> float:
             return 0.0
 
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, size: int, flags: int) -> int:
+            hooks.pretend_pin(address, size)
+            return 0
+
+        @staticmethod
+        def cudaHostUnregister(address: int) -> int:
+            hooks.pretend_unpin(address)
+            return 0
+
     class Properties:
         total_memory, major, minor, name, multi_processor_count = total, 8, 9 if bf16 else 0, "Pretend", 128
 
@@ -120,6 +133,7 @@ def install() -> None:
     cuda.mem_get_info = lambda device=None: (free - ext.counts()[4], total)
     cuda.empty_cache = lambda: None
     cuda.synchronize = lambda device=None: None
+    cuda.cudart = Runtime
     cuda.Stream, cuda.Event = Stream, Event  # type: ignore[misc]
     cuda.current_stream = cuda.default_stream = lambda device=None: Stream()
     cuda.stream = lambda stream: stream

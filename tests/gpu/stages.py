@@ -31,7 +31,7 @@ import torch
 from emotrain.cli.app import main as emotrain_main
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily
-from emotrain.families.offload import offload_linears
+from emotrain.families.memory import MemoryPlan
 from emotrain.families.registry import FAMILIES, family_of_variant
 from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.optim import kernels
@@ -123,15 +123,12 @@ class Trainer:
         size: int,
         *,
         checkpointing: bool = False,
-        stay: frozenset[torch.nn.Module] | None = None,
     ) -> None:
         if family.vae is not None:
             family._identities = {"vae": "", "text": ""}
             family.free_encoders()
         self.adapter = add_adapter(family.denoiser, rank=16, targets="attn-mlp", family=family.name, seed=0)
-        if stay is not None:
-            family.let_denoiser_wait(stay)
-            family.place_denoiser()
+        family.place_denoiser()
         self.adapter.use_half_precision(family.dtype)
         if checkpointing:
             family.denoiser.enable_gradient_checkpointing()
@@ -302,7 +299,6 @@ def flux_kinds(tiny: bool) -> Rows:
                 try:
                     family = load_family(str(base), dtype="bf16", quantize=kind, device="cuda")
                     trainer = Trainer(family, size)
-                    family.place_denoiser()
                     loss = trainer.step()
                 except Exception as error:  # one kind that fails must not hide the others
                     yield row(f"FLUX.1 {base.name}, {kind}", False, why=f"{type(error).__name__}: {error}"[:300])
@@ -325,17 +321,16 @@ def flux(tiny: bool) -> Rows:
     for offload in (False, True):
         clean()
         family = real_size.build("flux1-dev", torch.bfloat16, CUDA, models.change("flux1-dev", tiny))
-        stay = None
         if offload:
             family.denoiser.cpu()
             clean()
-            stay = offload_linears(family.denoiser, CUDA)
-        trainer = Trainer(family, size, checkpointing=True, stay=stay)
+            family.memory = MemoryPlan("none", True, True, 0.0, None, "")
+        trainer = Trainer(family, size, checkpointing=True)
         found = trainer.measure(steps)
         losses[offload] = found["loss"]
         name = "offloaded" if offload else "resident"
         yield row(f"FLUX.1 {size} px, checkpointed, {name}", found["finite"] and found["waits"] <= 1, **found)
-        del family, trainer, stay
+        del family, trainer
     yield row("offloaded trains as resident does", abs(losses[True] / losses[False] - 1) < 1e-3, **{
         "resident": losses[False], "offloaded": losses[True],
     })  # fmt: skip

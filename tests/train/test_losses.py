@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_run import SCHEDULER, FakeData, FakeFamily
 
 from emotrain.diffusion import build_objective
-from emotrain.train.losses import pack, sample_losses, to_device
+from emotrain.families.transfer import fill, layout, send
+from emotrain.train.losses import sample_losses
 
 ELSEWHERE = torch.device("meta")
 
@@ -62,9 +63,11 @@ def test_what_is_packed_comes_out_as_it_was() -> None:
         torch.randn(3, 5), torch.tensor([[1, -2]]), torch.zeros(0, 4), torch.randn(7).half(), torch.rand(2, 3).t(),
         torch.tensor(2.5), torch.tensor([True, False]),
     ]  # fmt: skip
-    packed, unpack = pack(tensors)
+    size, unpack = layout(tensors)
+    packed = torch.empty(size, dtype=torch.uint8)
+    fill(packed, unpack, tensors)
     for one, other in zip(unpack(packed.clone()), tensors, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
-    assert [tensor.shape for tensor in to_device(tensors, ELSEWHERE)] == [tensor.shape for tensor in tensors]
-    assert to_device(tensors, torch.device("cpu"))[0] is tensors[0]
+    assert [tensor.shape for tensor in send(tensors, ELSEWHERE)] == [tensor.shape for tensor in tensors]
+    assert send(tensors, torch.device("cpu"))[0] is tensors[0]

@@ -1,0 +1,41 @@
+"""In which order a model's parts get the device: the encoders have it for themselves before the denoiser comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from emotrain.config.load import load_preset
+from emotrain.families.common import LoadedFamily
+from emotrain.families.flux.model import Flux
+from emotrain.runs.session import Session
+
+
+def test_pictures_captions_and_prompts_are_encoded_before_the_denoiser_is_placed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    acts: list[str] = []
+
+    def watch(owner: Any, name: str, said: str = "") -> None:
+        plain = getattr(owner, name)
+
+        def call(self: Any, *args: Any, **words: Any) -> Any:
+            acts.append(said or name)
+            return plain(self, *args, **words)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watch(LoadedFamily, "encode_images")
+    watch(Flux, "encode_texts")
+    watch(LoadedFamily, "free_encoders")
+    watch(LoadedFamily, "place_denoiser")
+    session = Session(load_preset("quickstart-flux"), [])
+    session.load()
+    session.close()
+    placed = acts.index("place_denoiser")
+    assert {"encode_images", "encode_texts"} == set(acts[: acts.index("free_encoders")])
+    assert acts[placed - 1] == "free_encoders"
+    assert "encode_texts" not in acts[placed:]
+    assert session.sampler is not None
+    assert session.model.family.text_encoders == []
