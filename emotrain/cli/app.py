@@ -51,6 +51,7 @@ COMMANDS = (
     Command("lint", "Prepare", "Find what is wrong with pictures and captions"),
     Command("presets", "Prepare", "List, show and copy presets", is_group=True),
     Command("runs", "Inspect", "List, show and compare runs", is_group=True),
+    Command("report", "Inspect", "Write one page about a run, or several side by side"),
     Command("images", "Inspect", "Show which pictures a run could not learn"),
     Command("replay", "Inspect", "Replay a loss log through an emo optimizer"),
     Command("verify-resume", "Inspect", "Prove that resume is exact on this machine"),

@@ -12,6 +12,7 @@ from emotrain.cli import output
 from emotrain.cli.bar import progress
 from emotrain.cli.complete import preset_names
 from emotrain.cli.options import OneJson
+from emotrain.cli.report import check_page, write_page
 from emotrain.errors import ConfigError, DatasetError, ExitCode
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ def lint(
     from emotrain.runs.lint import Options
 
     if html is not None:
-        _check_page(html)
+        check_page(html)
     scores = _ranking(run)
     with progress("looking at pictures") as tell:
         report = _lint(target, Options(PREVIEWS if html is not None else 0, None, tell))
     if html is not None:
-        _write_page(html, report, scores, target)
+        from emotrain.report.lint_page import lint_page
+
+        write_page(html, lint_page(report, scores, title=target))
     if as_json:
         ranking = [score.to_dict() for score in scores]
         output.json_object({**report.to_dict(), **({"ranking": ranking} if run is not None else {})})
@@ -131,24 +134,3 @@ def _tables(report: Report) -> None:
         output.result("")
         rows_of_tags = [(row.tag[:60], row.count, f"{row.share:.0%}") for row in report.tags[:TAGS]]
         output.table(rows_of_tags, ("tag", "pictures", "share"))
-
-
-def _check_page(html: Path) -> None:
-    """Refuse, before minutes of work, a place that cannot be written or a file that is not a page of ours.
-
-    Raises:
-        ConfigError: see above.
-    """
-    if html.is_dir() or not html.absolute().parent.is_dir():
-        raise ConfigError(f"--html: {html} is not a file that can be written", "give a file in an existing folder")
-    if html.exists() and not html.read_bytes()[:64].lstrip().lower().startswith(b"<!doctype html"):
-        raise ConfigError(f"--html: {html} exists and is not a page", "give another file name")
-
-
-def _write_page(html: Path, report: Report, scores: tuple[PictureScore, ...], target: str) -> None:
-    from emotrain.report.lint_page import lint_page
-
-    try:
-        html.write_text(lint_page(report, scores, title=target), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise ConfigError(f"--html: {html} cannot be written: {error.strerror}") from error

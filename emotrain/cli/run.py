@@ -31,4 +31,4 @@ def run(
 
     loaded = load(preset, overrides or (), name)
     with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json) as training:
-        training.run(runs_dir, loaded.where)
+        training.run(runs_dir, loaded.where, loaded.extends)

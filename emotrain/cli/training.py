@@ -43,7 +43,7 @@ class Training:
         for observer in self.observers:
             observer.handle(Phase("looking at pictures", done, total))
 
-    def run(self, runs_dir: Path, where: Where) -> None:
+    def run(self, runs_dir: Path, where: Where, extends: str | None) -> None:
         """Start a new run; what can be found out without torch is found out first."""
         from emotrain.runs.preflight import preflight
 
@@ -54,7 +54,7 @@ class Training:
         self.wait("loading the libraries")
         from emotrain.runs import start
 
-        self._hand_over(start.run(self.preset, runs_dir=runs_dir, observers=self.observers))
+        self._hand_over(start.run(self.preset, runs_dir=runs_dir, observers=self.observers, extends=extends))
 
     def resume(self, folder: RunFolder, step: int | None, *, allow_config_change: bool) -> None:
         """Go on with a run."""

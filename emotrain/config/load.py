@@ -35,6 +35,7 @@ class LoadedPreset:
     notes: tuple[str, ...]
     path: Path
     _root: Node
+    extends: str | None = None  # the shipped preset's name, or the file, that it changes
 
     def where(self, dotted: str) -> str:
         """`network.rank` -> `presets/a.yaml:12`; the file alone where the value is a default."""
@@ -52,6 +53,7 @@ class LoadedPreset:
 class _Found:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    extends: str | None = None
 
 
 def load_preset(
@@ -83,6 +85,7 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = (), name: str | No
     found = _Found()
     if str(path_or_name) in shipped_presets():
         root = _read_file(path, _shown(path), Path.cwd(), (), found)
+        found.extends = str(path_or_name)
     else:
         root = _read_file(path, str(path_or_name), path.absolute().parent, (), found)
     for override in overrides:
@@ -94,7 +97,7 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = (), name: str | No
     preset = _validate(root, path, found)
     if preset is None or found.problems:
         raise _as_error(found.problems)
-    return LoadedPreset(preset, tuple(found.notes), path, root)
+    return LoadedPreset(preset, tuple(found.notes), path, root, found.extends)
 
 
 def _shown(path: Path) -> str:
@@ -176,6 +179,8 @@ def _read_extended(extends: Node, folder: Path, chain: tuple[Path, ...], found: 
         return empty
     try:
         is_shipped = target in shipped_presets().values()
+        if len(chain) == 1:
+            found.extends = target.stem if is_shipped else str(target.absolute())
         own_folder = folder if is_shipped else target.absolute().parent
         tree = _read_file(target, _shown(target), own_folder, chain, found)
     except ConfigError as error:

@@ -145,7 +145,8 @@ def preview_of(picture: Image.Image, side: int) -> bytes:
     small.thumbnail((side, side), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     pixels_alone = Image.frombytes("RGB", small.size, small.tobytes())
-    pixels_alone.save(buffer, "JPEG", quality=76)
+    tiny = max(small.size) <= 128 and small.size == picture.size  # every pixel of it counts
+    pixels_alone.save(buffer, "JPEG", quality=90 if tiny else 76, subsampling=0 if tiny else 2)
     return buffer.getvalue()
 
 

@@ -17,7 +17,7 @@ from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.errors import ExitCode, ResourceError
 from emotrain.families.common import words_of
 from emotrain.lora.file import read_lora
-from emotrain.runs import adapters, build, changes, contrast, finish, parents
+from emotrain.runs import adapters, build, changes, contrast, finish, parents, report
 from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.no_room import explained
 from emotrain.train import remember, rng
@@ -285,6 +285,7 @@ class Session:
         )
         if outcome.reason in (StopReason.SIGNAL, StopReason.MAX_STEPS):
             contrast.compare_captions(self, lambda: bool(signals))
+        report.write_at_end(folder, self.pictures.all, self.notify)
         end = RunEnd(
             step=state.step,
             stop_reason=str(outcome.reason),

@@ -34,8 +34,8 @@ def refuse_done(session: Session, folder: RunFolder) -> None:
         )
 
 
-def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer]) -> Result:
-    """Train a new LoRA.
+def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extends: str | None = None) -> Result:
+    """Train a new LoRA; `extends` is the preset that its own changes, for run.json.
 
     Raises:
         EmotrainError: with the exit code that belongs to it; see `errors`.
@@ -48,7 +48,7 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer]) -> Res
         session.load()  # nothing to save yet: a signal ends the process here
         no_room.try_largest(session)
         with StopSignals(tell_stopping) as signals:
-            folder = create_run(runs_dir, preset.name, preset.to_dict(), **session.facts())
+            folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **session.facts())
             with folder.lock():
                 return session.train(folder, signals)
     finally:

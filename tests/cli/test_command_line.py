@@ -239,7 +239,7 @@ def test_completion_offers_commands_and_preset_names() -> None:
         shown, _ = process.communicate(timeout=300)
         return shown.split()
 
-    assert complete("emotrain re") == ["resume", "replay"]
+    assert complete("emotrain re") == ["resume", "report", "replay"]
     assert complete("emotrain check quick") == ["quickstart-flux", "quickstart"]
 
 

@@ -54,7 +54,10 @@ def test_a_run_leaves_a_lora_that_draws_the_live_picture_in_a_fresh_pipeline(tmp
     folder = result.folder
     assert result.exit_code == 0
     assert result.end.stop_reason == "max_steps"
-    for path in ("lora.safetensors", "lora-last.safetensors", "samples/sheet.png", "metrics.jsonl", "preset.yaml"):
+    for path in (
+        *("lora.safetensors", "lora-last.safetensors", "samples/sheet.png"),
+        *("metrics.jsonl", "preset.yaml", "report.html"),
+    ):
         assert (folder.path / path).is_file(), path
     info = folder.info()
     assert (info["steps"], info["stop_reason"], info["lora"]) == (4, "max_steps", "lora.safetensors")

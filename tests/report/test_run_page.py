@@ -1,0 +1,343 @@
+"""The page of a run: whatever state its folder is in, hostile text stays text, and only comparable numbers meet."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from html_reading import ALLOWED, HOSTILE, assert_harmless, read
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from emotrain.cli.app import main
+from emotrain.config.load import load_preset
+from emotrain.dataset.lint_types import PictureRow
+from emotrain.dataset.ranking import PictureScore
+from emotrain.report.run_page import compare_page, run_page, smooth, thin
+from emotrain.report.run_view import Curves, Gallery, LoraFacts, PromptRow, RunView, Settings
+from emotrain.runs import report
+from emotrain.runs.folder import RunFolder, create_run
+from emotrain.train.events import Notice
+
+RUN_ELEMENTS = ALLOWED | {"script", "h3", "code", "label", "input", "output", "button", "svg", "rect", "path"}
+RUN_ELEMENTS |= {"text", "polyline"}
+STEPS = [
+    {"step": step, "loss": 1.0 / step, "scalar": 0.1, "trust": 0.9, "pulse": 1e-4, "step_s": 0.5}
+    for step in range(1, 31)
+]
+VALIDATIONS = [
+    {"step": step, "loss": 0.8 - step / 100, "base_loss": 0.8, "best_step": step, "best_loss": 0.8 - step / 100}
+    for step in (0, 10, 20)
+]
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def make_run(runs_dir: Path, name: str = "mika", **info: Any) -> RunFolder:
+    """A run's folder as a run of 30 steps leaves it; `info` goes into run.json."""
+    preset = load_preset("quickstart", ("dataset.trigger=mika_ch",), name)
+    folder = create_run(
+        runs_dir,
+        name,
+        preset.to_dict(),
+        seed=42,
+        device="cpu",
+        base_sha256="b" * 64,
+        held_out=["a"],
+        extends="quickstart",
+    )
+    ended = {
+        "stop_reason": "signal",
+        "stop_sentence": "it got no better",
+        "steps": 30,
+        "best_step": 20,
+        "best_loss": 0.6,
+    }
+    folder.update_info(**{**ended, "base_loss": 0.8, **info})
+    folder.metrics_path.write_text(lines(STEPS))
+    (folder.path / "validation.jsonl").write_text(lines(VALIDATIONS))
+    losses = [
+        {"step": step, "samples": [[f"example/{word}.png", 0.5, 0.1 + k]]}
+        for step in range(1, 31)
+        for k, word in enumerate(("camera", "rose"))
+    ]
+    (folder.path / "picture_losses.jsonl").write_text(lines(losses))
+    folder.samples_dir.mkdir()
+    for step in (0, 20):
+        draw(folder.samples_dir / f"step-{step:08d}-1.png", step)
+    draw(folder.samples_dir / "lora-1.png", 20)
+    return folder
+
+
+def draw(path: Path, step: int, prompt: str = "mika_ch, rocket", seed: int = 7_000_000_001) -> None:
+    info = PngInfo()
+    said = {"prompt": prompt, "negative": "", "seed": seed, "steps": 20, "width": 64, "height": 64}
+    info.add_itxt("emotrain", json.dumps(said))
+    Image.new("RGB", (64, 64), (step, 90, 90)).save(path, pnginfo=info)
+
+
+def page(folder: RunFolder) -> str:
+    return report.page_of(folder)
+
+
+def test_the_page_of_a_finished_run_has_everything(tmp_path: Path) -> None:
+    elements = read(page(make_run(tmp_path)))
+    text = elements.words
+    for part in (
+        "mika stopped automatically: it got no better", "0.6000 best validation loss, step 20",
+        "0.8000 without the LoRA (-25 %)",
+        "30 steps", "0:15 training time", "training loss", "emoPulse", "best: step 20", "mika_ch, rocket",
+        "seed 7000000001, 20 steps, 64 × 64", "step 20 (best)", "lora.safetensors", "What differs from quickstart:",
+        "dataset.trigger mika_ch inkmoji", "example/rose.png", "inkmoji, rose",
+    ):  # fmt: skip
+        assert part in text, part
+    assert sum(name == "img" for name, _ in elements.found) == 3 + 2  # samples, and the two ranked pictures
+    assert sum(name == "figure" and attributes.get("class") == "own" for name, attributes in elements.found) == 1
+    assert "Not on this page" not in text
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        (
+            {"stop_reason": None},
+            "mika crashed: its process ended without handing over a LoRA; the last step in its log is 30",
+        ),
+        ({"stop_reason": "interrupted"}, "mika interrupted: saved, can be resumed"),
+        ({"stop_reason": "diverged"}, "mika diverged: it got no better"),
+        ({"stop_reason": "max_steps"}, "mika reached train.max_steps"),
+    ],
+)
+def test_the_page_says_how_a_run_ended(tmp_path: Path, info: dict[str, Any], words: str) -> None:
+    folder = make_run(tmp_path, **info)
+    text = read(page(folder)).words
+    assert words in text
+    can_be_resumed = info["stop_reason"] in (None, "interrupted")
+    assert (f"Resume it with emotrain resume {folder.path}" in text) == can_be_resumed
+    assert ("The last picture of each prompt" in text) == (info["stop_reason"] == "max_steps")
+
+
+def test_a_running_run_has_a_page_of_what_is_there(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, stop_reason=None, best_step=None, best_loss=None, base_loss=None)
+    with folder.metrics_path.open("a") as file:
+        file.write('{"step": 31, "lo')  # the line that is being written
+    with folder.lock():
+        text = read(page(folder)).words
+    assert "mika running: the page shows what was written up to now; the last step in its log is 30" in text
+    assert "0.6000 best validation loss, step 20" in text
+    assert "Not on this page" not in text
+    assert "now: step 30" in text
+
+
+def test_whatever_is_missing_is_said_and_costs_nothing_else(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    for name in ("metrics.jsonl", "validation.jsonl", "picture_losses.jsonl", "preset.yaml"):
+        before = page(folder)
+        (folder.path / name).unlink()
+        after = read(page(folder)).text
+        assert f"{name}" in after[after.index("Not on this page") :], name
+        assert name not in read(before).text or name == "preset.yaml"
+    for path in folder.samples_dir.iterdir():
+        path.unlink()
+    text = read(page(folder)).text
+    assert "There are no samples." in text
+    folder.samples_dir.rmdir()
+    folder.info_path.write_text("{")
+    assert "run.json is damaged" in read(page(folder)).text
+
+
+def test_a_picture_that_is_gone_leaves_its_row(tmp_path: Path, pictures_dir: Path) -> None:
+    folder = make_run(tmp_path)
+    values = load_preset("quickstart", (f"dataset.folders=[{{path: {pictures_dir}}}]",), "mika").to_dict()
+    folder.write_preset(values)
+    (folder.path / "picture_losses.jsonl").write_text(
+        lines(
+            [
+                {"step": step, "samples": [["pictures/red.png", 0.5, 0.1], ["pictures/gone.png", 0.5, 0.2]]}
+                for step in range(9)
+            ]
+        )
+    )
+    text = read(page(folder)).text
+    assert "pictures/gone.png" in text
+    assert "a red square, 0" in text
+    pictures_dir.rename(tmp_path / "elsewhere")
+    text = read(page(folder)).text
+    assert "Not on this page: the pictures themselves" in text
+    assert "pictures/red.png" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "null",
+        '"x"',
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": 1e999}',
+        '{"step": NaN}',
+        "[" * 99_999,
+        "\x00",
+        "{",
+    ],
+)
+def test_a_damaged_line_of_a_log_is_counted_and_left_out(tmp_path: Path, line: str) -> None:
+    folder = make_run(tmp_path)
+    rows = [*STEPS[:10], {**STEPS[10], "loss": "high", "scalar": None, "trust": [], "pulse": {}}, *STEPS[11:]]
+    text = lines(rows)
+    folder.metrics_path.write_text(line + "\n" + text)
+    assert "1 lines of metrics.jsonl, which are damaged" in read(page(folder)).text
+    assert len(report.view(folder).curves.loss) == 29
+
+
+@pytest.mark.parametrize("value", ["x", [], {}, True, -1, 10**400, None, HOSTILE[1]])
+def test_run_json_with_values_of_other_kinds_has_a_page(tmp_path: Path, value: Any) -> None:
+    keys = (
+        "stop_reason", "stop_sentence", "steps", "best_step", "best_loss", "base_loss", "seed", "device", "started",
+        "emotrain", "family", "held_out", "base_sha256", "extends", "lora",
+    )  # fmt: skip
+    folder = make_run(tmp_path)
+    folder.info_path.write_text(json.dumps(folder.info() | dict.fromkeys(keys, value)))
+    assert_harmless(read(page(folder)), RUN_ELEMENTS)
+
+
+def hostile_view() -> RunView:
+    prompts = tuple(PromptRow(text, text, text, (b"\xff", b"")) for text in HOSTILE)
+    scores = tuple(PictureScore(text, "suspicious", 9, 9, 0, 0, 1, 2, 3, 4.0) for text in HOSTILE)
+    return RunView(
+        name=HOSTILE[1], path=HOSTILE[0], status=HOSTILE[0], why=HOSTILE[1], command=HOSTILE[2],
+        facts=tuple((text, text) for text in HOSTILE), last_step=9, best_step=3, best_loss=0.5, base_loss=0.7,
+        same_validation="x", curves=Curves(((1.0, 0.5), (9.0, 0.4)), ((0.0, 0.7), (9.0, 0.5))),
+        gallery=Gallery((HOSTILE[0], HOSTILE[1]), prompts, lora=True),
+        settings=Settings(HOSTILE[0], tuple((t, t, t) for t in HOSTILE), tuple((t, t) for t in HOSTILE)),
+        ranking=scores, pictures={t: PictureRow(t, 9, 9, (t,)) for t in HOSTILE},
+        lora=LoraFacts(HOSTILE[1], tuple((t, t) for t in HOSTILE), HOSTILE[0]), missing=tuple(HOSTILE),
+    )  # fmt: skip
+
+
+def test_hostile_text_stays_text_on_every_page() -> None:
+    run = hostile_view()
+    for text in (run_page(run), compare_page([run, replace(run, name=HOSTILE[0])], [(t, (t, t)) for t in HOSTILE])):
+        elements = read(text)
+        assert_harmless(elements, RUN_ELEMENTS)
+        for hostile in HOSTILE[:6]:
+            assert elements.text.count(hostile) >= 4, hostile
+        assert text.encode("utf-8")
+    assert run_page(run).count("<script>") == 1
+    assert "<script>" not in compare_page([run, run], [])
+
+
+def test_nothing_is_read_through_a_link(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    secret = tmp_path / "secret.png"
+    draw(secret, 99, "a secret prompt")
+    (folder.samples_dir / "step-00000020-1.png").unlink()
+    (folder.samples_dir / "step-00000020-1.png").symlink_to(secret)
+    (folder.path / "validation.jsonl").unlink()
+    (folder.path / "validation.jsonl").symlink_to(folder.metrics_path)
+    view = report.view(folder)
+    assert view.gallery.columns == ("step 0", "lora.safetensors")
+    assert view.curves.validation == ()
+    assert "a secret prompt" not in page(folder)
+
+
+def test_many_steps_and_large_pictures_keep_the_page_small(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    noise = Image.effect_noise((700, 700), 90).convert("RGB")
+    noise.save(folder.samples_dir / "step-00000000-1.png")
+    (folder.samples_dir / "step-00000020-1.png").unlink()
+    for step in range(1, 400):
+        (folder.samples_dir / f"step-{step:08d}-1.png").hardlink_to(folder.samples_dir / "step-00000000-1.png")
+    view = report.view(folder)
+    assert len(view.gallery.columns) == report.MOST_SAMPLES
+    assert view.gallery.columns[0] == "step 0"
+    assert view.gallery.columns[-2:] == ("step 399", "lora.safetensors")
+    assert "step 20 (best)" in view.gallery.columns
+    assert max(len(picture) for row in view.gallery.rows for picture in row.pictures) < 80_000
+
+
+def test_a_long_series_is_thinned_and_keeps_its_extremes() -> None:
+    points = tuple((float(k), float(k % 97)) for k in range(10_000))
+    few = thin(points)
+    assert len(few) <= 400
+    assert few[0] == points[0]
+    assert few[-1] == points[-1]
+    assert {0.0, 96.0} <= {y for _, y in few}
+    assert list(few) == sorted(few)
+    assert thin(points[:9]) == points[:9]
+    flat = smooth(tuple((float(k), 2.0) for k in range(100)))
+    assert [y for _, y in flat] == pytest.approx([2.0] * 100)
+
+
+def test_only_runs_validated_alike_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "b", best_loss=0.55)
+    make_run(tmp_path, "other", base_loss=0.9)
+    make_run(tmp_path, "another-base", base_sha256="c" * 64)
+    target = tmp_path / "side.html"
+    assert main(["report", "a", "b", "--runs-dir", str(tmp_path), "--html", str(target)]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    assert "comparable only within a group" not in target.read_text("utf-8")
+    assert main(["report", str(tmp_path), "--html", str(target)]) == 0
+    text = read(target.read_text("utf-8")).words
+    assert "4 runs side by side" in text
+    assert "comparable only within a group" in text
+    assert "Group 1: a, b" in text
+    for alone in ("other", "another-base"):
+        assert f": {alone} run best loss" in text
+    assert text.count("mika_ch, rocket seed 7000000001") == 1  # one row, a picture of each run
+
+
+def test_prompts_that_were_drawn_otherwise_are_not_set_side_by_side(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path, "one"), make_run(tmp_path, "two")
+    for path in two.samples_dir.iterdir():
+        draw(path, 9, seed=8)
+    text = read(report.page_of_several([one, two])).text
+    assert "The runs have no prompt in common" in text
+    assert "rocket" not in text.replace('"[trigger], rocket"', "")
+
+
+def test_report_writes_into_the_runs_folder_and_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path)
+    assert main(["report", str(folder.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder.path / "report.html")
+    assert (folder.path / "report.html").read_text("utf-8").startswith("<!doctype html>")
+    photo = folder.samples_dir / "lora-1.png"
+    before = photo.read_bytes()
+    for words, code, message in (
+        (["report", "mica", "--runs-dir", str(tmp_path)], 5, "did you mean `mika`?"),
+        (["report", str(folder.path), "--html", str(photo)], 2, "exists and is not a page"),
+        (
+            ["report", str(folder.path), "--html", str(tmp_path / "no" / "a.html")],
+            2,
+            "is not a file that can be written",
+        ),
+        (["report"], 2, "missing argument"),
+    ):
+        assert main(words) == code
+        assert message in capsys.readouterr().err.lower()
+    assert photo.read_bytes() == before
+
+
+def test_a_page_that_fails_at_a_runs_end_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Notice] = []
+    folder = make_run(tmp_path)
+    report.write_at_end(folder, (), told.append)  # type: ignore[arg-type]
+    assert [(one.level, one.message) for one in told] == [
+        ("info", f"the page of this run: {folder.path / 'report.html'}")
+    ]
+
+    def fail(*_: object) -> str:
+        raise ZeroDivisionError("of a decoder\nwith more lines")
+
+    monkeypatch.setattr(report, "page_of", fail)
+    report.write_at_end(folder, (), told.append)  # type: ignore[arg-type]
+    assert told[-1] == Notice("report.html was not written: ZeroDivisionError: of a decoder")
