@@ -32,7 +32,12 @@ def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
     """
     problems = [*_optimizer(root), *_small_lr(root), *_buckets(root), *_builtin_names(root), *_prompts(root)]
     problems += _path_variables(root)
-    return problems, [*_no_effect(root), *_bare_trigger(root), *_foreign_prompt_words(root)]
+    return problems, [
+        *_no_effect(root),
+        *_gain_without_effect(root),
+        *_bare_trigger(root),
+        *_foreign_prompt_words(root),
+    ]
 
 
 def _small_lr(root: Node) -> list[Problem]:
@@ -176,6 +181,18 @@ def _no_effect(root: Node) -> list[str]:
         for word in _EMO_WORDS
         if word in words
     ]
+
+
+def _gain_without_effect(root: Node) -> list[str]:
+    gain, name = leaf(root, "train.gain"), leaf(root, "train.optimizer.name")
+    generation = leaf(root, "train.optimizer.generation")
+    if gain is None or gain.value != "auto":
+        return []
+    if name is not None and name.value != "emosens":
+        return [f"{gain.where}: train.gain has no effect on `{name.value}`: emosens alone measures it"]
+    if generation is not None and generation.value == "3.7.0":
+        return [f"{gain.where}: train.gain has no effect on generation 3.7.0, whose steps have a length of their own"]
+    return []
 
 
 def _bare_trigger(root: Node) -> list[str]:

@@ -16,6 +16,7 @@ SHRINK = 1.0 / 3.0  # the second gain is the published unit
 PATIENCE = 2  # validations in a row without a new best
 VAIN = 2  # gains in a row that brought next to nothing
 NEGLIGIBLE = 0.005  # of the improvement over the base
+LOWEST = 0.01  # a run that is not finite at this gain is not finite because of something else
 HOPE = 200  # steps in which a gain that brings nothing does not count while nothing is better than the base
 
 
@@ -71,13 +72,22 @@ class Gain:
         elif improvement > 0.0 or step >= HOPE:
             self.vain += 1
         self.mark = best_loss
-        if self.done:
+        if not self.done:
+            self._lower(step)
+        return not self.done
+
+    def update_divergence(self, step: int) -> bool:
+        """Numbers were not finite; true when the gain was lowered and the best weights are to be put back."""
+        if self.value <= LOWEST:
             return False
+        self._lower(step)
+        return True
+
+    def _lower(self, step: int) -> None:
         self.failed = 0
         self.value *= SHRINK
         self.now = self.best
         self.reductions.append((step, self.value))
-        return True
 
     def progress(self) -> float:
         """0..1: how far it is towards `done`."""

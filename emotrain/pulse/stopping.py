@@ -108,11 +108,18 @@ class StopRule:
         still = too_small / max(without, 1e-12)  # a fall too small to count is standing still
         no_fall = step != self.anchor_step and self.scalar <= still
         self.failed_validations = self.failed_validations + 1 if no_fall else 0
-        if self.gain is not None:
-            assert self.best_loss is not None
-            losses = {"best_loss": self.best_loss, "base_loss": self.base_loss}
-            self.gain_lowered = self.gain.update_validation(step, is_best=is_best, **losses)
+        self._update_gain(step, is_best)
         return is_best
+
+    def update_non_finite_validation(self, step: int) -> None:
+        """Take in a validation that says nothing but that the steps may be too long."""
+        self._update_gain(step, False)
+
+    def _update_gain(self, step: int, is_best: bool) -> None:
+        if self.gain is None or self.base_loss is None or self.best_loss is None:
+            return
+        losses = {"best_loss": self.best_loss, "base_loss": self.base_loss}
+        self.gain_lowered = self.gain.update_validation(step, is_best=is_best, **losses)
 
     def _without_memorising(self, loss: float, plain: float | None) -> float:
         """A loss of flipped pictures without what comes of memorising them since the anchor."""

@@ -218,7 +218,8 @@ def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sa
 
 def measures_gain(preset: Preset) -> bool:
     """Whether the run measures how long its steps may be, in place of the published unit."""
-    return preset.train.gain == "auto" and preset.train.optimizer.name == "emosens"
+    optimizer = preset.train.optimizer
+    return preset.train.gain == "auto" and optimizer.name == "emosens" and optimizer.generation != "3.7.0"
 
 
 def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> OptimizerLike:

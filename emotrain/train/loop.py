@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -210,21 +210,28 @@ def run_validation(parts: Parts, state: TrainState) -> None:
         with parts.optimizer.eval_mode():
             _validate(parts, parts.validation, state)
         if parts.stop_rule.gain_lowered:
-            shorten_steps(parts, state)
+            parts.stop_rule.gain_lowered = False
+            shorten_steps(parts, state, f"{PATIENCE} validations without improvement")
 
 
-def shorten_steps(parts: Parts, state: TrainState) -> None:
+def shorten_steps(parts: Parts, state: TrainState, why: str) -> None:
     """Go back to the best weights and on from there with shorter steps, as the stop rule's gain says."""
-    rule = parts.stop_rule
-    assert rule.gain is not None
-    rule.gain_lowered = False
+    assert parts.stop_rule.gain is not None
     parts.adapter.load_state(state.best_adapter)
     parts.optimizer.restart(SHRINK)
-    words = (
-        f"step length reduced to a third at step {state.step} (gain {rule.gain.value:.3g}): {PATIENCE} validations"
-        f" without improvement; training goes on from the weights of step {state.best_step}"
-    )
-    parts.notify(Notice(words, level="info"))
+    what = f"step length reduced to a third at step {state.step} (gain {parts.stop_rule.gain.value:.3g})"
+    whence = f"training goes on from the weights of step {state.best_step}"
+    parts.notify(Notice(f"{what}: {why}; {whence}", level="info"))
+
+
+def recover(parts: Parts, state: TrainState) -> bool:
+    """After numbers that were not finite: whether the run goes on from its best weights, with shorter steps."""
+    gain = parts.stop_rule.gain
+    if gain is None or not state.best_adapter or not gain.update_divergence(state.step):
+        return False
+    state.guard = replace(state.guard, in_a_row=0)
+    shorten_steps(parts, state, f"loss or gradient was not finite on {LIMIT} steps in a row")
+    return True
 
 
 def run_sample(parts: Parts, step: int) -> None:
@@ -244,6 +251,7 @@ def _validate(parts: Parts, validation: Validation, state: TrainState) -> None:
     loss, plain = with_memory(f"at the validation of step {state.step}", measured)
     if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
         parts.notify(Notice(f"the validation at step {state.step} was not finite and is left out"))
+        rule.update_non_finite_validation(state.step)
         return
     if rule.update_validation(state.step, loss, plain):
         state.best_step, state.best_loss = state.step, rule.observed_loss
@@ -278,7 +286,7 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
         started = clock()
         step = train_step(parts, limits, state)
         if step is None:
-            if state.guard.diverged:
+            if state.guard.diverged and not recover(parts, state):
                 return Outcome(
                     StopReason.DIVERGED,
                     f"loss or gradient was not finite on {LIMIT} steps in a row",

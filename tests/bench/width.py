@@ -9,7 +9,9 @@ alone with its own LoRA of rank 8 (alpha 8) and hears the mean squared error to 
 As in fine-tuning, the teacher is near (its LoRAs change the output by a few percent of its size) and most of the loss
 cannot be learned: the noise is ten times what the teacher changes. Its size is drawn anew each step (log-normal,
 `--spread`), as timesteps change it: that sets how noisy a loss the optimizer uses. Rows have what activations have, a
-direction in common (half of their square) and a spectrum that falls as 1/index.
+direction in common (half of their square) and a spectrum that falls as 1/index. "gain auto" begins at three times the
+step length and lowers it as a run does, by the loss on other rows with fixed noise every 10 steps; these have 65,536
+values together, as one SDXL picture has.
 
 Printed is the share of the teacher that is learned, without the noise: 1 - error / error of the stack alone, the best
 of every 50 steps, which is what a stop rule would find. The coordinate check (Yang et al. 2022, Tensor Programs V,
@@ -28,14 +30,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
+from emotrain.pulse.gain import SHRINK, START, Gain
 
 RANK, ROWS, TEST_ROWS = 8, 32, 128
 TEACHER, NOISE, COMMON = 0.03, 10.0, 0.7
 EVERY, CHECKED = 50, 10
+VALIDATED, VALIDATION_VALUES = 10, 65_536
 WIDE = 1024  # from this width on one seed must do
 WAYS: list[tuple[str, str, dict[str, object]]] = [
     ("emosens 1", "emosens", {"bias_correction": True}),
+    ("emosens 1, gain auto", "emosens", {"bias_correction": True, "lr": START}),
     ("emosens 1, as published", "emosens", {}),
     ("emoairy 1", "emoairy", {}),
     ("emocats 1", "emocats", {}),
@@ -101,6 +107,31 @@ class Rows:
         return math.sqrt(1 - COMMON**2) * own + COMMON * self.common
 
 
+class Measured:
+    """Lowers the gain of a run as the validation says."""
+
+    def __init__(self, student: Stack, teacher: Stack, rows: Tensor, scale: float) -> None:
+        self.student, self.rows, self.gain = student, rows, Gain()
+        with torch.no_grad():
+            target = teacher(rows)
+            noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(5))
+            self.target = target + noise * math.sqrt(scale * NOISE)
+            self.base = self.lowest = float((student(rows) - self.target).pow(2).mean())
+        self.best = [p.detach().clone() for p in student.parameters()]
+
+    @torch.no_grad()
+    def validate(self, step: int, optimizer: OptimizerLike) -> None:
+        """After a step; puts the best weights back where the gain is lowered."""
+        loss = float((self.student(self.rows) - self.target).pow(2).mean())
+        is_best = loss < self.lowest
+        if is_best:
+            self.lowest, self.best = loss, [p.detach().clone() for p in self.student.parameters()]
+        if self.gain.update_validation(step, is_best=is_best, best_loss=self.lowest, base_loss=self.base):
+            for parameter, best in zip(self.student.parameters(), self.best, strict=True):
+                parameter.copy_(best)
+            optimizer.restart(SHRINK)
+
+
 def learn(
     name: str, words: dict[str, object], width: int, depth: int, steps: int, seed: int, spread: float
 ) -> tuple[float, float, float]:
@@ -114,6 +145,11 @@ def learn(
         wanted, before = teacher(test), student(test)
     optimizer = build_optimizer(name, list(student.parameters()), **words)
     scale = float((wanted - before).pow(2).mean())  # the loss of the stack alone is 1 + NOISE
+    measured = None
+    if words.get("lr") == START:
+        others = Rows(width, torch.Generator().manual_seed(seed + 1000))
+        others.sizes, others.common = rows.sizes, rows.common
+        measured = Measured(student, teacher, others.draw(VALIDATION_VALUES // width), scale)
     lengths, moved, learned = [], 0.0, 0.0
     for step in range(1, steps + 1):
         batch = rows.draw(ROWS)
@@ -128,6 +164,8 @@ def learn(
         optimizer.step()
         optimizer.zero_grad()
         lengths.append(reading.pulse)
+        if measured is not None and step % VALIDATED == 0:
+            measured.validate(step, optimizer)
         if step == CHECKED or step % EVERY == 0:
             with torch.no_grad(), optimizer.eval_mode():
                 now = student(test)
@@ -136,11 +174,11 @@ def learn(
     return learned, moved, sum(lengths) / len(lengths)
 
 
-def table(widths: list[int], depth: int, steps: int, seeds: int, spread: float) -> list[str]:
+def table(widths: list[int], depth: int, steps: int, seeds: int, spread: float, ways: list[str]) -> list[str]:
     """One row per optimizer, one column per width."""
     heads = [f"learned, width {width}" for width in widths] + [f"moved at 10, {width}" for width in widths]
     lines = ["| optimizer, LR | " + " | ".join(heads) + " | mean step lengths |", "|" + " --- |" * (len(heads) + 2)]
-    for label, name, words in WAYS:
+    for label, name, words in (way for way in WAYS if not ways or way[0] in ways):
         learned, moved, lengths = [], [], []
         for width in widths:
             tries = [
@@ -164,6 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--spread", type=float, nargs="+", default=[0.5, 0.1], help="0.1: the loss has little noise")
+    parser.add_argument("--ways", nargs="+", default=[], help="some of the rows")
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,7 +211,7 @@ def main() -> None:
         for spread in args.spread:
             title = f"Depth {depth}, spread {spread:g}"
             print(title)
-            lines += ["", f"## {title}", "", *table(args.widths, depth, args.steps, args.seeds, spread)]
+            lines += ["", f"## {title}", "", *table(args.widths, depth, args.steps, args.seeds, spread, args.ways)]
     if args.report:
         about = (__doc__ or "").split("\n\n", 2)[2].splitlines()
         head = ["# LR 1.0 at real widths", "", "`python tests/bench/width.py`", "", *about]

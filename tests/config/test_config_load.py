@@ -120,6 +120,21 @@ def test_emo_words_on_another_optimizer_are_noted(tmp_path: Path) -> None:
     assert notes[0].endswith("p.yaml:3: train.optimizer.use_shadow has no effect on `adamw`")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        ("adamw", ["train.gain has no effect on `adamw`: emosens alone measures it"]),
+        ("{name: emosens, generation: 3.7.0}", ["train.gain has no effect on generation 3.7.0"]),
+        ("{name: emosens, generation: '3.7'}", []),
+    ],
+)
+def test_a_gain_that_nothing_measures_is_noted(tmp_path: Path, optimizer: str, said: list[str]) -> None:
+    text = f"{GOOD}train: {{optimizer: {optimizer}, lr: 1, gain: auto}}\n"
+    notes = load(write(tmp_path / "p.yaml", text)).notes
+    assert len(notes) == len(said)
+    assert all(want in note for want, note in zip(said, notes, strict=True))
+
+
 def test_extends_merges_deep_and_keeps_each_file_s_paths(tmp_path: Path) -> None:
     write(
         tmp_path / "base" / "b.yaml",

@@ -227,6 +227,32 @@ def test_a_measured_run_ends_by_itself_and_says_why():
     assert len(recorder.of(Notice)) == 2
 
 
+def test_a_measured_run_that_is_not_finite_goes_on_from_its_best_weights_with_shorter_steps():
+    recorder, state, left = Recorder(), TrainState(), iter([1.0, 0.5, math.nan, math.nan, 0.4, 0.3])
+    parts = make_parts(recorder, stop_rule=StopRule(gain=Gain()))
+    parts.family.poison = {4, 5, 6}  # step 3 and what would have been in its place
+    validation = type("P", (), {"loss": lambda s: next(left), "drift": lambda s: 0.0})()
+    parts = replace(parts, optimizer=EmoSens(parts.adapter.parameters(), lr=3.0), validation=validation)
+    outcome = fit(parts, limits(max_steps=10), state)
+    assert outcome.reason is StopReason.MAX_STEPS
+    assert parts.stop_rule.gain.reductions == [(3, pytest.approx(1.0)), (6, pytest.approx(1 / 3))]
+    assert parts.optimizer.param_groups[0]["scope"] == pytest.approx(1 / 3)
+    said = [notice.message for notice in recorder.of(Notice) if notice.level == "info"]
+    assert "(gain 1): loss or gradient was not finite on 3 steps in a row" in said[0]
+    assert "(gain 0.333): 2 validations without improvement" in said[1]
+
+
+def test_a_measured_run_that_is_never_finite_ends():
+    recorder, state = Recorder(), TrainState()
+    parts = make_parts(recorder, stop_rule=StopRule(gain=Gain()))
+    parts.family.poison = set(range(2, 100))
+    parts = replace(parts, validation=type("P", (), {"loss": lambda s: 1.0, "drift": lambda s: 0.0})())
+    outcome = fit(parts, limits(), state)
+    assert outcome.reason is StopReason.DIVERGED
+    assert parts.stop_rule.gain.value < 0.01
+    assert state.guard.skipped == 3 * 7
+
+
 def test_the_stop_rule_ends_the_run_after_sample_and_save():
     class Enough(StopRule):
         def decide(self, step: int) -> str | None:
