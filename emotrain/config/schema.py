@@ -185,9 +185,9 @@ class TrainSection(Section):
     optimizer: OptimizerSection = OptimizerSection()
     lr: PositiveFloat | None = Field(None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required")
     gain: Literal["auto", "fixed"] = Field(
-        "fixed",
-        description="emosens: fixed is the published step length; auto begins at three times that and reduces it to a"
-        " third, from the best weights, where validations stop improving",
+        "auto",
+        description="emosens: auto begins at three times the published step length and reduces it to a third, from the"
+        " best weights, where validations stop improving; fixed: as published",
     )
     allow_small_lr: Bool = Field(False, description="emo: take a train.lr below 0.1, which is refused otherwise")
     micro_batch_size: PositiveInt = Field(1, description="pictures in one forward pass")

@@ -264,5 +264,4 @@ class StopRule:
         self.scalar, self.failed_validations = document["scalar"], document["failed_validations"]
         self.validations, self.num_steps = document["validations"], document["num_steps"]
         self.densest, self.densest_end = document["densest"]
-        gain = document.get("gain")  # not there in runs of 0.1.0
-        self.gain = Gain.from_document(gain) if gain else None
+        self.gain = Gain.from_document(document["gain"]) if document["gain"] else None

@@ -76,7 +76,7 @@ def preset_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     lines = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
-        if was == now or key.startswith(FREE) or (key in FIXED and key not in old):  # the run is older than the key
+        if was == now or key.startswith(FREE):
             continue
         if key == "train.max_steps" and isinstance(was, int) and isinstance(now, int) and now > was:
             continue

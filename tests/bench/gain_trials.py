@@ -1,21 +1,28 @@
-"""Is the unit of LR 1.0 right? A gain on the emotion's step length, lowered where validations stop improving.
+"""Is the unit of LR 1.0 right? EmoSens with `train.gain` auto and fixed, beside AdamW and Prodigy.
 
     python tests/bench/styles.py STYLES
-    python tests/bench/gain_trials.py --styles STYLES [--kept FILE.jsonl] [--tasks tiny-sd:mosaic:32 ...] [--seeds 0 1]
+    python tests/bench/gain_trials.py --styles STYLES [--kept FILE.jsonl] [--report docs/benchmarks]
 
-Rows of a task (model:style:pictures, micro-batches of 4, 400 steps at most unless said):
-  emosens 1        as a run has it today, LR 1.0
-  adamw RATE       constant rate, no average, lowest validation
-  trial g/s        EmoSens begun at `lr` g; where `patience` validations in a row are no better than the best so far,
-                   the best weights are put back and the gain is multiplied by s; the second time that this brings less
-                   than 0.5 % of the gain over the base, the run ends
-The weights of the lowest validation loss (3 pictures that are not trained on) are measured on the held-out pictures.
+A task is model:style:pictures; micro-batches of 4, rank 8, at most 400 steps, fewer where no validation was better than
+the lowest one for 100 steps (EmoSens: where its own stop lies 100 steps back). Its rows:
+
+* gain auto, gain fixed: EmoSens at LR 1.0 as a run has it, with its own stop and a validation as often as a run has one
+* adamw RATE, prodigy 1: constant, without an average of the weights; Prodigy with bias correction and safeguard
+
+"handed over" is the held-out loss of the LoRA of the lowest validation (3 pictures that are not trained on), for
+EmoSens of those before its own stop, for the others of all steps: they are given the best stop that the validation can
+tell. "of the gain" is the distance to the best AdamW row of the task, as a share of what that gained over the base:
+above zero is better. "regret" is the distance to the lowest held-out loss of the row's own steps, as a share of
+what that gained; "steps" are those of the whole run over the step of that lowest loss. "mirrored" rows hear three
+mirrored training pictures in place of those held out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,165 +30,245 @@ from typing import Any
 import torch
 from heldout import Bench
 from longrun import Cell, LongRun, Task
+from styles import STYLES, TUNED_ON
+from torch import Tensor
 
+from emotrain.pulse.gain import Gain
 from emotrain.pulse.stopping import StopRule
-from emotrain.train.loop import Limits, Parts, train_step
+from emotrain.runs import build
+from emotrain.train.loop import Limits, Parts, fit
 from emotrain.train.state import TrainState
 
-TASKS = (
-    "tiny-sd:ink:32", "tiny-flux:ink:32", "tiny-sd:signs:8", "tiny-flux:signs:8", "tiny-sd:mosaic:32",
-    "tiny-sd:stained:32", "tiny-sd:duotone:10", "tiny-flux:blueprint:32", "tiny-flux:thermal:10",
-)  # fmt: skip
+STEPS = 400
+AFTER = 100  # steps beyond the end, or beyond the lowest validation
+UNSEEN = [style for style in STYLES if style not in TUNED_ON]
+TASKS = [
+    f"{('tiny-sd', 'tiny-flux')[(place + other) % 2]}:{style}:{10 if style in ('poster', 'hatched') else 32}"
+    for other in (0, 1)
+    for place, style in enumerate(UNSEEN)
+]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """One row; `gain` 0 is a constant rate."""
+    """One row."""
 
     name: str
     optimizer: str = "emosens"
     lr: float | None = None
-    gain: float = 0.0
-    shrink: float = 1.0
+    gain: str = "fixed"
+    mirrored: bool = False
     every: int = 20
-    patience: int = 1
-    max_steps: int = 400
 
 
 POLICIES = (
-    Policy("emosens 1"),
+    Policy("gain auto", gain="auto", every=10),
+    Policy("gain fixed"),
     *(Policy(f"adamw {rate:g}", "adamw", rate) for rate in (3e-4, 1e-3, 3e-3)),
-    Policy("trial 3/0.33", gain=3.0, shrink=0.33, every=10, patience=2, max_steps=500),
-    Policy("trial 3/0.5", gain=3.0, shrink=0.5, max_steps=600),
-    Policy("trial 8/0.33", gain=8.0, shrink=0.33),
+    Policy("prodigy 1", "prodigy", 1.0),
+    Policy("gain auto, mirrored", gain="auto", mirrored=True, every=20),
+    Policy("gain fixed, mirrored", mirrored=True, every=30),
 )
 
 
-def task_of(name: str, styles: Path) -> Task:
-    """model:style:pictures."""
-    model, style, count = name.split(":")
-    if style in ("ink", "signs"):
-        return Task(model, style, int(count))
-    found = Task.of_folders(model, styles / style / "train", styles / style / "heldout")
-    return replace(found, pictures=int(count))
+class Watched(StopRule):
+    """The product's rule, which notes where it would end the run and lets it go on for a while."""
+
+    own_stop = True
+    ended: tuple[int, int] | None = None  # the step, and the step of the LoRA that is handed over
+
+    def decide(self, step: int) -> str | None:
+        """A sentence `AFTER` steps beyond the end."""
+        if self.ended is None and super().decide(step):
+            self.ended = (step, self.best_step or 0)
+        last = self.best_step or 0
+        if self.own_stop:
+            last = self.ended[0] if self.ended else STEPS
+        return "enough was seen" if step >= last + AFTER else None
 
 
-class Trial:
-    """The gain of one run, and when it has brought all that it can."""
+class Keeping:
+    """A validation that keeps the weights it was taken with."""
 
-    def __init__(self, policy: Policy, run: LongRun, base: float) -> None:
-        self.policy, self.run, self.gain = policy, run, policy.gain
-        self.base = self.best = self.mark = base
-        self.failed = self.vain = 0
-        self._set()
+    def __init__(self, place: Place, state: TrainState, mirrored: bool) -> None:
+        self.place, self.state = place, state
+        self.inner = place.run.validation.mirrored if mirrored else place.run.validation.held
+        self.losses: dict[int, float] = {}
+        self.weights: dict[int, dict[str, Tensor]] = {}
 
-    def _set(self) -> None:
-        if self.policy.gain:
-            for group in self.run.optimizer.param_groups:
-                group["scope"] = self.gain
+    def loss(self) -> float:
+        """Of the pictures."""
+        self.weights[self.state.step] = self.place.run.model.adapter.state()
+        self.losses[self.state.step] = self.inner.loss()
+        return self.losses[self.state.step]
 
-    def ends(self, loss: float, best_state: dict[str, torch.Tensor]) -> bool:
-        """Take in a validation loss; whether the run is done."""
-        if loss < self.best:
-            self.best, self.failed = loss, 0
-            return False
-        self.failed += 1
-        if not self.policy.gain or self.failed < self.policy.patience:
-            return False
-        self.failed = 0
-        gained = self.mark - self.best > 0.005 * (self.base - self.best)
-        self.vain = 0 if gained else self.vain + 1
-        self.mark = self.best
-        if self.vain == 2:
-            return True
-        self.gain *= self.policy.shrink
-        self._set()
-        self.run.model.adapter.load_state(best_state)
-        self.run.optimizer.steps, self.run.optimizer._average = 0, []
-        return False
+    def drift(self) -> float:
+        """Not measured."""
+        return 0.0
 
 
-def measure(name: str, seed: int, policy: Policy, styles: Path, work: Path) -> dict[str, Any]:
-    """Train one cell and measure the weights of its lowest validation loss."""
-    task = task_of(name, styles)
-    own = policy.optimizer == "emosens"
-    cell = Cell(task, micro_batch=4, seed=seed, optimizer=policy.optimizer, lr=policy.lr, ema=own)
-    run = LongRun(cell, work)
-    run._build()
-    state: TrainState = run.state
-    parts: Any = Parts(
-        family=run.model.family, objective=run.model.objective, adapter=run.model.adapter, optimizer=run.optimizer,
-        data=run.data, stop_rule=StopRule("off"), loss_baseline=run.loss_baseline, validation=None,
-        notify=lambda event: None, save=lambda state: None, sample=lambda step: None, record=lambda *words: None,
-        interrupted=lambda: False,
-    )  # fmt: skip
-    limits = Limits(policy.max_steps, 1, 1.0, seed, policy.every, 10**9, 0)
-    if run.loss_baseline.start is not None:
-        run.optimizer.begin(run.loss_baseline.start)
+class Place:
+    """One task with one seed: the model, its pictures and the LoRA to begin with, built once for all rows."""
 
-    def validated() -> tuple[float, dict[str, torch.Tensor]]:
-        with run.optimizer.eval_mode():
-            return run.validation.held.loss(), run.model.adapter.state()
+    def __init__(self, name: str, seed: int, styles: Path, work: Path) -> None:
+        self.name, self.seed = name, seed
+        model, style, count = name.split(":")
+        if style in ("ink", "signs"):
+            task = Task(model, style, int(count))
+        else:
+            found = Task.of_folders(model, styles / style / "train", styles / style / "heldout")
+            task = replace(found, pictures=int(count))
+        self.cell = Cell(task, seed=seed)
+        self.run = LongRun(self.cell, work)
+        self.run._build()
+        self.first = self.run.model.adapter.state()
+        self.bench = Bench(model, task.heldout_folder())
+        self.bench.wear(self.first)
+        self.base = self.true(self.first)
 
-    base, first = validated()
-    best, best_state, best_step = base, first, 0
-    trial = Trial(policy, run, base)
-    while state.step < policy.max_steps and not state.guard.diverged:
-        if train_step(parts, limits, state) is None or state.step % policy.every:
+    def true(self, weights: dict[str, Tensor], draws: int = 4) -> float:
+        """Held-out loss, all pictures."""
+        self.bench.adapter.load_state(weights)
+        return float(self.bench.losses(draws=draws).mean())
+
+    def measure(self, policy: Policy) -> dict[str, Any]:
+        """Train and judge one row."""
+        run, own = self.run, policy.optimizer == "emosens"
+        cell = replace(self.cell, optimizer=policy.optimizer, lr=policy.lr, ema=own, gain=policy.gain)
+        preset = cell.preset(run.folder / "train", run.folder / "validation")
+        run.model.adapter.load_state(self.first)
+        optimizer = build.build_optimizer_of(preset, run.model.adapter.parameters())
+        state = TrainState()
+        rule = Watched(held_out=not policy.mirrored, gain=Gain() if policy.gain == "auto" else None)
+        rule.own_stop = own
+        validation: Any = Keeping(self, state, policy.mirrored)
+
+        parts = Parts(
+            family=run.model.family, objective=run.model.objective, adapter=run.model.adapter, optimizer=optimizer,
+            data=run.data, stop_rule=rule, loss_baseline=run.loss_baseline, validation=validation,
+            notify=lambda event: None, save=lambda state: None, sample=lambda step: None, record=lambda *row: None,
+            interrupted=lambda: False, plain_validation=run.plain_validation if policy.mirrored else None,
+        )  # fmt: skip
+        fit(parts, Limits(STEPS, 1, 1.0, self.seed, policy.every, 10**9, 0), state)
+        row: dict[str, Any] = {"task": self.name, "seed": self.seed, "policy": policy.name, "base": self.base}
+        if not own:
+            chosen = min(validation.losses, key=validation.losses.__getitem__)
+            return {**row, "chosen": chosen, "true": self.true(validation.weights[chosen])}
+        stopped, chosen = rule.ended or (STEPS, rule.best_step or 0)
+        true = self.true(validation.weights[chosen])
+        oracle, lowest = self.lowest(validation.weights, chosen)
+        if lowest > true:  # with more draws
+            oracle, lowest = chosen, true
+        row |= {"chosen": chosen, "true": true, "stopped": stopped}
+        row |= {"ended": rule.ended is not None, "oracle": oracle, "lowest": lowest}
+        if rule.gain is not None:
+            row |= {"gain": rule.gain.summary()}
+        return row
+
+    def lowest(self, weights: dict[int, dict[str, Tensor]], also: int) -> tuple[int, float]:
+        """Step and value of the lowest held-out loss, by halving around the lowest of seven (and `also`)."""
+        steps = sorted(weights)
+        known: dict[int, float] = {}
+        around = sorted({also, *(steps[round(i * (len(steps) - 1) / 6)] for i in range(7))})
+        while around:
+            known |= {step: self.true(weights[step], draws=2) for step in around if step not in known}
+            best, seen = min(known, key=known.__getitem__), sorted(known)
+            place = seen.index(best)
+            left = [s for s in steps if (seen[place - 1] if place else best) < s < best]
+            right = [s for s in steps if best < s < (seen[place + 1] if place + 1 < len(seen) else best)]
+            around = [side[len(side) // 2] for side in (left, right) if side]
+        return best, self.true(weights[best])
+
+
+def share_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+    """Distance to the best AdamW of the row's task and seed, as a share of that one's gain."""
+    rivals = [r for r in rows if (r["task"], r["seed"]) == (row["task"], row["seed"])]
+    losses = [r["true"] for r in rivals if r["policy"].startswith("adamw")]
+    return (min(losses) - row["true"]) / (row["base"] - min(losses)) if losses else None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per task and policy."""
+    lines = ["| task | row | handed over @ step | of the gain | ended | lowest @ step | regret | steps |"]
+    lines.append("|" + " --- |" * 8)
+    for row in rows:
+        share = share_of(row, rows)
+        words = f"| {row['task']} | {row['policy']} | {row['true']:.4f} @ {row['chosen']} |"
+        words += f" {share:+.1%} |" if share is not None else " - |"
+        if "stopped" in row:
+            regret = (row["true"] - row["lowest"]) / (row["base"] - row["lowest"])
+            ended = row["stopped"] if row["ended"] else "-"
+            steps = f"{row['stopped'] / max(row['oracle'], 1):.2f}"
+            words += f" {ended} | {row['lowest']:.4f} @ {row['oracle']} | {regret:.1%} | {steps} |"
+        else:
+            words += " - | - | - | - |"
+        lines.append(words)
+    return lines
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per policy."""
+    heads = "row | tasks | of the gain: mean | worst | best | regret: median | worst | steps: median | run's steps"
+    lines = [f"| {heads} |", "|" + " --- |" * 9]
+    for policy in POLICIES:
+        own = [row for row in rows if row["policy"] == policy.name]
+        shares = [share for row in own if (share := share_of(row, rows)) is not None]
+        if not shares:
             continue
-        loss, weights = validated()
-        if loss < best:
-            best, best_state, best_step = loss, weights, state.step
-        if trial.ends(loss, best_state):
-            break
-    bench = Bench(task.model, task.heldout_folder())
-    bench.wear(best_state)
-    losses = []
-    for weights in (first, best_state):
-        bench.adapter.load_state(weights)
-        losses.append(float(bench.losses(draws=4).mean()))
-    return {
-        "task": name, "seed": seed, "policy": policy.name, "base": losses[0], "true": losses[1],
-        "best_step": best_step, "steps": state.step,
-    }  # fmt: skip
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line per task and policy; "of the gain" is the distance to the best AdamW row of the task."""
-    lines = ["| task | policy | held-out loss @ step (steps run) | of the gain |", "| --- | --- | --- | --- |"]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
-        rivals = [row["true"] for row in own if row["policy"].startswith("adamw")]
-        for policy in dict.fromkeys(row["policy"] for row in own):
-            same = [row for row in own if row["policy"] == policy]
-            shown = ", ".join(f"{row['true']:.4f} @ {row['best_step']} ({row['steps']})" for row in same)
-            mean = sum(row["true"] for row in same) / len(same)
-            share = f"{(min(rivals) - mean) / (same[0]['base'] - min(rivals)):+.1%}" if rivals else "-"
-            lines.append(f"| {task} | {policy} | {shown} | {share} |")
+        line = (
+            f"| {policy.name} | {len(own)} | {statistics.mean(shares):+.1%} | {min(shares):+.1%} | {max(shares):+.1%} |"
+        )
+        if "stopped" in own[0]:
+            regrets = [(row["true"] - row["lowest"]) / (row["base"] - row["lowest"]) for row in own]
+            ratios = [row["stopped"] / max(row["oracle"], 1) for row in own]
+            used = [row["stopped"] for row in own]
+            line += f" {statistics.median(regrets):.1%} | {max(regrets):.1%} | {statistics.median(ratios):.2f} |"
+            line += f" {statistics.median(used):.0f} ({min(used)} to {max(used)}) |"
+        else:
+            line += f" - | - | - | {STEPS} |"
+        lines.append(line)
     return lines
 
 
 def main() -> None:
-    """Train what is not kept yet, print the table."""
+    """Train what is not kept yet, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--styles", type=Path, required=True)
     parser.add_argument("--kept", type=Path, default=Path("gain-trials.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("bench-cells"))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--policies", nargs="+", default=[policy.name for policy in POLICIES])
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--policies", nargs="+", default=[policy.name for policy in POLICIES[:6]])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--kept-only", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in args.kept.read_text().splitlines()] if args.kept.exists() else []
     done = {(row["task"], row["seed"], row["policy"]) for row in rows}
-    for task in args.tasks:
-        for policy in (policy for policy in POLICIES if policy.name in args.policies):
-            for seed in args.seeds:
-                if (task, seed, policy.name) not in done:
-                    rows.append(measure(task, seed, policy, args.styles, args.work / policy.name.replace("/", "-")))
-                    with args.kept.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
-    print("\n".join(table([row for row in rows if row["task"] in args.tasks])))
+    for task, seed in ((task, seed) for task in args.tasks for seed in args.seeds if not args.kept_only):
+        wanted = [p for p in POLICIES if p.name in args.policies and (task, seed, p.name) not in done]
+        place = Place(task, seed, args.styles, args.work) if wanted else None
+        for policy in wanted:
+            assert place is not None
+            rows.append(place.measure(policy))
+            with args.kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    order = {policy.name: place for place, policy in enumerate(POLICIES)}
+    rows = [row for row in rows if row["task"] in args.tasks and row["policy"] in order]
+    rows.sort(key=lambda row: (args.tasks.index(row["task"]), row["seed"], order[row["policy"]]))
+    lines = [*summary(rows), "", *table(rows)]
+    print("\n".join(lines))
+    if args.report:
+        about = (__doc__ or "").split("\n\n", 2)[2].splitlines()
+        head = [
+            "# The unit of LR 1.0, measured",
+            "",
+            "`python tests/bench/gain_trials.py --styles STYLES`",
+            "",
+            *about,
+            "",
+        ]
+        (args.report / "gain_trials.md").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

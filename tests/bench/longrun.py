@@ -108,6 +108,7 @@ class Cell:
     words: tuple[tuple[str, Any], ...] = ()  # of the optimizer
     baseline: str = "auto"
     ema: bool = True
+    gain: str = "fixed"
 
     @property
     def name(self) -> str:
@@ -116,7 +117,7 @@ class Cell:
         words = "".join(f"-{key}={value}" for key, value in self.words) + (
             "" if self.baseline == "auto" else f"-{self.baseline}"
         )
-        words += "-averaged" if self.ema else ""
+        words += ("-averaged" if self.ema else "") + ("" if self.gain == "fixed" else f"-gain={self.gain}")
         return f"{self.place}-{self.optimizer}{rate}{words}"
 
     @property
@@ -144,6 +145,7 @@ class Cell:
                     "optimizer": {"name": self.optimizer, **dict(self.words)},
                     "loss": {"baseline": self.baseline},
                     "ema": self.ema,
+                    "gain": self.gain,
                 },
                 "validate": {"folder": str(validation), "every": every, "probe_images": 3},
                 "stop": {"mode": "off"},

@@ -11,6 +11,8 @@ hear only what was known at each step. Cells are kept in the work folder and use
 "held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped and as they are;
 both as often as the product does when left to itself, so that validations take a tenth of the run: every 20 steps with
 micro-batches of 4 and every 30 with 1; mirrored, every 30 and every 50.
+
+The runs have the published step length (`train.gain: fixed`); gain_trials.py has those that measure it.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def test_a_run_that_is_stopped_and_goes_on_equals_one_that_was_not(
 
 def test_a_run_that_measures_its_step_length_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
     """With steps far too long validations fail, so that the gain is lowered before and after the resume."""
-    words = ("train.gain=auto", "train.lr=2000", "validate.every=1", "train.max_steps=9")
+    words = ("train.lr=2000", "validate.every=1", "train.max_steps=9")
 
     def reductions(folder: RunFolder) -> list[int]:
         return [step for step, _ in folder.info()["gain"]["reductions"]]
@@ -213,7 +213,7 @@ def test_what_has_changed_is_refused_by_name_and_nothing_is_written(
     with pytest.raises(CheckpointError, match=r"train.max_grad_norm was 1.0 .* is 0.5 now") as caught:
         resume(place, half, "train.max_grad_norm=0.5")
     assert "--allow-config-change" in (caught.value.hint or "")
-    for word in ("train.loss.baseline=raw", "train.ema=false", "train.gain=auto"):
+    for word in ("train.loss.baseline=raw", "train.ema=false", "train.gain=fixed"):
         with pytest.raises(CheckpointError, match=f"{word.split('=')[0]} was") as caught:
             resume(place, half, word, allow_config_change=True)
         assert "cannot change within a run" in (caught.value.hint or "")
