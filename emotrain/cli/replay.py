@@ -52,6 +52,7 @@ def replay(
         stopcoef=stopcoef,
         num_tensors=tensors,
         start_loss=losses.start_loss,
+        gains=losses.gains,
     )
     if losses.left_out:
         output.warning(f"{losses.left_out} losses are not finite and were left out")

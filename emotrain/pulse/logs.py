@@ -25,7 +25,8 @@ _EVENT_FILES = "*tfevents*"
 class LossLog:
     """A series of losses: `column` is where they were found, `left_out` counts values that are not finite.
 
-    `start_loss` is the base's mean loss that a run of ours began its averages at, None in other logs.
+    `start_loss` is the base's mean loss that a run of ours began its averages at, None in other logs; `gains` are its
+    gains on the step length, one a loss, empty in other logs.
     """
 
     source: Path
@@ -34,6 +35,7 @@ class LossLog:
     losses: tuple[float, ...]
     left_out: int = 0
     start_loss: float | None = None
+    gains: tuple[float, ...] = ()
 
 
 def read_log(path: Path, column: str | None = None) -> LossLog:
@@ -61,7 +63,10 @@ def read_log(path: Path, column: str | None = None) -> LossLog:
     rows = _rows(path, text)
     log = _from_rows(path, rows, column)
     if path.name == "metrics.jsonl" and log.column in ("observed_loss", "loss"):
-        return replace(log, start_loss=_start_loss(path.with_name("run.json")))
+        gains = {_number(row.get("step")): _number(row.get("gain")) for row in rows}
+        found = [gains.get(step, math.nan) for step in log.steps]
+        start_loss = _start_loss(path.with_name("run.json"))
+        return replace(log, start_loss=start_loss, gains=tuple(x if math.isfinite(x) else 1.0 for x in found))
     return log
 
 

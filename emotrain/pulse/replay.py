@@ -61,6 +61,7 @@ def replay(
     stopcoef: float = 0.04,
     num_tensors: int = 1,
     start_loss: float | None = None,
+    gains: Sequence[float] = (),
 ) -> Replay:
     """Feed losses through a generation and through every stop signal.
 
@@ -73,16 +74,17 @@ def replay(
         stopcoef: of the 3.9 signal.
         num_tensors: 3.7.0 only, see `emotrain.pulse.signal.feel`.
         start_loss: where the averages begin, see `emotrain.pulse.signal.start`.
+        gains: factor on `lr` at each loss; empty: 1.
 
     Raises:
-        ValueError: the generation is unknown, or steps and losses differ in number.
+        ValueError: the generation is unknown, or steps, losses and gains differ in number.
         NonFiniteLossError: a loss is NaN or infinite.
     """
     name = canonical_generation(generation)
     scope = (1e-3 if name == "3.6" else 1.0) if lr is None else lr
     state, readings = start(name, start_loss), []
-    for loss in losses:
-        state, reading, _ = feel(state, loss, scope=scope, sensor=sensor, num_tensors=num_tensors)
+    for loss, gain in zip(losses, gains or [1.0] * len(losses), strict=True):
+        state, reading, _ = feel(state, loss, scope=scope * gain, sensor=sensor, num_tensors=num_tensors)
         readings.append(reading)
     return Replay(
         generation=name,

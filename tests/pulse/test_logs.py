@@ -9,6 +9,7 @@ import pytest
 
 from emotrain.errors import ConfigError
 from emotrain.pulse.logs import read_log, usual_gap
+from emotrain.pulse.replay import replay
 
 
 def write(path: Path, text: str) -> Path:
@@ -53,6 +54,16 @@ def test_a_run_folder_is_read_through_its_metrics_and_what_the_emotion_heard(tmp
     log = read_log(tmp_path)
     assert (log.column, log.losses) == ("observed_loss", (0.4,))
     assert read_log(tmp_path, "loss").losses == (0.5,)
+
+
+def test_a_run_s_gains_on_the_step_length_are_read_and_replayed(tmp_path: Path) -> None:
+    rows = ['"gain": 3.0', '"gain": 1.0', '"gain": null', '"gain": [1]']
+    text = "".join(f'{{"step": {step}, "loss": 0.5, {row}}}\n' for step, row in enumerate(rows, 1))
+    log = read_log(write(tmp_path / "metrics.jsonl", text))
+    assert log.gains == (3.0, 1.0, 1.0, 1.0)
+    plain, scaled = (replay(log.steps, log.losses, gains=gains).readings for gains in ((), log.gains))
+    ratios = [one.pulse / other.pulse for one, other in zip(scaled, plain, strict=True)]
+    assert ratios == pytest.approx([3.0, 1.0, 1.0, 1.0])
 
 
 def test_the_half_line_of_a_running_log_is_left_out(tmp_path: Path) -> None:

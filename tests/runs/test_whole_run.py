@@ -239,7 +239,7 @@ def test_a_run_that_was_never_better_than_its_base_says_so(tmp_path):
 def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, baseline, column):
     folder = train("quickstart", tmp_path, f"train.loss.baseline={baseline}", "sample.every=0").folder
     log = read_log(folder.metrics_path, column)
-    felt = replay(log.steps, log.losses, start_loss=log.start_loss)
+    felt = replay(log.steps, log.losses, start_loss=log.start_loss, gains=log.gains)
     rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
     for word in ("scalar", "trust", "pulse", "long"):
         assert [getattr(reading, word) for reading in felt.readings] == [row[word] for row in rows]
