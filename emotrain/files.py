@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 MAX_DIMENSIONS = 8
 MAX_SIDE = 2**40
-MAX_DIGITS = 20
+MAX_DIGITS = 40  # tokenizers write "no limit" with 31
 MAX_JSON = 16 * 2**20  # bytes
 
 
@@ -40,11 +41,16 @@ def strict_json(text: bytes | str) -> Any:
             raise ValueError("a number has too many digits")
         return int(digits)
 
+    def real(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            raise ValueError("a number is too large")
+        return value
+
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number")
 
     try:
-        return json.loads(text, object_pairs_hook=once, parse_int=whole, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=once, parse_int=whole, parse_float=real, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -101,6 +107,22 @@ def _span(entry: Any) -> tuple[int, int]:
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < MAX_SIDE
+
+
+def read_regular(path: Path, limit: int = MAX_JSON) -> bytes:
+    """All bytes of a regular file; a pipe or device in its place is not waited for.
+
+    Raises:
+        OSError: missing, unreadable, no regular file, or larger than `limit` bytes.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+        return file.read()
 
 
 def is_regular(path: Path) -> bool:

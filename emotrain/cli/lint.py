@@ -101,6 +101,8 @@ def _ranking(run: str | None) -> tuple[PictureScore, ...]:
 def _show(report: Report) -> None:
     """The findings, grouped by code; then folders, buckets and tags."""
     output.result(report.totals)
+    if report.assumed:
+        output.result(f"sizes: {report.assumed}; a preset says its own")
     groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in report.findings:
         groups[finding.severity, finding.code].append(finding)
@@ -115,7 +117,8 @@ def _show(report: Report) -> None:
     _tables(report)
     counts = report.counts()
     output.result("")
-    output.result(f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} notes")
+    words = (("error", counts["error"]), ("warning", counts["warning"]), ("note", counts["info"]))
+    output.result(", ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in words))
 
 
 def _tables(report: Report) -> None:

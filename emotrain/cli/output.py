@@ -7,6 +7,7 @@ characters first, and nothing is read as markup.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import unicodedata
@@ -44,8 +45,16 @@ def block(text: str) -> None:
 
 
 def json_object(value: Any) -> None:
-    """A result for programs: one JSON value on stdout."""
-    _write(sys.stdout, json.dumps(value, ensure_ascii=True, indent=2, allow_nan=False))
+    """A result for programs: one JSON value on stdout; numbers that JSON has no word for become null."""
+    _write(sys.stdout, json.dumps(_finite(value), ensure_ascii=True, indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_line(value: Mapping[str, Any]) -> None:

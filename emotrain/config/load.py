@@ -21,7 +21,7 @@ from emotrain.config.rules import check_rules
 from emotrain.config.schema import Preset
 from emotrain.config.source import MAX_PROBLEMS, Node
 from emotrain.config.text import read_text
-from emotrain.config.words import as_mapping, merge, normalise
+from emotrain.config.words import as_mapping, child_of, merge, normalise
 from emotrain.errors import ConfigError, Problem
 
 MAX_EXTENDS = 16
@@ -41,11 +41,7 @@ class LoadedPreset:
         """`network.rank` -> `presets/a.yaml:12`; the file alone where the value is a default."""
         node: Node | None = self._root
         for part in dotted.split("."):
-            value = node.value if node is not None else None
-            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
-                node = value[int(part)]
-            else:
-                node = as_mapping(node).get(part)
+            node = child_of(node, part)
         return node.where if node is not None else self._root.source
 
 

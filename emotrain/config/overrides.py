@@ -12,7 +12,7 @@ from pathlib import Path
 from emotrain.config import source
 from emotrain.config.paths import resolve_paths
 from emotrain.config.source import Node
-from emotrain.config.words import as_mapping, merge, normalise
+from emotrain.config.words import child_of, is_place, merge, normalise
 from emotrain.errors import ConfigError, Problem
 
 
@@ -31,7 +31,7 @@ def apply_override(root: Node, override: str) -> tuple[Node, list[Problem], list
     """
     key, node = _split(override)
     parts = key.split(".")
-    if any(part.isdigit() for part in parts):
+    if any(is_place(part) for part in parts):
         problems = _set_item(root, parts, node)
         resolve_paths(root, Path.cwd())  # the others are absolute already
         return root, problems, []
@@ -64,16 +64,14 @@ def _set_item(root: Node, parts: list[str], node: Node) -> list[Problem]:
     missing = [Problem(f"{node.source}: the preset has no such list or item")]
     at = root
     for part in parts[:-1]:
-        inner = as_mapping(at).get(part)
-        if isinstance(at.value, list) and part.isdigit() and int(part) < len(at.value):
-            inner = at.value[int(part)]
+        inner = child_of(at, part)
         if inner is None:
             return missing
         at = inner
     last = parts[-1]
     if isinstance(at.value, dict):
         at.value[last] = node
-    elif isinstance(at.value, list) and last.isdigit() and int(last) < len(at.value):
+    elif isinstance(at.value, list) and child_of(at, last) is not None:
         at.value[int(last)] = node
     else:
         return missing

@@ -209,7 +209,7 @@ def resolve_scalar(text: str) -> Scalar:
     if _FALSE.fullmatch(text):
         return False
     if _INT.fullmatch(text):
-        return int(text)
+        return int(text) if len(text) <= MAX_DIGITS else text
     if _FLOAT.fullmatch(text):
         return float(text)
     if _INFINITE.fullmatch(text) or _NAN.fullmatch(text):

@@ -17,7 +17,7 @@ from emotrain.config.aliases import (
     TOP,
 )
 from emotrain.config.schema import Preset
-from emotrain.config.source import Node
+from emotrain.config.source import MAX_DIGITS, Node
 from emotrain.errors import Problem
 
 # Own ways to write less: no note.
@@ -79,6 +79,18 @@ class _Tree:
 def as_mapping(node: Node | None) -> dict[str, Node]:
     """The node's children, none if it is not a mapping."""
     return node.value if node is not None and isinstance(node.value, dict) else {}
+
+
+def child_of(node: Node | None, part: str) -> Node | None:
+    """What lies under a key of a mapping, or at a place of a list (counted from 0); None where nothing does."""
+    if node is not None and isinstance(node.value, list):
+        return node.value[int(part)] if is_place(part) and int(part) < len(node.value) else None
+    return as_mapping(node).get(part)
+
+
+def is_place(part: str) -> bool:
+    """Whether a part of a dotted key is a list item's number: `2`, but no `²` and no number of 5,000 digits."""
+    return part.isascii() and part.isdigit() and len(part) <= MAX_DIGITS
 
 
 def merge(base: Node, over: Node) -> Node:

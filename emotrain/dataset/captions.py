@@ -92,7 +92,10 @@ def fill_trigger(prompt: str, trigger: str | None) -> str:
     """A prompt with `[trigger]` replaced; where there is no trigger it goes, with its comma."""
     if trigger:
         return prompt.replace(PLACEHOLDER, trigger)
-    return re.sub(r"\s*\[trigger\]\s*,?\s*", " ", prompt).strip(" ,")
+    first, *others = prompt.split(PLACEHOLDER)
+    behind = [piece.lstrip().removeprefix(",").lstrip() for piece in others]
+    pieces = [first, *behind]
+    return " ".join([*(piece.rstrip() for piece in pieces[:-1]), pieces[-1]]).strip(" ,")
 
 
 def pick(seed: int, visit: int, example_id: str, n_variants: int, dropout: float = 0.0) -> int:

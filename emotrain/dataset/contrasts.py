@@ -49,7 +49,7 @@ def parse_contrasts(lines: Iterable[str]) -> list[PictureContrast]:
             entry = json.loads(line)
             own = tuple(float(loss) for loss in entry["own"])
             others = tuple((str(name), tuple(float(loss) for loss in row)) for name, row in entry["others"].items())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"line {number} is not a picture with its losses") from error
         found.append(PictureContrast(str(entry["id"]), own, others))
     return found

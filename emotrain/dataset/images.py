@@ -42,6 +42,8 @@ MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_ASPECT = 32.0  # longest side over shortest
 MIN_SIDE = 8  # pixels
+USUAL_SCANS = 20  # of a progressive JPEG; more are allowed while all of them together stay quick
+MAX_SCANNED = 500_000_000  # pixels: each scan passes over the whole picture
 MODES = frozenset(
     (
         "1",
@@ -160,7 +162,7 @@ def read_header(data: bytes, *, path: str | Path) -> Header:
             is refused.
     """
     with _opened(data, path) as image:
-        return _header(image, data, path)
+        return _guarded_header(image, data, path)
 
 
 def decode_picture(data: bytes, *, background: str = "white", path: str | Path) -> Picture:
@@ -172,7 +174,7 @@ def decode_picture(data: bytes, *, background: str = "white", path: str | Path) 
     """
     colour = parse_background(background)
     with _opened(data, path) as image:
-        header = _header(image, data, path)
+        header = _guarded_header(image, data, path)
         try:
             image.load()
             upright = _upright(image, header.format, data)
@@ -218,6 +220,15 @@ def _what_it_is(data: bytes) -> str:
     return "is not a picture in a format that is read, or its first bytes are damaged"
 
 
+def _guarded_header(image: Image.Image, data: bytes, path: str | Path) -> Header:
+    try:
+        return _header(image, data, path)
+    except FileProblem:
+        raise
+    except Exception as error:  # a second frame or a chunk that lies
+        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", MEND) from error
+
+
 def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -232,6 +243,9 @@ def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
         raise FileProblem("unsupported-depth", path, reason, "save it as an 8- or 16-bit picture")
     if image.mode not in MODES:
         raise FileProblem("unsupported-mode", path, f"is in {image.mode}, which is not read", "save it as RGB")
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    if scans > USUAL_SCANS and scans * max(width * height, 64 * 64) > MAX_SCANNED:
+        raise FileProblem("too-slow", path, f"is stored in {scans:,} passes, which take minutes to decode", MEND)
     if image.format == "PNG" and PNG_END not in data:
         raise FileProblem("damaged", path, "is cut off before its end", MEND)
     # MPO is a JPEG with further views behind it

@@ -22,6 +22,7 @@ from emotrain.dataset.lint_sizes import (
     balance_findings,
     bucket_table,
     folder_table,
+    named_repeats,
     placements_of,
     size_findings,
     twin_findings,
@@ -193,4 +194,5 @@ def _whole(scan: Scan, settings: LintSettings, report: Report) -> list[Finding]:
     rules = _rules(scan, settings)
     if rules is not None:
         found += size_findings(scan.examples, placements_of(scan.examples, rules), rules)
+    found += named_repeats(scan.examples, scan.folders, settings.trigger)
     return found + balance_findings(report.folders) + twin_findings(scan.examples)

@@ -11,6 +11,7 @@ from emotrain.dataset.buckets import BucketRules, Placement, place
 from emotrain.dataset.examples import Example
 from emotrain.dataset.lint_types import BucketRow, Finding, FolderRow
 from emotrain.dataset.textfile import printable
+from emotrain.dataset.walk import REPEATS
 
 USUAL = (1024, 768, 512)
 HEAVY_CROP = 0.15  # share cut off from where it is worth a warning
@@ -109,6 +110,32 @@ def balance_findings(rows: Sequence[FolderRow]) -> list[Finding]:
     repeats = max(2, round(most.shown / least.shown))
     hint = f"if both matter alike, set `repeats: {repeats}` for {least.name}"
     return [Finding("folders-unbalanced", "warning", None, message, hint, (most.name, least.name))]
+
+
+def named_repeats(examples: Sequence[Example], folders: Sequence[Path], trigger: str | None) -> list[Finding]:
+    """Folders called `10_mika`: what that name does, and what it does not."""
+    found = {}
+    for example in examples:
+        parts = example.id.split("/")[:-1]
+        for depth in range(len(parts) - 1, 0, -1):
+            if match := REPEATS.fullmatch(parts[depth]):
+                found["/".join(parts[: depth + 1])] = (match, "is seen")
+                break
+    for folder in folders:
+        if match := REPEATS.fullmatch(printable(folder.resolve().name)):
+            found[match[0]] = (match, "is not seen")
+    return [
+        Finding(
+            "folder-repeats",
+            "info",
+            name,
+            f"{verb} {int(match[1])} times an epoch for its name"
+            + (": only the names of subfolders are read" if "not" in verb else ", which is no trigger"),
+            f"write `repeats: {int(match[1])}` in the preset" if "not" in verb else
+            "name the word that calls the LoRA in the preset (dataset.trigger)" if trigger is None else None,
+        )
+        for name, (match, verb) in found.items()
+    ]  # fmt: skip
 
 
 def twin_findings(examples: Sequence[Example]) -> list[Finding]:

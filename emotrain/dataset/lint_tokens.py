@@ -13,6 +13,7 @@ from pathlib import Path
 
 ENDS = 2  # the start and end marks that CLIP puts round a text
 CLIP_TOKENS = 77
+LONGEST = 256  # symbols that are put together at once: a longer word is counted in parts, in place of for minutes
 _PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
 
 
@@ -62,14 +63,15 @@ def tokenizer_in(folder: Path, max_tokens: int | None = None) -> TokenCounter | 
     """
     try:
         ranks = {pair: rank for rank, pair in enumerate(_merges(folder))}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if not ranks:
         return None
 
     @lru_cache(maxsize=65536)
     def pieces(word: str) -> int:
-        return _num_pieces([_BYTES[byte] for byte in word.encode("utf-8", "replace")], ranks)
+        letters = [_BYTES[byte] for byte in word.encode("utf-8", "replace")]
+        return sum(_num_pieces(letters[k : k + LONGEST], ranks) for k in range(0, len(letters), LONGEST))
 
     def count(text: str) -> int:
         words = _PIECE.findall(unicodedata.normalize("NFC", text).lower())
@@ -115,6 +117,6 @@ def _model_max_length(folder: Path) -> int:
     try:
         said = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
         length = int(said.get("model_max_length", CLIP_TOKENS))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return CLIP_TOKENS
     return length if 2 < length < 100_000 else CLIP_TOKENS

@@ -87,6 +87,7 @@ class Report:
     resolution: tuple[int, ...] = ()
     trigger: str | None = None
     seconds: float = 0.0
+    assumed: str = ""  # what the sizes are held against, where no preset says it
 
     @property
     def has_errors(self) -> bool:

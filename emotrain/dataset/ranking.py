@@ -103,7 +103,7 @@ def parse_losses(lines: Iterable[str]) -> list[LossRecord]:
             raise ValueError(f"line {failed} is not a step with its samples")
         try:
             records += _records_of(json.loads(line))
-        except (ValueError, TypeError, KeyError, IndexError):
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             failed = number
     return records
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from emotrain.errors import ModelError
+from emotrain.errors import EmotrainError, ModelError
 from emotrain.families.headers import refuse_unreadable
 from emotrain.families.quiet import quiet
 
@@ -79,21 +79,18 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
 
 
 def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
-    """Run a loader of diffusers or transformers; its complaints about files become a ModelError."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-    from safetensors import SafetensorError
+    """Build something of diffusers or transformers from a user's files; its complaints become a ModelError.
 
+    A library may raise anything, of any class, where a file is not what its names say.
+    """
     from emotrain.families.hub import hub_error
 
     try:
         with quiet():
             return load()
-    except torch.OutOfMemoryError:
+    except (EmotrainError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-        SafetensorError, SingleFileComponentError,
-    ) as error:  # whatever a library makes of a file that is not what its names say  # fmt: skip
+    except Exception as error:
         if (known := hub_error(where, error)) is not None:
             raise known from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

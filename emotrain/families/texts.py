@@ -32,9 +32,8 @@ def trainable_encoders(found: Sniffed) -> dict[str, tuple[str, dict[str, Any]]]:
 def _limit(found: Sniffed, encoder: TextEncoder) -> int:
     """Tokens of one encoder: the pipeline's, or less where a folder's tokenizer says less."""
     path = Path(found.path) / encoder.name.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
-    if found.kind == "folder" and path.is_file():
-        return min(int(read_json(path).get("model_max_length", encoder.max_tokens)), encoder.max_tokens)
-    return encoder.max_tokens
+    said = read_json(path).get("model_max_length") if found.kind == "folder" and path.is_file() else None
+    return min(int(said), encoder.max_tokens) if isinstance(said, int | float) and said >= 1 else encoder.max_tokens
 
 
 def encoder_parameters(found: Sniffed) -> dict[str, int]:

@@ -74,7 +74,7 @@ def _start_loss(path: Path) -> float | None:
     """What a run's `run.json` says of the loss that its emotion began at."""
     try:
         said = json.loads(path.read_text(encoding="utf-8")).get("start_loss")
-    except (OSError, ValueError, AttributeError):  # a log without its run is still a log
+    except (OSError, ValueError, AttributeError, RecursionError):  # a log without its run is still a log
         return None
     loss = _number(said)
     return loss if math.isfinite(loss) else None
@@ -95,7 +95,7 @@ def _json_lines(path: Path, text: str) -> list[Mapping[str, Any]]:
     for number, line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == lines[-1][0] and rows:
                 break  # the half line of a run that is writing, or has crashed
             raise ConfigError(f"{path}:{number}: is not JSON", "each line must be one JSON object") from error
@@ -107,8 +107,9 @@ def _json_lines(path: Path, text: str) -> list[Mapping[str, Any]]:
 def _json_rows(path: Path, text: str) -> list[Mapping[str, Any]]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: is not JSON", "give a list of losses or of objects") from error
+    except (ValueError, RecursionError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise ConfigError(f"{path}:{line}: is not JSON", "give a list of losses or of objects") from error
     if isinstance(value, Mapping):
         value = value.get("log_history", [value])
     rows: list[Mapping[str, Any]] = []
@@ -209,7 +210,7 @@ def _series(path: Path, name: str, steps: Sequence[float], losses: Sequence[floa
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

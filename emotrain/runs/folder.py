@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +20,7 @@ from emotrain import __version__
 from emotrain.config.dump import dump_values
 from emotrain.config.names import check_run_name
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError, ResourceError
-from emotrain.files import is_regular
+from emotrain.files import is_regular, read_regular
 from emotrain.runs.lock import hold
 from emotrain.train.durable import (
     decode_json,
@@ -31,6 +32,14 @@ from emotrain.train.durable import (
 
 RUNS_DIR = Path("runs")  # under the working directory, unless --runs-dir says otherwise
 INFO = "run.json"
+_KINDS: dict[type, tuple[str, ...]] = {  # of the fields of run.json; None stands for what is not known
+    str: ("name", "emotrain", "started", "finished", "stop_reason", "stop_sentence", "lora", "device", "family",
+          "base_sha256", "dataset_sha256"),
+    int: ("steps", "best_step", "seed", "resumes", "skipped"),
+    float: ("best_loss", "base_loss", "start_loss", "train_s"),
+    dict: ("libraries",),
+    list: ("held_out", "parents"),
+}  # fmt: skip
 LIBRARIES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
 )  # fmt: skip
@@ -101,18 +110,19 @@ class RunFolder:
         """The LoRA of the last step."""
         return self.path / "lora-last.safetensors"
 
-    @property
-    def traceback_path(self) -> Path:
-        """Where a bug of ours leaves its traceback."""
-        return self.path / "traceback.txt"
-
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the run for this process.
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; an exception from within learns its folder, where its traceback is kept.
 
         Raises:
             ResourceError: another process trains in it (exit 6); a dead one's lock is taken over.
         """
-        return hold(self.path / ".lock", f"run `{self.name}`")
+        with hold(self.path / ".lock", f"run `{self.name}`"):
+            try:
+                yield
+            finally:
+                if (error := sys.exception()) is not None:
+                    vars(error)["run_dir"] = self.path
 
     def info(self) -> dict[str, Any]:
         """What `run.json` says.
@@ -121,12 +131,13 @@ class RunFolder:
             CheckpointError: it is missing or damaged.
         """
         try:
-            info = decode_json(self.info_path.read_bytes())
+            info = decode_json(read_regular(self.info_path))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.info_path} cannot be read: {error}") from error
-        if not isinstance(info, dict):
-            raise CheckpointError(f"{self.info_path} is not a run's description")
-        return info
+        wrong = "the whole" if not isinstance(info, dict) else next(_misfits(info), None)
+        if wrong is not None:
+            raise CheckpointError(f"{self.info_path} is not a run's description: {wrong} is of another kind")
+        return dict(info)
 
     def write_preset(self, preset: Mapping[str, Any]) -> None:
         """Put a changed preset in the place of the one that is there; an equal one is left alone.
@@ -289,6 +300,20 @@ def list_runs(runs_dir: Path = RUNS_DIR) -> list[RunFolder]:
         return []
     found = [RunFolder(path) for path in runs_dir.iterdir() if _is_run(path)]
     return sorted(found, key=lambda run: (_started(run), run.name))
+
+
+def _misfits(info: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of a `run.json` that hold what no run writes into them."""
+    for field, value in info.items():
+        kind = next((kind for kind, fields in _KINDS.items() if field in fields), object)
+        right = value is None or isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if not right or (isinstance(value, bool) and kind in (int, float)):
+            yield f"`{field}`"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"`{field}`"
+    parents = info.get("parents")
+    if isinstance(parents, list) and not all(isinstance(parent, dict) for parent in parents):
+        yield "`parents`"
 
 
 def library_versions() -> dict[str, str]:

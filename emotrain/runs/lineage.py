@@ -12,7 +12,7 @@ from typing import Any
 
 from emotrain.config.source import parse
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError
-from emotrain.files import is_regular
+from emotrain.files import is_regular, read_regular
 from emotrain.runs.changes import flat
 from emotrain.runs.folder import RunFolder, list_runs
 from emotrain.runs.lock import is_held
@@ -67,7 +67,7 @@ def last_step(folder: RunFolder) -> int | None:
             file.seek(max(folder.metrics_path.stat().st_size - TAIL, 0))
             lines = file.read().splitlines()
         for line in reversed(lines):
-            with contextlib.suppress(ValueError):  # the half line of a run that is writing
+            with contextlib.suppress(ValueError, RecursionError):  # the half line of a run that is writing
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
                     return int(row["step"])
@@ -107,7 +107,7 @@ class Family:
 
         A LoRA file that a later resume has overwritten is still found by its run's name.
         """
-        entries = [dict(entry) for entry in run.info.get("parents") or () if isinstance(entry, Mapping)]
+        entries = [dict(entry) for entry in run.info.get("parents") or ()]
         return [
             (entry, self._by_digest.get(str(entry.get("sha256"))) or self._by_name.get(str(entry.get("run"))))
             for entry in entries
@@ -172,6 +172,8 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 def file_digest(path: Path) -> str | None:
     """sha256 of a file in hex, None where there is none."""
     digest = hashlib.sha256()
+    if not is_regular(path):
+        return None
     try:
         with path.open("rb") as file:
             while block := file.read(BLOCK):
@@ -184,7 +186,7 @@ def file_digest(path: Path) -> str | None:
 def _preset(run: Run) -> Any:
     path = run.folder.preset_path
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emotrain.config.builtin import is_builtin
 from emotrain.config.schema import Folder, Preset
+from emotrain.dataset.buckets import BucketRules
 from emotrain.dataset.lint import LintSettings, lint
 from emotrain.dataset.lint_pool import Progress
+from emotrain.dataset.lint_sizes import USUAL, usual_resolution
 from emotrain.dataset.lint_tokens import TokenCounter, estimator, tokenizer_in
 from emotrain.dataset.lint_types import Report
 from emotrain.dataset.scan import scan
@@ -26,15 +29,27 @@ class Options:
 
 
 def lint_folder(path: str, options: Options | None = None) -> Report:
-    """Lint one folder (or `builtin:example`) by itself: no trigger, the usual resolutions, a CLIP encoder.
+    """Lint one folder by itself: no trigger, a CLIP encoder, and the largest usual resolution that half of it reaches.
+
+    `builtin:example` is made for the built-in models, and is held against theirs.
 
     Raises:
         DatasetError: there is no such folder.
         ConfigError: an unknown `builtin:` name.
     """
     options = options or Options()
-    settings = LintSettings(previews=options.previews)
-    return lint(scan((Folder(path=path),)), settings, workers=options.workers, progress=options.progress)
+    found = scan((Folder(path=path),))
+    if is_builtin(path):
+        model = sniff("builtin:tiny-sd")
+        rules = BucketRules((model.resolution,), model.bucket_step)
+        assumed = f"held against {model.resolution} px, the size of the built-in models"
+    else:
+        side = usual_resolution(found.examples) or USUAL[-1]
+        rules = BucketRules((side,))
+        assumed = f"held against {side} px, the largest of 1024, 768 and 512 that half reach"
+    settings = LintSettings(previews=options.previews, rules=rules)
+    report = lint(found, settings, workers=options.workers, progress=options.progress)
+    return replace(report, assumed=assumed)
 
 
 def lint_preset(preset: Preset, options: Options | None = None) -> Report:

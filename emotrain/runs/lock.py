@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ResourceError
+from emotrain.files import read_regular
 from emotrain.train.durable import decode_json, encode_json, process_birth, process_lives
 
 try:
@@ -18,6 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _TRIES = 10
+MAX_LOCK = 4096  # bytes
 
 
 @contextlib.contextmanager
@@ -112,17 +114,19 @@ def _system_lock(descriptor: int) -> bool:
 
 def _holder(path: Path) -> dict[str, Any]:
     try:
-        holder = decode_json(path.read_bytes())
-    except ValueError:  # cut off while it was written
+        holder = decode_json(read_regular(path, MAX_LOCK))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError):  # cut off while it was written, or no lock of ours
         return {}
     return holder if isinstance(holder, dict) else {}
 
 
 def _may_live(holder: dict[str, Any]) -> bool:
-    pid = holder.get("pid")
-    if not isinstance(pid, int):
+    pid, host = holder.get("pid"), holder.get("host")
+    if type(pid) is not int or not 0 < pid < 2**32 or not isinstance(host, str):
         return False
-    if holder.get("host") != socket.gethostname():
+    if host != socket.gethostname():
         return True
     birth = process_birth(pid)
     same = holder.get("birth") is None or birth is None or birth == holder["birth"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from emotrain.dataset.contrasts import parse_contrasts
 from emotrain.dataset.ranking import PictureScore, parse_losses, rank
 from emotrain.errors import CheckpointError
+from emotrain.files import read_regular
 from emotrain.runs.folder import RunFolder
 
 LOSSES = "picture_losses.jsonl"
+MAX_LOG = 2**30  # bytes
 CONTRASTS = "picture_contrast.jsonl"
 
 
@@ -32,7 +34,7 @@ def rank_pictures(folder: RunFolder) -> tuple[PictureScore, ...]:
 
 def _lines(folder: RunFolder, name: str) -> list[str] | None:
     try:
-        text = (folder.path / name).read_text(encoding="utf-8")
+        text = read_regular(folder.path / name, MAX_LOG).decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

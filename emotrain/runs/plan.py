@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.examples import Example
 from emotrain.dataset.scan import resolve_folder
 from emotrain.dataset.settings import LoaderSettings
+from emotrain.families.component import guard
 from emotrain.families.loading import choose_device, choose_dtype, free_gib
 from emotrain.families.memory import SIZES_GIB, MemoryPlan
 from emotrain.families.sniff_file import public_model
@@ -168,7 +170,8 @@ def _pictures(preset: Preset, side: int, may_assume: bool) -> tuple[tuple[str, .
 def footprint_of(preset: Preset, found: Sniffed, batch: tuple[int, int, int], low: torch.dtype) -> Footprint:
     """What a step keeps; `batch` is the number of pictures, and the height and width of their latents."""
     network = preset.network
-    return measure(
+    count = partial(
+        measure,
         found.family,
         found.denoiser_config,
         latents=(batch[0], found.latent_channels, *batch[1:]),
@@ -184,6 +187,8 @@ def footprint_of(preset: Preset, found: Sniffed, batch: tuple[int, int, int], lo
         },
         encoders=trainable_encoders(found) if network.text_encoder else {},
     )
+    is_public = found.variant != "custom"
+    return count() if is_public else guard(str(found.path), FAMILIES[found.family].denoiser, count)
 
 
 def planned_dtype(dtype: str, device: torch.device) -> torch.dtype:

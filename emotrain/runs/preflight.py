@@ -216,7 +216,9 @@ def _lint(preset: Preset, result: Preflight, scans: Scans, progress: Progress | 
     counts = Counter(finding.code for finding in report.findings if finding.severity == "warning")
     if counts:
         listed = ", ".join(f"{count} {code}" for code, count in counts.most_common())
-        result.warnings.append(f"the data has {counts.total()} warnings ({listed}); `emotrain lint` says more")
+        result.warnings.append(
+            f"the data has {counts.total()} warning{'s' * (counts.total() != 1)} ({listed}); `emotrain lint` says more"
+        )
 
 
 def _epoch(preset: Preset, found: Scan) -> str:

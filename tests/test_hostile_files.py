@@ -1,0 +1,259 @@
+"""Files that were meddled with: each is refused in a line, or read as well as it can be, and harms nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from emotrain.cli.app import main
+from emotrain.config.source import resolve_scalar
+from emotrain.dataset.captions import fill_trigger
+from emotrain.dataset.images import decode_picture, read_header
+from emotrain.dataset.lint_tokens import tokenizer_in
+from emotrain.dataset.textfile import FileProblem
+from emotrain.errors import CheckpointError
+from emotrain.files import read_regular, strict_json
+from emotrain.runs.folder import RunFolder, create_run
+from emotrain.runs.lock import is_held
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+import hostile
+
+ASSETS = Path(__file__).parents[1] / "emotrain" / "assets"
+
+
+def said(words: list[str], capsys: Any) -> tuple[int, str]:
+    code = main(words)
+    streams = capsys.readouterr()
+    return code, streams.out + streams.err
+
+
+# ------------------------------------------------------------ presets
+
+
+def test_the_number_of_a_list_item_is_written_in_plain_digits(capsys: Any) -> None:
+    for part in ("²", "٣", "9" * 5000):
+        code, text = said(["check", "quickstart", "--set", f"dataset.folders.{part}.repeats=2"], capsys)
+        assert code == 2
+        assert "dataset.folders" in text
+    assert said(["check", "quickstart", "--set", "dataset.folders.0.repeats=2"], capsys)[0] == 0
+
+
+def test_a_number_of_5000_digits_is_no_number(capsys: Any) -> None:
+    assert resolve_scalar("1" * 40) == int("1" * 40)
+    assert resolve_scalar("1" * 5000) == "1" * 5000
+    code, text = said(["check", "quickstart", "--set", f"network.rank={'1' * 5000}"], capsys)
+    assert (code, "network.rank is" in text) == (2, True)
+
+
+# ------------------------------------------------------------ configs
+
+
+def test_json_numbers_are_finite_and_those_of_real_tokenizers_are_read() -> None:
+    for text in ("1e999", "-1e999", "NaN", "Infinity", "1" * 41):
+        with pytest.raises(ValueError, match="number|digits"):
+            strict_json(text)
+    assert strict_json('{"model_max_length": 1000000000000000019884624838656}')["model_max_length"] > 1e29
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    import shutil
+
+    shutil.copytree(ASSETS / "tiny-sd", tmp_path / "m")
+    text = f"model: {tmp_path / 'm'}\ndataset: {{folders: [{{path: builtin:example}}], resolution: 64}}\n"
+    (tmp_path / "p.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def spoil(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
+def test_a_tokenizer_that_says_no_length_leaves_the_family_s(model: Path) -> None:
+    from emotrain.families.table import sniff
+    from emotrain.families.texts import num_text_tokens
+
+    for value, tokens in (("((", 77), (None, 77), ([], 77), (-5, 77), (16, 16), (10**30, 77)):
+        spoil(model / "m" / "tokenizer" / "tokenizer_config.json", model_max_length=value)
+        assert num_text_tokens(sniff(str(model / "m"))) == tokens
+
+
+@pytest.mark.parametrize("field", [{"block_out_channels": ["a", "b"]}, {"cross_attention_dim": "x"}])
+def test_a_denoiser_that_cannot_be_built_is_the_model_s_fault_in_plan(
+    field: dict[str, Any], model: Path, capsys: Any
+) -> None:
+    spoil(model / "m" / "unet" / "config.json", **field)
+    code, text = said(["plan", str(model / "p.yaml")], capsys)
+    assert code == 4, text
+    assert "unet" in text
+
+
+def test_a_text_encoder_whose_config_is_of_other_types_is_the_model_s_fault(model: Path, capsys: Any) -> None:
+    spoil(model / "m" / "text_encoder" / "config.json", hidden_size="1_000")
+    words = ["run", str(model / "p.yaml"), "--runs-dir", str(model / "runs"), "--plain"]
+    code, text = said(words, capsys)
+    assert code == 4, text
+    assert "text_encoder` cannot be loaded" in text
+
+
+def test_a_tokenizer_nested_too_deeply_leaves_the_estimate(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model":' * 100_000, encoding="utf-8")
+    assert tokenizer_in(tmp_path) is None
+
+
+def test_a_word_of_60_000_letters_is_counted_at_once(capsys: Any) -> None:
+    counter = tokenizer_in(ASSETS / "tiny-sd" / "tokenizer")
+    assert counter is not None
+    start = time.process_time()
+    assert counter.count("w" * 60_000) > 1000
+    assert time.process_time() - start < 3
+    assert counter.count("a rocket") == counter.count("a") + counter.count("rocket")
+
+
+# ------------------------------------------------------------ captions and pictures
+
+
+@pytest.mark.parametrize(
+    ("prompt", "filled"),
+    [
+        ("[trigger], a cat", "a cat"),
+        ("a [trigger] cat", "a cat"),
+        ("a  [trigger] ,  cat", "a cat"),
+        ("a [trigger][trigger], b", "a  b"),
+        ("a, [trigger]", "a"),
+        ("", ""),
+    ],
+)
+def test_a_prompt_without_a_trigger_loses_the_word_and_its_comma(prompt: str, filled: str) -> None:
+    assert fill_trigger(prompt, None) == filled
+
+
+def test_60_000_spaces_in_a_caption_take_no_time() -> None:
+    start = time.process_time()
+    assert fill_trigger("a" + " " * 60_000 + "b", None).startswith("a  ")
+    assert time.process_time() - start < 1
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_and_a_common_one_read() -> None:
+    assert decode_picture(hostile.many_scans(12, 256), path="a.jpg").image.size == (256, 256)
+    data = hostile.many_scans(400, 1200)
+    start = time.process_time()
+    with pytest.raises(FileProblem, match="passes, which take minutes"):
+        read_header(data, path="a.jpg")
+    assert time.process_time() - start < 1
+
+
+def test_a_cut_animated_gif_is_damaged_at_every_length() -> None:
+    buffer = io.BytesIO()
+    first = Image.effect_noise((16, 16), 80)
+    first.save(buffer, "GIF", save_all=True, append_images=[first.rotate(90), first.rotate(180)])
+    data = buffer.getvalue()
+    problems = 0
+    for length in range(len(data)):
+        try:
+            decode_picture(data[:length], path="a.gif")
+        except FileProblem:
+            problems += 1
+    assert problems > len(data) // 3
+
+
+# ------------------------------------------------------------ run folders
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for name in ("good", "bad"):
+        create_run(tmp_path / "runs", name, {"name": name})
+    return tmp_path / "runs"
+
+
+WRONG: dict[str, Any] = {
+    "steps": "many", "best_loss": [1], "parents": 7, "stop_reason": {"a": 1}, "started": 5, "libraries": [],
+    "best_step": True, "seed": 1.5, "held_out": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_run_described_with_other_types_is_damaged_and_the_others_are_listed(
+    field: str, runs: Path, capsys: Any
+) -> None:
+    spoil(runs / "bad" / "run.json", **{field: WRONG[field]})
+    with pytest.raises(CheckpointError, match=f"`{field}` is of another kind"):
+        RunFolder(runs / "bad").info()
+    code, text = said(["runs", "list", "--runs-dir", str(runs)], capsys)
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["good", "bad"]
+    assert "damaged" in text
+    assert said(["runs", "show", "good", "--runs-dir", str(runs)], capsys)[0] == 0
+    assert said(["runs", "show", "bad", "--runs-dir", str(runs)], capsys)[0] == 5
+
+
+def test_a_number_that_is_infinite_is_no_loss(runs: Path, capsys: Any) -> None:
+    path = runs / "bad" / "run.json"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"best_loss": null', '"best_loss": 1e999'), encoding="utf-8"
+    )
+    code, text = said(["runs", "compare", "good", "bad", "--runs-dir", str(runs), "--json"], capsys)
+    assert code == 0
+    assert json.loads(text)["runs"][1]["status"] == "damaged"
+
+
+LOCKS: dict[str, bytes] = {
+    "a list": b"[1]", "a text for a process": b'{"pid": "x", "host": []}', "a huge process": b'{"pid": 1e300}',
+    "deep": b"[" * 100_000, "no text": b"\xff\xfe\x00", "huge": b'{"pid": ' + b" " * 10_000 + b"1}",
+    "a process number of 400 digits": b'{"pid": ' + b"9" * 400 + b"}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOCKS)
+def test_a_lock_of_another_kind_holds_nothing(kind: str, runs: Path, capsys: Any) -> None:
+    (runs / "bad" / ".lock").write_bytes(LOCKS[kind])
+    assert not is_held(runs / "bad" / ".lock")
+    code, text = said(["runs", "list", "--runs-dir", str(runs)], capsys)
+    assert (code, "good" in text, "bad" in text) == (0, True, True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", [".lock", "preset.yaml", "picture_losses.jsonl", "lora.safetensors", "metrics.jsonl"])
+def test_a_pipe_in_a_run_is_not_waited_for(name: str, runs: Path, capsys: Any) -> None:
+    (runs / "bad" / name).unlink(missing_ok=True)
+    os.mkfifo(runs / "bad" / name)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_regular(runs / "bad" / name)
+    for words in (["list"], ["show", "bad"], ["compare", "good", "bad"]):
+        assert said(["runs", *words, "--runs-dir", str(runs)], capsys)[0] in (0, 2, 5)
+    assert said(["images", "bad", "--runs-dir", str(runs)], capsys)[0] == 5
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": 1e999, "samples": []}', '{"step": {}, "samples": 4}'])
+def test_losses_of_another_kind_cannot_be_ranked(line: str, runs: Path, capsys: Any) -> None:
+    (runs / "bad" / "picture_losses.jsonl").write_text(f'{line}\n{{"step": 2, "samples": []}}\n', encoding="utf-8")
+    code, text = said(["images", "bad", "--runs-dir", str(runs)], capsys)
+    assert (code, "line 1" in text) == (5, True)
+
+
+def test_what_a_bug_raises_in_a_run_leaves_its_traceback_in_the_run_s_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from emotrain.runs.session import Session
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a bug of ours")
+
+    monkeypatch.setattr(Session, "start_event", fail)
+    words = ["run", "quickstart", "--runs-dir", str(tmp_path), "--plain", "--set", "train.max_steps=1"]
+    code, text = said(words, capsys)
+    assert code == 1
+    kept = list((tmp_path / "quickstart").glob("traceback-*.txt"))
+    assert len(kept) == 1
+    assert str(kept[0]) in text
+    assert "a bug of ours" in kept[0].read_text(encoding="utf-8")
