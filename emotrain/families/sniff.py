@@ -126,6 +126,37 @@ def _absent(folder: Path, index: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+SIZES = (
+    "in_channels", "out_channels", "latent_channels", "z_dim", "dim", "n_layers", "num_layers", "num_single_layers",
+    "num_attention_heads", "attention_head_dim", "sample_size", "cross_attention_dim", "joint_attention_dim",
+    "patch_size",
+)  # fmt: skip
+LISTS = ("block_out_channels", "dim_mult")
+MAX_SIZE = 2**20
+
+
+def _refuse_odd_sizes(where: Path | str, part: str, config: dict[str, Any]) -> None:
+    """Refuse a config whose sizes are no whole numbers of a sane size.
+
+    Raises:
+        ModelError: with the field.
+    """
+
+    def is_size(value: object) -> bool:
+        return type(value) is int and 0 < value <= MAX_SIZE
+
+    for name in (*SIZES, *LISTS):
+        value = config.get(name)
+        several = value if isinstance(value, list) else [value]
+        right = all(map(is_size, several)) and bool(several) and len(several) <= 64
+        if name in config and not right and (value is not None or name in LISTS):
+            shown = repr(value)[:60]
+            raise ModelError(
+                f"`{where}/{part}/config.json` says {name} is {shown}, which no model has",
+                "the download may be damaged; download it again",
+            )
+
+
 def _from_configs(
     where: Path | str,
     index: dict[str, Any],
@@ -149,6 +180,8 @@ def _from_configs(
     spec = FAMILIES[family]
     denoiser = read(spec.denoiser, "config.json")
     vae = read("vae", "config.json")
+    for part, config in ((spec.denoiser, denoiser), ("vae", vae)):
+        _refuse_odd_sizes(where, part, config)
     scheduler = read("scheduler", "scheduler_config.json")
     if family == "sd15" and denoiser.get("cross_attention_dim") == 1024:
         family = "sd21"

@@ -307,9 +307,11 @@ def _misfits(info: Mapping[str, Any]) -> Iterator[str]:
     for field, value in info.items():
         kind = next((kind for kind, fields in _KINDS.items() if field in fields), object)
         right = value is None or isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not right or (isinstance(value, bool) and kind in (int, float)):
-            yield f"`{field}`"
-        elif isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, bool):
+            right = kind is object
+        elif isinstance(value, float):
+            right = right and math.isfinite(value)
+        if not right:
             yield f"`{field}`"
     parents = info.get("parents")
     if isinstance(parents, list) and not all(isinstance(parent, dict) for parent in parents):

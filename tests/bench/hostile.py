@@ -3,8 +3,9 @@
     python tests/bench/hostile.py [--trials 3000] [--seed 0] [--kind NAME]... [--only KIND:NUMBER] [--out FILE]
 
 A trial writes a small good input, spoils it, and calls one command in this process. It fails by a traceback, by exit
-code 1, by more than 10 s of CPU time (or 30 s of waiting), or by what its own kind says (one bad run must not break `runs list` for the others). A trial
-is found again by `--only`, whatever came before it. Prints each failure and a table by kind.
+code 1, by more than 10 s of CPU time (or 30 s of waiting), or by what its own kind says (one bad run must not break
+`runs list` for the others). A trial is found again by `--only`, whatever came before it. Prints each failure and a
+table by kind.
 """
 
 from __future__ import annotations
@@ -72,15 +73,21 @@ DEEP: Any = []
 for _ in range(200):
     DEEP = [DEEP]
 TEXTS = [
-    "", " ", "x" * 300, "x" * 70_000, "~", "~nouser/x", "..", "../..", "\0", "a\0b", "\u202eabc", "\ud800", "é", "e\u0301",
-    "²", "٣", "1" * 5000, "-1", "0", "1e400", "nan", "inf", "-inf", ".inf", "0x10", "1_000", "1/0", "0/2", "true", "null",
-    "%s%n", "{0}", "{__class__}", "$(id)", "; ls", "`id`", "[", "]", "{", "*", "**", "(", ")", "\\", "(a+)+$", "((a*)*)*b",
-    "(" * 5000, "a{1000}{1000}", "(?P<x>)(?P<x>)", "[trigger]" * 500, "<lora:a:1>", "\x1b[31m", "\n", "\r\n\t", "#", "&a",
+    "", " ", "x" * 300, "x" * 70_000, "~", "~nouser/x", "..", "../..", "\0", "a\0b", "\u202eabc", "\ud800", "é",
+    "e\u0301",
+    "²", "٣", "1" * 5000, "-1", "0", "1e400", "nan", "inf", "-inf", ".inf", "0x10", "1_000", "1/0", "0/2", "true",
+    "null",
+    "%s%n", "{0}", "{__class__}", "$(id)", "; ls", "`id`", "[", "]", "{", "*", "**", "(", ")", "\\", "(a+)+$",
+    "((a*)*)*b",
+    "(" * 5000, "a{1000}{1000}", "(?P<x>)(?P<x>)", "[trigger]" * 500, "<lora:a:1>", "\x1b[31m", "\n", "\r\n\t", "#",
+    "&a",
     "*a", "!!python/object:os.system", "---", "builtin:", "builtin:../x", "hf://x", "http://[", "C:\\x", "\\\\host\\x",
-    "con", "aux.txt", "a" * 255, "a/" * 2000, "1024,1024", "--help", "--n --w x", "auto", "none", "None", "emosens.EmoSens",
+    "con", "aux.txt", "a" * 255, "a/" * 2000, "1024,1024", "--help", "--n --w x", "auto", "none", "None",
+    "emosens.EmoSens",
 ]  # fmt: skip
 NUMBERS: list[Any] = [
-    0, 1, -1, 2, 7, 2**31, -(2**31), 2**63, 2**64, 10**18, 10**30, 10**300, 10**400, 0.0, -0.0, 1e-320, 1e308, -1e308, 0.5,
+    0, 1, -1, 2, 7, 2**31, -(2**31), 2**63, 2**64, 10**18, 10**30, 10**300, 10**400, 0.0, -0.0, 1e-320, 1e308,
+    -1e308, 0.5,
     math.inf, -math.inf, math.nan, True, False,
 ]  # fmt: skip
 SHAPES: list[Any] = [None, [], {}, [[]], [None], [0], [1, 2, 3], {"a": 1}, {"": {}}, [{}], DEEP, list(range(3000))]
@@ -196,13 +203,15 @@ PRESET: dict[str, Any] = {
     "network": {"type": "lora", "rank": 4, "alpha": 4, "targets": "attn-mlp", "conv_rank": 0, "text_encoder": False,
                 "rank_pattern": {"to_q": 2}},
     "start_from": {"continue": None, "stack": []},
-    "train": {"optimizer": {"name": "emosens", "generation": "3.9", "use_shadow": False, "eps": 1e-8, "betas": [0.9, 0.995],
+    "train": {"optimizer": {"name": "emosens", "generation": "3.9", "use_shadow": False, "eps": 1e-8, "betas": [0.9,
+    0.995],
                             "weight_decay": 0.01, "stopcoef": 0.04, "sensor": "faithful", "notify": True},
               "lr": 1.0, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 30, "max_grad_norm": 1.0,
               "seed": 42, "loss": {"min_snr_gamma": None, "noise_offset": 0.0, "timesteps": "auto", "shift": "auto"}},
     "stop": {"mode": "trusted", "min_steps": "auto"},
     "validate": {"every": 50, "probe_images": 1, "folder": None, "fraction": 0.0},
-    "sample": {"every": 250, "at_start": True, "seed": 42, "steps": 20, "guidance": "auto", "prompts": ["[trigger], a"]},
+    "sample": {"every": 250, "at_start": True, "seed": 42, "steps": 20, "guidance": "auto",
+               "prompts": ["[trigger], a"]},
     "save": {"every": 250, "keep_last": 3, "format": "auto", "dtype": "fp16"},
     "log": {"tensorboard": True, "every": 10},
 }  # fmt: skip
@@ -322,7 +331,8 @@ def spoil_container(rng: Random, content: bytes) -> bytes:
 
 METADATA = (
     "ss_base_model_version", "ss_network_dim", "ss_network_alpha", "ss_network_args", "modelspec.architecture",
-    "modelspec.prediction_type", "emotrain", "emotrain.parents", "emotrain_parents", "ss_tag_frequency", "format", "sshs_model_hash",
+    "modelspec.prediction_type", "emotrain", "emotrain.parents", "emotrain_parents", "ss_tag_frequency", "format",
+    "sshs_model_hash",
 )  # fmt: skip
 
 
@@ -446,7 +456,8 @@ def model_headers() -> dict[str, Any]:
             {key: value for key, value in config.items() if not key.startswith("_")}
         )
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+                            down_block_types=("DownEncoderBlock2D",) * 4,
+                            up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
     shapes = {
         f"model.diffusion_model.{unet_name(name, 2)}": list(value.shape) for name, value in unet.state_dict().items()
     }
@@ -498,11 +509,16 @@ def model_weights(rng: Random, here: Path) -> Trial:
 
 def caption_text(rng: Random) -> bytes:
     pieces = [
-        lambda: "{" + "|" * rng.choice((10, 60_000)), lambda: "{a|" * 5000, lambda: "}" * 5000, lambda: "mika_ch " * 7000,
-        lambda: "w" * 32_768, lambda: "," * 60_000, lambda: "a," * 30_000, lambda: "\n%%%\n" * 9000, lambda: "__a__" * 5000,
-        lambda: "(" * 20_000, lambda: "<lora:x:1>" * 3000, lambda: "é" * 30_000, lambda: "\u0300" * 30_000, lambda: "\U0001f468\u200d" * 8000,
-        lambda: "\0", lambda: "\x1b]0;x\x07", lambda: "a" + " " * 60_000 + "b", lambda: "[trigger]" * 7000, lambda: "\ufeff" * 100,
-        lambda: "<a " * 20_000, lambda: "&" * 60_000, lambda: "http://" * 9000, lambda: "|||" * 20_000, lambda: "mika_ch" * 9000,
+        lambda: "{" + "|" * rng.choice((10, 60_000)), lambda: "{a|" * 5000, lambda: "}" * 5000,
+        lambda: "mika_ch " * 7000,
+        lambda: "w" * 32_768, lambda: "," * 60_000, lambda: "a," * 30_000, lambda: "\n%%%\n" * 9000,
+        lambda: "__a__" * 5000,
+        lambda: "(" * 20_000, lambda: "<lora:x:1>" * 3000, lambda: "é" * 30_000, lambda: "\u0300" * 30_000,
+        lambda: "\U0001f468\u200d" * 8000,
+        lambda: "\0", lambda: "\x1b]0;x\x07", lambda: "a" + " " * 60_000 + "b", lambda: "[trigger]" * 7000,
+        lambda: "\ufeff" * 100,
+        lambda: "<a " * 20_000, lambda: "&" * 60_000, lambda: "http://" * 9000, lambda: "|||" * 20_000,
+        lambda: "mika_ch" * 9000,
         lambda: "Ã©" * 20_000, lambda: rng.choice(TEXTS), lambda: "a cat, sitting, on a mat",
     ]  # fmt: skip
     text = rng.choice(("", "\n", ", ")).join(rng.choice(pieces)() for _ in range(rng.choice((1, 1, 2, 3))))
@@ -552,7 +568,8 @@ FORMATS = (
     "AVIF",
     "APNG",
 )
-_SUFFIX = {"JPEG": "jpg", "progressive": "jpg", "CMYK": "jpg", "EXIF": "jpg", "WEBP": "webp", "GIF": "gif", "animated": "gif",
+_SUFFIX = {"JPEG": "jpg", "progressive": "jpg", "CMYK": "jpg", "EXIF": "jpg", "WEBP": "webp", "GIF": "gif",
+           "animated": "gif",
            "TIFF": "tif", "BMP": "bmp", "AVIF": "avif"}  # fmt: skip
 
 
@@ -738,7 +755,8 @@ def run_folder(rng: Random, here: Path) -> Trial:
     if what <= 2:
         return Trial(["runs", "list", *where, *rng.choice(([], ["--json"]))], lists_the_good_one)
     commands = [
-        ["runs", "show", "bad", *where], ["runs", "compare", "bad", "good", *where, "--json"], ["images", "bad", *where],
+        ["runs", "show", "bad", *where], ["runs", "compare", "bad", "good", *where, "--json"], ["images", "bad",
+        *where],
         ["runs", "compare", "good", "bad", *where], ["resume", str(bad), "--plain"], ["runs", "show", "good", *where],
     ]  # fmt: skip
     return Trial(rng.choice(commands))
@@ -901,7 +919,8 @@ def table(outcomes: list[Outcome]) -> list[str]:
         refused = sum(outcome.code not in (0, 1, None) for outcome in found)
         slowest = max(outcome.seconds for outcome in found)
         lines.append(
-            f"| {kind} | {len(found):,} | {accepted:,} | {refused:,} | {' | '.join(map(str, known))} | {faults.total()} | {slowest:.1f} s |"
+            f"| {kind} | {len(found):,} | {accepted:,} | {refused:,} | {' | '.join(map(str, known))} "
+            f"| {faults.total()} | {slowest:.1f} s |"
         )
     return lines
 
@@ -928,12 +947,14 @@ def main() -> int:
             outcomes.append(outcome)
             if outcome.fault or options.only:
                 print(
-                    f"--only '{kind}:{number}'  {' '.join(outcome.words)[:300]!a}\n    {outcome.code} {outcome.first!a}\n    {outcome.fault}",
+                    f"--only '{kind}:{number}'  {' '.join(outcome.words)[:300]!a}\n"
+                    f"    {outcome.code} {outcome.first!a}\n    {outcome.fault}",
                     flush=True,
                 )
             elif options.verbose:
                 print(
-                    f"{kind}:{number} {outcome.seconds:.1f} s {outcome.code} {' '.join(outcome.words)[:150]!a}\n    {outcome.first!a}"
+                    f"{kind}:{number} {outcome.seconds:.1f} s {outcome.code} {' '.join(outcome.words)[:150]!a}\n"
+                    f"    {outcome.first!a}"
                 )
             if index % 100 == 99:
                 print(f"{index + 1} of {len(wanted)}", file=sys.stderr, flush=True)
