@@ -392,4 +392,4 @@ def test_a_huge_text_in_a_png_is_no_reason_to_hang(folder: Any, make: Any, capsy
     info.add_text("prompt", "cat " * 20_000, zip=True)
     code, report = lint(folder({"a.png": make.encode(picture(), pnginfo=info), "a.txt": "a cat"}), capsys)
     assert code == 0
-    assert not report["findings"]
+    assert {(finding["code"], finding["severity"]) for finding in report["findings"]} <= SMALL
