@@ -123,3 +123,8 @@ def test_any_header_is_parsed_or_refused_in_words(header: dict[str, Any], size: 
 def test_any_text_is_json_or_refused_in_words(text: str) -> None:
     with contextlib.suppress(ValueError):  # and nothing else
         assert json.dumps(strict_json(text))
+
+
+def test_a_tokenizer_without_a_limit_is_no_damage() -> None:
+    """transformers writes 10^30, rounded, for the length of a tokenizer that has none."""
+    assert strict_json('{"model_max_length": 1000000000000000019884624838656}') == {"model_max_length": int(1e30)}

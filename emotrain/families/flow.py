@@ -30,7 +30,7 @@ class FlowFamily(LoadedFamily):
 
         Rows of fewer tokens than the longest are filled up with zeros; `prompt_mask` [B, S] says which are real.
         """
-        (part,) = self.text_encoders
+        part = self.text_encoders[0]
         rows = [self.encode_one(part, text) for text in texts]
         longest = max(row.shape[0] for row in rows)
         embeds = torch.zeros(len(rows), longest, *rows[0].shape[1:], dtype=rows[0].dtype)

@@ -35,6 +35,11 @@ class Header:
         return total
 
 
+def own_name(name: str) -> str:
+    """The name of a denoiser's tensor without the prefixes that files put before it."""
+    return name.removeprefix("model.diffusion_model.").removeprefix("net.")
+
+
 def refuse_unreadable(path: Path) -> None:
     """Refuse what is certainly no safetensors file, saying what it is.
 

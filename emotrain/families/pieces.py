@@ -21,12 +21,14 @@ from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.spec import TextEncoder
 
-ENCODERS = {
+ENCODERS: dict[str, frozenset[str]] = {
+    "adapter": frozenset(),
     "clip": frozenset(("CLIPTextModel", "CLIPTextModelWithProjection")),
     "t5": frozenset(("T5EncoderModel",)),
     "llm": frozenset(("Qwen3Model", "Qwen3ForCausalLM", "Qwen3VLModel", "Qwen3VLForConditionalGeneration")),
 }
-TOKENIZERS = {
+TOKENIZERS: dict[str, frozenset[str]] = {
+    "adapter": frozenset(),  # such models come as single files alone
     "clip": frozenset(("CLIPTokenizer", "CLIPTokenizerFast")),
     "t5": frozenset(("T5Tokenizer", "T5TokenizerFast")),
     "llm": frozenset(("Qwen2Tokenizer", "Qwen2TokenizerFast")),

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from emotrain.families.anima.spec import ANIMA
 from emotrain.families.flux.spec import FLUX
 from emotrain.families.flux2.spec import FLUX2
 from emotrain.families.krea2.spec import KREA2
@@ -19,7 +20,9 @@ from emotrain.families.sdxl.spec import SDXL
 from emotrain.families.spec import FamilySpec
 from emotrain.families.zimage.spec import ZIMAGE
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD15, SD21, SDXL, SD3, FLUX2, FLUX, ZIMAGE, KREA2)}
+FAMILIES: dict[str, FamilySpec] = {
+    spec.name: spec for spec in (SD15, SD21, SDXL, ANIMA, SD3, FLUX2, FLUX, ZIMAGE, KREA2)
+}
 
 
 @cache

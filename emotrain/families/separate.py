@@ -18,11 +18,12 @@ from torch import Tensor
 
 from emotrain.errors import ModelError
 from emotrain.families.component import guard, load_one, refuse_filled_up
-from emotrain.families.headers import read_header, read_json
+from emotrain.families.headers import own_name, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.single import check_complete, copy_tokenizer, unscaled, write_json
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
+from emotrain.families.spec import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,40 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
 
     spec, path = FAMILIES[found.family], Path(found.path)
     beside = companion(path)
-    (encoder,) = spec.text_encoders
+    encoder, *adapters = spec.text_encoders
     vae_class = getattr(diffusers, spec.vae_class)
     vae = given.vae or load_one(vae_class, str(beside), "vae", None, torch_dtype=torch.float32)
     own = beside / "scheduler" / "scheduler_config.json"
     words = read_json(own) if own.is_file() else found.scheduler_config
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)
     text = _text_encoder(found, dtype, Path(given.text_encoder) if given.text_encoder else beside / encoder.name)
-    return {
-        "denoiser": _denoiser(found, dtype),
-        "vae": vae,
-        "scheduler": scheduler,
-        encoder.name: text,
-        encoder.name.replace("text_encoder", "tokenizer"): _tokenizer(found, given.tokenizer),
-    }
+    tensors = unscaled(path, dtype) or load_file(path)
+    pieces = {"vae": vae, "scheduler": scheduler, encoder.name: text}
+    for adapter in adapters:
+        own_tensors = {key: tensors.pop(key) for key in list(tensors) if own_name(key).startswith(adapter.prefixes)}
+        pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)
+    for part in spec.text_encoders:
+        pieces[part.name.replace("text_encoder", "tokenizer")] = _tokenizer(found, part, given.tokenizer)
+    return {**pieces, "denoiser": _denoiser(found, dtype, tensors)}
 
 
-def _denoiser(found: Sniffed, dtype: torch.dtype) -> Any:
+def _adapter(found: Sniffed, spec: TextEncoder, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """A module of diffusers that lies in the denoiser's file."""
+    import diffusers
+
+    kind, words = encoder_configs(found.family, found.variant)[spec.name]
+    own = companion(Path(found.path)) / spec.name / "config.json"
+    model = getattr(diffusers, kind).from_config(read_json(own) if own.is_file() else words)
+    (prefix,) = spec.prefixes
+    state = {own_name(key).removeprefix(prefix): value for key, value in tensors.items()}
+    guard(str(found.path), spec.name, lambda: model.load_state_dict(state))
+    return torch.nn.Module.to(model, dtype).eval()
+
+
+def _denoiser(found: Sniffed, dtype: torch.dtype, source: dict[str, Tensor]) -> Any:
     import diffusers
 
     spec, path = FAMILIES[found.family], Path(found.path)
-    source: Any = unscaled(path, dtype) or str(path)
     with tempfile.TemporaryDirectory(prefix="emotrain-") as folder:
         own = companion(path) / spec.denoiser / "config.json"
         config = read_json(own) if own.is_file() else {"_class_name": spec.denoiser_class, **found.denoiser_config}
@@ -85,7 +99,8 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
     """A language model without its head, from a file (ComfyUI's, transformers') or a folder of transformers."""
     import transformers
 
-    ((name, (kind, words)),) = encoder_configs(found.family, found.variant).items()
+    name = FAMILIES[found.family].text_encoders[0].name
+    kind, words = encoder_configs(found.family, found.variant)[name]
     model_class = getattr(transformers, kind)
     if path.is_dir():
         own = path / name if (path / name).is_dir() else path
@@ -136,16 +151,19 @@ def _without_meta(model: Any) -> Any:
     return model.eval()
 
 
-def _tokenizer(found: Sniffed, folder: str | None) -> Any:
+def _tokenizer(found: Sniffed, encoder: TextEncoder, given: str | None) -> Any:
+    """From the folder that the preset names (or its part of that name), from beside the model, or the hub."""
     import transformers
 
     path = Path(found.path)
-    (encoder,) = FAMILIES[found.family].text_encoders
     kind = getattr(transformers, encoder.tokenizer_class)
+    name = encoder.name.replace("text_encoder", "tokenizer")
+    named = None if given is None else Path(given) / name if (Path(given) / name).is_dir() else Path(given)
+    folder = None if named is None or (name != "tokenizer" and named == Path(str(given))) else str(named)
     with tempfile.TemporaryDirectory(prefix="emotrain-") as temporary:
         if folder is None:
             copy_tokenizer(encoder, companion(path), Path(temporary), path)
-            folder = str(Path(temporary) / encoder.name.replace("text_encoder", "tokenizer"))
+            folder = str(Path(temporary) / name)
         where = folder
         tokenizer = guard(where, "", lambda: kind.from_pretrained(where, trust_remote_code=False))
     if encoder.chat_template and not getattr(tokenizer, "chat_template", None):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.headers import Header, read_header, read_json
+from emotrain.families.headers import Header, own_name, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Prediction, Sniffed, variant_of, widest_layer
 from emotrain.families.understood import refuse_not_understood
@@ -57,7 +57,7 @@ def sniff_file(path: Path) -> Sniffed:
         ModelError: unreadable, a LoRA, a part of a model, or not known here.
     """
     header = read_header(path)
-    shapes = {name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()}
+    shapes = {own_name(name): shape for name, shape in header.shapes.items()}
     _refuse_parts(path, shapes)
     for name, spec in FAMILIES.items():
         variant = spec.file.variant_of(path, shapes)
@@ -154,5 +154,5 @@ def missing_from_file(family: str, header: Header) -> tuple[str, ...]:
     return tuple(
         piece
         for piece, prefixes in pieces.items()
-        if not prefixes or not any(name.startswith(prefixes) for name in header.shapes)
+        if not prefixes or not any(own_name(name).startswith(prefixes) for name in header.shapes)
     )

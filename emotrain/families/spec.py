@@ -25,7 +25,8 @@ class TextEncoder:
 
     Attributes:
         name: as in a diffusers folder: text_encoder, text_encoder_2, ...
-        kind: of model; only CLIP encoders can be trained.
+        kind: of model; only CLIP encoders can be trained. An adapter lies in the denoiser's file, and works on what the
+            first encoder gives.
         parameters: of the public one.
         tokenizer: a public repository that holds its tokenizer, and the folder in it.
         tokenizer_class: of transformers.
@@ -38,7 +39,7 @@ class TextEncoder:
     """
 
     name: str
-    kind: Literal["clip", "t5", "llm"]
+    kind: Literal["clip", "t5", "llm", "adapter"]
     parameters: int
     tokenizer: tuple[str, str]
     tokenizer_class: str = "CLIPTokenizer"

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.headers import Header
+from emotrain.families.headers import Header, own_name
 from emotrain.families.registry import FAMILIES
 
 # Other models that share names with those that are trained here, by a tensor that they alone have.
 OTHERS = {
     "distilled_guidance_layer.": "Chroma",
-    "llm_adapter.": "Anima",
     "pipe.": "a model of another kind",
 }
 QUANTISED = re.compile(
@@ -45,7 +44,7 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
     Raises:
         ModelError: another model, an edit model, a quantised form, EDM, or a tensor of no known place.
     """
-    names = [name.removeprefix("model.diffusion_model.") for name in header.shapes]
+    names = [own_name(name) for name in header.shapes]
     for sign, kind in OTHERS.items():
         if any(name.startswith(sign) for name in names):
             raise ModelError(
@@ -59,7 +58,7 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
             "train on the epsilon or v-prediction version of the model",
         )
     facts = FAMILIES[family].file
-    facts.check(path, {name.removeprefix("model.diffusion_model."): s for name, s in header.shapes.items()}, config)
+    facts.check(path, {own_name(name): s for name, s in header.shapes.items()}, config)
     known = (*facts.heads, *PARTS)
     unknown = [name for name in names if not name.startswith(known) and not TABLES.fullmatch(name)]
     if unknown:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
 from emotrain.config.schema import Preset
+from emotrain.families.loading import family_class
 from emotrain.families.memory import (
     CONTEXT_GIB,
     GIB,
@@ -127,14 +131,14 @@ def disk_parts(
         num_texts: captions in all their variants.
         tokens: of each.
     """
-    config = found.denoiser_config
-    width = config.get("cross_attention_dim") or config.get("joint_attention_dim") or 1
+    shapes = family_class(found.family).text_shapes(SimpleNamespace(**found.denoiser_config), tokens)
+    numbers = sum(math.prod(shape) for shape in shapes.values())
     kept = preset.save.keep_last + 1
     checkpoint = memory.trained * (4 + memory.state_bytes) / GIB
     wide = {"fp32": 4}.get(preset.save.dtype, 2)
     return (
         ("cached latents, at most", num_latents * found.latent_channels * largest * 4 / GIB),
-        ("cached captions", num_texts * tokens * width * memory.itemsize / GIB),
+        ("cached captions", num_texts * numbers * memory.itemsize / GIB),
         (f"checkpoints, {kept} of them", kept * checkpoint),
         ("LoRA files", 2 * memory.trained * wide / GIB),
     )

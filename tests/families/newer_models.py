@@ -65,7 +65,7 @@ def vae_of(kind: str) -> Any:
     import diffusers
 
     torch.manual_seed(12)
-    if kind == "krea2":
+    if kind in ("krea2", "anima"):
         return diffusers.AutoencoderKLQwenImage(
             base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
             latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0],
@@ -96,6 +96,12 @@ def denoiser_of(kind: str) -> Any:
             patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
             num_attention_heads=4, joint_attention_dim=96, timestep_guidance_channels=32, mlp_ratio=3.0,
             axes_dims_rope=(4, 4, 4, 4), rope_theta=2000, guidance_embeds=False,
+        )  # fmt: skip
+    elif kind == "anima":
+        model = diffusers.CosmosTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=16, num_layers=2,
+            text_embed_dim=32, adaln_lora_dim=16, max_size=(4, 64, 64), patch_size=(1, 2, 2),
+            rope_scale=(1.0, 4.0, 4.0), concat_padding_mask=True, extra_pos_embed_type=None,
         )  # fmt: skip
     elif kind == "krea2":
         model = diffusers.Krea2Transformer2DModel(
@@ -162,6 +168,8 @@ def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
         return out
     if kind == "krea2":
         return krea2_names(state)
+    if kind == "anima":
+        return anima_names(state)
     from emotrain.families.flux2.spec import NAMES
 
     norms = {"attn.norm_q": "query_norm", "attn.norm_k": "key_norm"}
@@ -188,6 +196,26 @@ def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
             value = torch.cat([shift, scale])
         out[f"{group.name}.{last}"] = value
         done.update(group.parts)
+    return out
+
+
+def anima_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Anima's own names, with the prefix that its file has."""
+    from emotrain.families.anima.spec import NAMES
+
+    norms = {"attn1.norm_q": "self_attn.q_norm", "attn1.norm_k": "self_attn.k_norm"}
+    norms |= {"attn2.norm_q": "cross_attn.q_norm", "attn2.norm_k": "cross_attn.k_norm"}
+    out = {}
+    for key, value in state.items():
+        path, _, last = key.rpartition(".")
+        group = NAMES.to_original(path)
+        if group is not None:
+            out[f"net.{group.name}.{last}"] = value
+        elif path == "time_embed.norm":
+            out[f"net.t_embedding_norm.{last}"] = value
+        else:
+            name = next(theirs for ours, theirs in norms.items() if path.endswith(ours))
+            out[f"net.blocks.{path.split('.')[1]}.{name}.{last}"] = value
     return out
 
 

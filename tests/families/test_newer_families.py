@@ -252,6 +252,7 @@ def test_a_text_encoder_of_another_kind_is_refused(model: tuple[str, Any, Path],
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_one_that_continues_its_lora(
     model: tuple[str, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

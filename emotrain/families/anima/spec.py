@@ -1,0 +1,122 @@
+"""Anima (CircleStone 2026): Cosmos-Predict2's transformer, captions by Qwen3-0.6B and T5's words; facts (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emotrain.errors import ModelError
+from emotrain.families.spec import (
+    T5_TOKENIZER,
+    FamilySpec,
+    FileFacts,
+    LoraFacts,
+    NameTable,
+    Shapes,
+    TextEncoder,
+    Variant,
+)
+
+MAX_TOKENS = 512
+ADAPTER = "llm_adapter."  # the text conditioner's tensors, in the denoiser's own file
+
+
+def _variant_of(path: Path, shapes: Shapes) -> str | None:
+    signs = ("blocks.0.mlp.layer1.weight", f"{ADAPTER}blocks.0.cross_attn.q_proj.weight")
+    return "anima" if all(sign in shapes for sign in signs) else None
+
+
+def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Refuse other sizes than that of Base 1.0: there are larger ones about."""
+    width = shapes["blocks.0.mlp.layer1.weight"][1]
+    count = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    wanted = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    if (width, count) != (wanted, int(config["num_layers"])):
+        raise ModelError(
+            f"`{path}` has {count} blocks, {width} wide, and Anima {config['num_layers']}, {wanted} wide",
+            "train on Anima Base",
+        )
+
+
+_BLOCK, _NORMS = "transformer_blocks.{i}", {"self_attn": "norm1", "cross_attn": "norm2", "mlp": "norm3"}
+_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "output_proj": "to_out.0"}
+NAMES = NameTable(
+    rows=(
+        *((f"blocks.{{i}}.self_attn.{name}", (f"{_BLOCK}.attn1.{own}",)) for name, own in _ATTENTION.items()),
+        *((f"blocks.{{i}}.cross_attn.{name}", (f"{_BLOCK}.attn2.{own}",)) for name, own in _ATTENTION.items()),
+        ("blocks.{i}.mlp.layer1", (f"{_BLOCK}.ff.net.0.proj",)),
+        ("blocks.{i}.mlp.layer2", (f"{_BLOCK}.ff.net.2",)),
+        *(
+            (f"blocks.{{i}}.adaln_modulation_{part}.{n}", (f"{_BLOCK}.{norm}.linear_{n}",))
+            for part, norm in _NORMS.items()
+            for n in (1, 2)
+        ),
+        ("x_embedder.proj.1", ("patch_embed.proj",)),
+        ("t_embedder.1.linear_1", ("time_embed.t_embedder.linear_1",)),
+        ("t_embedder.1.linear_2", ("time_embed.t_embedder.linear_2",)),
+        ("final_layer.adaln_modulation.1", ("norm_out.linear_1",)),
+        ("final_layer.adaln_modulation.2", ("norm_out.linear_2",)),
+        ("final_layer.linear", ("proj_out",)),
+    ),
+    heads=("x_embedder.proj.1", "t_embedder.1."),
+)
+
+ANIMA = FamilySpec(
+    name="anima",
+    title="Anima",
+    folder="anima",
+    pipeline="AnimaModularPipeline",
+    denoiser="transformer",
+    denoiser_class="CosmosTransformer3DModel",
+    model_class="Anima",
+    resolution=1024,
+    latent_channels=16,
+    layer_width_max=2048,
+    guidance=4.0,
+    text_encoders=(
+        TextEncoder(
+            "text_encoder", "llm", 596_049_920, ("Qwen/Qwen3-0.6B-Base", ""), "Qwen2Tokenizer",
+            max_tokens=MAX_TOKENS,
+        ),
+        TextEncoder(
+            "text_encoder_2", "adapter", 134_663_680, (T5_TOKENIZER, ""), "T5TokenizerFast", prefixes=(ADAPTER,),
+            max_tokens=MAX_TOKENS, adds_tokens=False,
+        ),
+    ),
+    variants={
+        "anima": Variant(
+            1_956_405_248, {"attn": 224, "attn-mlp": 280, "all": 454}, (13.9, 1.0), "anima", "circlestone-labs/Anima"
+        ),
+    },
+    lora=LoraFacts(
+        targets={
+            "attn": (r"transformer_blocks\.\d+\.attn[12]\.(?:to_[qkv]|to_out\.0)",),
+            "mlp": (r"transformer_blocks\.\d+\.ff\.net\.(?:0\.proj|2)",),
+            "rest": (
+                r"transformer_blocks\.\d+\.norm[123]\.linear_[12]",
+                r"patch_embed\.proj|time_embed\.t_embedder\.linear_[12]|norm_out\.linear_[12]|proj_out",
+            ),
+        },
+        heads=("transformer_blocks.", "patch_embed.", "time_embed.", "norm_out.", "proj_out"),
+        marks=(
+            r"transformer_blocks\.\d+\.attn1\..*",
+            r"blocks\.\d+\.(?:(?:self|cross)_attn\..*|mlp\.layer[12]|adaln_modulation_\w+\.[12])",
+        ),
+        originals=NAMES,
+        layout="comfyui",
+        loader="AnimaLoraLoaderMixin",
+        unread_layouts=("kohya",),
+        base_version="anima",
+        stated=("anima",),
+    ),
+    file=FileFacts(
+        _variant_of,
+        ("blocks.", "x_embedder.", "t_embedder.", "t_embedding_norm.", "final_layer.", "pos_embedder.", ADAPTER),
+        check=_check,
+    ),
+    blocks=("CosmosTransformerBlock",),
+    vae_class="AutoencoderKLQwenImage",
+    flow=True,
+    patch=2,
+)  # fmt: skip

@@ -1,0 +1,180 @@
+"""Anima from ComfyUI's separate files against the stock blocks of diffusers: captions, latents, calls, a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers.models.transformers.transformer_cosmos as cosmos
+import numpy as np
+import pytest
+import torch
+from newer_models import denoiser_of, original_denoiser, qwen, qwen_tokenizer, vae_of
+from safetensors.torch import save_file
+
+from emotrain.families import load_family
+from emotrain.families.base import Conditioning, DrawRequest
+from emotrain.families.common import LoadedFamily
+from emotrain.families.sampling import draw_sample
+from emotrain.families.table import sniff
+
+PROMPTS = ["1girl, red apple", "1girl, solo, a very much longer caption, pear, table, window, indoors"]
+NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
+
+
+@pytest.fixture(scope="module")
+def parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
+    from diffusers import AnimaTextConditioner, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(21)
+    conditioner = AnimaTextConditioner(
+        source_dim=32, target_dim=32, model_dim=32, num_layers=2, num_attention_heads=4,
+        target_vocab_size=len(tokenizers["t5"]) + 8,
+    )  # fmt: skip
+    return {
+        "transformer": denoiser_of("anima"), "vae": vae_of("anima"), "text_encoder": qwen(32),
+        "text_conditioner": conditioner.eval(), "tokenizer": qwen_tokenizer(), "t5_tokenizer": tokenizers["t5"],
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with anima.safetensors, vae.safetensors, text_encoder.safetensors and configs of these sizes."""
+    folder = tmp_path_factory.mktemp("anima")
+    adapter = {f"net.llm_adapter.{k}": v.contiguous() for k, v in parts["text_conditioner"].state_dict().items()}
+    save_file(
+        {k: v.contiguous() for k, v in original_denoiser("anima", parts["transformer"]).items()} | adapter,
+        folder / "anima.safetensors",
+    )
+    save_file({k: v.contiguous() for k, v in parts["vae"].state_dict().items()}, folder / "vae.safetensors")
+    language = {f"model.{k}": v.contiguous() for k, v in parts["text_encoder"].state_dict().items()}
+    save_file(language, folder / "text_encoder.safetensors")
+    beside = folder / "anima"
+    for name, config in (
+        ("anima/transformer", dict(parts["transformer"].config)), ("vae", dict(parts["vae"].config)),
+        ("anima/text_encoder_2", dict(parts["text_conditioner"].config)),
+        ("text_encoder", parts["text_encoder"].config.to_dict()),
+    ):  # fmt: skip
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config, default=str))
+    parts["tokenizer"].save_pretrained(beside / "tokenizer")
+    parts["t5_tokenizer"].save_pretrained(beside / "tokenizer_2")
+    return folder
+
+
+def load(files: Path) -> LoadedFamily:
+    return load_family(
+        str(files / "anima.safetensors"), device="cpu", vae=str(files / "vae.safetensors"),
+        text_encoder=str(files / "text_encoder.safetensors"),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stock(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """diffusers' modular pipeline; the resize of its mask, which asks for torchvision, is stood in for."""
+    from diffusers.modular_pipelines.anima.modular_blocks_anima import AnimaAutoBlocks
+
+    def resize(mask: torch.Tensor, size: list[int], interpolation: Any) -> torch.Tensor:
+        return torch.nn.functional.interpolate(mask, size, mode="nearest")
+
+    shim = SimpleNamespace(
+        functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")
+    )
+    monkeypatch.setattr(cosmos, "transforms", shim, raising=False)
+    pipeline = AnimaAutoBlocks().init_pipeline()
+    pipeline.update_components(**{**parts, "transformer": denoiser_of("anima")})
+    return pipeline
+
+
+def test_its_file_is_recognised_with_the_conditioner_in_it(files: Path) -> None:
+    found = sniff(files / "anima.safetensors")
+    assert (found.family, found.variant, found.missing) == ("anima", "custom", ("vae", "text_encoder"))
+
+
+def stock_embeds(stock: Any, prompt: str) -> torch.Tensor:
+    from diffusers.modular_pipelines.anima.before_denoise import AnimaTextConditioningStep
+    from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+
+    told = AnimaTextEncoderStep.encode_prompt(stock, prompt, prepare_unconditional_embeds=False)
+    names = ("qwen_prompt_embeds", "qwen_attention_mask", "t5_input_ids", "t5_attention_mask")
+    with torch.no_grad():
+        return AnimaTextConditioningStep._condition_prompt_embeds(
+            stock, **{name: told[name] for name in names}, device=torch.device("cpu"),
+            conditioning_dtype=torch.float32, output_dtype=torch.float32,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, ""])
+def test_captions_are_encoded_as_by_the_stock_blocks(files: Path, stock: Any, prompt: str) -> None:
+    embeds = load(files).encode_texts([prompt])["prompt_embeds"]
+    expected = stock_embeds(stock, prompt)
+    assert expected.shape == (1, 512, 32)
+    assert torch.isfinite(embeds).all()
+    count = embeds.shape[1]
+    assert torch.allclose(embeds, expected[:, :count], atol=1e-6)
+    assert not expected[:, count:].any()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64)])
+def test_a_prediction_is_the_stock_transformers(files: Path, stock: Any, size: tuple[int, int]) -> None:
+    family = load(files)
+    width, height = size
+    noisy = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(2))
+    sigmas = torch.tensor([0.6])
+    with torch.no_grad():
+        ours = family.predict(noisy, sigmas, family.encode_texts(PROMPTS[:1]), NO_SIZES)
+        theirs = stock.transformer(
+            hidden_states=noisy[:, :, None], timestep=sigmas, encoder_hidden_states=stock_embeds(stock, PROMPTS[0]),
+            padding_mask=torch.zeros(1, 1, height, width),
+        ).sample[:, :, 0]  # fmt: skip
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert float(theirs.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_sample_is_the_stock_pipelines_picture(files: Path, stock: Any, guidance: float) -> None:
+    from diffusers import ClassifierFreeGuidance
+
+    family = load(files)
+    stock.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance))
+    picture = stock(
+        prompt=PROMPTS[0], negative_prompt="", width=64, height=96, num_inference_steps=4,
+        generator=torch.Generator().manual_seed(7), output="images",
+    )[0]  # fmt: skip
+    text, negative = family.encode_texts(PROMPTS[:1]), family.encode_texts([""])
+    family.free_encoders()
+    request = DrawRequest(text=text, negative=negative, width=64, height=96, seed=7, steps=4, guidance=guidance)
+    ours = draw_sample(family, request)
+    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(picture, dtype=int)).max() <= 1
+    assert np.asarray(picture).std() > 1
+
+
+def test_captions_of_different_lengths_in_one_batch(files: Path) -> None:
+    family = load(files)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    sigmas = torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        both = family.predict(latents, sigmas, family.encode_texts(PROMPTS), NO_SIZES)
+        for i in range(2):
+            alone = family.predict(latents[i : i + 1], sigmas[i : i + 1], family.encode_texts([PROMPTS[i]]), NO_SIZES)
+            assert torch.allclose(both[i], alone[0], atol=1e-5)
+
+
+def test_a_whole_run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emotrain.cli.app import main
+    from emotrain.lora.file import read_lora
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(
+        f"model: {{base: {files}/anima.safetensors, vae: {files}/vae.safetensors, "
+        f"text_encoder: {files}/text_encoder.safetensors}}\n"
+        "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
+        "network: {rank: 2}\ntrain: {max_steps: 2}\nvalidate: {every: 2}\nsave: {every: 2}\n"
+        'sample: {every: 2, steps: 2, prompts: ["a [trigger]"]}\nstop: {mode: "off"}\n'
+    )
+    assert main(["check", "p.yaml"]) == 0
+    assert main(["run", "p.yaml", "--plain"]) == 0
+    assert read_lora(tmp_path / "runs" / "p" / "lora.safetensors").family == "anima"
