@@ -313,12 +313,14 @@ class Session:
             return None
         if preset.validate_.folder is not None:
             return None
-        words = f"validate.fraction=0 --set stop.mode=off --set train.max_steps={best}"
+        settings: dict[str, Any] = {}
         if self.stop_rule.gain is not None:  # as many steps as the LoRA is made of, at their mean gain
             made = self.stop_rule.gain.best
-            lr = (preset.train.lr or 1.0) * made.gain / made.steps
-            words = f"validate.fraction=0 --set stop.mode=off --set train.max_steps={made.steps} --set train.gain=fixed"
-            words += f" --set train.lr={lr:.2f} --set train.allow_small_lr=true"
+            best, lr = made.steps, (preset.train.lr or 1.0) * made.gain / made.steps
+            settings = {"train.gain": "fixed", "train.lr": f"{lr:.2f}", "train.allow_small_lr": "true"}
+        # validated at the end alone: flipped training pictures must not choose an earlier step
+        settings |= {"stop.mode": "off", "train.max_steps": best, "validate.every": best}
+        words = " ".join(["validate.fraction=0", *(f"--set {key}={value}" for key, value in settings.items())])
         preset_path, name = shlex.quote(str(self.folder.preset_path)), shlex.quote(f"{self.folder.name}-all")
         return f"emotrain run {preset_path} --name {name} --set {words}"
 

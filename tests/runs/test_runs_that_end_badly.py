@@ -15,6 +15,7 @@ from emotrain.config.load import load_preset
 from emotrain.errors import ExitCode
 from emotrain.lora.adapter import Adapter
 from emotrain.observers.metrics_log import MetricsLog
+from emotrain.pulse.stopping import StopRule
 from emotrain.runs import finish, start
 from emotrain.runs.session import Session
 from emotrain.train.events import Event, Notice, RunEnd, StepEnd
@@ -123,7 +124,7 @@ def test_printed_commands_can_be_pasted_whatever_the_names(tmp_path: Path) -> No
     made: Any = Session(load_preset("quickstart", (), name="x"), [])
     made.state = type("State", (), {"best_step": 3, "best_loss": 0.5})()
     made.pictures = type("Pictures", (), {"held_out": [1]})()
-    made.folder = result.folder
+    made.folder, made.stop_rule = result.folder, StopRule()
     command = made.all_command(Outcome(StopReason.SIGNAL, ""))
     assert command is not None
     words = shlex.split(command)

@@ -19,6 +19,7 @@ from emotrain.families.table import resolve_base
 from emotrain.lora.file import LoraFile, read_lora
 from emotrain.observers.json_events import JsonEvents
 from emotrain.observers.sheet import GAP, LABEL_WIDTH
+from emotrain.pulse.gain import START
 from emotrain.pulse.logs import read_log
 from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
@@ -280,5 +281,7 @@ def test_the_offer_to_train_on_all_pictures_can_be_run_as_it_is_printed(tmp_path
     assert main([*command[1:], "--runs-dir", str(tmp_path), "--plain"]) == 0
     folder = open_run(tmp_path / "one-all")
     info = folder.info()
-    assert (info["steps"], info["held_out"]) == (result.end.best_step, [])
+    assert (info["steps"], info["best_step"], info["held_out"]) == (result.end.best_step, result.end.best_step, [])
+    settings = load_preset(folder.preset_path).train
+    assert (settings.gain, settings.lr) == ("fixed", pytest.approx(START))
     assert "32 pictures" in capsys.readouterr().err
