@@ -48,7 +48,7 @@ def lint_page(report: Report, ranking: Sequence[PictureScore] = (), *, title: st
         groups=_groups(report),
         listed=LISTED,
         ranking=ranking_rows(ranking, pictures),
-        ranked_rest=len(ranking) - RANKED,
+        ranked=RANKED,
         figures=_figures(report),
         pictures_rest=len(report.pictures) - SHOWN,
     )

@@ -8,7 +8,8 @@ from typing import Any
 from emotrain.dataset.lint_types import PictureRow
 from emotrain.dataset.ranking import MEANINGS, PictureScore
 
-RANKED = 60  # pictures in the table
+RANKED = 60  # pictures in the table, with previews
+LISTED = 2000  # and in the list below it, without
 LOOKS = {"suspicious": "error", "hard": "warning", "memorised": "warning", "usual": "good", "unseen": "quiet"}
 
 
@@ -20,12 +21,12 @@ def ranking_rows(scores: Sequence[PictureScore], pictures: Mapping[str, PictureR
         pictures: by id, with captions and previews where there are any.
     """
     rows = []
-    for score in scores[:RANKED]:
+    for number, score in enumerate(scores[:LISTED]):
         picture = pictures.get(score.id)
         rows.append(
             {
                 "id": score.id,
-                "preview": picture.preview if picture else b"",
+                "preview": picture.preview if picture and number < RANKED else b"",
                 "caption": picture.captions[0] if picture and picture.captions else "",
                 "verdict": "normal" if score.verdict == "usual" else score.verdict,
                 "look": LOOKS[score.verdict],

@@ -49,7 +49,7 @@ def run_page(run: RunView) -> str:
         charts=charts(run_panels(run)),
         load_command=f"pipeline.load_lora_weights({run.lora.path!r})" if run.lora else "",
         ranking=ranking_rows(run.ranking, run.pictures),
-        ranked_rest=len(run.ranking) - RANKED,
+        ranked=RANKED,
     )
 
 

@@ -33,7 +33,7 @@ from emotrain.runs.folder import RunFolder
 from emotrain.runs.lineage import Run, differences, file_digest, read_run
 from emotrain.runs.pictures import rank_pictures
 from emotrain.train.durable import replace_synced
-from emotrain.train.events import Event, Notice
+from emotrain.train.events import Event, Notice, Phase
 
 PAGE = "report.html"
 SAMPLE_SIDE, PICTURE_SIDE = 384, 112  # pixels of the pictures on the page
@@ -44,12 +44,14 @@ _SAMPLE = re.compile(r"step-(\d{1,12})-(\d{1,4})\.png")
 
 def write_at_end(folder: RunFolder, examples: Sequence[Example], notify: Callable[[Event], None]) -> None:
     """The page of a run that has just ended. A page is no reason to fail: whatever goes wrong is a notice."""
+    notify(Phase("writing the page"))
     try:
         replace_synced(folder.path / PAGE, page_of(folder, examples).encode("utf-8"))
     except Exception as error:  # decoders and templates raise anything, and the LoRA is already written
         reason = (str(error).splitlines() or [""])[0]
         notify(Notice(f"{PAGE} was not written: {type(error).__name__}: {reason}"))
         return
+    notify(Phase("writing the page", 1, 1))
     notify(Notice(f"the page of this run: {folder.path / PAGE}", level="info"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from html_reading import ALLOWED, HOSTILE, assert_harmless, read
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from run_folders import STEPS, draw, lines, make_run
 
 from emotrain.cli.app import main
 from emotrain.config.load import load_preset
@@ -19,66 +19,11 @@ from emotrain.dataset.ranking import PictureScore
 from emotrain.report.run_page import compare_page, run_page, smooth, thin
 from emotrain.report.run_view import Curves, Gallery, LoraFacts, PromptRow, RunView, Settings
 from emotrain.runs import report
-from emotrain.runs.folder import RunFolder, create_run
-from emotrain.train.events import Notice
+from emotrain.runs.folder import RunFolder
+from emotrain.train.events import Event, Notice
 
 RUN_ELEMENTS = ALLOWED | {"script", "h3", "code", "label", "input", "output", "button", "svg", "rect", "path"}
 RUN_ELEMENTS |= {"text", "polyline"}
-STEPS = [
-    {"step": step, "loss": 1.0 / step, "scalar": 0.1, "trust": 0.9, "pulse": 1e-4, "step_s": 0.5}
-    for step in range(1, 31)
-]
-VALIDATIONS = [
-    {"step": step, "loss": 0.8 - step / 100, "base_loss": 0.8, "best_step": step, "best_loss": 0.8 - step / 100}
-    for step in (0, 10, 20)
-]
-
-
-def lines(rows: list[Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def make_run(runs_dir: Path, name: str = "mika", **info: Any) -> RunFolder:
-    """A run's folder as a run of 30 steps leaves it; `info` goes into run.json."""
-    preset = load_preset("quickstart", ("dataset.trigger=mika_ch",), name)
-    folder = create_run(
-        runs_dir,
-        name,
-        preset.to_dict(),
-        seed=42,
-        device="cpu",
-        base_sha256="b" * 64,
-        held_out=["a"],
-        extends="quickstart",
-    )
-    ended = {
-        "stop_reason": "signal",
-        "stop_sentence": "it got no better",
-        "steps": 30,
-        "best_step": 20,
-        "best_loss": 0.6,
-    }
-    folder.update_info(**{**ended, "base_loss": 0.8, **info})
-    folder.metrics_path.write_text(lines(STEPS))
-    (folder.path / "validation.jsonl").write_text(lines(VALIDATIONS))
-    losses = [
-        {"step": step, "samples": [[f"example/{word}.png", 0.5, 0.1 + k]]}
-        for step in range(1, 31)
-        for k, word in enumerate(("camera", "rose"))
-    ]
-    (folder.path / "picture_losses.jsonl").write_text(lines(losses))
-    folder.samples_dir.mkdir()
-    for step in (0, 20):
-        draw(folder.samples_dir / f"step-{step:08d}-1.png", step)
-    draw(folder.samples_dir / "lora-1.png", 20)
-    return folder
-
-
-def draw(path: Path, step: int, prompt: str = "mika_ch, rocket", seed: int = 7_000_000_001) -> None:
-    info = PngInfo()
-    said = {"prompt": prompt, "negative": "", "seed": seed, "steps": 20, "width": 64, "height": 64}
-    info.add_itxt("emotrain", json.dumps(said))
-    Image.new("RGB", (64, 64), (step, 90, 90)).save(path, pnginfo=info)
 
 
 def page(folder: RunFolder) -> str:
@@ -262,6 +207,15 @@ def test_many_steps_and_large_pictures_keep_the_page_small(tmp_path: Path) -> No
     assert max(len(picture) for row in view.gallery.rows for picture in row.pictures) < 80_000
 
 
+def test_every_picture_is_ranked_and_the_first_have_previews() -> None:
+    scores = tuple(PictureScore(f"p{k}", "usual", 9, 9, 0, 0, 1, 2, 3) for k in range(100))
+    pictures = {one.id: PictureRow(one.id, 9, 9, (), preview=b"\xff") for one in scores}
+    elements = read(run_page(RunView("mika", "runs/mika", "signal", ranking=scores, pictures=pictures)))
+    assert sum(name == "img" for name, _ in elements.found) == 60
+    assert "40 more (further down)" in elements.words
+    assert "p99" in elements.words
+
+
 def test_a_long_series_is_thinned_and_keeps_its_extremes() -> None:
     points = tuple((float(k), float(k % 97)) for k in range(10_000))
     few = thin(points)
@@ -328,16 +282,14 @@ def test_report_writes_into_the_runs_folder_and_refuses_in_one_line(
 
 
 def test_a_page_that_fails_at_a_runs_end_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Notice] = []
+    told: list[Event] = []
     folder = make_run(tmp_path)
-    report.write_at_end(folder, (), told.append)  # type: ignore[arg-type]
-    assert [(one.level, one.message) for one in told] == [
-        ("info", f"the page of this run: {folder.path / 'report.html'}")
-    ]
+    report.write_at_end(folder, (), told.append)
+    assert told[-1] == Notice(f"the page of this run: {folder.path / 'report.html'}", level="info")
 
     def fail(*_: object) -> str:
         raise ZeroDivisionError("of a decoder\nwith more lines")
 
     monkeypatch.setattr(report, "page_of", fail)
-    report.write_at_end(folder, (), told.append)  # type: ignore[arg-type]
+    report.write_at_end(folder, (), told.append)
     assert told[-1] == Notice("report.html was not written: ZeroDivisionError: of a decoder")
