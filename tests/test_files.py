@@ -62,10 +62,10 @@ def test_a_header_that_lies_is_refused_in_words_and_at_once(
     case: str, read: Callable[[Path], object], tmp_path: Path
 ) -> None:
     path = file_of(tmp_path / "a.safetensors", HOSTILE[case])
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ModelError) as refused:
         read(path)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
     assert "\n" not in refused.value.message
     assert len(refused.value.message) < 600
 
