@@ -78,9 +78,23 @@ class FlowFamily(LoadedFamily):
             velocity = self.predict(latents, at, text, told)
             if scale != 1.0:
                 without = self.predict(latents, at, negative, told)
-                velocity = without + scale * (velocity - without)
+                velocity = self.guided(velocity, without, scale)
             latents = latents + (following - sigma) * velocity
         return latents
+
+    def guided(self, told: Tensor, untold: Tensor, scale: float) -> Tensor:
+        """The velocity that guidance makes of the one with the caption and the one without, [B, C, H, W]."""
+        return untold + scale * (told - untold)
+
+    @staticmethod
+    def set_shifted_timesteps(scheduler: Any, steps: int, num_tokens: int) -> None:
+        """Evenly spaced sigmas, whose shift grows with the number of tokens along the scheduler's own line."""
+        config = scheduler.config
+        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = low + (high - low) * (num_tokens - first) / (last - first)
+        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
 
     def latent_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
         """[B, C, H, W] with the channels that this model's VAE has."""

@@ -25,7 +25,15 @@ ENCODERS: dict[str, frozenset[str]] = {
     "adapter": frozenset(),
     "clip": frozenset(("CLIPTextModel", "CLIPTextModelWithProjection")),
     "t5": frozenset(("T5EncoderModel",)),
-    "llm": frozenset(("Qwen3Model", "Qwen3ForCausalLM", "Qwen3VLModel", "Qwen3VLForConditionalGeneration")),
+    "llm": frozenset(
+        (
+            "Qwen3Model",
+            "Qwen3ForCausalLM",
+            "Qwen3VLModel",
+            "Qwen3VLForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+        )
+    ),
 }
 TOKENIZERS: dict[str, frozenset[str]] = {
     "adapter": frozenset(),  # such models come as single files alone
@@ -127,7 +135,7 @@ def load_encoder(
         ),
     )
     encoder = encoder.model if "For" in kind else encoder  # the head is not needed, nor the eyes
-    return (encoder.language_model if kind.startswith("Qwen3VL") else encoder), tokenizer
+    return (encoder.language_model if "VL" in kind else encoder), tokenizer
 
 
 def load_vae(vae: str, found: Sniffed) -> Any:

@@ -14,6 +14,7 @@ from emotrain.families.anima.spec import ANIMA
 from emotrain.families.flux.spec import FLUX
 from emotrain.families.flux2.spec import FLUX2
 from emotrain.families.krea2.spec import KREA2
+from emotrain.families.qwen.spec import QWEN
 from emotrain.families.sd.spec import SD15, SD21
 from emotrain.families.sd3.spec import SD3
 from emotrain.families.sdxl.spec import SDXL
@@ -21,7 +22,7 @@ from emotrain.families.spec import FamilySpec
 from emotrain.families.zimage.spec import ZIMAGE
 
 FAMILIES: dict[str, FamilySpec] = {
-    spec.name: spec for spec in (SD15, SD21, SDXL, ANIMA, SD3, FLUX2, FLUX, ZIMAGE, KREA2)
+    spec.name: spec for spec in (SD15, SD21, SDXL, ANIMA, SD3, FLUX2, FLUX, ZIMAGE, KREA2, QWEN)
 }
 
 

@@ -111,7 +111,7 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
     config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
     tensors = unscaled(path, dtype) or load_file(path)
     own_names = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
-    unused = ("lm_head.", "logit_scale", *(("visual.",) if kind.startswith("Qwen3VL") else ()))
+    unused = ("lm_head.", "logit_scale", *(("visual.",) if "VL" in kind else ()))
     own_names = {key: value for key, value in own_names.items() if not key.startswith(unused)}
     with torch.device("meta"):
         model = model_class(config)

@@ -63,6 +63,11 @@ def sniff_file(path: Path) -> Sniffed:
         variant = spec.file.variant_of(path, shapes)
         if variant is not None:
             return _from_file(path, name, variant, header, shapes)
+    if any(name.startswith(("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")) for name in shapes):
+        raise ModelError(
+            f"`{path}` is the denoiser of a diffusers folder alone",
+            "give the folder that holds model_index.json",
+        )
     some = ", ".join(f"`{name}`" for name in sorted(header.shapes)[:3])
     raise ModelError(
         f"`{path}` is not a model that emotrain knows: its {len(shapes)} tensors begin with {some}",
@@ -75,11 +80,6 @@ def _refuse_parts(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         raise ModelError(
             f"`{path}` is a LoRA, not a model",
             "put it under start_from.continue or start_from.stack, and the model it belongs to here",
-        )
-    if any(name.startswith(("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")) for name in shapes):
-        raise ModelError(
-            f"`{path}` is the denoiser of a diffusers folder alone",
-            "give the folder that holds model_index.json",
         )
 
 

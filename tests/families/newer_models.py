@@ -60,12 +60,26 @@ def qwen_vl(width: int) -> Any:
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eye)).eval()
 
 
+def qwen2_vl(width: int) -> Any:
+    """A random Qwen2.5-VL with its head and a small eye."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(15)
+    text = {
+        "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eye)).eval()
+
+
 def vae_of(kind: str) -> Any:
     """A random VAE of 8 pixels per latent."""
     import diffusers
 
     torch.manual_seed(12)
-    if kind in ("krea2", "anima"):
+    if kind in ("krea2", "anima", "qwen"):
         return diffusers.AutoencoderKLQwenImage(
             base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
             latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0],
@@ -103,6 +117,11 @@ def denoiser_of(kind: str) -> Any:
             text_embed_dim=32, adaln_lora_dim=16, max_size=(4, 64, 64), patch_size=(1, 2, 2),
             rope_scale=(1.0, 4.0, 4.0), concat_padding_mask=True, extra_pos_embed_type=None,
         )  # fmt: skip
+    elif kind == "qwen":
+        model = diffusers.QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
     elif kind == "krea2":
         model = diffusers.Krea2Transformer2DModel(
             in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2,
@@ -126,6 +145,17 @@ def pipeline_of(kind: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
     from transformers import Qwen3ForCausalLM
 
+    if kind == "qwen":
+        from diffusers import QwenImagePipeline
+
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+            shift_terminal=0.02,
+        )  # fmt: skip
+        return QwenImagePipeline(
+            scheduler=scheduler, vae=vae_of(kind), text_encoder=qwen2_vl(32), tokenizer=qwen_tokenizer(),
+            transformer=denoiser_of(kind),
+        )  # fmt: skip
     if kind == "krea2":
         scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=6400
@@ -168,6 +198,8 @@ def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
         return out
     if kind == "krea2":
         return krea2_names(state)
+    if kind == "qwen":
+        return state
     if kind == "anima":
         return anima_names(state)
     from emotrain.families.flux2.spec import NAMES

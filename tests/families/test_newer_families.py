@@ -15,11 +15,11 @@ from emotrain.errors import ModelError
 from emotrain.families import load_family
 from emotrain.families.base import Conditioning, DrawRequest
 from emotrain.families.flux.model import unpack
-from emotrain.families.registry import FAMILIES
+from emotrain.families.registry import FAMILIES, encoder_configs
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 
-KINDS = ["zimage", "flux2", "krea2"]
+KINDS = ["zimage", "flux2", "krea2", "qwen"]
 PROMPTS = ["a red apple", "a very much longer caption, of a pear on a table near a window", ""]
 NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
 
@@ -37,6 +37,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def stock_embeds(kind: str, pipeline: Any, prompt: str) -> torch.Tensor:
     if kind == "zimage":
         return pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0]
+    if kind == "qwen":
+        return pipeline._get_qwen_prompt_embeds([prompt])[0][0]
     if kind == "krea2":
         states, mask = pipeline.get_text_hidden_states(prompt, 512, torch.device("cpu"))
         return states[0][mask[0]]
@@ -49,8 +51,8 @@ def test_it_is_recognised(model: tuple[str, Any, Path]) -> None:
     kind, _, folder = model
     found = sniff(folder)
     assert (found.family, found.prediction, found.variant) == (kind, "flow", "custom")
-    assert found.vae_scale == {"zimage": 8, "flux2": 16, "krea2": 8}[kind]
-    assert found.latent_channels == {"zimage": 4, "flux2": 16, "krea2": 4}[kind]
+    assert found.vae_scale == {"zimage": 8, "flux2": 16, "krea2": 8, "qwen": 8}[kind]
+    assert found.latent_channels == {"zimage": 4, "flux2": 16, "krea2": 4, "qwen": 4}[kind]
 
 
 def test_prompts_are_encoded_as_by_the_stock_pipeline(model: tuple[str, Any, Path]) -> None:
@@ -72,8 +74,8 @@ def test_latents_are_the_stock_vaes_and_come_back(model: tuple[str, Any, Path]) 
     pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_images(pixels)
     with torch.no_grad():
-        raw = pipeline.vae.encode(pixels if kind != "krea2" else pixels[:, :, None]).latent_dist.mode()
-        if kind == "krea2":
+        raw = pipeline.vae.encode(pixels[:, :, None] if kind in ("krea2", "qwen") else pixels).latent_dist.mode()
+        if kind in ("krea2", "qwen"):
             config = pipeline.vae.config
             mean, deviation = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
             expected = ((raw - mean) / deviation)[:, :, 0]
@@ -87,12 +89,12 @@ def test_latents_are_the_stock_vaes_and_come_back(model: tuple[str, Any, Path]) 
             )
         assert torch.allclose(latents, expected, atol=1e-6)
         pixels = pipeline.vae.decode(raw).sample
-        pixels = pixels[:, :, 0] if kind == "krea2" else pixels
+        pixels = pixels[:, :, 0] if kind in ("krea2", "qwen") else pixels
         assert torch.allclose(family.decode_latents(latents), pixels, atol=1e-5)
 
 
 # The small text encoder has fewer layers than the real one.
-SHALLOW = {"zimage": {}, "krea2": {}, "flux2": {"text_encoder_out_layers": (1, 2, 3)}}
+SHALLOW = {"zimage": {}, "krea2": {}, "qwen": {}, "flux2": {"text_encoder_out_layers": (1, 2, 3)}}
 
 
 def capture(pipeline: Any, **words: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -113,6 +115,11 @@ def capture(pipeline: Any, **words: Any) -> tuple[list[dict[str, Any]], Any]:
     return calls, latents
 
 
+def no_guidance(kind: str) -> dict[str, Any]:
+    """What keeps a stock pipeline from guidance."""
+    return {"true_cfg_scale": 1.0} if kind == "qwen" else {"guidance_scale": 1.0 if kind == "flux2" else 0.0}
+
+
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
 def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], size: tuple[int, int]) -> None:
     kind, pipeline, folder = model
@@ -120,8 +127,7 @@ def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], 
     width, height = size
     calls, _ = capture(
         pipeline, prompt=PROMPTS[0], width=width, height=height, num_inference_steps=3,
-        guidance_scale={"zimage": 0.0, "flux2": 1.0, "krea2": 0.0}[kind], generator=torch.Generator().manual_seed(5),
-        **SHALLOW[kind],
+        generator=torch.Generator().manual_seed(5), **no_guidance(kind), **SHALLOW[kind],
     )  # fmt: skip
     text = family.encode_texts(PROMPTS[:1])
     for call in calls:
@@ -129,7 +135,7 @@ def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], 
             noisy = torch.stack(call["args"][0])[:, :, 0]
             sigmas = 1.0 - call["args"][1]
             expected = -torch.stack(call["output"])[:, :, 0]
-        elif kind == "krea2":
+        elif kind in ("krea2", "qwen"):
             tokens = call["kwargs"]["hidden_states"]
             noisy = unpack(tokens, height // 8, width // 8)
             sigmas = call["kwargs"]["timestep"]
@@ -164,7 +170,10 @@ def test_a_sample_is_the_stock_pipelines_picture(model: tuple[str, Any, Path], g
     kind, pipeline, folder = model
     family = load_family(str(folder), device="cpu")
     words: dict[str, Any] = {"prompt": PROMPTS[0], "width": 64, "height": 96, "num_inference_steps": 4, **SHALLOW[kind]}
-    words["guidance_scale"] = guidance if kind == "flux2" else guidance - 1.0  # theirs counts from 0
+    if kind == "qwen":
+        words |= {"true_cfg_scale": guidance, "negative_prompt": "" if guidance > 1 else None}
+    else:
+        words["guidance_scale"] = guidance if kind == "flux2" else guidance - 1.0  # theirs counts from 0
     picture = pipeline(generator=torch.Generator().manual_seed(7), **words).images[0]
     text, negative = family.encode_texts(PROMPTS[:1]), family.encode_texts([""])
     family.free_encoders()  # as during a run
@@ -273,3 +282,29 @@ def test_a_whole_run_and_one_that_continues_its_lora(
     assert lora.family == kind
     assert list((tmp_path / "runs" / "p" / "samples").glob("step-*-1.png"))
     assert main(["run", "p.yaml", "--plain", "--name", "on", "--set", f"start_from.continue={lora.path}"]) == 0
+
+
+LANGUAGE_MODELS = [
+    (family, variant)
+    for family, spec in FAMILIES.items()
+    for variant in spec.variants
+    if spec.text_encoders[0].kind == "llm"
+]
+
+
+@pytest.mark.parametrize(("family", "variant"), LANGUAGE_MODELS)
+def test_the_parameters_of_text_encoders_are_those_of_their_configs(family: str, variant: str) -> None:
+    import diffusers
+    import transformers
+
+    spec = FAMILIES[family]
+    for encoder in spec.text_encoders:
+        kind, words = encoder_configs(family, variant)[encoder.name]
+        with torch.device("meta"):
+            if encoder.kind == "adapter":
+                model = getattr(diffusers, kind).from_config(words)
+            else:
+                cls = getattr(transformers, kind)
+                model = cls(cls.config_class(**words))
+        known = spec.variants[variant].encoder_parameters or encoder.parameters
+        assert sum(p.numel() for p in model.parameters()) == known

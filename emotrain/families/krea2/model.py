@@ -69,9 +69,4 @@ class Krea2(QwenVae):
 
     def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
         """Evenly spaced sigmas, shifted by the number of tokens."""
-        config = scheduler.config
-        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 6400)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        mu = low + (high - low) * (num_tokens - first) / (last - first)
-        sigmas = [1.0 - i * (1.0 - 1.0 / steps) / max(steps - 1, 1) for i in range(steps)]
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+        self.set_shifted_timesteps(scheduler, steps, num_tokens)

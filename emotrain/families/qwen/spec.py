@@ -1,0 +1,102 @@
+"""Qwen-Image (Alibaba 2025), its first version; facts (no torch)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emotrain.errors import ModelError
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+
+MAX_TOKENS = 512
+
+
+def _variant_of(path: Path, shapes: Shapes) -> str | None:
+    signs = ("transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight")
+    return "qwen-image" if all(sign in shapes for sign in signs) else None
+
+
+def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Refuse pruned models and ones that take more than latents."""
+    count = len({name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")})
+    inputs = shapes.get("img_in.weight", (0, 0))[-1]
+    if (count, inputs) != (int(config["num_layers"]), int(config["in_channels"])):
+        raise ModelError(
+            f"`{path}` has {count} blocks and {inputs} inputs, and Qwen-Image {config['num_layers']} and "
+            f"{config['in_channels']}: a pruned model or one of another kind",
+            "train on Qwen-Image",
+        )
+
+
+def _recognise(shapes: Shapes) -> bool:
+    """Whether a LoRA on attention alone has more blocks than FLUX.1 and SD3, whose names are the same."""
+    numbers = [int(found[1]) for path in shapes if (found := re.match(r"transformer_blocks\.(\d+)\.attn\.to_q", path))]
+    return max(numbers, default=0) >= 38
+
+
+_BLOCK = "transformer_blocks.{i}"
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_NAMES = (
+    *(f"{_BLOCK}.attn.{name}" for name in _ATTENTION),
+    *(f"{_BLOCK}.{stream}_mlp.net.{name}" for stream in ("img", "txt") for name in ("0.proj", "2")),
+    *(f"{_BLOCK}.{stream}_mod.1" for stream in ("img", "txt")),
+    "img_in", "txt_in", "norm_out.linear", "proj_out",
+    *(f"time_text_embed.timestep_embedder.linear_{n}" for n in (1, 2)),
+)  # fmt: skip
+NAMES = NameTable(rows=tuple((name, (name,)) for name in _NAMES), heads=("txt_norm",))  # the original's are diffusers'
+
+QWEN = FamilySpec(
+    name="qwen",
+    title="Qwen-Image",
+    folder="qwen",
+    pipeline="QwenImagePipeline",
+    denoiser="transformer",
+    denoiser_class="QwenImageTransformer2DModel",
+    model_class="QwenImage",
+    resolution=1024,
+    latent_channels=16,
+    layer_width_max=3072,
+    guidance=4.0,
+    text_encoders=(
+        TextEncoder(
+            "text_encoder", "llm", 7_070_619_136, ("Qwen/Qwen-Image", "tokenizer"), "Qwen2Tokenizer",
+            max_tokens=MAX_TOKENS,
+        ),
+    ),
+    variants={
+        "qwen-image": Variant(
+            20_430_401_088, {"attn": 480, "attn-mlp": 720, "all": 846}, (36.5, 2.2), "qwen-image", "Qwen/Qwen-Image"
+        ),
+    },
+    lora=LoraFacts(
+        targets={
+            "attn": (r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",),
+            "mlp": (r"transformer_blocks\.\d+\.(?:img|txt)_mlp\.net\.(?:0\.proj|2)",),
+            "rest": (
+                r"transformer_blocks\.\d+\.(?:img|txt)_mod\.1",
+                r"img_in|txt_in|norm_out\.linear|proj_out|time_text_embed\.timestep_embedder\.linear_[12]",
+            ),
+        },
+        heads=("transformer_blocks.", "img_in", "txt_in", "norm_out.", "proj_out", "time_text_embed."),
+        marks=(r"transformer_blocks\.\d+\.(?:img|txt)_(?:mlp|mod)\..*",),
+        recognise=_recognise,
+        originals=NAMES,
+        layout="comfyui",
+        comfyui_originals=False,
+        loader="QwenImageLoraLoaderMixin",
+        base_version="qwen_image",
+        stated=("qwen",),
+    ),
+    file=FileFacts(
+        _variant_of,
+        ("transformer_blocks.", "img_in.", "txt_in.", "txt_norm.", "norm_out.", "proj_out.", "time_text_embed."),
+        check=_check,
+    ),
+    blocks=("QwenImageTransformerBlock",),
+    vae_class="AutoencoderKLQwenImage",
+    flow=True,
+    packed_channels=4,
+    patch=2,
+)  # fmt: skip
