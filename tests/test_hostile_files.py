@@ -257,3 +257,200 @@ def test_what_a_bug_raises_in_a_run_leaves_its_traceback_in_the_run_s_folder(
     assert len(kept) == 1
     assert str(kept[0]) in text
     assert "a bug of ours" in kept[0].read_text(encoding="utf-8")
+
+
+def test_losses_of_different_validations_never_stand_side_by_side(runs: Path, capsys: Any) -> None:
+    for name, held in (("good", ["a.png"]), ("bad", ["a.png"])):
+        RunFolder(runs / name).update_info(held_out=held, best_loss=0.123, base_loss=0.456, base_sha256="0")
+    words = ["runs", "compare", "good", "bad", "--runs-dir", str(runs)]
+    assert "0.123" in said(words, capsys)[1]
+    RunFolder(runs / "bad").update_info(held_out=["b.png"])
+    code, text = said(words, capsys)
+    assert (code, "0.123" in text, "0.456" in text) == (0, False, False)
+    assert "not validated alike (held_out)" in text
+    assert json.loads(said([*words, "--json"], capsys)[1])["validated_apart"] == ["held_out"]
+    RunFolder(runs / "bad").update_info(held_out=["a.png"])
+    (runs / "bad" / "preset.yaml").write_text("name: bad\ntrain: {seed: 3}\n", encoding="utf-8")
+    assert "not validated alike (train.seed)" in said(words, capsys)[1]
+
+
+def test_other_library_versions_are_told_in_one_line() -> None:
+    from emotrain.runs.changes import library_changes
+
+    before = {"torch": "2.8.0", "peft": "0.17"}
+    assert library_changes(before, before) is None
+    line = library_changes(before, {"torch": "2.9.0", "peft": "0.17", "numpy": "2.0"})
+    assert line is not None
+    assert "(torch 2.8.0 -> 2.9.0)" in line
+
+
+def test_a_foreign_or_huge_picture_in_samples_leaves_a_grey_cell(tmp_path: Path) -> None:
+    import struct
+    import zlib
+
+    from emotrain.observers.sheet import make_sheet
+
+    good, text, huge, broken = (tmp_path / f"{name}.png" for name in ("good", "text", "huge", "broken"))
+    Image.new("RGB", (64, 64), (200, 10, 10)).save(good)
+    text.write_text("not a picture", encoding="utf-8")
+    data = good.read_bytes()
+    head = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    huge.write_bytes(data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:])
+    broken.write_bytes(data[:33] + b"\xff" * 40)
+    sheet = make_sheet({0: [huge, text], 5: [broken, good]}, ["a", "b"])
+    assert (200, 10, 10) in {colour for _, colour in sheet.getcolors(1 << 20) or ()}
+
+
+def test_the_curves_of_a_resumed_run_begin_at_its_first_step(tmp_path: Path) -> None:
+    from emotrain.observers.board import Board
+    from emotrain.train.events import RunStart
+
+    row = {"observed_loss": 0.5, "scalar": 0.0, "trust": 0.1, "pulse": 1.0}
+    lines = [json.dumps({"step": step, "loss": 1 / step, **row}) for step in range(1, 31)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 31, "lo']), encoding="utf-8")
+    start = RunStart(
+        name="x", run_dir=tmp_path, start_step=20, max_steps=40, steps_per_epoch=1.0, optimizer="emosens", num_images=1,
+        num_modules=1, num_parameters=1, device="cpu",
+    )  # fmt: skip
+    board = Board(clock=lambda: 0.0)
+    board.note(start)
+    assert board.loss.num_values == 20
+    assert board.smoothed.num_values == 20
+    assert board.step == 20
+
+
+# ------------------------------------------------------------ LoRA files
+
+
+@pytest.mark.parametrize("out", ["/dev/null/x.safetensors", "file/x.safetensors", "nowhere/x.safetensors"])
+def test_a_converted_file_that_cannot_be_written_is_said_in_a_line(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (tmp_path / "a.safetensors").write_bytes(hostile.lora_files()["kohya"])
+    for words in (["convert", "a.safetensors", "--to", "diffusers"], ["merge", "a.safetensors", "a.safetensors"]):
+        code, text = said(["lora", *words, "-o", out], capsys)
+        assert code in (4, 6), text
+        assert text.startswith("error: ")
+
+
+def test_a_read_only_place_is_exit_6(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from emotrain.errors import ResourceError
+    from emotrain.lora import container
+
+    def refuse(self: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(ResourceError, match="Read-only file system") as caught:
+        container.write(tmp_path / "x.safetensors", {}, {})
+    assert caught.value.exit_code == 6
+
+
+def test_embeddings_in_a_lora_file_are_left_out_with_a_warning(tmp_path: Path, capsys: Any) -> None:
+    import torch
+    from safetensors.torch import load, save
+
+    plain = load(hostile.lora_files()["kohya"])
+    bundle = {"bundle_emb.mika.string_to_param.*": torch.ones(2, 768), "bundle_emb.mika.clip_g": torch.ones(2, 1280)}
+    (tmp_path / "a.safetensors").write_bytes(save({**plain, **bundle}, {"ss_base_model_version": "sd_v1"}))
+    code, text = said(["lora", "inspect", str(tmp_path / "a.safetensors")], capsys)
+    assert (code, "embeddings of `mika` too, which are left out" in text) == (0, True)
+    out = tmp_path / "b.safetensors"
+    code, text = said(["lora", "convert", str(tmp_path / "a.safetensors"), "--to", "kohya", "-o", str(out)], capsys)
+    assert (code, "left out" in text) == (0, True)
+    assert load(out.read_bytes()).keys() == plain.keys()
+
+
+# ------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.gradient_accumulation_steps=1000000000", "train.loss.min_snr_gamma=1e30", "sample.steps=100000",
+        "train.micro_batch_size=1000000", "dataset.captions.variants=1000000000", "train.max_steps=99999999999",
+        r"network.targets=['(\w+\.?)+x']", r"network.targets=['.*.*.*.*x']", r"network.rank_pattern={'(a+)+$': 2}",
+    ],
+)  # fmt: skip
+def test_an_absurd_setting_is_exit_2(setting: str, capsys: Any) -> None:
+    start = time.process_time()
+    code, text = said(["check", "quickstart", "--set", setting], capsys)
+    assert code == 2, text
+    assert setting.split("=")[0] in text
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"down_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$",
+        r".*attn.*to_.*", r"(attn1|attn2).*to_[qkv]", r"(?:blocks\.\d+)?\.to_q", r"[^.]+\.to_k", "to_q",
+    ],
+)  # fmt: skip
+def test_patterns_that_people_write_are_taken(pattern: str) -> None:
+    from emotrain.config.values import takes_forever
+
+    assert not takes_forever(pattern)
+
+
+def test_own_pictures_on_the_quickstart_bring_neither_its_trigger_nor_its_prompts(tmp_path: Path) -> None:
+    from emotrain.config.load import load_preset
+
+    (tmp_path / "own.yaml").write_text("extends: quickstart\ndataset: ./pictures\n", encoding="utf-8")
+    (tmp_path / "same.yaml").write_text("extends: quickstart\nnetwork: {rank: 4}\n", encoding="utf-8")
+    (tmp_path / "chain.yaml").write_text("extends: same.yaml\ndataset: ./pictures\ntrigger: mika\n", encoding="utf-8")
+    own, same, chain = (load_preset(tmp_path / f"{name}.yaml") for name in ("own", "same", "chain"))
+    assert (own.dataset.trigger, own.sample.prompts) == (None, ("[trigger]",))
+    assert (same.dataset.trigger, len(same.sample.prompts)) == ("inkmoji", 4)
+    assert (chain.dataset.trigger, chain.sample.prompts) == ("mika", ("[trigger]",))
+
+
+# ------------------------------------------------------------ lint
+
+
+def test_a_bare_folder_names_the_size_it_is_held_against(tmp_path: Path, capsys: Any) -> None:
+    for index in range(2):
+        Image.effect_noise((300, 300), 90).save(tmp_path / f"{index}.png")
+    text = said(["lint", str(tmp_path)], capsys)[1]
+    assert "sizes: held against 512 px" in text
+    assert "too small for 512" in text
+    assert "sizes: held against 64 px" in said(["lint", "builtin:example"], capsys)[1]
+
+
+def test_counts_of_one_are_in_the_singular(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.png").write_text("no picture", encoding="utf-8")
+    text = said(["lint", str(tmp_path)], capsys)[1]
+    assert not any(word in text for word in (" 1 errors", "1 warnings", " 1 notes")), text
+
+
+def test_a_folder_named_like_kohya_s_repeats_says_what_its_name_does(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "10_mika").mkdir()
+    Image.effect_noise((600, 600), 90).save(tmp_path / "10_mika" / "a.png")
+    text = said(["lint", str(tmp_path)], capsys)[1]
+    assert "is seen 10 times an epoch for its name, which is no trigger" in text
+    assert "is not seen 10 times an epoch for its name" in said(["lint", str(tmp_path / "10_mika")], capsys)[1]
+
+
+def test_a_lora_that_cannot_be_written_at_the_end_is_exit_6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import errno
+
+    replace = os.replace
+
+    def refuse(source: Any, target: Any) -> None:
+        if str(target).endswith("lora.safetensors"):
+            raise OSError(errno.EROFS, "Read-only file system", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    settings = ["train.max_steps=1", "sample.every=0", "sample.at_start=false", "validate.fraction=0"]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    code, text = said(["run", "quickstart", "--runs-dir", str(tmp_path), "--plain", *sets], capsys)
+    assert code == 6, text
+    assert "lora.safetensors: cannot be written (Read-only file system)" in text

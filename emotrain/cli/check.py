@@ -9,7 +9,7 @@ import typer
 from emotrain.cli import output
 from emotrain.cli.bar import progress
 from emotrain.cli.complete import preset_names
-from emotrain.cli.options import OneJson, Overrides
+from emotrain.cli.options import RUNS, OneJson, Overrides, RunName, RunsDir
 
 
 def check(
@@ -18,12 +18,14 @@ def check(
         typer.Argument(help="A preset file, or the name of a shipped one", autocompletion=preset_names),
     ],
     overrides: Overrides = None,
+    name: RunName = None,
+    runs_dir: RunsDir = RUNS,
     as_json: OneJson = False,
 ) -> None:
     """Validate a preset, its data and files.
 
-    Everything that is wrong is told at once, each with file and line; every picture is decoded. Nothing is trained or
-    written.
+    Everything that `run` with the same words would refuse is told at once, each with file and line; every picture is
+    decoded. Nothing is trained or written.
 
     Examples:
         emotrain check quickstart
@@ -32,9 +34,9 @@ def check(
     from emotrain.config.load import load
     from emotrain.runs.preflight import preflight
 
-    loaded = load(preset, overrides or ())
+    loaded = load(preset, overrides or (), name)
     with progress("looking at pictures") as tell:
-        found = preflight(loaded.preset, loaded.where, tell)
+        found = preflight(loaded.preset, loaded.where, tell, runs_dir)
     if not as_json:
         for line in loaded.notes:
             output.note(f"note: {line}")

@@ -78,6 +78,8 @@ def inspect(
     found = summarise(read_lora(lora_of(file), allow_partial=True))
     for key in found["ignored"]:
         output.warning(f"`{key}` belongs to no module of {found['family']}")
+    if found["left_out"]:
+        output.warning(found["left_out"])
     if as_json:
         output.json_object(found)
     else:
@@ -185,6 +187,8 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _report(written: Written, facts: dict[str, Any], as_json: bool) -> None:
+    for line in written.warnings:
+        output.warning(line)
     if not as_json:
         output.note(f"{written.modules} modules, {written.format} layout, {written.dtype}, read back and compared")
         output.result(str(written.path))

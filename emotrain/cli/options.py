@@ -10,6 +10,7 @@ import typer
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key of the preset: section.key=value; repeatable")
 ]
+RunName = Annotated[str | None, typer.Option("--name", help="Name of the run and its folder")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Holds all runs", envvar="EMOTRAIN_RUNS")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines in place of the dashboard")]
 EventsAsJson = Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout")]

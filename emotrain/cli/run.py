@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunsDir
+from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunName, RunsDir
 
 
 def run(
     preset: Annotated[str, typer.Argument(help="A preset file, or the name of a shipped one")],
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the run and its folder")] = None,
+    name: RunName = None,
     runs_dir: RunsDir = RUNS,
     plain: Plain = False,
     as_json: EventsAsJson = False,

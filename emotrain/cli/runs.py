@@ -85,25 +85,30 @@ def compare(
 ) -> None:
     """Compare runs: their results, and the preset keys in which they differ.
 
+    Losses stand side by side only where the runs were validated on the same pictures in the same way.
+
     Examples:
       emotrain runs compare mika_v1 mika_v2
     """
     from emotrain.errors import ConfigError
     from emotrain.runs.folder import open_run
-    from emotrain.runs.lineage import RESULTS, differences, read_run
+    from emotrain.runs.lineage import LOSSES, RESULTS, differences, read_run, validated_apart
 
     if len(runs) < 2:
         raise ConfigError("`runs compare` takes two runs or more", "`emotrain runs list` lists them")
     chosen = [read_run(open_run(name, runs_dir)) for name in runs]
     changed = differences(chosen)
+    apart = validated_apart(chosen, changed)
     if as_json:
         preset = [{"key": key, "values": values} for key, values in changed]
-        output.json_object({"runs": [_facts(run) for run in chosen], "preset": preset})
+        output.json_object({"runs": [_facts(run) for run in chosen], "preset": preset, "validated_apart": apart})
         return
     results = [run.results() for run in chosen]
-    rows = [(key, *(_text(one[key]) for one in results)) for key in RESULTS]
+    rows = [(key, *(_text(one[key]) for one in results)) for key in RESULTS if not apart or key not in LOSSES]
     rows += [(key, *(_text(value) for value in values)) for key, values in changed]
     output.table(rows, ("", *(run.name for run in chosen)))
+    if apart:
+        output.note(f"note: the losses are left out: these runs were not validated alike ({', '.join(apart)})")
 
 
 def _facts(run: Run) -> dict[str, Any]:

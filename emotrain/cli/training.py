@@ -47,7 +47,7 @@ class Training:
         """Start a new run; what can be found out without torch is found out first."""
         from emotrain.runs.preflight import preflight
 
-        facts = preflight(self.preset, where, self._looking)
+        facts = preflight(self.preset, where, self._looking, runs_dir)
         facts.raise_first()
         for line in facts.warnings:
             self.tell(line)

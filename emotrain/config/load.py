@@ -187,12 +187,21 @@ def _read_extended(extends: Node, folder: Path, chain: tuple[Path, ...], found: 
 
 
 def _on_top(base: Node, over: Node) -> Node:
-    """`merge`, but another optimizer brings neither the old one's words nor its lr."""
+    """`merge`, but another optimizer brings neither the old one's words nor its lr.
+
+    Pictures of one's own bring neither the trigger nor the sample prompts of a shipped preset's example.
+    """
     new, old = leaf(over, "train.optimizer.name"), leaf(base, "train.optimizer.name")
     train = as_mapping(as_mapping(base).get("train"))
     if new is not None and new.value != (old.value if old is not None else "emosens"):
         train.pop("optimizer", None)
         train.pop("lr", None)
+    if leaf(over, "dataset.folders") is not None:
+        shipped = {_shown(path) for path in shipped_presets().values()}
+        for section, key in (("dataset", "trigger"), ("sample", "prompts")):
+            keys = as_mapping(as_mapping(base).get(section))
+            if key in keys and keys[key].source in shipped:
+                del keys[key]
     return merge(base, over)
 
 

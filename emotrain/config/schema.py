@@ -73,7 +73,9 @@ class Captions(Section):
     )
     dropout: Fraction = Field(0.05, description="share of samples trained without a caption")
     tag_dropout: Fraction = Field(0.0, description="share of tags left out")
-    variants: PositiveInt = Field(8, description="texts encoded ahead per caption where shuffle or tag_dropout vary it")
+    variants: Annotated[PositiveInt, Field(le=1000)] = Field(
+        8, description="texts encoded ahead per caption where shuffle or tag_dropout vary it"
+    )
     prefix: Str = Field("", description="put before every caption, after the trigger")
     suffix: Str = Field("", description="put after every caption")
 
@@ -82,7 +84,7 @@ class Folder(Section):
     """One folder of pictures."""
 
     path: Text = Field(description="the folder, or builtin:example")
-    repeats: PositiveInt = Field(1, description="how often an epoch sees each picture")
+    repeats: Annotated[PositiveInt, Field(le=100_000)] = Field(1, description="how often an epoch sees each picture")
     flip: Bool = Field(False, description="mirror half of the samples")
     mask: Str | None = Field(None, description="a folder of same-stem masks, or `alpha`; white is learned")
     prior: PositiveFloat | None = Field(None, description="regularisation pictures: their loss weight")
@@ -164,7 +166,9 @@ class OptimizerSection(Section):
 class LossSection(Section):
     """What the loss is, and where on the noise scale it is taken."""
 
-    min_snr_gamma: PositiveFloat | None = Field(None, description="Hang et al. 2023; SD models only")
+    min_snr_gamma: Annotated[PositiveFloat, Field(le=1000)] | None = Field(
+        None, description="Hang et al. 2023; SD models only"
+    )
     noise_offset: Fraction = Field(0.0, description="SD models only")
     timesteps: Literal["auto", "uniform", "logit-normal"] = Field(
         "auto", description="density of the timesteps; auto: SD uniform, flow logit-normal"
@@ -190,9 +194,11 @@ class TrainSection(Section):
         " best weights, where validations stop improving; fixed: as published",
     )
     allow_small_lr: Bool = Field(False, description="emo: take a train.lr below 0.1, which is refused otherwise")
-    micro_batch_size: PositiveInt = Field(1, description="pictures in one forward pass")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes in one optimizer step")
-    max_steps: PositiveInt = Field(3000, description="a ceiling, not a target")
+    micro_batch_size: Annotated[PositiveInt, Field(le=1024)] = Field(1, description="pictures in one forward pass")
+    gradient_accumulation_steps: Annotated[PositiveInt, Field(le=10_000)] = Field(
+        1, description="forward passes in one optimizer step"
+    )
+    max_steps: Annotated[PositiveInt, Field(le=10**8)] = Field(3000, description="a ceiling, not a target")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
     ema: Bool = Field(
         True,
@@ -230,7 +236,7 @@ class ValidateSection(Section):
         description="steps between two validations; auto: so that they take 5 % of the run, 10 % of a built-in model's,"
         " twice that with train.gain: auto",
     )
-    probe_images: PositiveInt = Field(4, description="pictures in the validation")
+    probe_images: Annotated[PositiveInt, Field(le=10_000)] = Field(4, description="pictures in the validation")
     folder: Str | None = Field(None, description="a held-out folder of your own")
     fraction: Auto | Part = Field(
         "auto",

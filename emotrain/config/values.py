@@ -32,7 +32,40 @@ def _pattern(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise ValueError(f"which is not a regular expression: {error}") from error
+    if takes_forever(text):
+        raise ValueError(
+            "which can take forever to match|leave out repetitions inside repetitions, and all but three `.*`"
+        )
     return text
+
+
+_QUANTIFIER = re.compile(r"[*+]|\{\d*,\d*\}|\{\d{2,}\}")
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[<!=:#P][^)(]*?[>:=!]?|.", re.DOTALL)
+MOST_WIDE = 3  # repetitions of any letter: each multiplies the tries by the length of a module's name
+
+
+def takes_forever(pattern: str) -> bool:
+    """Whether a regular expression repeats what repeats or branches already, or has many `.*`.
+
+    Python's matching tries all ways to split a name between them: their number has the count of repetitions as power.
+    """
+    wide, inner = 0, [False]
+    at = 0
+    while match := _ATOM.match(pattern, at):
+        atom, at = match[0], match.end()
+        repeats = _QUANTIFIER.match(pattern, at) is not None
+        if atom.startswith("("):
+            inner.append(False)
+        elif atom == ")" and len(inner) > 1:
+            if inner.pop() and repeats:
+                return True
+            inner[-1] |= repeats
+        elif atom == "|":
+            inner[-1] = True
+        elif repeats:
+            inner[-1] = True
+            wide += atom == "." or atom in (r"\w", r"\W", r"\S", r"\D") or atom.startswith("[")
+    return wide > MOST_WIDE
 
 
 def _filled(text: str) -> str:

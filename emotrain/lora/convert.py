@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class Written:
     family: str
     dtype: str
     modules: int
+    warnings: tuple[str, ...] = ()
 
 
 def convert(path: Path, to: Layout, out: Path, *, overwrite: bool = False) -> Written:
@@ -44,7 +45,8 @@ def convert(path: Path, to: Layout, out: Path, *, overwrite: bool = False) -> Wr
     tensors = file_tensors(lora.state, alphas=lora.alphas, family=lora.family, layout=to, dtype="fp32")
     dtype = exact_dtype(tensors, lora.dtype)
     kept = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
-    return _write(out, tensors, dtype, lora, to, {**kept, "emotrain.converted_from": lora.sha256})
+    written = _write(out, tensors, dtype, lora, to, {**kept, "emotrain.converted_from": lora.sha256})
+    return replace(written, warnings=_left_out([lora]))
 
 
 def merge_files(
@@ -83,7 +85,12 @@ def merge_files(
     source = LoraFile(
         out, merged.state, merged.alphas, merged.family, layout, dtype, {}, "",
     )  # fmt: skip
-    return _write(out, tensors, dtype, source, layout, _merged_metadata(out, loras, merged)), merged
+    written = _write(out, tensors, dtype, source, layout, _merged_metadata(out, loras, merged))
+    return replace(written, warnings=_left_out([lora for lora, _ in loras])), merged
+
+
+def _left_out(loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    return tuple(line for lora in loras if (line := lora.left_out) is not None)
 
 
 def exact_dtype(tensors: Mapping[str, Tensor], wished: str) -> str:

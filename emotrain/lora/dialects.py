@@ -7,7 +7,7 @@ What cannot be applied exactly (LoHa, LoKr, Tucker, DoRA and others) is refused 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +142,7 @@ def detect(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[
     return parsed.dialect, parsed.family
 
 
-def refuse_other_networks(keys: Mapping[str, object]) -> None:
+def refuse_other_networks(keys: Iterable[str]) -> None:
     """Raise a ModelError that names the kind of network, where it is one that cannot be applied as a LoRA."""
     for pattern, kind in _REFUSED:
         rule = re.compile(pattern)

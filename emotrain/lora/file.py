@@ -17,6 +17,7 @@ from emotrain.lora.formats import Layout, layout_of, to_layout
 from emotrain.lora.metadata import with_hashes
 from emotrain.lora.targets import part_of
 
+BUNDLED = "bundle_emb."  # embeddings of words that trainers put into the file of the LoRA that needs them
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -35,6 +36,7 @@ class LoraFile:
         sha256: of the file.
         notes: what was assumed, one line each.
         ignored: keys that no module belongs to; only where `allow_partial` let them pass.
+        embeddings: words whose embeddings lie in the file too; they are left out.
     """
 
     path: Path
@@ -47,6 +49,15 @@ class LoraFile:
     sha256: str
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> str | None:
+        """What the file holds and nobody applies here, in one line."""
+        if not self.embeddings:
+            return None
+        words = ", ".join(f"`{word}`" for word in self.embeddings[:10])
+        return f"{self.path} holds embeddings of {words} too, which are left out"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -142,8 +153,11 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
     path = Path(path)
     entries, _ = container.read_header(path)
     try:
-        refuse_other_networks(entries)
+        refuse_other_networks([key for key in entries if not key.startswith(BUNDLED)])
         tensors, metadata = container.read(path)
+        bundled = [key for key in tensors if key.startswith(BUNDLED)]
+        for key in bundled:
+            del tensors[key]
         wide = {key: value.to(torch.float32) for key, value in tensors.items()}
         bad = next((key for key, value in wide.items() if not torch.isfinite(value).all()), None)
         if bad is not None and not bad.endswith(".alpha"):
@@ -155,6 +169,7 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
     return LoraFile(
         path, parsed.state, parsed.alphas, parsed.family, parsed.dialect, _dtype_name(tensors), metadata,
         container.sha256_of(path), parsed.notes, parsed.ignored,
+        tuple(dict.fromkeys(key.removeprefix(BUNDLED).split(".")[0][:60] for key in bundled)),
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def summarise(lora: LoraFile) -> dict[str, Any]:
         "blocks": {block: math.sqrt(square) for block, square in squares.items()},
         "notes": list(lora.notes),
         "ignored": list(lora.ignored),
+        "left_out": lora.left_out,
         "parents": parents_of(lora.metadata),
         "metadata": dict(sorted(lora.metadata.items())),
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotrain.files import read_regular
 from emotrain.observers.pace import Pace, Smoother
 from emotrain.observers.text import clean
 from emotrain.observers.trace import Trace
@@ -24,6 +27,7 @@ from emotrain.train.events import (
 )
 
 MAX_NOTICES = 8
+MAX_LOG = 2**30  # bytes
 MAX_PHASES = 12
 MAX_VALIDATIONS = 200
 
@@ -119,9 +123,29 @@ class Board:
                 self.start = event
                 self.last = None
                 self._reset(event.max_steps)
+                self._take_past(event)
             case RunEnd():
                 self._end_phase()
                 self.end = event
+
+    def _take_past(self, start: RunStart) -> None:
+        """The curves of the steps before a resume, from the run's own log; one that cannot be read leaves them out."""
+        rows: list[dict[str, float]] = []
+        if start.start_step:
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                for line in read_regular(start.run_dir / "metrics.jsonl", MAX_LOG).splitlines():
+                    rows.append(json.loads(line))
+        for row in rows:
+            numbers = [row.get(key) for key in ("step", "loss", "observed_loss", "scalar", "trust", "pulse")]
+            if not all(isinstance(number, int | float) for number in numbers) or row["step"] > start.start_step:
+                return
+            self.loss.add(row["loss"])
+            self.smoothed.add(self.smooth.add(row["loss"]))
+            for trace, key in (
+                (self.observed_loss, "observed_loss"), (self.scalar, "scalar"), (self.trust, "trust"),
+                (self.pulse, "pulse"),
+            ):  # fmt: skip
+                trace.add(row[key])
 
     def _on_step(self, event: StepEnd) -> None:
         self._end_phase()

@@ -13,6 +13,8 @@ from emotrain.observers.text import clean
 MIN_CELL = 128  # pixels: smaller pictures are enlarged to this
 MAX_CELL = 256
 MAX_COLUMNS = 24
+MAX_PIXELS = 2**26  # of one sample; no preset asks for more
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow makes of a damaged PNG
 GAP = 6
 LABEL_WIDTH = 190
 HEADER = 30
@@ -125,9 +127,10 @@ def _cell_size(paths: Sequence[Path]) -> tuple[int, int]:
     """Width and height of all cells, from the first picture that can be read."""
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                return _scaled(*picture.size)
-        except OSError:
+            with Image.open(path, formats=("PNG",)) as picture:
+                if picture.width * picture.height <= MAX_PIXELS:
+                    return _scaled(*picture.size)
+        except UNREADABLE:
             continue
     return MIN_CELL, MIN_CELL
 
@@ -144,11 +147,13 @@ def _scaled(width: int, height: int) -> tuple[int, int]:
 
 
 def _thumbnail(path: Path, cell_w: int, cell_h: int) -> Image.Image | None:
-    """The picture inside the cell, its shape kept; None where it cannot be read."""
+    """The picture inside the cell, its shape kept; None where it cannot be read or is too large for a sample."""
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except OSError:
+        with Image.open(path, formats=("PNG",)) as file:
+            picture = file.convert("RGB") if file.width * file.height <= MAX_PIXELS else None
+    except UNREADABLE:
+        return None
+    if picture is None:
         return None
     scale = min(cell_w / picture.width, cell_h / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

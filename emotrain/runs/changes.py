@@ -64,6 +64,16 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
     return lines
 
 
+def library_changes(before: Mapping[str, Any], after: Mapping[str, str]) -> str | None:
+    """The libraries that are of another version than at the run's start, in one line; None where all are the same."""
+    changed = [
+        f"{name} {before[name]} -> {version}" for name, version in after.items() if before.get(name, version) != version
+    ]
+    if not changed:
+        return None
+    return f"other libraries than at the start ({', '.join(changed)}): the run goes on, and not bit for bit"
+
+
 def differs(lines: list[str], hint: str) -> CheckpointError:
     """The error that names these differences, with one hint for all."""
     problems = (*(Problem(line) for line in lines[:-1]), Problem(lines[-1], hint))

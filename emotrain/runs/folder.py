@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import math
 import os
 import shlex
@@ -226,6 +227,27 @@ def create_run(
             raise name_taken(target) from error
         raise ResourceError(f"{target} cannot be made: {error.strerror}") from error
     return RunFolder(target)
+
+
+def refuse_place(runs_dir: Path, name: str) -> None:
+    """Refuse, before anything is loaded, a place where no run can be made.
+
+    Raises:
+        ConfigError: the name cannot be a folder's.
+        CheckpointError: it is taken.
+        ResourceError: nothing can be written there.
+    """
+    target = runs_dir / safe_name(name)
+    if os.path.lexists(target):
+        raise name_taken(target)
+    above = next(folder for folder in (runs_dir, *runs_dir.absolute().parents) if os.path.lexists(folder))
+    reason = None if above.is_dir() else errno.ENOTDIR
+    if reason is None and not os.access(above, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    if reason is not None:
+        raise ResourceError(
+            f"{target} cannot be made: {os.strerror(reason)}", f"is {above} a folder of yours? --runs-dir names another"
+        )
 
 
 def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:

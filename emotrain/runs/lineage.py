@@ -22,6 +22,11 @@ RESULTS = (
     "status", "steps", "best_step", "best_loss", "base_loss", "train_s", "seed", "device",
     "emotrain", "base_sha256", "dataset_sha256",
 )  # fmt: skip
+LOSSES = ("best_loss", "base_loss")
+VALIDATED = (  # keys of the preset that a validation loss depends on, the run's weights apart
+    "validate.folder", "validate.fraction", "validate.probe_images", "dataset.resolution", "dataset.buckets.",
+    "dataset.captions.", "dataset.trigger", "dataset.background", "train.seed", "train.loss.",
+)  # fmt: skip
 TAIL = 8192  # bytes of a log's end that hold its last line
 _VERBS = {"continue": "continues", "stack": "on top of"}
 
@@ -167,6 +172,21 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     keys = list(dict.fromkeys(key for preset in presets for key in preset))
     rows = [(key, [preset.get(key) for preset in presets]) for key in keys if key != "name"]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def validated_apart(runs: Sequence[Run], changed: Sequence[tuple[str, list[Any]]]) -> list[str]:
+    """In what the runs' validations differ; their losses cannot be compared where it is anything.
+
+    Args:
+        runs: the runs.
+        changed: their `differences`.
+    """
+    held_out = [run.info.get("held_out") or [] for run in runs]
+    facts = {"base_sha256": [run.info.get("base_sha256") for run in runs], "held_out": held_out}
+    if not all(held_out):  # training pictures were validated on
+        facts["dataset_sha256"] = [run.info.get("dataset_sha256") for run in runs]
+    found = [name for name, values in facts.items() if any(value != values[0] for value in values)]
+    return found + [key for key, _ in changed if key.startswith(VALIDATED)]
 
 
 def file_digest(path: Path) -> str | None:

@@ -21,6 +21,7 @@ from emotrain.families.memory import BACKENDS
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Scans, scan_preset
+from emotrain.runs.folder import refuse_place
 from emotrain.runs.lint import Options, lint_scans
 
 Where = Callable[[str], str]
@@ -56,13 +57,19 @@ class Preflight:
         raise type(first)(first.message, first.hint, problems=problems)
 
 
-def preflight(preset: Preset, where: Where | None = None, progress: Progress | None = None) -> Preflight:
+def preflight(
+    preset: Preset,
+    where: Where | None = None,
+    progress: Progress | None = None,
+    runs_dir: Path | None = None,
+) -> Preflight:
     """Look at everything that a preset names, every picture included.
 
     Args:
         preset: a loaded preset.
         where: key -> file:line, for the messages (`LoadedPreset.where`).
         progress: told (done, total) of the pictures decoded.
+        runs_dir: where the run is to be made; None leaves that out.
     """
     result = Preflight()
     at: Where = where or (lambda key: "preset")
@@ -77,6 +84,11 @@ def preflight(preset: Preset, where: Where | None = None, progress: Progress | N
     _look_at_parents(preset, result, at)
     _look_at_data(preset, result, progress)
     result.failures.extend(_missing_packages(preset, at))
+    if runs_dir is not None:
+        try:
+            refuse_place(runs_dir, preset.name)
+        except EmotrainError as error:
+            result.failures.append(error)
     _describe(preset, result)
     return result
 
@@ -175,6 +187,8 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
     for key, path in wanted:
         try:
             file = read_lora(parents.lora_of(path))
+            if (line := file.left_out) is not None:
+                result.warnings.append(line)
             if result.found is not None:
                 require_family(file.family, result.found.family, str(file.path))
         except EmotrainError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError
 from emotrain.runs import changes, no_room
-from emotrain.runs.folder import RunFolder, create_run, name_taken
+from emotrain.runs.folder import RunFolder, create_run, library_versions, name_taken
 from emotrain.runs.session import Result, Session
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Observer
@@ -75,6 +75,8 @@ def resume(
             store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
             checkpoint, notices = store.load(step)
             session.load()
+            if (line := changes.library_changes(folder.info().get("libraries") or {}, library_versions())) is not None:
+                notices = [*notices, line]
             for line in notices:
                 session.notify(Notice(line))
             before = changes.Identity.from_document(checkpoint.documents["identity"])

@@ -3,7 +3,7 @@
     python tests/bench/hostile.py [--trials 3000] [--seed 0] [--kind NAME]... [--only KIND:NUMBER] [--out FILE]
 
 A trial writes a small good input, spoils it, and calls one command in this process. It fails by a traceback, by exit
-code 1, by more than 10 s of CPU time (or 30 s of waiting), or by what its own kind says (one bad run must not break
+code 1, by more than 10 s of CPU time (or 120 s of waiting), or by what its own kind says (one bad run must not break
 `runs list` for the others). A trial is found again by `--only`, whatever came before it. Prints each failure and a
 table by kind.
 """
@@ -38,8 +38,8 @@ import numpy as np
 import yaml
 from PIL import Image, PngImagePlugin
 
-LIMIT_S, WAIT_S = 10, 30
-GIVE_UP_S = 120  # C code that no signal stops: the stacks are printed and the process ends
+LIMIT_S, WAIT_S = 10, 120
+GIVE_UP_S = 240  # C code that no signal stops: the stacks are printed and the process ends
 
 Random = random.Random
 Check = Callable[[str, str], str | None]

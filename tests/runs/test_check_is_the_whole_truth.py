@@ -77,3 +77,47 @@ def test_run_and_check_refuse_alike(case: str, here: Path, capsys: Any) -> None:
     assert said["check"][0] == expected, said
     assert said["run"] == said["check"]
     assert not (here / "runs").exists()
+
+
+def refused_alike(words: list[str], capsys: Any) -> tuple[int, str]:
+    """The exit code and first line with which `check` and `run` refuse; they must be the same."""
+    said = []
+    for command in ("check", "run"):
+        code = main([command, *words])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        said.append((code, lines[0] if lines else ""))
+    assert said[0] == said[1]
+    return said[0]
+
+
+def test_a_name_that_is_taken_is_refused_by_check_too(here: Path, capsys: Any) -> None:
+    (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
+    (here / "runs" / "p").mkdir(parents=True)
+    assert refused_alike(["p.yaml"], capsys) == (5, "error: runs/p exists already")
+    assert main(["check", "p.yaml", "--name", "p-2"]) == 0
+    assert main(["check", "p.yaml", "--runs-dir", "others"]) == 0
+    assert not (here / "others").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_runs_folder_that_cannot_be_made_is_refused_by_check_too(place: str, here: Path, capsys: Any) -> None:
+    (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
+    (here / "file").write_text("x", encoding="utf-8")
+    code, line = refused_alike(["p.yaml", "--runs-dir", place], capsys)
+    assert (code, line) == (6, f"error: {place}/p cannot be made: Not a directory")
+
+
+def test_a_runs_folder_of_somebody_else_is_refused_by_check_too(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import os
+
+    (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
+    (here / "theirs").mkdir()
+    allowed = os.access
+
+    def access(path: Any, mode: int, **more: Any) -> bool:
+        return allowed(path, mode, **more) and not (mode & os.W_OK and str(path).endswith("theirs"))
+
+    monkeypatch.setattr(os, "access", access)
+    assert refused_alike(["p.yaml", "--runs-dir", "theirs"], capsys)[0] == 6
