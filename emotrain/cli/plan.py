@@ -80,12 +80,14 @@ def _show(made: Plan) -> None:
     )
     output.result("")
     rows = [(name, _size(gib)) for name, gib in made.parts]
-    low, high = (made.needed * share for share in RANGE)
-    rows.append(("in all", _size(made.needed)))
+    rows.append(("in all", _size(sum(gib for _, gib in made.parts))))
     output.table(rows, header=(f"memory of a step, batch {made.batch}", ""))
+    output.result("")
+    output.table([(name, _size(gib)) for name, gib in made.memory.stages], header=("peak of each stage", ""))
+    low, high = (made.needed * share for share in RANGE)
     output.result(f"expect {low:.1f} to {high:.1f} GiB; counted, not measured")
-    leave = "which then leave" if not made.text_modules else "of which the trained ones stay"
-    output.result(f"while captions are encoded: {_size(made.encoders_gib)} of text encoders, {leave}")
+    which = "the trained text encoders stay" if made.text_modules else "text encoders leave when all is encoded"
+    output.result(f"{which}; they take {_size(made.encoders_gib)}")
     output.result("")
     output.table([(name, _size(gib)) for name, gib in made.savings], header=("switch", "saves"))
     output.result("")

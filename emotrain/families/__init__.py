@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from emotrain.families.common import LoadedFamily
+    from emotrain.families.memory import MemoryPlan
 
 
 def load_family(
@@ -21,10 +22,9 @@ def load_family(
     revision: str | None = None,
     dtype: str = "auto",
     quantize: str = "none",
-    memory: str = "auto",
+    plan: MemoryPlan | None = None,
     device: str = "auto",
     gradient_checkpointing: bool | str = "auto",
-    train_text: bool = False,
     prediction: str = "auto",
 ) -> LoadedFamily:
     """Load a model, frozen, ready for a LoRA.
@@ -39,11 +39,10 @@ def load_family(
         dtype: auto | bf16 | fp16 | fp32, of the denoiser and the text encoders; auto is bf16 on GPUs that have it,
             fp16 on others, fp32 on the CPU.
         quantize: none | int8 | nf4 | fp8, of the frozen denoiser.
-        memory: auto | 24gb | 16gb | 12gb | 8gb: the GPU to fit into; auto is what is free.
+        plan: what is done to fit into the GPU; without one the two that are named here.
         device: auto | cuda | mps | cpu.
-        gradient_checkpointing: auto, or whether activations are computed again in the backward pass.
+        gradient_checkpointing: whether activations are computed again in the backward pass; auto is not.
         prediction: auto | epsilon | v | flow, where the files do not say it or say it wrongly.
-        train_text: the CLIP text encoders are to be trained: they stay in memory beside the denoiser.
 
     Returns:
         The family; `placement` says in one sentence what was decided about memory.
@@ -57,6 +56,6 @@ def load_family(
 
     return load(
         base, family=family, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, revision=revision, dtype=dtype,
-        quantize=quantize, memory=memory, device=device, gradient_checkpointing=gradient_checkpointing,
-        train_text=train_text, prediction=prediction,
+        quantize=quantize, plan=plan, device=device, gradient_checkpointing=gradient_checkpointing,
+        prediction=prediction,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds, TextEncoderPart
-from emotrain.families.memory import MemoryPlan
+from emotrain.families.memory import TILE, MemoryPlan
 from emotrain.families.offload import offload_blocks
 from emotrain.families.quantize import quantize_linears
 from emotrain.families.quiet import quiet
@@ -44,9 +44,9 @@ class Parts:
     force_zeros: bool = True  # SDXL's force_zeros_for_empty_prompt
 
 
-def digest_module(module: nn.Module, extra: Any) -> str:
+def digest_module(module: nn.Module, *extra: Any) -> str:
     """sha256 over config, names, shapes, dtypes and evenly sampled values of all tensors, and `extra`."""
-    digest = hashlib.sha256(json.dumps(extra, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256("".join(json.dumps(one, sort_keys=True, default=str) for one in extra).encode())
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLED_VALUES)
@@ -112,6 +112,14 @@ class LoadedFamily(ABC):
         raw = latents.float() / self.latent_scale + self.latent_shift
         pixels: Tensor = self.vae.decode(raw.to(weight.device, weight.dtype)).sample
         return pixels.float().cpu()
+
+    def tile_vae(self, wanted: bool) -> None:
+        """Let the VAE work in overlapping tiles, or on whole pictures."""
+        if hasattr(self.vae, "tile_latent_min_size"):
+            scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = TILE, TILE // scale
+        if hasattr(self.vae, "enable_tiling"):
+            self.vae.enable_tiling() if wanted else self.vae.disable_tiling()
 
     # ------------------------------------------------------------ texts
 
@@ -208,6 +216,7 @@ class LoadedFamily(ABC):
                 part.encoder.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.tile_vae(self.memory is not None and self.memory.tile_decode)
         if self.memory is not None and self.memory.offload:
             spare = (self.memory.budget_gib or 0.0) - self.memory.needed_gib
             offload_blocks(self.denoiser, self.device, FAMILIES[self.name].blocks, spare)
@@ -233,7 +242,8 @@ class LoadedFamily(ABC):
         """A digest that changes when `encode_images` would give other latents."""
         if "vae" not in self._identities:
             assert self.vae is not None
-            self._identities["vae"] = digest_module(self.vae, words_of(self.vae.config))
+            in_tiles = ["tiles"] if self.memory is not None and self.memory.tile_encode else []
+            self._identities["vae"] = digest_module(self.vae, words_of(self.vae.config), *in_tiles)
         return self._identities["vae"]
 
     def text_identity(self) -> str:

@@ -8,20 +8,11 @@ import torch
 
 from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.common import LoadedFamily, Parts
-from emotrain.families.memory import (
-    GIB,
-    TRAINED_GIB,
-    MemoryPlan,
-    choose_memory,
-    installed_backends,
-    require_backend,
-)
+from emotrain.families.memory import GIB, MemoryPlan, encoders_that_fit, require_backend
 from emotrain.families.pieces import load_pieces, load_vae, text_parts
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import Given
-from emotrain.families.sniff import Sniffed
 from emotrain.families.table import sniff
-from emotrain.families.texts import encoder_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -84,18 +75,16 @@ def load(
     revision: str | None,
     dtype: str,
     quantize: str,
-    memory: str,
+    plan: MemoryPlan | None,
     device: str,
     gradient_checkpointing: bool | str,
-    train_text: bool = False,
     prediction: str = "auto",
 ) -> LoadedFamily:
     """See `emotrain.families.load_family`."""
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     found = sniff(base, family, revision, prediction)
-    text_gib = trained_text_gib(found, kind) if train_text else 0.0
-    plan = plan_memory(found, where, kind, quantize, memory, gradient_checkpointing, text_gib)
+    plan = plan or MemoryPlan(quantize, gradient_checkpointing is True, False, 0.0, None, "")
     require_backend(plan.quantize)
     own_vae = load_vae(vae, found) if vae is not None else None
     pieces = load_pieces(found, kind, revision, Given(own_vae, text_encoder, tokenizer))
@@ -127,43 +116,6 @@ def free_gib(device: torch.device) -> float | None:
     return torch.cuda.mem_get_info(device)[0] / GIB if device.type == "cuda" else None
 
 
-def plan_memory(
-    found: Sniffed,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantize: str,
-    memory: str,
-    gradient_checkpointing: bool | str,
-    text_gib: float = 0.0,
-) -> MemoryPlan:
-    """What fits, from the sizes of the public model; small models of other sizes need nothing.
-
-    `text_gib` is what text encoders take that stay beside the denoiser.
-    """
-    info = FAMILIES[found.family]
-    if found.variant not in info.variants:
-        wanted = gradient_checkpointing is True
-        return MemoryPlan(quantize, wanted, False, 0.0, None, "")
-    return choose_memory(
-        num_parameters=info.variants[found.variant].parameters,
-        bytes_per_parameter=dtype.itemsize,
-        activations_gib=info.variants[found.variant].activations_gib,
-        trained_gib=TRAINED_GIB + text_gib,
-        free_gib=free_gib(device),
-        memory="auto" if device.type != "cuda" else memory,
-        quantize=quantize,
-        gradient_checkpointing=gradient_checkpointing,
-        backends=installed_backends() if device.type == "cuda" else frozenset(),
-    )
-
-
-def trained_text_gib(found: Sniffed, dtype: torch.dtype) -> float:
-    """GiB of the CLIP text encoders."""
-    sizes = encoder_parameters(found)
-    trained = FAMILIES[found.family].trainable_encoders
-    return sum(sizes[encoder.name] for encoder in trained) * dtype.itemsize / GIB
-
-
 def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
     """Move the VAE and the text encoders to the device, the small ones first; the denoiser comes after their work.
 
@@ -173,10 +125,11 @@ def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
         family.denoiser.enable_gradient_checkpointing()
     assert family.vae is not None
     family.vae.to(family.device)
-    for encoder in sorted((part.encoder for part in family.text_encoders), key=_gib):
-        room = free_gib(family.device)
-        if room is None or _gib(encoder) < room * 0.9:
-            encoder.to(family.device)
+    family.tile_vae(plan.tile_encode)
+    sizes = {id(part.encoder): _gib(part.encoder) for part in family.text_encoders}
+    fitting = encoders_that_fit(list(sizes.values()), plan.encoder_gib)
+    for part in sorted(family.text_encoders, key=lambda part: sizes[id(part.encoder)])[: len(fitting)]:
+        part.encoder.to(family.device)
 
 
 def _gib(module: torch.nn.Module) -> float:

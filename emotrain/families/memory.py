@@ -1,20 +1,25 @@
-"""Fitting a model into a GPU: which of its means to take, in one sentence.
+"""Fitting a run into a GPU: what each of its stages takes, and which means of saving to choose, in one sentence.
 
-Everything here is arithmetic on estimates (activations counted on the meta device, see
-`emotrain plan`); no GPU was at hand to measure what the means save.
+Everything here is arithmetic on what was counted on the meta device (`runs.footprint`); `emotrain plan` shows it and
+`emotrain run` loads the model by it. No GPU was at hand to measure what the means save.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from emotrain.errors import ConfigError
 
 GIB = 1024**3
 CONTEXT_GIB = 0.6  # what CUDA and its libraries take: 0.4 to 0.8
-TRAINED_GIB = 0.5  # LoRA weights, gradients and optimizer state
 VAE_GIB = 0.2  # the decoder in float32, which stays for samples
+VAE_ENCODER_GIB = 0.13  # goes when all pictures are encoded
+# Float32 maps of the VAE's first width at full size that its passes hold at once, counted on the meta device.
+ENCODE_MAPS, DECODE_MAPS = 5.0, 6.0
+TILE = 512  # pixels: the side of the pieces that a VAE works in where there is no room for the whole
+AWAY = 3  # blocks on the device at a time where the others wait in the computer's memory
 SPARE = 1.08  # workspace and fragments on top of activations
 SIZES_GIB = {"24gb": 24.0, "16gb": 16.0, "12gb": 12.0, "8gb": 8.0}
 USABLE = 0.95  # of a GPU of that size, beside a desktop
@@ -23,10 +28,51 @@ BACKENDS = {"int8": "bitsandbytes", "nf4": "bitsandbytes"}  # fp8 needs none
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a run asks of a GPU, in GiB but for the first two.
+
+    Attributes:
+        num_parameters: of the denoiser.
+        bytes_per_parameter: of its dtype.
+        activations: kept for the backward pass, without and with gradient checkpointing.
+        trained: LoRA weights, gradients, optimizer state, and trained text encoders.
+        encoders: weights of each text encoder that goes when all captions are encoded.
+        vae: its decoder; `vae_encoder` goes when all pictures are encoded.
+        encode: a pass of the VAE's encoder over the largest picture, whole and in tiles.
+        decode: a pass of its decoder over a sample, whole and in tiles; 0 where none are drawn.
+        validate: the denoiser's pass without gradients in a validation.
+        sample: the same while a sample is drawn.
+        resident: what stays of the denoiser where its other blocks wait in the computer's memory.
+    """
+
+    num_parameters: int
+    bytes_per_parameter: float
+    activations: tuple[float, float]
+    trained: float
+    encoders: tuple[float, ...] = ()
+    vae: float = VAE_GIB
+    vae_encoder: float = VAE_ENCODER_GIB
+    encode: tuple[float, float] = (0.0, 0.0)
+    decode: tuple[float, float] = (0.0, 0.0)
+    validate: float = 0.0
+    sample: float = 0.0
+    resident: float = 0.0
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What is done to fit, and what is then expected to be needed.
 
-    `offload` keeps frozen layers in the computer's memory and moves each to the GPU for its turn.
+    Attributes:
+        quantize: of the base.
+        gradient_checkpointing: activations are computed again in the backward pass.
+        offload: frozen blocks wait in the computer's memory and move to the GPU for their turn.
+        needed_gib: the largest of `stages`.
+        budget_gib: what there is, None where that is not known.
+        sentence: all of it for people.
+        stages: encode, train, validate, sample and save, each with its peak.
+        tile_encode: the VAE encodes in tiles, and `tile_decode`: it decodes in tiles.
+        encoder_gib: room for text encoders while the data set is encoded; None: for all of them.
     """
 
     quantize: str
@@ -35,6 +81,10 @@ class MemoryPlan:
     needed_gib: float
     budget_gib: float | None
     sentence: str
+    stages: tuple[tuple[str, float], ...] = ()
+    tile_encode: bool = False
+    tile_decode: bool = False
+    encoder_gib: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -73,11 +123,8 @@ def require_backend(quantize: str) -> None:
 
 
 def choose_memory(
+    needs: Needs,
     *,
-    num_parameters: int,
-    bytes_per_parameter: float,
-    activations_gib: tuple[float, float],
-    trained_gib: float = TRAINED_GIB,
     free_gib: float | None = None,
     memory: str = "auto",
     quantize: str = "none",
@@ -87,13 +134,10 @@ def choose_memory(
     """The first of these that fits: nothing, gradient checkpointing, int8, nf4, offload.
 
     Quantising and offloading come in only where gradient checkpointing alone does not do; a
-    quantisation that is set is kept. Pure.
+    quantisation that is set is kept. The VAE works in tiles where the whole does not fit. Pure.
 
     Args:
-        num_parameters: of the denoiser.
-        bytes_per_parameter: of its dtype.
-        activations_gib: saved activations without and with gradient checkpointing.
-        trained_gib: LoRA weights, gradients and optimizer state, and trained text encoders.
+        needs: of the run.
         free_gib: free memory of the GPU; None where there is none, or it is not known.
         memory: auto (what is free), or a size; a size that is larger than what is free is cut.
         quantize: as the preset says.
@@ -106,16 +150,42 @@ def choose_memory(
     kinds = [k for k in ("int8", "nf4") if k in backends] if quantize == "none" else []
     options += [(kind, steps[-1], False) for kind in kinds]
     options += [(kind, steps[-1], True) for kind in ([quantize] if quantize == "none" else [])]
-    plans = []
-    for kind, checkpointing, offload in options:
-        base = weights_gib(num_parameters, bytes_per_parameter, kind) * (0.1 if offload else 1.0)
-        activations = activations_gib[1 if checkpointing else 0] * SPARE
-        needed = CONTEXT_GIB + VAE_GIB + base + trained_gib + activations
-        plans.append(MemoryPlan(kind, checkpointing, offload, needed, budget, ""))
+    plans = [_plan(needs, *option, budget) for option in options]
     if budget is None:
         return replace(plans[0], sentence=_sentence(plans[0]))
     chosen = next((plan for plan in plans if plan.fits), min(plans, key=lambda p: p.needed_gib))
     return replace(chosen, sentence=_sentence(chosen))
+
+
+def _plan(needs: Needs, kind: str, checkpointing: bool, offload: bool, budget: float | None) -> MemoryPlan:
+    """The stages' peaks with these means."""
+    base = weights_gib(needs.num_parameters, needs.bytes_per_parameter, kind)
+    held = CONTEXT_GIB + needs.vae + (min(needs.resident, base) if offload else base) + needs.trained
+    encoding = CONTEXT_GIB + needs.vae + needs.vae_encoder
+    tile_encode = budget is not None and encoding + needs.encode[0] > budget
+    encoding += needs.encode[tile_encode]
+    room = None if budget is None else max(budget - encoding, 0.0)
+    tile_decode = budget is not None and held + needs.decode[0] * SPARE > budget
+    stages = {
+        "encode": encoding + sum(encoders_that_fit(needs.encoders, room)),
+        "train": held + needs.activations[checkpointing] * SPARE,
+        "validate": held + needs.validate * SPARE,
+        "sample": held + max(needs.sample, needs.decode[tile_decode]) * SPARE,
+        "save": held,
+    }
+    return MemoryPlan(
+        kind, checkpointing, offload, max(stages.values()), budget, "", tuple(stages.items()), tile_encode, tile_decode,
+        room,
+    )  # fmt: skip
+
+
+def encoders_that_fit(sizes: Sequence[float], room: float | None) -> list[float]:
+    """The text encoders that work on the GPU, the small ones first; the others work on the CPU."""
+    fitting: list[float] = []
+    for size in sorted(sizes):
+        if room is None or sum(fitting) + size <= room:
+            fitting.append(size)
+    return fitting
 
 
 def budget_of(memory: str, free_gib: float | None) -> float | None:
@@ -140,6 +210,8 @@ def _sentence(plan: MemoryPlan) -> str:
         means.append("gradient checkpointing")
     if plan.offload:
         means.append("frozen layers kept in the computer's memory")
+    if plan.tile_encode or plan.tile_decode:
+        means.append("the VAE in tiles")
     how = ", ".join(means) if means else "nothing needs saving"
     if plan.budget_gib is None:
         return f"memory: {how}"

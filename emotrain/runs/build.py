@@ -22,6 +22,7 @@ from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, digest_module, words_of
+from emotrain.families.memory import MemoryPlan
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
 from emotrain.families.transfer import send
 from emotrain.lora.adapter import Adapter
@@ -114,8 +115,10 @@ def read_pictures(preset: Preset) -> Pictures:
     return Pictures(*split_held_out(examples, fraction=float(fraction), seed=seed))
 
 
-def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) -> Model:
-    """Load the base, apply the stack, add the new LoRA (or the one that is continued)."""
+def load_model(
+    preset: Preset, notify: Notify, earlier: LoraFile | None = None, plan: MemoryPlan | None = None
+) -> Model:
+    """Load the base, apply the stack, add the new LoRA (or the one that is continued); `plan` says how to fit."""
     notify(Phase("loading the model"))
     model = preset.model
     family = load_family(
@@ -127,10 +130,9 @@ def load_model(preset: Preset, notify: Notify, earlier: LoraFile | None = None) 
         revision=model.revision,
         dtype=model.dtype,
         quantize=model.quantize,
-        memory=model.memory,
+        plan=plan,
         prediction=model.prediction,
         gradient_checkpointing=preset.train.gradient_checkpointing,
-        train_text=preset.network.text_encoder,
     )
     base_digest = digest_module(family.denoiser, words_of(family.denoiser.config))
     loss = preset.train.loss

@@ -9,6 +9,7 @@ Shape letters: B batch, C latent channels, H W latent height and width, S tokens
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from emotrain.families.loading import family_class
 from emotrain.families.registry import FAMILIES
@@ -43,13 +46,21 @@ class TextFootprint:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that autograd keeps over one forward pass; `block` is the largest block's share."""
+    """Bytes that autograd keeps over one forward pass; `block` is the largest block's share.
+
+    `latents` is the shape that was counted with, `forward` what a pass without gradients holds at most for one picture
+    of that size, `block_weights` the numbers of the largest block, and `other_weights` those that are in no block.
+    """
 
     saved: int
     saved_checkpointed: int
     block: int
     adapter: Adapter
     num_parameters: int
+    latents: tuple[int, int, int, int]
+    forward: int
+    block_weights: int
+    other_weights: int
     text: TextFootprint = TextFootprint()
 
     @property
@@ -152,6 +163,42 @@ def _block_shares(model: nn.Module, count: _Count) -> Iterator[list[int]]:
             handle.remove()
 
 
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors that are alive at once, but for those in `skip`."""
+
+    def __init__(self, skip: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen, self.now, self.peak = skip, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, identity: int, size: int) -> None:
+        self.seen.discard(identity)
+        self.now -= size
+
+
+def count_living(model: nn.Module, run: Callable[[], Any], resident: Iterable[Tensor] = ()) -> int:
+    """Bytes that a pass without gradients holds at most besides weights and `resident` tensors."""
+    living = _Living({t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *resident)})
+    with torch.no_grad(), living, _FusedAttention():
+        run()
+    return living.peak
+
+
+def block_weights(model: nn.Module) -> tuple[int, int]:
+    """Parameters of the largest block, and of all that is in no block."""
+    sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in BLOCKS]
+    return max(sizes, default=0), sum(p.numel() for p in model.parameters()) - sum(sizes)
+
+
 def build_on_meta(family: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     """The frozen denoiser without weights."""
     import diffusers
@@ -193,14 +240,17 @@ def measure(
     """
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
+    blocks = block_weights(model)
     adapter = add_adapter(model, family=family, **adapter_words)
     adapter.use_half_precision(low or torch.float32)
     run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
     saved, block = count_saved(model, run, adapter.half_weights)
+    one = _forward(family, model, (1, *latents[1:]), num_tokens, low or torch.float32)
+    forward = count_living(model, one, adapter.half_weights)
     model.enable_gradient_checkpointing()  # type: ignore[operator]
     checkpointed, _ = count_saved(model, run, adapter.half_weights)
     text = measure_texts(family, encoders or {}, latents[0], low, adapter_words)
-    return Footprint(saved, checkpointed, block, adapter, num_parameters, text)
+    return Footprint(saved, checkpointed, block, adapter, num_parameters, latents, forward, *blocks, text)
 
 
 def measure_texts(

@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole plan; GiB everywhere. `parts` add up to `needed`."""
+    """The whole plan; GiB everywhere. `parts` add up to what a training step takes, `needed` is the largest stage."""
 
     found: Sniffed
     num_modules: int
@@ -71,8 +71,8 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Peak of a training step."""
-        return sum(gib for _, gib in self.parts)
+        """Peak of the whole run."""
+        return self.memory.needed_gib
 
     @property
     def fits(self) -> bool | None:
@@ -101,12 +101,9 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     settings = loader_settings(preset, found)
     assumed, pictures = _pictures(preset, settings.rules.resolutions[0], may_assume)
     work = _work(pictures, settings, preset)
-    device = choose_device("auto")
-    low = planned_dtype(preset.model.dtype, device)
+    device, low = choose_device("auto"), planned_dtype(preset.model.dtype, choose_device("auto"))
     tokens = num_text_tokens(found)
-    largest = work.largest
-    side = largest.bucket_h // found.vae_scale, largest.bucket_w // found.vae_scale
-    footprint = footprint_of(preset, found, (preset.train.micro_batch_size, *side), low)
+    footprint = footprint_of(preset, found, _largest(work.largest, preset, found), low)
     network = preset.network
     check_modules(found, network.targets, footprint.adapter.num_modules)
     if network.text_encoder:
@@ -127,7 +124,7 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
         max_steps=preset.train.max_steps,
         memory=chosen,
         parts=memory.parts(chosen),
-        encoders_gib=memory.encoders,
+        encoders_gib=sum(memory.encoders.values()),
         savings=memory.savings(chosen),
         verdicts=tuple((int(k.removesuffix("gb")), memory.choose(k)) for k in reversed(SIZES_GIB)),
         disk=disk_parts(
@@ -165,6 +162,21 @@ def _pictures(preset: Preset, side: int, may_assume: bool) -> tuple[tuple[str, .
     train = [Example(f"picture {i}", Path(), side, side, (f"caption {i}",), "", 0) for i in range(ASSUMED)]
     line = f"{folders[0]} is not here: planned for {ASSUMED} pictures of {side}x{side}"
     return (line,), Pictures(tuple(train), ())
+
+
+def plan_run(preset: Preset, found: Sniffed, pictures: Pictures, settings: LoaderSettings) -> MemoryPlan | None:
+    """How `run` fits into this machine's GPU: by the same numbers as `plan`; None where there is none."""
+    device = choose_device("auto")
+    if device.type != "cuda":
+        return None
+    low, work = planned_dtype(preset.model.dtype, device), _work(pictures, settings, preset)
+    footprint = footprint_of(preset, found, _largest(work.largest, preset, found), low)
+    return Memory(preset, found, footprint, low.itemsize, free_gib(device)).choose()
+
+
+def _largest(place: Placement, preset: Preset, found: Sniffed) -> tuple[int, int, int]:
+    """Pictures of the largest batch, height and width of their latents."""
+    return preset.train.micro_batch_size, place.bucket_h // found.vae_scale, place.bucket_w // found.vae_scale
 
 
 def footprint_of(preset: Preset, found: Sniffed, batch: tuple[int, int, int], low: torch.dtype) -> Footprint:
@@ -249,6 +261,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "device": plan.device,
         "memory_gib": {name: round(gib, 3) for name, gib in plan.parts},
+        "stages_gib": {name: round(gib, 3) for name, gib in plan.memory.stages},
         "needed_gib": round(plan.needed, 2),
         "range_gib": [round(plan.needed * share, 2) for share in RANGE],
         "means": _means(plan.memory),
@@ -266,6 +279,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def _means(memory: MemoryPlan) -> dict[str, Any]:
     return {
+        "vae_tiles": memory.tile_encode or memory.tile_decode,
         "quantize": memory.quantize,
         "gradient_checkpointing": memory.gradient_checkpointing,
         "offload": memory.offload,

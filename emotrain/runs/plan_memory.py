@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from emotrain.config.schema import Preset
+from emotrain.families.headers import read_json
 from emotrain.families.loading import family_class
 from emotrain.families.memory import (
+    AWAY,
     CONTEXT_GIB,
+    DECODE_MAPS,
+    ENCODE_MAPS,
     GIB,
     SPARE,
+    TILE,
+    VAE_ENCODER_GIB,
     VAE_GIB,
     MemoryPlan,
+    Needs,
     choose_memory,
     installed_backends,
     weights_gib,
 )
+from emotrain.families.registry import configs
 from emotrain.families.sniff import Sniffed
-from emotrain.families.texts import encoder_parameters
-from emotrain.runs.build import build_optimizer_of
+from emotrain.families.texts import encoder_parameters, trainable_encoders
+from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
 from emotrain.runs.footprint import Footprint
+from emotrain.train.validation import SMALL
 
 QUANTIZERS = frozenset({"int8", "nf4"})
 
@@ -42,6 +52,14 @@ def state_bytes_per_number(preset: Preset) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / (2 * rank * 640)
 
 
+def vae_width(found: Sniffed) -> int:
+    """Channels of the VAE's maps at full size: of a folder its own, else the public model's."""
+    own = Path(found.path) / "vae" / "config.json"
+    config = read_json(own) if found.kind == "folder" and own.is_file() else configs(found.family)["vae"]
+    widths = config.get("block_out_channels") or [config.get("base_dim") or 128]
+    return int(widths[0])
+
+
 class Memory:
     """The numbers behind the parts, the verdicts and what each switch saves."""
 
@@ -49,7 +67,7 @@ class Memory:
         self.preset, self.found, self.footprint, self.itemsize, self.free = preset, found, footprint, itemsize, free
         self.trained = footprint.num_trained
         self.state_bytes = state_bytes_per_number(preset)
-        self.encoders = sum(encoder_parameters(found).values()) * itemsize / GIB
+        self.encoders = {name: count * itemsize / GIB for name, count in encoder_parameters(found).items()}
         self.resident = footprint.text.num_parameters * itemsize / GIB  # trained ones are not freed
         self.vae = VAE_GIB if found.variant != "custom" else 0.01
 
@@ -65,15 +83,44 @@ class Memory:
         """Peak of activations in GiB."""
         return (self.footprint.checkpointed if checkpointing else self.footprint.plain) / GIB
 
+    def needs(self) -> Needs:
+        """What each stage of the run asks for."""
+        found, footprint, sample = self.found, self.footprint, self.preset.sample
+        trained = trainable_encoders(found) if self.preset.network.text_encoder else {}
+        _, _, *sides = footprint.latents
+        area = sides[0] * sides[1]
+        side = (sample.size or (*self.preset.dataset.resolution, found.resolution)[0]) // found.vae_scale
+        drawn = side**2 if sample.every and sample.prompts else 0
+        wide = VALIDATION_DRAWS * self.preset.validate_.probe_images if area * found.latent_channels <= SMALL else 1
+        forward = footprint.forward / area / GIB
+        at_once = 1 if found.denoiser_config.get("guidance_embeds") else 2  # classifier-free guidance has two passes
+        return Needs(
+            num_parameters=footprint.num_parameters,
+            bytes_per_parameter=self.itemsize,
+            activations=(self.activations(False), self.activations(True)),
+            trained=self.lora() + self.state() + self.resident,
+            encoders=tuple(gib for name, gib in self.encoders.items() if name not in trained),
+            vae=self.vae,
+            vae_encoder=self.vae * VAE_ENCODER_GIB / VAE_GIB,
+            encode=self.vae_pass(ENCODE_MAPS, area),
+            decode=self.vae_pass(DECODE_MAPS, drawn),
+            validate=wide * forward * area,
+            sample=at_once * forward * drawn,
+            resident=(footprint.other_weights + AWAY * footprint.block_weights) * self.itemsize / GIB,
+        )
+
+    def vae_pass(self, maps: float, latents: int) -> tuple[float, float]:
+        """GiB of a pass of the VAE's encoder or decoder over so many latents, whole and in tiles."""
+        pixels = latents * self.found.vae_scale**2
+        map_gib = 4 * vae_width(self.found) / GIB
+        return maps * map_gib * pixels, maps * map_gib * min(pixels, TILE**2)
+
     def choose(self, memory: str | None = None) -> MemoryPlan:
         """For the preset on this machine, or for a GPU of a named size with every means at hand."""
         model = self.preset.model
         installed = installed_backends() if self.free is not None else frozenset[str]()
         return choose_memory(
-            num_parameters=self.footprint.num_parameters,
-            bytes_per_parameter=self.itemsize,
-            activations_gib=(self.activations(False), self.activations(True)),
-            trained_gib=self.lora() + self.state() + self.resident,
+            self.needs(),
             free_gib=None if memory else self.free,
             memory=memory or model.memory,
             quantize=model.quantize,
@@ -87,7 +134,7 @@ class Memory:
         activations = self.activations(chosen.gradient_checkpointing)
         rows = [
             ("CUDA itself", CONTEXT_GIB),
-            ("frozen base", weights * (0.1 if chosen.offload else 1.0)),
+            ("frozen base", min(weights, self.needs().resident) if chosen.offload else weights),
             ("VAE decoder, for samples", self.vae),
             ("text encoders", self.resident),
             ("LoRA weights and gradients", self.lora()),

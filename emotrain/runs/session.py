@@ -20,6 +20,7 @@ from emotrain.lora.file import read_lora
 from emotrain.runs import adapters, build, changes, contrast, finish, parents, report
 from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.no_room import explained
+from emotrain.runs.plan import plan_run
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
 from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
@@ -81,7 +82,8 @@ class Session:
         if earlier is not None:
             words = f"the LoRA that is continued sets the network: {parents.continued(earlier)}"
             self.notify(Notice(words, level="info"))
-        self.model = build.load_model(preset, self.notify, earlier)
+        plan = plan_run(preset, self.found, self.pictures, settings)
+        self.model = build.load_model(preset, self.notify, earlier, plan)
         counts = self.model.adapter.num_modules_by_part()
         if earlier is None:
             adapters.check_modules(self.found, preset.network.targets, counts[self.model.adapter.part])

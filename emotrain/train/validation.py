@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from emotrain.lora.adapter import Adapter
 
 
+SMALL = 4096 * 4  # numbers of one picture's latents up to which all go through the denoiser together
+
+
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """The batch made of these samples, in this order; one may come several times."""
     size, index = batch.conditioning, torch.tensor(rows)
@@ -133,7 +136,7 @@ class Validation:
 
     def _pieces(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[tuple[Batch, Tensor, Tensor]]:
         """Small latents go through the denoiser together, large ones one by one, to spare memory."""
-        size = len(batch.ids) if batch.latents[0].numel() <= 4096 * 4 else 1
+        size = len(batch.ids) if batch.latents[0].numel() <= SMALL else 1
         return [
             (
                 part(batch, start, start + size),

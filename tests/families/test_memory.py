@@ -13,16 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from emotrain.errors import ConfigError
 from emotrain.families import memory
 from emotrain.families.flux.spec import FLUX as FLUX_FAMILY
-from emotrain.families.memory import choose_memory, require_backend
+from emotrain.families.memory import Needs, choose_memory, encoders_that_fit, require_backend
 from emotrain.families.offload import offload_blocks
 
-FLUX: dict[str, Any] = {
-    "num_parameters": 11_901_408_320, "bytes_per_parameter": 2, "activations_gib": (38.0, 2.6),
-}  # fmt: skip
+FLUX = Needs(
+    11_901_408_320, 2, (38.0, 2.6), trained=0.5, encoders=(9.0, 0.25), encode=(2.5, 0.63), decode=(3.0, 0.75),
+    sample=1.0, resident=1.5,
+)  # fmt: skip
 
 
 def test_nothing_is_done_where_everything_fits() -> None:
-    plan = choose_memory(**FLUX, free_gib=80.0)
+    plan = choose_memory(FLUX, free_gib=80.0)
     assert (plan.quantize, plan.gradient_checkpointing, plan.offload) == ("none", False, False)
     assert plan.fits
 
@@ -38,23 +39,23 @@ def test_nothing_is_done_where_everything_fits() -> None:
     ],
 )
 def test_means_come_in_one_after_the_other(free: float, backends: Any, expected: Any) -> None:
-    plan = choose_memory(**FLUX, free_gib=free, backends=backends)
+    plan = choose_memory(FLUX, free_gib=free, backends=backends)
     assert (plan.quantize, plan.gradient_checkpointing, plan.offload) == expected
     assert plan.fits
 
 
 def test_the_sentence_says_what_was_chosen() -> None:
-    plan = choose_memory(**FLUX, memory="12gb", backends=frozenset({"nf4"}))
+    plan = choose_memory(FLUX, memory="12gb", backends=frozenset({"nf4"}))
     assert plan.sentence.startswith("memory: the base in nf4, gradient checkpointing; about ")
     assert plan.sentence.endswith("of 11.4 GiB")
-    small = choose_memory(**FLUX, free_gib=3.0)
+    small = choose_memory(FLUX, free_gib=3.0)
     assert "which is more than the 3.0 GiB" in small.sentence
     assert not small.fits
 
 
 def test_what_the_preset_sets_is_kept() -> None:
     plan = choose_memory(
-        **FLUX, free_gib=12.0, quantize="int8", gradient_checkpointing=False,
+        FLUX, free_gib=12.0, quantize="int8", gradient_checkpointing=False,
         backends=frozenset({"nf4"}),
     )  # fmt: skip
     assert (plan.quantize, plan.gradient_checkpointing) == ("int8", False)
@@ -62,14 +63,69 @@ def test_what_the_preset_sets_is_kept() -> None:
 
 
 def test_a_smaller_budget_never_needs_more() -> None:
-    sizes = [choose_memory(**FLUX, free_gib=gib, backends=frozenset({"nf4"})) for gib in range(2, 90)]
+    sizes = [choose_memory(FLUX, free_gib=gib, backends=frozenset({"nf4"})) for gib in range(2, 90)]
     needed = [plan.needed_gib for plan in sizes]
     assert all(one <= two for one, two in itertools.pairwise(needed))
 
 
+def test_every_stage_has_its_peak_and_the_largest_is_what_is_needed() -> None:
+    plan = choose_memory(FLUX, free_gib=80.0)
+    stages = dict(plan.stages)
+    assert list(stages) == ["encode", "train", "validate", "sample", "save"]
+    assert plan.needed_gib == max(stages.values()) == stages["train"]
+    assert stages["encode"] == pytest.approx(0.6 + 0.2 + 0.13 + 2.5 + 9.25)  # no denoiser beside the encoders
+    assert stages["sample"] - stages["save"] == pytest.approx(3.0 * 1.08)
+    assert not plan.tile_encode
+    assert not plan.tile_decode
+
+
+def test_where_room_is_short_the_vae_works_in_tiles_and_a_large_text_encoder_on_the_cpu() -> None:
+    plan = choose_memory(FLUX, free_gib=10.4, backends=frozenset({"nf4"}))
+    stages = dict(plan.stages)
+    assert (plan.quantize, plan.tile_decode, plan.tile_encode, plan.fits) == ("nf4", True, False, True)
+    assert stages["encode"] == pytest.approx(0.6 + 0.2 + 0.13 + 2.5 + 0.25)
+    assert encoders_that_fit(FLUX.encoders, plan.encoder_gib) == [0.25]
+    assert "the VAE in tiles" in plan.sentence
+    tight = choose_memory(FLUX, free_gib=3.0, backends=frozenset({"nf4"}))
+    assert tight.tile_encode
+    assert dict(tight.stages)["encode"] <= 3.0
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_what_a_vae_holds_is_what_is_counted(size: int) -> None:
+    import diffusers
+
+    from emotrain.families.registry import configs
+    from emotrain.runs.footprint import count_living
+
+    config = configs("sdxl")["vae"]
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKL.from_config(config)
+    pixels = torch.empty(1, 3, size, size, device="meta")
+    latents = torch.empty(1, config["latent_channels"], size // 8, size // 8, device="meta")
+    one_map = 4 * config["block_out_channels"][0] * size**2
+    assert count_living(vae, lambda: vae.encode(pixels)) == pytest.approx(memory.ENCODE_MAPS * one_map, rel=0.02)
+    assert count_living(vae, lambda: vae.decode(latents)) == pytest.approx(memory.DECODE_MAPS * one_map, rel=0.02)
+
+
+def test_a_vae_in_tiles_gives_nearly_the_same_picture() -> None:
+    from emotrain.families import load_family
+
+    family = load_family("builtin:tiny-sd", device="cpu")
+    latents = torch.randn(1, family.vae.config.latent_channels, 160, 96, generator=torch.Generator().manual_seed(0))
+    whole = family.decode_latents(latents)
+    family.tile_vae(True)
+    tiled = family.decode_latents(latents)
+    assert tiled.shape == whole.shape
+    assert not torch.equal(tiled, whole)
+    assert float((tiled - whole).abs().mean()) < 0.05
+    family.tile_vae(False)
+    assert torch.equal(family.decode_latents(latents), whole)
+
+
 def test_unknown_sizes_and_absent_libraries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="model.memory"):
-        choose_memory(**FLUX, memory="9gb")
+        choose_memory(FLUX, memory="9gb")
     monkeypatch.setattr(memory, "installed_backends", lambda: frozenset())
     require_backend("fp8")
     with pytest.raises(ConfigError) as refused:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import emotrain.runs.plan as planning
 from emotrain.cli.app import main
@@ -69,10 +70,28 @@ def test_a_real_sized_model_is_planned_from_its_header(sdxl_preset: Path) -> Non
     parts = dict(plan.parts)
     assert parts["frozen base"] == pytest.approx(4.78, abs=0.01)
     assert parts["LoRA weights and gradients"] == pytest.approx(plan.num_trained * 12 / 2**30)
-    assert plan.needed == pytest.approx(sum(parts.values()))
+    stages = dict(plan.memory.stages)
+    assert stages["train"] == pytest.approx(sum(parts.values()))
+    assert plan.needed == max(stages.values())
+    assert stages["encode"] == pytest.approx(0.6 + 0.33 + 2.5 + 1.52, abs=0.02)  # encoders, VAE, its pass over 1,024 px
+    assert stages["sample"] - stages["save"] == pytest.approx(3.0 * 1.08, abs=0.01)
     by_size = dict(plan.verdicts)
     assert by_size[24].fits
     assert by_size[8].needed_gib < by_size[24].needed_gib
+
+
+@pytest.mark.parametrize("words", [[], ["train.micro_batch_size=16", "network.rank=64"]])
+def test_run_fits_by_the_numbers_of_plan(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = load_preset("quickstart", words)
+    monkeypatch.setattr(planning, "free_gib", lambda device: 0.75)
+    monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(planning, "planned_dtype", lambda dtype, device: torch.bfloat16)
+    said = planning.make_plan(preset)
+    found = planning.sniffed(preset)
+    settings = planning.loader_settings(preset, found)
+    assert planning.plan_run(preset, found, planning.read_pictures(preset), settings) == said.memory
+    monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("cpu"))
+    assert planning.plan_run(preset, found, planning.read_pictures(preset), settings) is None
 
 
 def test_a_bigger_batch_needs_more() -> None:
