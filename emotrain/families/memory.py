@@ -42,6 +42,7 @@ class Needs:
         decode: a pass of its decoder over a sample, whole and in tiles; 0 where none are drawn.
         validate: the denoiser's pass without gradients in a validation.
         sample: the same while a sample is drawn.
+        saved: copies of the optimizer's state that a checkpoint makes.
         resident: what stays of the denoiser where its other blocks wait in the computer's memory.
     """
 
@@ -56,6 +57,7 @@ class Needs:
     decode: tuple[float, float] = (0.0, 0.0)
     validate: float = 0.0
     sample: float = 0.0
+    saved: float = 0.0
     resident: float = 0.0
 
 
@@ -171,7 +173,7 @@ def _plan(needs: Needs, kind: str, checkpointing: bool, offload: bool, budget: f
         "train": held + needs.activations[checkpointing] * SPARE,
         "validate": held + needs.validate * SPARE,
         "sample": held + max(needs.sample, needs.decode[tile_decode]) * SPARE,
-        "save": held,
+        "save": held + needs.saved,
     }
     return MemoryPlan(
         kind, checkpointing, offload, max(stages.values()), budget, "", tuple(stages.items()), tile_encode, tile_decode,

@@ -106,6 +106,7 @@ class Memory:
             decode=self.vae_pass(DECODE_MAPS, drawn),
             validate=wide * forward * area,
             sample=at_once * forward * drawn,
+            saved=self.state(),
             resident=(footprint.other_weights + AWAY * footprint.block_weights) * self.itemsize / GIB,
         )
 
