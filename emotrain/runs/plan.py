@@ -21,9 +21,9 @@ from emotrain.families.memory import SIZES_GIB, MemoryPlan
 from emotrain.families.sniff_file import public_model
 from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
+from emotrain.runs.activation_memory import Footprint, measure
 from emotrain.runs.adapters import check_modules, check_text_modules
 from emotrain.runs.build import Pictures, loader_settings, read_pictures, sniffed
-from emotrain.runs.footprint import Footprint, measure
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
 

@@ -31,8 +31,8 @@ from emotrain.families.memory import (
 from emotrain.families.registry import configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.texts import encoder_parameters, trainable_encoders
+from emotrain.runs.activation_memory import Footprint
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
-from emotrain.runs.footprint import Footprint
 from emotrain.train.validation import SMALL
 
 QUANTIZERS = frozenset({"int8", "nf4"})

@@ -19,7 +19,7 @@ from emotrain.families.common import words_of
 from emotrain.lora.file import read_lora
 from emotrain.runs import adapters, build, changes, contrast, finish, parents, report
 from emotrain.runs.folder import RunFolder, now
-from emotrain.runs.no_room import explained
+from emotrain.runs.out_of_memory import run_with_advice
 from emotrain.runs.plan import plan_run
 from emotrain.train import remember, rng
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
@@ -160,7 +160,7 @@ class Session:
         baseline = LossBaseline(self.expected)
         if self.checkpoint is None:
             listen = partial(build.build_loss_baseline, preset, self.model, self.data.train, self.notify)
-            baseline = explained(self, "while measuring the base model's loss", listen)
+            baseline = run_with_advice(self, "while measuring the base model's loss", listen)
             self.expected = baseline.expected
             folder.update_info(start_loss=baseline.start)
         self.first_step = self.state.step
@@ -190,7 +190,7 @@ class Session:
         if self.checkpoint is not None:  # the random state is put back last, after everything that may draw
             for line in rng.restore(self.checkpoint.tensors["rng"], self.checkpoint.documents["rng"]):
                 self.notify(Notice(line))
-        outcome = explained(self, "in the optimizer's step", lambda: fit(parts, self.limits(), self.state))
+        outcome = run_with_advice(self, "in the optimizer's step", lambda: fit(parts, self.limits(), self.state))
         return self.end(outcome, signals, time.monotonic() - started)
 
     def limits(self) -> Limits:

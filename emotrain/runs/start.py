@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError
-from emotrain.runs import changes, no_room
+from emotrain.runs import changes, out_of_memory
 from emotrain.runs.folder import RunFolder, create_run, library_versions, name_taken
 from emotrain.runs.session import Result, Session
 from emotrain.train.checkpoint import CheckpointStore
@@ -46,7 +46,7 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extend
         if target.exists():
             raise name_taken(target)
         session.load()  # nothing to save yet: a signal ends the process here
-        no_room.try_largest(session)
+        out_of_memory.try_largest(session)
         with StopSignals(tell_stopping) as signals:
             folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **session.facts())
             with folder.lock():
@@ -86,7 +86,7 @@ def resume(
             session.restore(checkpoint)
             session.take_new_rate(before)
             refuse_done(session, folder)
-            no_room.try_largest(session)
+            out_of_memory.try_largest(session)
             for line in store.drop_after(checkpoint.step) if step is not None else ():
                 session.notify(Notice(line, level="info"))
             with StopSignals(tell_stopping) as signals:

@@ -96,7 +96,7 @@ def test_what_a_vae_holds_is_what_is_counted(size: int) -> None:
     import diffusers
 
     from emotrain.families.registry import configs
-    from emotrain.runs.footprint import count_living
+    from emotrain.runs.activation_memory import count_living
 
     config = configs("sdxl")["vae"]
     with torch.device("meta"):

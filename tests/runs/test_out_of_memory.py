@@ -16,7 +16,7 @@ from emotrain.config.schema import Preset
 from emotrain.errors import ExitCode
 from emotrain.families.sd.model import StableDiffusion
 from emotrain.lora.file import read_lora
-from emotrain.runs import no_room, start
+from emotrain.runs import out_of_memory, start
 from emotrain.runs.folder import RunFolder
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.memory import OutOfMemory
@@ -96,7 +96,7 @@ def test_the_largest_batch_is_tried_first_and_changes_no_bit(
     assert area(sizes[0]) == max(map(area, sizes)) > area(sizes[1])
     torch.rand(100)
     with monkeypatch.context() as without:
-        without.setattr(no_room, "try_largest", lambda session: None)
+        without.setattr(out_of_memory, "try_largest", lambda session: None)
         denoiser.sizes = []
         plain = start.run(preset(place), runs_dir=tmp_path / "plain", observers=())
     assert denoiser.sizes == sizes[1:]
@@ -184,7 +184,7 @@ def test_samples_that_do_not_fit_cost_the_samples_and_not_the_run(
     ("wanted", "chosen"), [(0.5, ["a"]), (2.0, ["b"]), (3.5, ["a", "b", "c"]), (9.0, ["a", "b", "c"])]
 )
 def test_the_cheapest_switch_that_is_enough_is_chosen_else_several(wanted: float, chosen: list[str]) -> None:
-    assert no_room.choose([("a", 1.0), ("b", 2.0), ("c", 1.5)], wanted) == chosen
+    assert out_of_memory.choose([("a", 1.0), ("b", 2.0), ("c", 1.5)], wanted) == chosen
 
 
 def test_every_switch_of_the_plan_has_a_price(place: Path) -> None:
@@ -199,4 +199,4 @@ def test_every_switch_of_the_plan_has_a_price(place: Path) -> None:
     memory = Memory(one, found, footprint, 2, None)
     rows = memory.savings(MemoryPlan("none", False, False, 0.0, None, ""))
     assert rows
-    assert {name for name, _ in rows} <= set(no_room.COSTS)
+    assert {name for name, _ in rows} <= set(out_of_memory.COSTS)

@@ -56,11 +56,11 @@ def try_largest(session: Session) -> None:
     try:
         rehearse(model.family, model.objective, model.adapter, data.batch(largest), reserve=int(numbers * (4 + kept)))
     except OutOfMemory as error:
-        raise told(session, error) from None
+        raise add_advice(session, error) from None
     session.notify(Phase(name, 1, 1))
 
 
-def explained(session: Session, doing: str, work: Callable[[], T]) -> T:
+def run_with_advice(session: Session, doing: str, work: Callable[[], T]) -> T:
     """What `work` returns; run.json says so where memory runs out.
 
     Raises:
@@ -72,10 +72,10 @@ def explained(session: Session, doing: str, work: Callable[[], T]) -> T:
         failed = error.with_traceback(None)
     with contextlib.suppress(ResourceError):
         session.folder.update_info(steps=session.state.step, stop_reason="out of memory")
-    raise told(session, failed)
+    raise add_advice(session, failed)
 
 
-def told(session: Session, error: OutOfMemory) -> OutOfMemory:
+def add_advice(session: Session, error: OutOfMemory) -> OutOfMemory:
     """The error with a hint."""
     data, family = session.data.train, session.model.family
     count, _, height, width = data.batch(data.largest()).latents.shape

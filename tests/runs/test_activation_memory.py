@@ -11,7 +11,7 @@ import emotrain.assets.make_assets as maker
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.targets import select
-from emotrain.runs.footprint import build_on_meta, count_saved, measure
+from emotrain.runs.activation_memory import build_on_meta, count_saved, measure
 
 WORDS: dict[str, Any] = {"rank": 4, "alpha": 4, "targets": "attn-mlp", "seed": 0}
 VARIANTS = [(family, name) for family, info in FAMILIES.items() for name in info.variants]
