@@ -454,3 +454,14 @@ def test_a_lora_that_cannot_be_written_at_the_end_is_exit_6(
     code, text = said(["run", "quickstart", "--runs-dir", str(tmp_path), "--plain", *sets], capsys)
     assert code == 6, text
     assert "lora.safetensors: cannot be written (Read-only file system)" in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix")
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_fault(streams: str) -> None:
+    import subprocess
+
+    done = subprocess.run(
+        f"{sys.executable} -m emotrain presets list {streams}", shell=True, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -158,7 +158,10 @@ def reader_gone() -> NoReturn:
 
 
 def prepare() -> None:
-    """Let no letter that the console cannot show end the program (Windows code pages)."""
+    """Let no closed stream, and no letter that the console cannot show (Windows code pages), end the program."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # `>&-`, or a program without a console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -33,10 +33,16 @@ class Identity:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Identity:
-        """Inverse of `to_document`."""
-        return cls(
-            dict(document["preset"]), str(document["base"]), dict(document["examples"]), dict(document["inputs"])
-        )
+        """Inverse of `to_document`.
+
+        Raises:
+            CheckpointError: it is not what a run saves.
+        """
+        try:
+            fields = [dict(document[name]) for name in ("preset", "examples", "inputs")]
+            return cls(fields[0], str(document["base"]), *fields[1:])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's record of its run lacks or garbles {error}") from error
 
 
 def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:

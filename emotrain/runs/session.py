@@ -132,7 +132,7 @@ class Session:
     def take_new_rate(self, before: changes.Identity) -> None:
         """A learning rate that was changed on purpose counts: a checkpoint brings its own back."""
         rate = self.preset.train.lr
-        if rate is None or before.preset["train"]["lr"] == rate:
+        if rate is None or dict(changes.flat(before.preset)).get("train.lr") == rate:
             return
         gain = self.stop_rule.gain.value if self.stop_rule.gain else 1.0
         for group in self.optimizer.param_groups:

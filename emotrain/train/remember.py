@@ -102,7 +102,7 @@ def restore(
         stop_rule.load_document(documents["stop_rule"])
         state = TrainState.from_document(documents["state"], dict(tensors.get("best", {})))
         expected = [float(value) for value in documents["baseline"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint lacks or garbles {error}") from error
     for parameter in adapter.parameters():
         assert parameter.dtype == torch.float32

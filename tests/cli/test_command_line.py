@@ -259,7 +259,7 @@ def test_option_names_are_few_and_known() -> None:
     assert flags == {
         "run": ["--json", "--name", "--plain", "--runs-dir", "--set"],
         "resume": ["--allow-config-change", "--checkpoint", "--json", "--plain", "--runs-dir", "--set"],
-        "check": ["--json", "--set"],
+        "check": ["--json", "--name", "--runs-dir", "--set"],
         "doctor": ["--json"],
     }
 

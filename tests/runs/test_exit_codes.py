@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -185,6 +186,24 @@ def test_a_damaged_one_that_is_asked_for_is_exit_5_without_falling_back(half: Ru
     assert "step-00000002" in shown
     assert content(half.path) == before
     assert says("resume", str(half.path), "--checkpoint", "7", "--plain")[0] == 5
+
+
+FORGED: dict[str, Any] = {"identity": {}, "state": {"step": "x"}, "stop_rule": 7, "rng": [], "baseline": {"a": 1}}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_document_that_is_forged_with_its_sha256_is_exit_5(name: str, half: RunFolder, says: Says) -> None:
+    folder = half.checkpoints_dir / "step-00000002"
+    assert (folder / f"{name}.json").is_file()
+    text = json.dumps(FORGED[name]).encode()
+    (folder / f"{name}.json").write_bytes(text)
+    fields = json.loads((folder / "MANIFEST.json").read_text())
+    fields["files"][f"{name}.json"] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    del fields["sha256"]
+    (folder / "MANIFEST.json").write_text(json.dumps({**fields, "sha256": _digest(fields)}))
+    code, shown = says("resume", str(half.path), "--checkpoint", "2", "--plain")
+    assert code == 5, shown
+    assert "checkpoint" in shown
 
 
 def test_a_newer_format_is_exit_5(half: RunFolder, says: Says) -> None:
