@@ -46,6 +46,7 @@ class Command:
 COMMANDS = (
     Command("run", "Train", "Train a LoRA from a preset"),
     Command("resume", "Train", "Go on with a run, bit for bit"),
+    Command("init", "Prepare", "Look at pictures and model, and write a preset"),
     Command("check", "Prepare", "Validate a preset, its data and files"),
     Command("plan", "Prepare", "Say what a run needs before it starts"),
     Command("lint", "Prepare", "Find what is wrong with pictures and captions"),

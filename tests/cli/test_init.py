@@ -1,0 +1,136 @@
+"""`emotrain init`: every proposal, with the reason that is said for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from emotrain.cli.app import main
+
+
+def pictures(folder: Path, captions: list[str], side: int = 1024) -> Path:
+    folder.mkdir(parents=True)
+    for i, caption in enumerate(captions):
+        Image.new("RGB", (side, side), (40 * i % 255, 80, 120)).save(folder / f"{i}.png")
+        if caption:
+            (folder / f"{i}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def wrote(capsys: Any, *arguments: str) -> tuple[dict[str, Any], str, Path]:
+    """The preset, what was said, and the file."""
+    assert main(["init", *arguments]) == 0
+    streams = capsys.readouterr()
+    path = Path(streams.out.strip())
+    return yaml.load(path.read_text(encoding="utf-8"), yaml.SafeLoader), streams.err, path
+
+
+TAGS = [f"mika_ch, 1girl, solo, {colour} hair, smile" for colour in ("red", "blue", "green", "black")]
+SENTENCES = ["zorb, a red lamp on a table", "zorb, a blue lamp", "zorb, a green lamp that stands near an open window"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_trigger_is_the_word_that_captions_begin_with(capsys: Any, here: Path) -> None:
+    preset, said, path = wrote(capsys, str(pictures(here / "mika", TAGS)))
+    assert path == Path("mika.yaml")
+    assert preset["dataset"]["trigger"] == "mika_ch"
+    assert "which 4 of 4 captions begin with" in said
+    assert preset["dataset"]["folders"] == [{"path": "./mika"}]
+
+
+@pytest.mark.parametrize(
+    "captions", [["a cat", "a dog", "a bird"], ["1girl, solo, red, x", "1girl, solo, blue, y"], [""]]
+)
+def test_without_one_it_is_made_of_the_folder(captions: list[str], capsys: Any, here: Path) -> None:
+    preset, said, _ = wrote(capsys, str(pictures(here / "My Cats", captions)))
+    assert preset["dataset"]["trigger"] == "my_cats"
+    assert "after the folder" in said
+
+
+def test_a_folder_of_kohyas_has_repeats_in_its_name_and_no_trigger_of_that_name(capsys: Any, here: Path) -> None:
+    preset, said, path = wrote(capsys, str(pictures(here / "10_mika woman", ["a cat", "the dog", "one bird"])))
+    assert path == Path("mika.yaml")
+    assert preset["dataset"]["trigger"] == "mika"
+    assert "asks for 10" in said
+    assert "repeats" not in preset["dataset"]["folders"][0]
+
+
+@pytest.mark.parametrize(("captions", "shuffled"), [(TAGS, True), (SENTENCES, False)])
+def test_tags_are_shuffled_and_sentences_are_not(captions: list[str], shuffled: bool, capsys: Any, here: Path) -> None:
+    preset, said, _ = wrote(capsys, str(pictures(here / "data", captions)))
+    assert preset["dataset"].get("captions", {}).get("shuffle", False) is shuffled
+    assert ("lists of tags" in said) is shuffled
+
+
+@pytest.mark.parametrize(("side", "wanted"), [(1024, None), (700, 640), (300, 512)])
+def test_small_pictures_get_a_smaller_resolution(side: int, wanted: int | None, capsys: Any, here: Path) -> None:
+    preset, said, _ = wrote(capsys, str(pictures(here / "data", SENTENCES, side)))
+    assert preset["dataset"].get("resolution") == wanted
+    assert ("half of the pictures" in said) is (wanted is not None)
+
+
+def test_prompts_come_from_the_longest_middle_and_shortest_caption(capsys: Any, here: Path) -> None:
+    preset, _, _ = wrote(capsys, str(pictures(here / "data", SENTENCES)))
+    assert preset["sample"]["prompts"] == [
+        "[trigger], a green lamp that stands near an open window",
+        "[trigger], a red lamp on a table",
+        "[trigger], a blue lamp",
+    ]
+
+
+def test_the_model_chooses_the_preset_and_the_result_can_be_checked(capsys: Any, here: Path) -> None:
+    folder = pictures(here / "data", SENTENCES * 2, side=64)
+    preset, said, path = wrote(capsys, str(folder), "builtin:tiny-sd", "-o", "mine.yaml")
+    assert preset["extends"] == "sd15"
+    assert preset["model"] == "builtin:tiny-sd"
+    assert preset["dataset"]["resolution"] == 64
+    assert re.search(r"next: emotrain check mine\.yaml, then emotrain run mine\.yaml", said)
+    assert main(["check", str(path)]) == 0
+
+
+def test_without_a_model_it_says_so(capsys: Any, here: Path) -> None:
+    preset, said, _ = wrote(capsys, str(pictures(here / "data", SENTENCES)))
+    assert preset["extends"] == "sdxl"
+    assert "no model was named" in said
+
+
+def test_nothing_is_written_over_and_the_next_name_is_offered(capsys: Any, here: Path) -> None:
+    folder = pictures(here / "data", SENTENCES)
+    (here / "data.yaml").write_text("mine")
+    assert main(["init", str(folder)]) == 5
+    assert "-o data-2.yaml" in capsys.readouterr().err
+    assert (here / "data.yaml").read_text() == "mine"
+
+
+def test_hostile_words_stay_words(capsys: Any, here: Path) -> None:
+    captions = ['no, "quoted": yes # not a comment', "no, {a: [b", "no, &anchor *alias"]
+    preset, _, _ = wrote(capsys, str(pictures(here / "no", captions)))
+    assert preset["dataset"]["trigger"] == "no"
+    assert '[trigger], "quoted": yes # not a comment' in preset["sample"]["prompts"]
+
+
+@pytest.mark.parametrize(("make", "code"), [("missing", 3), ("empty", 3), ("file", 3)])
+def test_a_folder_without_pictures_is_one_line(make: str, code: int, capsys: Any, here: Path) -> None:
+    target = here / "data"
+    if make == "empty":
+        target.mkdir()
+    elif make == "file":
+        target.write_text("x")
+    assert main(["init", str(target)]) == code
+    assert capsys.readouterr().err.count("error:") == 1
+    assert not list(here.glob("*.yaml"))
+
+
+def test_a_missing_model_is_exit_4(capsys: Any, here: Path) -> None:
+    assert main(["init", str(pictures(here / "data", SENTENCES)), "./none.safetensors"]) == 4
+    assert "does not exist" in capsys.readouterr().err
