@@ -237,6 +237,7 @@ class FamilySpec:
         packed_channels: the denoiser's input channels are these times the latent channels.
         patch: latents per token and side, as the stock pipeline counts them for the scheduler.
         vae_patch: latents are patches of that many of the VAE's own per side.
+        tag_presets: shipped presets for captions that are tags, by what the model predicts.
         other_pipelines: further pipelines that such folders name.
     """
 
@@ -263,6 +264,7 @@ class FamilySpec:
     packed_channels: int = 1
     patch: int = 1
     vae_patch: int = 1
+    tag_presets: Mapping[str, str] = field(default_factory=dict)
     other_pipelines: tuple[str, ...] = ()
 
     @property

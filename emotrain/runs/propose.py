@@ -57,7 +57,7 @@ def propose(folder: Path, model: str | None, beside: Path) -> Proposal:
     reasons.append(why)
     if repeats:
         reasons.append(f"repeats: the folder's name asks for {repeats}; with one folder they change nothing, so none")
-    usual = FAMILIES[found.family if found else "sdxl"].resolution
+    usual = FAMILIES[found.family if found else DEFAULT].resolution
     resolution, why = resolution_of(examples, found.resolution if found else usual)
     reasons.append(why)
     reasons.append(_why_captions(len(examples), captions, tags))
@@ -91,8 +91,8 @@ def family_preset(found: Sniffed | None, tags: bool) -> str | None:
     """The shipped preset for a model; None where there is none for its family."""
     if found is None:
         return DEFAULT
-    if found.family == "sdxl" and tags:
-        return "noobai-vpred" if found.prediction == "v_prediction" else "illustrious"
+    if tags and (preset := FAMILIES[found.family].tag_presets.get(found.prediction)):
+        return preset
     names = (found.variant, found.family, next(iter(FAMILIES[found.family].variants)))
     return next((name for name in names if name in shipped_presets()), None)
 

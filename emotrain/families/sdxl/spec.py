@@ -46,4 +46,5 @@ SDXL = FamilySpec(
     ),
     file=FileFacts(variant_of("sdxl"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,
+    tag_presets={"epsilon": "illustrious", "v_prediction": "noobai-vpred"},
 )  # fmt: skip
