@@ -58,8 +58,6 @@ class Variant:
     Attributes:
         parameters: of its denoiser.
         modules: how many modules a LoRA has per named set of targets, counted on the meta device; a test counts again.
-        activations_gib: saved activations without and with gradient checkpointing, the largest block counted in the
-            second: batch 1 at the model's own size, LoRA on attn-mlp with rank 16, bf16; from `emotrain plan`.
         architecture: `modelspec.architecture` of LoRA files.
         repository: on the hub, where its sizes stand for the files.
         encoder_parameters: of its text encoder, where that is another one than the family's.
@@ -67,7 +65,6 @@ class Variant:
 
     parameters: int
     modules: Mapping[str, int]
-    activations_gib: tuple[float, float]
     architecture: str
     repository: str = ""
     encoder_parameters: int = 0

@@ -81,7 +81,9 @@ def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(t
     assert all(picture["z_contrast"] is not None for picture in pictures)
     doubted = [p["id"] for p in pictures if p["verdict"] == "suspicious"]
     lines = [
-        event.message for event in observed_loss.events if isinstance(event, Notice) and event.message.startswith("captions")
+        event.message
+        for event in observed_loss.events
+        if isinstance(event, Notice) and event.message.startswith("captions")
     ]
     assert len(lines) == bool(doubted)
     assert all(name in lines[0] for name in doubted[:5])

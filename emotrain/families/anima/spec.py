@@ -86,7 +86,7 @@ ANIMA = FamilySpec(
     ),
     variants={
         "anima": Variant(
-            1_956_405_248, {"attn": 224, "attn-mlp": 280, "all": 454}, (13.9, 1.0), "anima", "circlestone-labs/Anima"
+            1_956_405_248, {"attn": 224, "attn-mlp": 280, "all": 454}, "anima", "circlestone-labs/Anima"
         ),
     },
     lora=LoraFacts(

@@ -105,9 +105,9 @@ FLUX = FamilySpec(
     ),
     variants={
         "flux1-dev": Variant(
-            11_901_408_320, _MODULES, (29.7, 2.1), "flux-1-dev", "black-forest-labs/FLUX.1-dev"
+            11_901_408_320, _MODULES, "flux-1-dev", "black-forest-labs/FLUX.1-dev"
         ),
-        "flux1-schnell": Variant(11_891_178_560, _MODULES, (29.7, 2.1), "flux-1-schnell"),
+        "flux1-schnell": Variant(11_891_178_560, _MODULES, "flux-1-schnell"),
     },
     lora=LoraFacts(
         targets={

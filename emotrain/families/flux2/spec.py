@@ -106,11 +106,11 @@ FLUX2 = FamilySpec(
     ),
     variants={
         "klein-4b": Variant(
-            3_875_544_576, {"attn": 80, "attn-mlp": 100, "all": 109}, (16.5, 1.4), "flux-2-klein-base-4b",
+            3_875_544_576, {"attn": 80, "attn-mlp": 100, "all": 109}, "flux-2-klein-base-4b",
             "black-forest-labs/FLUX.2-klein-base-4B",
         ),
         "klein-9b": Variant(
-            9_078_581_248, {"attn": 112, "attn-mlp": 144, "all": 153}, (28.2, 2.0), "flux-2-klein-base-9b",
+            9_078_581_248, {"attn": 112, "attn-mlp": 144, "all": 153}, "flux-2-klein-base-9b",
             "black-forest-labs/FLUX.2-klein-base-9B", encoder_parameters=7_568_405_504,
         ),
     },

@@ -73,7 +73,7 @@ KREA2 = FamilySpec(
     ),
     variants={
         "krea2-raw": Variant(
-            12_820_073_036, {"attn": 140, "attn-mlp": 224, "all": 264}, (38.7, 3.0), "krea-2-raw", "krea/Krea-2-Raw"
+            12_820_073_036, {"attn": 140, "attn-mlp": 224, "all": 264}, "krea-2-raw", "krea/Krea-2-Raw"
         ),
     },
     lora=LoraFacts(

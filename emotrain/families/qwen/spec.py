@@ -67,7 +67,7 @@ QWEN = FamilySpec(
     ),
     variants={
         "qwen-image": Variant(
-            20_430_401_088, {"attn": 480, "attn-mlp": 720, "all": 846}, (36.5, 2.2), "qwen-image", "Qwen/Qwen-Image"
+            20_430_401_088, {"attn": 480, "attn-mlp": 720, "all": 846}, "qwen-image", "Qwen/Qwen-Image"
         ),
     },
     lora=LoraFacts(

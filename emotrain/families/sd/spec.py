@@ -43,7 +43,7 @@ SD15 = FamilySpec(
     ),
     variants={
         "sd15": Variant(
-            859_520_964, _MODULES, (0.9, 0.2), "stable-diffusion-v1", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+            859_520_964, _MODULES, "stable-diffusion-v1", "stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     },
     lora=_lora("sd_v1", ("sd_v1", "sd_1.5", "stable-diffusion-v1")),
@@ -69,7 +69,7 @@ SD21 = FamilySpec(
             prefixes=("cond_stage_model.model.",), lora_modules=138,
         ),
     ),
-    variants={"sd21": Variant(865_910_724, _MODULES, (2.0, 0.5), "stable-diffusion-v2")},
+    variants={"sd21": Variant(865_910_724, _MODULES, "stable-diffusion-v2")},
     lora=_lora("sd_v2", ("sd_v2", "stable-diffusion-v2")),
     file=FileFacts(variant_of("sd21"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,

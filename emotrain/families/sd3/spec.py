@@ -85,14 +85,14 @@ SD3 = FamilySpec(
     ),
     variants={
         "sd3-medium": Variant(
-            2_028_328_000, {"attn": 191, "attn-mlp": 285, "all": 333}, (5.2, 0.5), "stable-diffusion-3-m"
+            2_028_328_000, {"attn": 191, "attn-mlp": 285, "all": 333}, "stable-diffusion-3-m"
         ),
         "sd35-medium": Variant(
-            2_243_171_520, {"attn": 243, "attn-mlp": 337, "all": 385}, (8.9, 0.8), "stable-diffusion-3-5-medium",
+            2_243_171_520, {"attn": 243, "attn-mlp": 337, "all": 385}, "stable-diffusion-3-5-medium",
             "stabilityai/stable-diffusion-3.5-medium",
         ),
         "sd35-large": Variant(
-            8_056_627_520, {"attn": 303, "attn-mlp": 453, "all": 529}, (17.6, 1.3), "stable-diffusion-3-5-large"
+            8_056_627_520, {"attn": 303, "attn-mlp": 453, "all": 529}, "stable-diffusion-3-5-large"
         ),
     },
     lora=LoraFacts(

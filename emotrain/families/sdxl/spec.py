@@ -29,7 +29,7 @@ SDXL = FamilySpec(
     ),
     variants={
         "sdxl": Variant(
-            2_567_463_684, {"attn": 560, "attn-mlp": 722, "all": 788}, (6.7, 0.7), "stable-diffusion-xl-v1-base",
+            2_567_463_684, {"attn": 560, "attn-mlp": 722, "all": 788}, "stable-diffusion-xl-v1-base",
             "stabilityai/stable-diffusion-xl-base-1.0",
         )
     },

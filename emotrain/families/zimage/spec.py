@@ -70,10 +70,10 @@ ZIMAGE = FamilySpec(
     ),
     variants={
         "z-image": Variant(
-            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, (35.3, 2.3), "z-image", "Tongyi-MAI/Z-Image"
+            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, "z-image", "Tongyi-MAI/Z-Image"
         ),
         "z-image-turbo": Variant(
-            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, (35.3, 2.3), "z-image-turbo",
+            6_154_908_736, {"attn": 120, "attn-mlp": 210, "all": 276}, "z-image-turbo",
             "Tongyi-MAI/Z-Image-Turbo",
         ),
     },
