@@ -446,7 +446,8 @@ def model_headers() -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
-    from original_files import unet_name, vae_name
+    from original_files import clip_tensors, unet_name, vae_name
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     from emotrain.families.registry import configs
 
@@ -458,10 +459,12 @@ def model_headers() -> dict[str, Any]:
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
                             down_block_types=("DownEncoderBlock2D",) * 4,
                             up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+        clip = CLIPTextModel(CLIPTextConfig(**dict(configs("sd15")["text_encoders"]["text_encoder"][1])))
     shapes = {
         f"model.diffusion_model.{unet_name(name, 2)}": list(value.shape) for name, value in unet.state_dict().items()
     }
     shapes |= {f"first_stage_model.{vae_name(name, 4)}": list(value.shape) for name, value in vae.state_dict().items()}
+    shapes |= {name: list(value.shape) for name, value in clip_tensors(clip, "cond_stage_model.transformer.").items()}
     header: dict[str, Any] = {"__metadata__": {"modelspec.architecture": "stable-diffusion-v1"}}
     at = 0
     for name, shape in shapes.items():
