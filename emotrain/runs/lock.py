@@ -64,22 +64,28 @@ def _release(descriptor: int, path: Path) -> None:
 def _take(path: Path, what: str) -> int:
     for _ in range(_TRIES):
         with contextlib.suppress(FileExistsError):
-            return _create(path, what)
+            if (descriptor := _create(path)) is not None:
+                return descriptor
         with contextlib.suppress(FileNotFoundError):
             _clear_dead(path, what)
     raise ResourceError(f"{what} is being taken by another process", "try again")
 
 
-def _create(path: Path, what: str) -> int:
+def _create(path: Path) -> int | None:
+    """A new lock file of this process; None where another took it for a dead one's before it was written.
+
+    Whoever looks into it holds the system's lock for a moment: that is waited for.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     pid = os.getpid()
     holder = {"pid": pid, "host": socket.gethostname(), "birth": process_birth(pid)}
     os.write(descriptor, encode_json(holder))
     os.fsync(descriptor)
-    if not _system_lock(descriptor) or not _same_file(descriptor, path):
-        os.close(descriptor)
-        raise ResourceError(f"{what} is in use by another process")
-    return descriptor
+    _system_lock(descriptor, wait=True)
+    if _same_file(descriptor, path):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _clear_dead(path: Path, what: str) -> None:
@@ -99,12 +105,12 @@ def _clear_dead(path: Path, what: str) -> None:
         os.close(descriptor)
 
 
-def _system_lock(descriptor: int) -> bool:
+def _system_lock(descriptor: int, *, wait: bool = False) -> bool:
     """Take the system's lock, which ends with its process; True where there are no such locks."""
     if fcntl is None:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # not on this file system; pid and host remain

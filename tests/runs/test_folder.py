@@ -259,7 +259,8 @@ def test_the_lock_goes_when_the_run_fails(run: RunFolder) -> None:
     assert not (run.path / ".lock").exists()
 
 
-def test_of_many_that_start_at_once_one_gets_the_run(run: RunFolder) -> None:
+@pytest.mark.parametrize("again", range(10))
+def test_of_many_that_start_at_once_one_gets_the_run(again: int, run: RunFolder) -> None:
     (run.path / ".lock").write_bytes(encode_json({"pid": 2**22 + 1, "host": "", "birth": None}))
     (run.path / ".lock").write_bytes(b"")  # left by a dead one
     hear, say = os.pipe()
