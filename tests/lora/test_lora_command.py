@@ -58,7 +58,7 @@ def test_keys_as_json_has_keys_and_modules(run: Run) -> None:
 def test_an_unknown_family_is_a_usage_error_that_names_the_known_ones(run: Run) -> None:
     code, out, err = run("keys", "sd4")
     assert (code, out) == (2, "")
-    assert "sd15, sd21, sdxl, sd3" in err
+    assert "sd15, sd21, sdxl, anima" in err
 
 
 def test_inspect_shows_ranks_strength_blocks_and_parents(run: Run, flux_path: Path) -> None:
