@@ -43,7 +43,8 @@ def init(
     for reason in proposal.reasons:
         output.note(reason)
     try:
-        path.write_text(proposal.text, encoding="utf-8")
+        with path.open("x", encoding="utf-8") as file:  # never through a link, nor over what came in the meantime
+            file.write(proposal.text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror})") from error
     shown = shlex.quote(str(path))

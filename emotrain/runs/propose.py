@@ -20,6 +20,14 @@ DEFAULT = "sdxl"  # where no model is named
 SHARED = 0.8  # share of captions that begin with the trigger
 TAGS = 0.6  # share of captions that are lists of tags
 SCHEMA = "preset.schema.json"
+# First words of captions that are about anything; a trigger is a word that is about one thing alone.
+ORDINARY = frozenset((
+    "", "a", "an", "the", "this", "that", "there", "in", "on", "at", "my", "two", "three", "one", "1girl", "1boy",
+    "2girls", "2boys", "solo", "woman", "man", "girl", "boy", "person", "people", "portrait", "photo", "photograph",
+    "picture", "image", "illustration", "drawing", "painting", "sketch", "closeup", "close", "full", "view",
+    "anime", "masterpiece", "best", "high", "highly", "score_9", "score_8_up", "score_7_up", "score_6_up",
+    "no_humans", "rating_safe",
+))  # fmt: skip
 MAX_PROMPT = 160  # characters
 
 
@@ -56,7 +64,9 @@ def propose(folder: Path, model: str | None, beside: Path) -> Proposal:
     trigger, why = trigger_of(captions, plain)
     reasons.append(why)
     if repeats:
-        reasons.append(f"repeats: the folder's name asks for {repeats}; with one folder they change nothing, so none")
+        reasons.append(
+            f"repeats: the folder's name asks for {repeats}, which change nothing with one folder; it is no trigger"
+        )
     usual = FAMILIES[found.family if found else DEFAULT].resolution
     resolution, why = resolution_of(examples, found.resolution if found else usual)
     reasons.append(why)
@@ -102,9 +112,13 @@ def trigger_of(captions: Sequence[str], plain: str) -> tuple[str, str]:
     first = Counter(re.split(r"[,.;:\s]", caption.strip(), maxsplit=1)[0] for caption in captions)
     if first:
         word, count = first.most_common(1)[0]
-        usual = {"a", "an", "the", "1girl", "1boy", "photo", "picture", "image", "solo", "two", "my", ""}
-        if count >= SHARED * len(captions) and word.casefold() not in usual and len(captions) > 1:
+        if count >= SHARED * len(captions) and word.casefold() not in ORDINARY and len(captions) > 1:
             return word, f"dataset.trigger: `{word}`, which {count} of {len(captions)} captions begin with"
+        parts = Counter(part for caption in captions for part in {part.strip() for part in caption.split(",")})
+        for word, count in parts.most_common():
+            made_up = re.fullmatch(r"\w*[_\d]\w*", word) is not None and word.casefold() not in ORDINARY
+            if made_up and count >= SHARED * len(captions) and len(captions) > 1:
+                return word, f"dataset.trigger: `{word}`, which {count} of {len(captions)} captions have as a tag"
     slug = _slug(plain).replace("-", "_") or "mystyle"
     return slug, f"dataset.trigger: `{slug}`, after the folder: no word stands first in most captions"
 

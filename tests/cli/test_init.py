@@ -58,6 +58,26 @@ def test_without_one_it_is_made_of_the_folder(captions: list[str], capsys: Any, 
     assert "after the folder" in said
 
 
+def test_a_made_up_tag_in_another_place_is_found_too(capsys: Any, here: Path) -> None:
+    captions = [f"1girl, solo, mika_ch, {colour} hair" for colour in ("red", "blue", "green")]
+    preset, said, _ = wrote(capsys, str(pictures(here / "data", captions)))
+    assert preset["dataset"]["trigger"] == "mika_ch"
+    assert "3 of 3 captions have as a tag" in said
+
+
+def test_an_ordinary_first_word_is_no_trigger(capsys: Any, here: Path) -> None:
+    captions = ["portrait of a cat", "portrait of a dog", "portrait of a bird"]
+    preset, _, _ = wrote(capsys, str(pictures(here / "pets", captions)))
+    assert preset["dataset"]["trigger"] == "pets"
+
+
+def test_nothing_is_written_through_a_dangling_link(capsys: Any, here: Path) -> None:
+    folder = pictures(here / "data", SENTENCES)
+    (here / "data.yaml").symlink_to(here / "elsewhere.yaml")
+    assert main(["init", str(folder)]) == 2
+    assert not (here / "elsewhere.yaml").exists()
+
+
 def test_a_folder_of_kohyas_has_repeats_in_its_name_and_no_trigger_of_that_name(capsys: Any, here: Path) -> None:
     preset, said, path = wrote(capsys, str(pictures(here / "10_mika woman", ["a cat", "the dog", "one bird"])))
     assert path == Path("mika.yaml")
