@@ -11,11 +11,13 @@ import torch
 from newer_models import pipeline_of, separate_files, text_model
 from safetensors.torch import load_file, save_file
 
+from emotrain.diffusion import shift_for
 from emotrain.errors import ModelError
 from emotrain.families import load_family
 from emotrain.families.base import Conditioning, DrawRequest
 from emotrain.families.flux.model import unpack
-from emotrain.families.registry import FAMILIES, encoder_configs
+from emotrain.families.loading import family_class
+from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 
@@ -308,3 +310,21 @@ def test_the_parameters_of_text_encoders_are_those_of_their_configs(family: str,
                 model = cls(cls.config_class(**words))
         known = spec.variants[variant].encoder_parameters or encoder.parameters
         assert sum(p.numel() for p in model.parameters()) == known
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "shift"),
+    [
+        ("zimage", 512, 3.0), ("zimage", 1024, 3.0), ("anima", 1024, 3.0), ("flux2", 512, 1.88), ("flux2", 768, 2.33),
+        ("flux2", 1024, 3.16), ("krea2", 512, 1.79), ("krea2", 1024, 2.48), ("qwen", 512, 1.71), ("qwen", 1024, 2.0),
+    ],
+)  # fmt: skip
+def test_training_shifts_by_the_tokens_of_the_real_size(family: str, side: int, shift: float) -> None:
+    """FLUX.2's tokens are its latents of 16 pixels; counted in 2x2 of them, the shift would be far too small."""
+    spec = FAMILIES[family]
+    built = object.__new__(family_class(family))
+    built.name = family
+    tokens = built.num_image_tokens(side // spec.vae_scale, side // spec.vae_scale)
+    assert tokens == (side // 16) ** 2
+    scheduler = next(iter(configs(family)["scheduler"].values()))[1]
+    assert shift_for(tokens, scheduler) == pytest.approx(shift, abs=0.01)
