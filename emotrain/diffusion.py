@@ -86,13 +86,18 @@ def shift_for(num_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
     """
     if not scheduler_config.get("use_dynamic_shifting", False):
         return float(scheduler_config.get("shift", 1.0))
+    mu = mu_for(num_tokens, scheduler_config)
+    return mu if scheduler_config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def mu_for(num_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
+    """The `mu` of dynamic shifting, which runs linearly over the number of tokens."""
     low, high = (
         scheduler_config.get("base_image_seq_len", 256),
         scheduler_config.get("max_image_seq_len", 4096),
     )
     base, top = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
-    mu = base + (top - base) * (num_tokens - low) / (high - low)
-    return float(mu if scheduler_config.get("time_shift_type") == "linear" else math.exp(mu))
+    return float(base + (top - base) * (num_tokens - low) / (high - low))
 
 
 def betas_of(scheduler_config: Mapping[str, Any]) -> Tensor:

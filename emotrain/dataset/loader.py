@@ -18,6 +18,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.cache import Cache, Tensors
@@ -280,10 +281,7 @@ def _side(item: Item, mirrored: bool) -> Tensor:
 def _stacked(rows: list[Tensor]) -> Tensor:
     """Embeddings of a batch in float32; rows of fewer tokens are filled up with zeros (False in a mask)."""
     wide = [row.float() if row.is_floating_point() else row for row in rows]
-    longest = max(row.shape[0] for row in wide)
-    if any(row.shape[0] != longest for row in wide):
-        wide = [torch.cat([row, row.new_zeros(longest - row.shape[0], *row.shape[1:])]) for row in wide]
-    return torch.stack(wide)
+    return pad_sequence(wide, batch_first=True)
 
 
 def _mask(item: Item, mirrored: bool) -> Tensor:

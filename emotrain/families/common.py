@@ -289,11 +289,6 @@ class LoadedFamily(ABC):
         return type(self.scheduler).from_config(self.scheduler.config)
 
 
-def vae_channels(config: Any) -> int:
-    """Channels of a VAE's own latents."""
-    return int(getattr(config, "latent_channels", None) or config.z_dim)
-
-
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Numbers to the device in `dtype`; masks stay on the CPU, where they are counted without waiting."""
     return tensor.to(device, dtype) if tensor.is_floating_point() else tensor

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from emotrain.diffusion import mu_for
 from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds, TextEncoderPart
-from emotrain.families.common import LoadedFamily, to_device, vae_channels
+from emotrain.families.common import LoadedFamily
 from emotrain.families.registry import FAMILIES
+from emotrain.families.sniff import latent_channels
 
 
 class FlowFamily(LoadedFamily):
@@ -31,25 +34,17 @@ class FlowFamily(LoadedFamily):
         Rows of fewer tokens than the longest are filled up with zeros; `prompt_mask` [B, S] says which are real.
         """
         part = self.text_encoders[0]
-        rows = [self.encode_one(part, text) for text in texts]
-        longest = max(row.shape[0] for row in rows)
-        embeds = torch.zeros(len(rows), longest, *rows[0].shape[1:], dtype=rows[0].dtype)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            embeds[i, : row.shape[0]], mask[i, : row.shape[0]] = row.cpu(), True
-        return {"prompt_embeds": embeds, "prompt_mask": mask}
+        rows = [self.encode_one(part, text).cpu() for text in texts]
+        real = [torch.ones(row.shape[0], dtype=torch.bool) for row in rows]
+        return {"prompt_embeds": pad_sequence(rows, True), "prompt_mask": pad_sequence(real, True)}
 
     @abstractmethod
     def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
         """The tokens of one text that the denoiser is given, [S, D...]."""
 
-    @abstractmethod
-    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
-        """The stock pipeline's sigmas for that many steps and image tokens."""
-
-    def usual_guidance(self) -> float:
-        """Scale of classifier-free guidance in samples; 1 is none."""
-        return FAMILIES[self.name].guidance
+    def mu(self, scheduler_config: Any, num_tokens: int, steps: int) -> float:
+        """What the stock pipeline shifts its sigmas by where the scheduler's shift is dynamic."""
+        return mu_for(num_tokens, scheduler_config)
 
     def pipeline(self, **parts: Any) -> Any:
         """None: `draw` does without a pipeline."""
@@ -64,13 +59,16 @@ class FlowFamily(LoadedFamily):
 
         In float32 between the steps, as the stock pipelines; the guidance is uncond + g (cond - uncond).
         """
-        scale = self.usual_guidance() if request.guidance is None else request.guidance
+        spec = FAMILIES[self.name]
+        scale = spec.guidance if request.guidance is None else request.guidance
         height, width = request.height // self.vae_scale, request.width // self.vae_scale
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        shape = (1, FAMILIES[self.name].latent_channels, height, width)
-        latents = torch.randn(self.latent_shape(shape), generator=generator).to(self.device)
+        channels = latent_channels(self.name, self.vae.config)
+        latents = torch.randn((1, channels, height, width), generator=generator).to(self.device)
         scheduler = self.fresh_scheduler()
-        self.set_timesteps(scheduler, request.steps, self.num_image_tokens(height, width))
+        mu = self.mu(scheduler.config, self.num_image_tokens(height, width), request.steps)
+        evenly = torch.linspace(1.0, 1 / request.steps, request.steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=evenly, mu=mu)
         sizes = torch.tensor([[request.height, request.width]])
         told = Conditioning(sizes, torch.zeros_like(sizes), sizes)
         for sigma, following in zip(scheduler.sigmas[:-1].tolist(), scheduler.sigmas[1:].tolist(), strict=True):
@@ -86,34 +84,14 @@ class FlowFamily(LoadedFamily):
         """The velocity that guidance makes of the one with the caption and the one without, [B, C, H, W]."""
         return untold + scale * (told - untold)
 
-    @staticmethod
-    def set_shifted_timesteps(scheduler: Any, steps: int, num_tokens: int) -> None:
-        """Evenly spaced sigmas, whose shift grows with the number of tokens along the scheduler's own line."""
-        config = scheduler.config
-        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        mu = low + (high - low) * (num_tokens - first) / (last - first)
-        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-
-    def latent_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-        """[B, C, H, W] with the channels that this model's VAE has."""
-        return (shape[0], vae_channels(self.vae.config) * FAMILIES[self.name].vae_patch ** 2, *shape[2:])
-
     def _flow_inputs(
         self, noisy_latents: Tensor, sigmas: Tensor, text: TextEmbeds
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents and embeddings in the denoiser's dtype, sigmas in float32, and the mask of real tokens [B, S]."""
-        self.place_denoiser()
-        mask = text.get("prompt_mask")
-        embeds = to_device(text["prompt_embeds"], self.device, self.dtype)
+        latents, sigmas, text = self._inputs(noisy_latents, sigmas, text)
+        embeds, mask = text["prompt_embeds"], text.get("prompt_mask")
         real = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        return (
-            noisy_latents.to(self.device, self.dtype),
-            sigmas.to(self.device, torch.float32),
-            embeds,
-            real,
-        )
+        return latents, sigmas, embeds, real
 
 
 def chat_ids(part: TextEncoderPart, text: str, **template: Any) -> tuple[Tensor, Tensor]:

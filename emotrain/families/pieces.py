@@ -11,13 +11,12 @@ import torch
 
 from emotrain.errors import ModelError
 from emotrain.families.base import TextEncoderPart
-from emotrain.families.common import vae_channels
 from emotrain.families.component import guard, known_class, load_one, refuse_filled_up
 from emotrain.families.headers import read_json
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae
 from emotrain.families.single import load_single_file, load_vae_file
-from emotrain.families.sniff import Sniffed
+from emotrain.families.sniff import Sniffed, latent_channels
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.spec import TextEncoder
 
@@ -59,7 +58,7 @@ def load_pieces(
     """
     if found.kind == "file":
         refuse_incomplete(found, has_vae=given.vae is not None, has_text=given.text_encoder is not None)
-        if any(encoder.kind == "llm" for encoder in FAMILIES[found.family].text_encoders):
+        if FAMILIES[found.family].separate_files:
             return load_separate(found, dtype, given)
         return load_single_file(found, dtype, given.vae)
     return load_folder(found, dtype, revision)
@@ -155,7 +154,7 @@ def load_vae(vae: str, found: Sniffed) -> Any:
         loaded = load_one(kind, str(path), "vae", None, torch_dtype=torch.float32)
     else:
         loaded = guard(vae, "", lambda: kind.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True))
-    channels = vae_channels(loaded.config) * spec.vae_patch**2
+    channels = latent_channels(found.family, loaded.config)
     if channels != found.latent_channels:
         raise ModelError(
             f"model.vae `{vae}` has {channels} latent channels, but the model needs {found.latent_channels}",

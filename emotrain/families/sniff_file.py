@@ -33,7 +33,7 @@ def refuse_incomplete(found: Sniffed, has_vae: bool, has_text: bool = False) -> 
     optional = {encoder.name for encoder in FAMILIES[found.family].text_encoders if encoder.optional}
     if has_vae:
         optional.add("vae")
-    separate = any(encoder.kind == "llm" for encoder in FAMILIES[found.family].text_encoders)
+    separate = FAMILIES[found.family].separate_files
     if has_text and separate:
         optional.add("text_encoder")
     needed = [name for name in lacking if name not in optional]
@@ -108,7 +108,7 @@ def _from_file(path: Path, family: str, variant: str, header: Header, shapes: di
     own = companion(path) / spec.denoiser / "config.json"
     if own.is_file():
         config = {key: value for key, value in read_json(own).items() if not key.startswith("_")}
-        if any(encoder.kind == "llm" for encoder in spec.text_encoders):
+        if spec.separate_files:
             variant = variant_of(family, config)
     if shapes:  # none: the public model itself, by its sizes alone
         refuse_not_understood(path, family, header, config)

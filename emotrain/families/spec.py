@@ -270,6 +270,11 @@ class FamilySpec:
         return tuple(encoder for encoder in self.text_encoders if encoder.lora_modules)
 
     @property
+    def separate_files(self) -> bool:
+        """Whether the text encoder is a language model, which ComfyUI keeps in a file of its own."""
+        return any(encoder.kind == "llm" for encoder in self.text_encoders)
+
+    @property
     def max_tokens(self) -> int:
         """Tokens of the longest text encoder."""
         return max(encoder.max_tokens for encoder in self.text_encoders)

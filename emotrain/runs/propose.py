@@ -14,6 +14,7 @@ from pathlib import Path
 from emotrain.config.builtin import shipped_presets
 from emotrain.dataset.examples import Example
 from emotrain.dataset.scan import FolderSpec, require_pictures, scan
+from emotrain.dataset.walk import REPEATS
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 
 DEFAULT = "sdxl"  # where no model is named
@@ -83,8 +84,8 @@ def propose(folder: Path, model: str | None, beside: Path) -> Proposal:
 
 def kohya_name(name: str) -> tuple[int, str]:
     """`10_mika woman` -> (10, "mika"): repeats and the first word, as kohya's folders are named; else (0, name)."""
-    found = re.fullmatch(r"(\d{1,4})_(\S+).*", name)
-    return (int(found[1]), found[2]) if found else (0, name)
+    found = REPEATS.fullmatch(name)
+    return (int(found[1]), (name.partition("_")[2].split() or [name])[0]) if found else (0, name)
 
 
 def are_tags(captions: Sequence[str]) -> bool:

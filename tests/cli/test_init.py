@@ -58,6 +58,12 @@ def test_without_one_it_is_made_of_the_folder(captions: list[str], capsys: Any, 
     assert "after the folder" in said
 
 
+def test_a_year_in_the_folders_name_is_no_count(capsys: Any, here: Path) -> None:
+    preset, said, _ = wrote(capsys, str(pictures(here / "2024_trip", ["a cat", "the dog", "one bird"])))
+    assert preset["dataset"]["trigger"] == "2024_trip"
+    assert "asks for" not in said
+
+
 def test_a_made_up_tag_in_another_place_is_found_too(capsys: Any, here: Path) -> None:
     captions = [f"1girl, solo, mika_ch, {colour} hair" for colour in ("red", "blue", "green")]
     preset, said, _ = wrote(capsys, str(pictures(here / "data", captions)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -61,10 +60,6 @@ class Anima(QwenVae):
             encoder_hidden_states=F.pad(embeds, (0, 0, 0, max(MAX_TOKENS - embeds.shape[1], 0))),
         ).sample
         return output[:, :, 0].float()
-
-    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
-        """Evenly spaced sigmas with the scheduler's own shift."""
-        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist())
 
 
 def _without_padding_mask(denoiser: Any) -> None:

@@ -90,10 +90,9 @@ class Flux2(FlowFamily):
         ).sample
         return output.transpose(1, 2).reshape(latents.shape).float()
 
-    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
-        """Evenly spaced sigmas, shifted by tokens and steps."""
-        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, mu=empirical_mu(num_tokens, steps))
+    def mu(self, scheduler_config: Any, num_tokens: int, steps: int) -> float:
+        """By tokens and steps."""
+        return empirical_mu(num_tokens, steps)
 
 
 def _places(height: int, width: int, tokens: int, device: torch.device) -> Tensor:

@@ -66,7 +66,3 @@ class Krea2(QwenVae):
             encoder_attention_mask=None if bool(mask.all()) else mask.to(self.device),
         ).sample
         return unpack(output, height, width).float()
-
-    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
-        """Evenly spaced sigmas, shifted by the number of tokens."""
-        self.set_shifted_timesteps(scheduler, steps, num_tokens)

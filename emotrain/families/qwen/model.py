@@ -62,7 +62,3 @@ class QwenImage(QwenVae):
         mixed = pack(super().guided(told, untold, scale))
         length = torch.linalg.vector_norm(wanted, dim=-1, keepdim=True)
         return unpack(mixed * (length / torch.linalg.vector_norm(mixed, dim=-1, keepdim=True)), height, width)
-
-    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
-        """Evenly spaced sigmas, shifted by the number of tokens."""
-        self.set_shifted_timesteps(scheduler, steps, num_tokens)

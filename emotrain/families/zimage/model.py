@@ -39,7 +39,3 @@ class ZImage(FlowFamily):
         pictures = list(latents[:, :, None].unbind(0))
         output: list[Tensor] = self.denoiser(pictures, 1.0 - sigmas, captions).sample
         return -torch.stack(output)[:, :, 0].float()
-
-    def set_timesteps(self, scheduler: Any, steps: int, num_tokens: int) -> None:
-        """Evenly spaced sigmas with the scheduler's own shift."""
-        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=1.0)
