@@ -17,6 +17,7 @@ from emotrain.config.schema import Preset
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
+from emotrain.families.headers import read_header
 from emotrain.families.memory import BACKENDS
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
@@ -176,6 +177,11 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
         if part is not None and Path(part).is_absolute() and not Path(part).exists():
             message = f"{at(f'model.{key}')}: {part} does not exist"
             result.failures.append(ModelError(message, "paths are relative to the preset's file"))
+        elif part is not None and Path(part).is_file():
+            try:
+                read_header(Path(part))
+            except ModelError as error:
+                result.failures.append(error)
     wanted = [(f"start_from.stack.{index}.path", item.path) for index, item in enumerate(preset.start_from.stack)]
     wanted += [("start_from.continue", start)] if start is not None else []
     if not wanted:

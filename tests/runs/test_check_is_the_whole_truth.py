@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
     "a run that is not there": ({"more": "start_from: {continue: nobody}"}, 4),
     "a text file as LoRA": ({"more": "start_from: {continue: ./words.safetensors}"}, 4),
     "a LoRA of another family": ({"more": "start_from: {stack: [./flux-lora.safetensors]}"}, 4),
+    "a text file as VAE": ({"model": "{base: builtin:tiny-sd, vae: ./words.safetensors}"}, 4),
     "a VAE that is not there": ({"model": "{base: builtin:tiny-sd, vae: ./none}"}, 4),
     "another family": ({"model": "{base: builtin:tiny-sd, family: sdxl}"}, 2),
     "a prediction it does not have": ({"model": "{base: builtin:tiny-sd, prediction: flow}"}, 2),
