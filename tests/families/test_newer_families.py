@@ -191,6 +191,25 @@ def test_a_sample_is_the_stock_pipelines_picture(model: tuple[str, Any, Path], g
     assert np.asarray(picture).std() > 1
 
 
+@pytest.mark.parametrize("model", ["krea2", "qwen"], indirect=True)
+def test_guidance_is_the_stock_pipelines_to_the_latents(model: tuple[str, Any, Path]) -> None:
+    """Small random models hardly move a picture's levels; their latents tell how guidance was mixed."""
+    kind, pipeline, folder = model
+    family = load_family(str(folder), device="cpu")
+    words: dict[str, Any] = {"guidance_scale": 7.0}
+    if kind == "qwen":
+        words = {"true_cfg_scale": 8.0, "negative_prompt": ""}
+    theirs = pipeline(
+        prompt=PROMPTS[0], width=64, height=96, num_inference_steps=4, output_type="latent",
+        generator=torch.Generator().manual_seed(7), **words,
+    ).images  # fmt: skip
+    text, negative = family.encode_texts(PROMPTS[:1]), family.encode_texts([""])
+    request = DrawRequest(text=text, negative=negative, width=64, height=96, seed=7, steps=4, guidance=8.0)
+    with torch.no_grad():
+        ours = family.draw(request, text, negative)
+    assert torch.allclose(ours, unpack(theirs, 12, 8), atol=1e-4)
+
+
 def test_comfyuis_separate_files_are_the_same_model(model: tuple[str, Any, Path], tmp_path: Path) -> None:
     kind, pipeline, folder = model
     files = separate_files(kind, pipeline, tmp_path / "comfy")
