@@ -51,12 +51,10 @@ def display_observers(
         stderr: for everything else (default: the process's).
         environ: environment variables (default: the process's).
     """
-    from emotrain.observers.console import ConsoleLines
+    from emotrain.observers.console import ConsoleLines, JsonEvents
 
     display = choose_display(plain=plain, json=json, stream=stderr, environ=environ)
     if display == "json":
-        from emotrain.observers.json_events import JsonEvents
-
         return JsonEvents(stdout), ConsoleLines(every, stream=stderr, warnings_only=True)
     if display == "dashboard":
         from emotrain.observers.dashboard import Dashboard, make_console

@@ -1,14 +1,14 @@
-"""Plain lines on stderr: where there is no terminal, in CI, and with `--plain`."""
+"""A run as lines: for people on stderr (no terminal, CI, `--plain`), for programs on stdout (`--json`)."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
 
 from emotrain.observers.pace import Pace, Smoother
-from emotrain.observers.stream import LineWriter
 from emotrain.observers.text import clean, duration, number, short_path, speed
 from emotrain.train.events import (
     Event,
@@ -23,6 +23,67 @@ from emotrain.train.events import (
 )
 
 PHASE_PAUSE_S = 10.0
+
+
+class LineWriter:
+    """Writes and flushes lines; goes silent once nobody reads them (`| head`, closed ssh).
+
+    Training goes on then: an observer's reader must not be able to end a run.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.closed = False
+
+    def write(self, line: str) -> None:
+        """Write one line that ends in its line break."""
+        if self.closed:
+            return
+        try:
+            self._write(line)
+            self._stream.flush()
+        except (OSError, ValueError):  # BrokenPipeError, EIO; ValueError: the stream is closed
+            self.closed = True
+            self._silence()
+
+    def _write(self, line: str) -> None:
+        try:
+            self._stream.write(line)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            self._stream.write(line.encode(encoding, errors="replace").decode(encoding))
+
+    def _silence(self) -> None:
+        """Point the dead descriptor at nothing, or Python fails when it flushes at exit."""
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):
+            return
+        if descriptor not in (1, 2):
+            return
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nothing, descriptor)
+        finally:
+            os.close(nothing)
+
+
+class JsonEvents:
+    """Newline-delimited events. A step has the fields of metrics.jsonl and `"event": "step"`.
+
+    Args:
+        stream: where to write (default: stdout as it is now).
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._writer = LineWriter(sys.stdout if stream is None else stream)
+
+    def handle(self, event: Event) -> None:
+        """Write one event."""
+        self._writer.write(event.line(with_kind=True))
+
+    def close(self) -> None:
+        """Nothing is kept back: every line is flushed when it is written."""
 
 
 class ConsoleLines:

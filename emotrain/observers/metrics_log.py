@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import IO
 
 from emotrain.errors import ResourceError
-from emotrain.observers.fields import step_row, to_line, validation_row
 from emotrain.train.durable import fsync_folder
 from emotrain.train.events import Event, RunStart, StepEnd, ValidationEnd
 
@@ -35,9 +34,9 @@ class MetricsLog:
     def handle(self, event: Event) -> None:
         """Cut at the start, then write steps and validations."""
         if isinstance(event, StepEnd):
-            self._logs[METRICS_FILE].append(to_line(step_row(event)))
+            self._logs[METRICS_FILE].append(event.line())
         elif isinstance(event, ValidationEnd):
-            self._logs[VALIDATION_FILE].append(to_line(validation_row(event)))
+            self._logs[VALIDATION_FILE].append(event.line())
         elif isinstance(event, RunStart):
             self.close()
             self._run_dir.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 
 @dataclass(frozen=True)
@@ -11,12 +12,12 @@ class Reading:
 
     `scalar` in (-1, 1), positive while the loss falls; `trust` = copysign(1 - |scalar|, scalar); `pulse` is the step
     length; `drive` the 3.6 and 3.7.0 multiplier (1 elsewhere); `short`, `medium`, `long` the loss averages; `noise_est`
-    and `d_est` the two sides of emoPulse's signal-to-noise ratio.
+    and `d_est` the two sides of emoPulse's signal-to-noise ratio. Those with a tag are curves in TensorBoard.
     """
 
-    scalar: float
-    trust: float
-    pulse: float
+    scalar: Annotated[float, "emo/scalar"]
+    trust: Annotated[float, "emo/trust"]
+    pulse: Annotated[float, "emo/pulse"]
     drive: float
     short: float
     medium: float

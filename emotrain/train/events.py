@@ -1,18 +1,73 @@
-"""What the loop tells its observers: frozen values, no tensors. An observer watches; it never steers."""
+"""What the loop tells its observers: frozen values, no tensors. An observer watches; it never steers.
+
+A value is declared once, as a field: `row` makes it a column of metrics.jsonl and a key of `--json`, and one that is
+annotated with a tag is a curve in TensorBoard.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Any, ClassVar, Protocol, get_type_hints
 
 from emotrain.pulse.reading import Reading
 
+SCHEMA_VERSION = 1  # of the rows
+
+
+def to_json(value: Any) -> Any:
+    """The value as JSON has it: paths as text, tuples as lists, None for what is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value).encode("utf-8", errors="replace").decode("utf-8")
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    return value
+
+
+class Record:
+    """What all events have in common."""
+
+    kind: ClassVar[str]
+
+    def row(self) -> dict[str, Any]:
+        """The fields as a flat JSON object; those of the reading stand among them."""
+        found: dict[str, Any] = {}
+        for name, value in asdict(self).items():  # type: ignore[call-overload]
+            found.update(to_json(value) if name == "reading" else {name: to_json(value)})
+        return found
+
+    def line(self, *, with_kind: bool = False) -> str:
+        """The row as one line of strict JSON with its line break; the kind is the key `event`."""
+        row = {"event": self.kind, **self.row()} if with_kind else self.row()
+        return json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n"
+
+    def curves(self) -> dict[str, float]:
+        """The finite numbers that TensorBoard shows, by tag."""
+        row = self.row()
+        own: Any = type(self)
+        tags = _tags(Reading) | _tags(own)
+        return {tag: float(row[name]) for name, tag in tags.items() if row.get(name) is not None}
+
+
+@cache
+def _tags(owner: Any) -> dict[str, str]:
+    """The TensorBoard tags of a class's fields, by field."""
+    hints = get_type_hints(owner, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
 
 @dataclass(frozen=True)
-class RunStart:
+class RunStart(Record):
     """Before the first step. `start_step` is above 0 in a resumed run."""
 
+    kind: ClassVar[str] = "run_start"
     name: str
     run_dir: Path
     start_step: int
@@ -24,45 +79,49 @@ class RunStart:
     num_parameters: int
     device: str
     facts: tuple[tuple[str, str], ...] = ()  # further lines for the head of the dashboard: (label, value)
+    schema_version: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True)
-class StepEnd:
+class StepEnd(Record):
     """One optimizer step. `step` counts from 1; `step_s` is pure training time in seconds."""
 
+    kind: ClassVar[str] = "step"
     step: int
     epoch: float
-    loss: float  # mean over the whole optimizer step, as it is
-    observed_loss: float  # the loss the optimizer used (equal to `loss` without a corrected loss)
+    loss: Annotated[float, "loss"]  # mean over the whole optimizer step, as it is
+    observed_loss: Annotated[float, "loss/observed"]  # what the optimizer used: `loss`, but where it is corrected
     reading: Reading
     ready: bool  # the optimizer's own stop signal
-    grad_norm: float
+    grad_norm: Annotated[float, "grad_norm"]
     lr: float
-    step_s: float
-    stop_meter: float  # 0..1: how far the stop rule is towards its decision
+    step_s: Annotated[float, "step_s"]
+    stop_meter: Annotated[float, "emo/stop_meter"]  # 0..1: how far the stop rule is towards its decision
     expected_end: tuple[int, int] | None = None  # first and last step it may end at, once that can be said
     memory_gib: float = 0.0
-    skipped: int = 0  # batches left out so far because of non-finite numbers
-    gain: float = 1.0  # on the published step length
+    skipped: Annotated[int, "guard/skipped"] = 0  # batches left out so far because of non-finite numbers
+    gain: Annotated[float, "emo/gain"] = 1.0  # on the published step length
 
 
 @dataclass(frozen=True)
-class ValidationEnd:
+class ValidationEnd(Record):
     """The validation: loss at fixed noise and timesteps, on pictures the LoRA is not trained on (or flipped ones)."""
 
+    kind: ClassVar[str] = "validation"
     step: int
-    loss: float
-    scalar: float  # the same sensors fed with the validation loss; below zero it is over-training
+    loss: Annotated[float, "validation/loss"]
+    scalar: Annotated[float, "validation/scalar"]  # the sensors fed with the validation loss; below zero: over-training
     base_loss: float  # with the adapter off
-    drift: float | None  # mean squared change on prompts it should not change
+    drift: Annotated[float | None, "validation/drift"]  # mean squared change on prompts it should not change
     best_step: int
-    best_loss: float
+    best_loss: Annotated[float, "validation/best_loss"]
 
 
 @dataclass(frozen=True)
-class SamplesDrawn:
+class SamplesDrawn(Record):
     """Pictures of one step: one path per prompt, and the sheet of all steps so far."""
 
+    kind: ClassVar[str] = "samples"
     step: int
     paths: tuple[Path, ...]
     prompts: tuple[str, ...]
@@ -70,35 +129,39 @@ class SamplesDrawn:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Record):
     """A checkpoint or LoRA file that is complete on disk."""
 
+    kind: ClassVar[str] = "saved"
     step: int
     path: Path
     best: bool = False
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Record):
     """Long silent work has begun or goes on; `done` of `total` (total 0: unknown). `done == total` ends it."""
 
+    kind: ClassVar[str] = "phase"
     name: str
     done: int = 0
     total: int = 0
 
 
 @dataclass(frozen=True)
-class Notice:
+class Notice(Record):
     """One line for the user; level `warning` or `info`."""
 
+    kind: ClassVar[str] = "notice"
     message: str
     level: str = "warning"
 
 
 @dataclass(frozen=True)
-class RunEnd:
+class RunEnd(Record):
     """After the last file is written."""
 
+    kind: ClassVar[str] = "run_end"
     step: int
     stop_reason: str  # signal | max_steps | interrupted | diverged
     sentence: str  # why, in one sentence

@@ -1,7 +1,6 @@
-"""Look at the dashboard without a model: plays a made-up run, or a recorded one.
+"""Look at the dashboard without a model: plays a made-up run.
 
-    python tests/bench/dashboard_demo.py [--log METRICS.jsonl] [--steps 400] [--step-s 0.05]
-    [--plain | --json]
+    python tests/bench/dashboard_demo.py [--steps 400] [--step-s 0.05] [--plain | --json]
         [--hostile] [--baseline] [--cost]
 
 `--cost` plays 20,000 steps without waiting and prints the processor time that an event and a frame
@@ -23,7 +22,6 @@ from emotrain.observers.board import Board
 from emotrain.observers.choose import display_observers
 from emotrain.observers.dashboard import make_console
 from emotrain.observers.layout import compose
-from emotrain.observers.playback import play_back
 from emotrain.observers.screen import Screen
 from emotrain.pulse.reading import Reading
 from emotrain.train.events import (
@@ -140,7 +138,6 @@ def cost() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--log", type=Path)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--step-s", type=float, default=0.05)
     for flag in ("--plain", "--json", "--hostile", "--baseline", "--cost"):
@@ -151,11 +148,9 @@ def main() -> None:
     observers = display_observers(plain=args.plain, json=args.json)
     events = made_up_run(args.steps, args.step_s, hostile=args.hostile, baseline=args.baseline)
     try:
-        for event in play_back(args.log) if args.log else events:
+        for event in events:
             for observer in observers:
                 observer.handle(event)
-            if args.log and isinstance(event, StepEnd):
-                time.sleep(args.step_s)
     finally:
         for observer in observers:
             observer.close()

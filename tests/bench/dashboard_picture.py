@@ -13,13 +13,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from recorded_run import recorded
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
 from emotrain.config.load import load_preset
 from emotrain.observers.board import Board
 from emotrain.observers.layout import compose
-from emotrain.observers.playback import play_back, read_extras
 from emotrain.observers.screen import to_text
 from emotrain.train.events import RunStart, StepEnd
 
@@ -37,27 +37,17 @@ THEME = TerminalTheme(
 )  # fmt: skip
 
 
-def draw(
-    metrics: Path,
-    columns: int,
-    rows: int,
-    last_step: int | None,
-    known: dict[str, str | int],
-) -> str:
+def draw(metrics: Path, columns: int, rows: int, last_step: int | None, known: dict[str, str | int]) -> str:
     """The SVG of the frame after `last_step`, for a terminal of that size."""
-    now, shown = 0.0, metrics.parent
+    now = 0.0
     board = Board(lambda: now)
-    for event in play_back(metrics):
+    start = RunStart("run", metrics.parent, 0, 0, 0.0, "", 0, 0, 0, "")
+    board.note(replace(start, **{"run_dir": Path("runs") / str(known.get("name", "run")), **known}))
+    for event in recorded(metrics):
         if isinstance(event, StepEnd):
             if last_step is not None and event.step > last_step:
                 break
             now += event.step_s
-        elif isinstance(event, RunStart):
-            event = replace(event, **known)
-            event = replace(event, run_dir=Path("runs") / event.name)
-            shown = event.run_dir
-        board.note(event)
-    for event in read_extras(metrics, shown, last_step):
         board.note(event)
     console = Console(record=True, file=io.StringIO(), width=columns, height=rows, force_terminal=True)
     console.print(to_text(compose(board, columns, rows)))

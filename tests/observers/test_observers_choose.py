@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from emotrain.observers.choose import choose_display, display_observers
-from emotrain.observers.console import ConsoleLines
+from emotrain.observers.console import ConsoleLines, JsonEvents
 from emotrain.observers.dashboard import Dashboard
-from emotrain.observers.json_events import JsonEvents
 from emotrain.train.events import Notice
 
 
@@ -56,7 +55,7 @@ def test_json_writes_events_on_stdout_and_only_warnings_on_stderr() -> None:
     for observer in observers:
         observer.handle(Notice("careful"))
         observer.close()
-    assert out.getvalue() == '{"event": "notice", "level": "warning", "message": "careful"}\n'
+    assert out.getvalue() == '{"event": "notice", "message": "careful", "level": "warning"}\n'
     assert err.getvalue() == "warning: careful\n"
 
 
@@ -75,8 +74,7 @@ def test_the_dashboard_draws_on_the_terminal_that_was_asked() -> None:
     [
         "emotrain.train.events",
         "emotrain.observers.choose, emotrain.observers.dashboard, emotrain.observers.console, "
-        "emotrain.observers.json_events, emotrain.observers.metrics_log, emotrain.observers.sheet, "
-        "emotrain.observers.tensorboard, emotrain.observers.playback",
+        "emotrain.observers.metrics_log, emotrain.observers.sheet, emotrain.observers.tensorboard",
     ],
 )
 def test_watching_needs_no_torch(modules: str) -> None:

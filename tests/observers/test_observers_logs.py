@@ -6,17 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from emotrain.errors import ResourceError
 from emotrain.observers import metrics_log
-from emotrain.observers.fields import event_row, step_row, to_line
-from emotrain.observers.json_events import JsonEvents
+from emotrain.observers.console import JsonEvents, LineWriter
 from emotrain.observers.metrics_log import MetricsLog, truncate_log
-from emotrain.observers.playback import play_back, read_extras
-from emotrain.observers.stream import LineWriter
 from emotrain.train.events import (
     Notice,
     Phase,
@@ -126,8 +124,7 @@ def test_lines_wait_while_the_disk_is_full_and_are_not_lost(
 
 
 def test_numbers_that_json_cannot_say_become_null(make_step: MakeStep) -> None:
-    row = step_row(make_step(1, loss=float("nan"), grad_norm=float("inf")))
-    line = to_line(row)
+    line = make_step(1, loss=float("nan"), grad_norm=float("inf")).line()
     assert json.loads(line)["loss"] is None
     assert "NaN" not in line
     assert "Infinity" not in line
@@ -170,43 +167,27 @@ def test_json_events_are_one_object_a_line_and_end_with_the_lora(make_step: Make
 
 def test_a_json_step_has_the_fields_of_metrics_jsonl(make_step: MakeStep) -> None:
     event = make_step(3)
-    row = event_row(event)
+    row = json.loads(event.line(with_kind=True))
     assert row.pop("event") == "step"
-    assert row == step_row(event)
-    assert event_row(end(lora=None))["lora"] is None
+    assert row == json.loads(event.line())
+    assert end(lora=None).row()["lora"] is None
 
 
-def test_a_log_plays_back_as_the_same_events(tmp_path: Path, make_step: MakeStep, make_start: MakeStart) -> None:
-    log = MetricsLog(tmp_path)
-    start = make_start()
-    steps = [make_step(1), make_step(2, expected_end=(5, 9), ready=True)]
-    validation = ValidationEnd(2, 0.6, 0.1, 1.5, None, 2, 0.6)
-    for event in (start, *steps, validation):
-        log.handle(event)
-    log.close()
-    played = list(play_back(tmp_path / "metrics.jsonl", start=start))
-    assert played == [start, *steps, validation]
-
-
-def test_the_last_sheet_and_checkpoint_of_a_recorded_run_are_found(tmp_path: Path) -> None:
-    for name in ("samples/step-00000050-1.png", "samples/step-00000100-1.png", "samples/sheet.png",
-                 "checkpoints/step-00000040/x", "checkpoints/step-00000120/x"):  # fmt: skip
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    log, runs = tmp_path / "metrics.jsonl", Path("runs/mika")
-    assert read_extras(log, runs, 99) == [
-        SamplesDrawn(50, (), (), runs / "samples" / "sheet.png"),
-        Saved(40, runs / "checkpoints" / "step-00000040"),
-    ]
-    assert [event.step for event in read_extras(log)] == [100, 120]
-    assert read_extras(tmp_path / "nowhere" / "metrics.jsonl") == []
+def test_a_row_has_every_field_of_its_event_and_the_numbers_of_the_reading(make_step: MakeStep) -> None:
+    event = make_step(2, expected_end=(5, 9), ready=True)
+    row = json.loads(event.line())
+    for owner in (event, event.reading):
+        for each in fields(owner):
+            if each.name != "reading":
+                value = getattr(owner, each.name)
+                assert row[each.name] == (list(value) if isinstance(value, tuple) else value)
+    assert "reading" not in row
 
 
 def test_a_reader_that_goes_away_ends_nothing() -> None:
     code = (
         "import sys\n"
-        "from emotrain.observers.console import ConsoleLines\n"
-        "from emotrain.observers.json_events import JsonEvents\n"
+        "from emotrain.observers.console import ConsoleLines, JsonEvents\n"
         "from emotrain.train.events import Notice\n"
         "for observer in (JsonEvents(), ConsoleLines(stream=sys.stdout)):\n"
         "    for i in range(20000):\n"

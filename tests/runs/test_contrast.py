@@ -10,7 +10,7 @@ import torch
 
 from emotrain.cli.app import main
 from emotrain.config.load import load_preset
-from emotrain.observers.json_events import JsonEvents
+from emotrain.observers.console import JsonEvents
 from emotrain.runs import contrast, start
 from emotrain.runs.contrast import SAMPLE, Plan, plan_contrast
 from emotrain.train.events import Notice

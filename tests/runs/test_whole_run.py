@@ -17,7 +17,7 @@ from emotrain.config.load import load_preset
 from emotrain.errors import CheckpointError
 from emotrain.families.table import resolve_base
 from emotrain.lora.file import LoraFile, read_lora
-from emotrain.observers.json_events import JsonEvents
+from emotrain.observers.console import JsonEvents
 from emotrain.observers.sheet import GAP, LABEL_WIDTH
 from emotrain.pulse.gain import START
 from emotrain.pulse.logs import read_log
