@@ -1,14 +1,20 @@
-"""Files from strangers, parsed at the door: what comes out has the types and sizes that it says (no torch)."""
+"""Reading files from strangers, and writing files that are whole or not there: once, for every room (no torch).
+
+What is parsed here has the types and sizes that it says.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import stat
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Bytes for each number; those of less than a byte are left to whoever reads the tensors.
 DTYPE_BYTES = {
@@ -134,3 +140,165 @@ def is_regular(path: Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def header_at(file: BinaryIO, size: int, limit: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The header at the beginning of a safetensors file, as `parse_header` gives it; no tensor is read.
+
+    Args:
+        file: opened for bytes.
+        size: of the whole file.
+        limit: bytes that a header may have.
+
+    Raises:
+        ValueError: there is none, or a damaged one; the reason in a few words.
+    """
+    file.seek(0)
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= min(limit, size - 8):
+        raise ValueError("it does not begin with the length of a header")
+    return parse_header(file.read(length), size - 8 - length)
+
+
+_DISGUISES = (
+    (b"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull` in its folder, or download the file again"),
+    (b"<!doctype", "a web page", "the download needs a login or another link; download the file again"),
+    (b"<html", "a web page", "the download needs a login or another link; download the file again"),
+    (b"<?xml", "a web page", "the download needs a login or another link; download the file again"),
+    (b"pk\x03\x04", "a zip or .pt file", "use or make its .safetensors version"),
+    (b"\x80\x02", "a pickle, which is never opened", "use or make its .safetensors version"),
+    (b"\x80\x04", "a pickle, which is never opened", "use or make its .safetensors version"),
+    (b"gguf", "a GGUF file, quantised for inference only", "use its .safetensors version"),
+)
+
+
+def disguise(start: bytes) -> tuple[str, str] | None:
+    """What a file is that people take for a model, by its first bytes, and what to do; None if none of these."""
+    heads = start.lower(), start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next(((what, hint) for mark, what, hint in _DISGUISES if any(h.startswith(mark) for h in heads)), None)
+
+
+# ------------------------------------------------------------ written so that a power cut cannot take it back
+
+Stage = Callable[[str], None]
+
+
+def no_stage(name: str) -> None:
+    """The usual stage hook: nothing happens. Fault tests hand in one that ends the process."""
+
+
+def fsync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk; nothing where folders cannot be opened (Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        _fsync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def fsync_file(path: Path) -> None:
+    """Bring a file's bytes to the disk; its folder's entry is the caller's to sync.
+
+    Raises:
+        OSError: it is not there, or the disk refuses.
+    """
+    _fsync(path, os.O_RDWR)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes, stage: Stage = no_stage) -> None:
+    """Write a new file and bring its bytes to the disk; the folder entry is the caller's to sync.
+
+    Raises:
+        OSError: no space, no permission, or `path` exists.
+    """
+    with path.open("xb") as file:
+        stage(f"opened {path.name}")
+        file.write(content)
+        file.flush()
+        stage(f"written {path.name}")
+        os.fsync(file.fileno())
+    stage(f"synced {path.name}")
+
+
+def replace_file(path: Path, *pieces: bytes, sync: bool = True) -> None:
+    """Put `pieces` in the place of `path`: a reader sees the old bytes or the new, never a mix.
+
+    Args:
+        path: the file.
+        pieces: its bytes, one behind the other.
+        sync: whether the bytes have to be on the disk before anything else is done.
+
+    Raises:
+        OSError: no space or no permission; the old file is then as it was.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        fsync_folder(path.parent)
+
+
+# ------------------------------------------------------------ JSON that gives every float back exactly
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON that gives every float back exactly.
+
+    Infinities become `{"$float": "inf"}`, tuples become lists.
+
+    Raises:
+        ValueError: a NaN, a key that is not a string, or a type that JSON has no word for.
+    """
+    text = json.dumps(_to_json(value, "$"), ensure_ascii=True, allow_nan=False, indent=1)
+    return (text + "\n").encode()
+
+
+def decode_json(content: bytes) -> Any:
+    """What `encode_json` was given.
+
+    Raises:
+        ValueError: not JSON, or JSON with a NaN in it.
+    """
+    try:
+        return json.loads(content, object_hook=_from_json, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} in JSON")
+
+
+def _from_json(value: dict[str, Any]) -> Any:
+    return float(value["$float"]) if value.keys() == {"$float"} else value
+
+
+def _to_json(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if value != value:
+            raise ValueError(f"{where} is NaN")
+        return {"$float": repr(value)} if value in (float("inf"), float("-inf")) else float(value)
+    if isinstance(value, list | tuple):
+        return [_to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{where} has the key {wrong[0]!r}, which is not a string")
+        return {key: _to_json(item, f"{where}.{key}") for key, item in value.items()}
+    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold")

@@ -74,9 +74,9 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         ConfigError: the place cannot be written.
     """
-    from emotrain.train.durable import replace_synced
+    from emotrain.files import replace_file
 
     try:
-        replace_synced(path, text.encode("utf-8"))
+        replace_file(path, text.encode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--html: {path} cannot be written: {error.strerror}") from error

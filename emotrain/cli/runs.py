@@ -54,7 +54,7 @@ def show(
     """
     from emotrain.runs.folder import open_run
     from emotrain.runs.lineage import Family, read_run, read_runs
-    from emotrain.train.manifest import step_folders
+    from emotrain.train.checkpoint import step_folders
 
     folder = open_run(run, runs_dir)
     chosen = read_run(folder)

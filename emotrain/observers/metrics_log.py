@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from emotrain.errors import ResourceError
-from emotrain.train.durable import fsync_folder
+from emotrain.files import fsync_folder
 from emotrain.train.events import Event, RunStart, StepEnd, ValidationEnd
 
 METRICS_FILE = "metrics.jsonl"

@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from emotrain.config.prompts import SamplePrompt
 from emotrain.families.base import DrawRequest, TextEmbeds
 from emotrain.families.sampling import draw_sample
+from emotrain.files import fsync_file, fsync_folder
 from emotrain.observers.sheet import LORA, save_sheet
-from emotrain.train.durable import fsync_file, fsync_folder
 from emotrain.train.events import Event, Notice, Phase, SamplesDrawn
 from emotrain.train.losses import text_of
 from emotrain.train.memory import OutOfMemory, with_memory

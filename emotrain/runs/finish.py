@@ -13,12 +13,12 @@ from torch import Tensor
 from emotrain.config.schema import Preset
 from emotrain.dataset.ranking import NO_CAPTION
 from emotrain.errors import ModelError, ResourceError, UnwritableWeightsError
+from emotrain.files import fsync_folder
 from emotrain.lora.file import read_lora, save_lora, self_check
 from emotrain.observers.metrics_log import MetricsLog, truncate_log
 from emotrain.observers.tensorboard import TensorBoard
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.metadata import lora_metadata
-from emotrain.train.durable import fsync_folder
 from emotrain.train.events import Event, Notice, Observer, Phase, Saved
 from emotrain.train.loop import Outcome, Sample, StopReason
 

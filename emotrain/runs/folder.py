@@ -21,15 +21,16 @@ from emotrain import __version__
 from emotrain.config.dump import dump_values
 from emotrain.config.names import check_run_name
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError, ResourceError
-from emotrain.files import is_regular, read_regular
-from emotrain.runs.lock import hold
-from emotrain.train.durable import (
+from emotrain.files import (
     decode_json,
     encode_json,
     fsync_folder,
-    replace_synced,
+    is_regular,
+    read_regular,
+    replace_file,
     write_synced,
 )
+from emotrain.runs.lock import hold
 
 RUNS_DIR = Path("runs")  # under the working directory, unless --runs-dir says otherwise
 INFO = "run.json"
@@ -149,7 +150,7 @@ class RunFolder:
         content = dump_values(preset).encode()
         try:
             if not self.preset_path.is_file() or self.preset_path.read_bytes() != content:
-                replace_synced(self.preset_path, content)
+                replace_file(self.preset_path, content)
         except OSError as error:
             raise ResourceError(f"{self.preset_path} cannot be written: {error.strerror}") from error
 
@@ -163,7 +164,7 @@ class RunFolder:
         """
         content = encode_json(self.info() | fields)
         try:
-            replace_synced(self.info_path, content)
+            replace_file(self.info_path, content)
         except OSError as error:
             raise ResourceError(f"{self.info_path} cannot be written: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""One process per run folder: a lock file with pid and host, and the system's own lock on it."""
+"""One process per run folder: the system's own lock on a file that names its holder."""
 
 from __future__ import annotations
 
@@ -9,138 +9,69 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from emotrain.errors import ResourceError
-from emotrain.files import read_regular
-from emotrain.train.durable import decode_json, encode_json, process_birth, process_lives
+from emotrain.files import decode_json, encode_json, read_regular
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_TRIES = 10
 MAX_LOCK = 4096  # bytes
+WAIT_S = 0.5  # whoever looks whether the lock is free holds it for a moment
 
 
 @contextlib.contextmanager
 def hold(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path` for this process; `what` it guards goes into the error.
 
-    A lock left by a process that is dead is taken over. Whether a process on another machine lives
-    cannot be seen from here, so its lock is respected.
+    The system gives a dead process's lock back by itself. The file stays: who waits for it has it open.
 
     Raises:
         ResourceError: another process holds it, or the file cannot be made.
     """
+    lock = FileLock(path, timeout=WAIT_S, is_singleton=False)
     try:
-        descriptor = _take(path, what)
+        lock.acquire()
+    except Timeout as error:
+        holder = _holder(path)
+        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        raise ResourceError(f"{what} is in use by {who}", "wait for it or stop it") from error
     except OSError as error:
         raise ResourceError(f"{path} cannot be made: {error.strerror}") from error
     try:
+        _name_holder(path)
         yield
     finally:
-        _release(descriptor, path)
+        lock.release()
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process that may live holds the lock file `path`; looking does not touch it."""
+    """Whether a process holds the lock file `path`; one that is not there is not made."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    lock = FileLock(path, timeout=0, is_singleton=False)
     try:
-        return _may_live(_holder(path))
+        with lock:
+            return False
+    except Timeout:
+        return True
     except OSError:
         return False
 
 
-def _release(descriptor: int, path: Path) -> None:
-    with contextlib.suppress(OSError):
-        mine = _same_file(descriptor, path)
-        if fcntl is None:  # Windows removes no open file
-            os.close(descriptor)
-        if mine:
-            path.unlink()
-    if fcntl is not None:
-        os.close(descriptor)
+def _name_holder(path: Path) -> None:
+    """Write who holds the lock into its file, for the error of another process.
 
-
-def _take(path: Path, what: str) -> int:
-    for _ in range(_TRIES):
-        with contextlib.suppress(FileExistsError):
-            if (descriptor := _create(path)) is not None:
-                return descriptor
-        with contextlib.suppress(FileNotFoundError):
-            _clear_dead(path, what)
-    raise ResourceError(f"{what} is being taken by another process", "try again")
-
-
-def _create(path: Path) -> int | None:
-    """A new lock file of this process; None where another took it for a dead one's before it was written.
-
-    Whoever looks into it holds the system's lock for a moment: that is waited for.
+    Not where the file is the lock itself (a file system without locks), nor where it cannot be written (Windows).
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    pid = os.getpid()
-    holder = {"pid": pid, "host": socket.gethostname(), "birth": process_birth(pid)}
-    os.write(descriptor, encode_json(holder))
-    os.fsync(descriptor)
-    _system_lock(descriptor, wait=True)
-    if _same_file(descriptor, path):
-        return descriptor
-    os.close(descriptor)
-    return None
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        if not content or content.startswith(b"{"):
+            path.write_bytes(encode_json({"pid": os.getpid(), "host": socket.gethostname()}))
 
 
-def _clear_dead(path: Path, what: str) -> None:
-    """Remove a dead process's lock file, or raise because the process is not known to be dead."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        free = _system_lock(descriptor)
-        holder = _holder(path)
-        if not free or _may_live(holder):
-            raise ResourceError(
-                f"{what} is in use by process {holder.get('pid')} on {holder.get('host')}",
-                f"wait for it or stop it; if it surely does not run any more, delete {path}",
-            )
-        if _same_file(descriptor, path):
-            path.unlink()
-    finally:
-        os.close(descriptor)
-
-
-def _system_lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Take the system's lock, which ends with its process; True where there are no such locks."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # not on this file system; pid and host remain
-        return True
-    return True
-
-
-def _holder(path: Path) -> dict[str, Any]:
+def _holder(path: Path) -> dict[str, Any] | None:
+    """Process and host in the lock file; None where it does not say."""
     try:
         holder = decode_json(read_regular(path, MAX_LOCK))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError):  # cut off while it was written, or no lock of ours
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _may_live(holder: dict[str, Any]) -> bool:
-    pid, host = holder.get("pid"), holder.get("host")
-    if type(pid) is not int or not 0 < pid < 2**32 or not isinstance(host, str):
-        return False
-    if host != socket.gethostname():
-        return True
-    birth = process_birth(pid)
-    same = holder.get("birth") is None or birth is None or birth == holder["birth"]
-    return process_lives(pid) and same
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        return {"pid": int(holder["pid"]), "host": str(holder["host"])[:100]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -21,7 +21,7 @@ from emotrain.dataset.lint_types import PictureRow
 from emotrain.dataset.ranking import PictureScore
 from emotrain.errors import EmotrainError
 from emotrain.families.headers import read_header
-from emotrain.files import is_regular, strict_json
+from emotrain.files import is_regular, replace_file, strict_json
 from emotrain.observers.sheet import LORA, choose_steps
 from emotrain.observers.text import duration
 from emotrain.report.ranking import RANKED
@@ -32,7 +32,6 @@ from emotrain.runs.data import scan_preset
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.lineage import Run, differences, file_digest, read_run
 from emotrain.runs.pictures import rank_pictures
-from emotrain.train.durable import replace_synced
 from emotrain.train.events import Event, Notice, Phase
 
 PAGE = "report.html"
@@ -46,7 +45,7 @@ def write_at_end(folder: RunFolder, examples: Sequence[Example], notify: Callabl
     """The page of a run that has just ended. A page is no reason to fail: whatever goes wrong is a notice."""
     notify(Phase("writing the page"))
     try:
-        replace_synced(folder.path / PAGE, page_of(folder, examples).encode("utf-8"))
+        replace_file(folder.path / PAGE, page_of(folder, examples).encode("utf-8"))
     except Exception as error:  # decoders and templates raise anything, and the LoRA is already written
         reason = (str(error).splitlines() or [""])[0]
         notify(Notice(f"{PAGE} was not written: {type(error).__name__}: {reason}"))

@@ -21,7 +21,8 @@ from emotrain.runs import adapters, build, changes, contrast, finish, parents, r
 from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.out_of_memory import run_with_advice
 from emotrain.runs.plan import plan_run
-from emotrain.train import remember, rng
+from emotrain.train import rng
+from emotrain.train import state as run_state
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
 from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, StopReason, fit
@@ -141,7 +142,7 @@ class Session:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was taken."""
         self.checkpoint = checkpoint
-        self.state, self.expected = remember.restore(
+        self.state, self.expected = run_state.restore(
             checkpoint.tensors,
             checkpoint.documents,
             self.model.adapter,
@@ -249,14 +250,13 @@ class Session:
 
     def save(self, state: TrainState) -> None:
         """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
-        tensors, documents = remember.capture(state, self.model.adapter, self.optimizer, self.stop_rule, self.expected)
+        tensors, documents = run_state.capture(state, self.model.adapter, self.optimizer, self.stop_rule, self.expected)
         documents["identity"] = self.identity().to_document()
         best = state.best_step is not None and state.best_step == state.step
         finish.sync(self.logs, self.notify)  # ahead of the commit: no power cut leaves a checkpoint without its logs
         try:
             keep = self.stop_rule.around_signals([*self.store.steps(), state.step])
-            words = config_hash(self.preset)
-            path = self.store.save(state.step, tensors, documents, best=best, keep=keep, config_hash=words)
+            path = self.store.save(state.step, tensors, documents, best=best, keep=keep)
             self.notify(Saved(state.step, path, best))
         except ResourceError as error:
             self.notify(Notice(f"{error.message}; the run goes on"))
@@ -360,9 +360,3 @@ def describe_modules(counts: dict[str, int]) -> str:
     if len(counts) == 1:
         return f"{sum(counts.values())} modules"
     return " + ".join(f"{count} {part}" for part, count in counts.items()) + " modules"
-
-
-def config_hash(preset: Preset) -> str:
-    """sha256 of the resolved preset."""
-    text = json.dumps(preset.to_dict(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,46 +1,47 @@
 """Checkpoints that are there whole or not at all.
 
-A save writes into a temporary folder, brings every file and the folder to the disk, reads them
-back, and renames the folder: that rename is the commit. Only then are older ones removed. A load
-takes nothing that does not match its manifest.
+A save writes safetensors and JSON files, each with its step inside, and a manifest (which files, how long, which
+sha256) into a temporary folder, brings every file and the folder to the disk, reads them back, and renames the folder:
+that rename is the commit. Only then are older ones removed. A load takes nothing that does not match its manifest.
+Whoever saves or loads holds the run's lock, so that what an earlier save left half-done is nobody's work.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from emotrain.errors import CheckpointError, ResourceError
-from emotrain.train.durable import (
+from emotrain import __version__
+from emotrain.errors import CheckpointError, DivergedError, ResourceError
+from emotrain.files import (
+    MAX_JSON,
     Stage,
+    decode_json,
+    encode_json,
     fsync_folder,
+    header_at,
+    is_regular,
     no_stage,
-    process_lives,
     write_synced,
-)
-from emotrain.train.manifest import (
-    MANIFEST,
-    Manifest,
-    Unusable,
-    entry_of,
-    folder_name,
-    read_file,
-    read_manifest,
-    step_folders,
-)
-from emotrain.train.snapshot import Checkpoint, read_checkpoint, to_files
+)  # fmt: skip
 
-__all__ = ["Checkpoint", "CheckpointStore"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+MANIFEST = "MANIFEST.json"
+SCHEMA_VERSION = 3  # 1: emotrain 0.1; 2: with a parent and a digest of the preset, which nothing read
 MIN_KEEP = 2  # the newest may be the one that a fault hits
-_STALE = re.compile(r"\.(?:tmp-step-\d+-(?P<pid>\d+)|del-.*)")
+STEP_FOLDER = re.compile(r"step-(\d{1,15})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.(safetensors|json)")
+_STALE = re.compile(r"\.(?:tmp-step-\d+-\d+|del-.*)")
 
 
 class CheckpointStore:
@@ -74,8 +75,6 @@ class CheckpointStore:
         *,
         best: bool = False,
         keep: Collection[int] = (),
-        config_hash: str,
-        parent: str | None = None,
     ) -> Path:
         """Commit one checkpoint, then remove those that are no longer kept (`keep` are). Returns its folder.
 
@@ -87,7 +86,7 @@ class CheckpointStore:
         """
         files = to_files(step, tensors, documents)
         entries = {name: entry_of(content) for name, content in files.items()}
-        manifest = Manifest(step, entries, config_hash, parent, best)
+        manifest = Manifest(step, entries, best)
         target = self.folder / folder_name(step)
         temporary = self.folder / f".tmp-{target.name}-{os.getpid()}"
         try:
@@ -161,15 +160,11 @@ class CheckpointStore:
         return notices
 
     def sweep(self) -> None:
-        """Remove what interrupted saves (`.tmp-`, of dead processes) and prunes (`.del-`) left."""
+        """Remove what interrupted saves (`.tmp-`) and prunes (`.del-`) left."""
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
-            match = _STALE.fullmatch(path.name)
-            if match is None or path.is_symlink():
-                continue
-            pid = int(match["pid"] or 0)
-            if pid == os.getpid() or not process_lives(pid):
+            if _STALE.fullmatch(path.name) and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
 
     def _load_named(self, step: int, found: Mapping[int, Path]) -> Checkpoint:
@@ -230,3 +225,210 @@ def _refusal(step: int, folder: Path, error: OSError | Unusable) -> ResourceErro
         f"step {step} could not be saved in {folder}: {why}",
         "earlier checkpoints are as they were; make room, the next save tries again",
     )
+
+
+# ------------------------------------------------------------ the manifest
+
+
+class Unusable(Exception):
+    """Why a checkpoint cannot be used, in a few words."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint; `size` in bytes."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint folder holds, and whether it is the best of its run so far."""
+
+    step: int
+    files: Mapping[str, FileEntry]
+    best: bool = False
+    emotrain: str = __version__
+
+    def to_bytes(self) -> bytes:
+        """The file: JSON that holds the sha256 of its own other fields."""
+        fields = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return encode_json({**fields, "sha256": _digest(fields)})
+
+
+def folder_name(step: int) -> str:
+    """Where the checkpoint of `step` lies: `step-00000250`."""
+    return f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoint folders in `folder` by step, rising; links and other names are left alone."""
+    found: dict[int, Path] = {}
+    if not folder.is_dir():
+        return found
+    for path in sorted(folder.iterdir()):
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        step = int(match[1])
+        if step not in found or path.name == folder_name(step):
+            found[step] = path
+    return dict(sorted(found.items()))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint folder; no other file is read.
+
+    Raises:
+        Unusable: it is missing or damaged, or names another step than its folder.
+        CheckpointError: a newer emotrain wrote it.
+    """
+    try:
+        fields = decode_json(_read_plain(path / MANIFEST))
+    except ValueError as error:
+        raise Unusable(f"{MANIFEST} is not readable JSON") from error
+    if not isinstance(fields, dict) or fields.pop("sha256", None) != _digest(fields):
+        raise Unusable(f"{MANIFEST} does not match its own sha256")
+    version = fields.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path.name} was written by emotrain {fields.get('emotrain')} in a format this one "
+            f"({__version__}) cannot read",
+            "finish it with that version, or start a new run from its LoRA with start_from.continue"
+            if version in range(SCHEMA_VERSION)
+            else "upgrade emotrain",
+        )
+    try:
+        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
+        manifest = Manifest(files=files, **fields)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Unusable(f"{MANIFEST} has other fields than expected") from error
+    _check(manifest, path)
+    return manifest
+
+
+def read_file(folder: Path, name: str, entry: FileEntry) -> bytes:
+    """The bytes of one file, once they are what the manifest says.
+
+    Raises:
+        Unusable: missing, of another size, or with another sha256.
+    """
+    content = _read_plain(folder / name)
+    if len(content) != entry.size:
+        raise Unusable(f"{name} has {len(content)} bytes instead of {entry.size}")
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise Unusable(f"{name} sha256 mismatch")
+    return content
+
+
+def _read_plain(path: Path) -> bytes:
+    """All bytes of a plain file; links, pipes and devices are not opened."""
+    if path.is_symlink() or not is_regular(path):
+        raise Unusable(f"{path.name} is missing")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unusable(f"{path.name} cannot be read ({error.strerror})") from error
+
+
+def entry_of(content: bytes) -> FileEntry:
+    """The manifest's entry for these bytes."""
+    return FileEntry(len(content), hashlib.sha256(content).hexdigest())
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    match = STEP_FOLDER.fullmatch(path.name)
+    if match is not None and manifest.step != int(match[1]):
+        raise Unusable(f"{MANIFEST} is of step {manifest.step}")
+    for name in manifest.files:
+        if not _FILE_NAME.fullmatch(name):
+            raise Unusable(f"{MANIFEST} names a file outside of the checkpoint")
+
+
+def _digest(fields: Any) -> str:
+    return hashlib.sha256(encode_json(fields)).hexdigest()
+
+
+# ------------------------------------------------------------ contents as files and back
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory.
+
+    `tensors` maps a file's stem to its tensors (CPU, dtype as saved), `documents` a file's stem to
+    its JSON value.
+    """
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    documents: dict[str, Any]
+    best: bool = False
+
+
+def to_files(step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files' bytes by name.
+
+    Raises:
+        DivergedError: a tensor holds a number that is not finite.
+        ValueError: a document that JSON cannot hold.
+    """
+    import torch
+    from safetensors.torch import save
+
+    files = {}
+    for stem, named in tensors.items():
+        for name, tensor in named.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise DivergedError(
+                    f"step {step} was not saved: `{name}` of `{stem}` is not finite",
+                    "the checkpoints before it are whole",
+                )
+        files[f"{stem}.safetensors"] = save(dict(_unshared(named)), metadata={"step": str(step)})
+    for stem, value in documents.items():
+        files[f"{stem}.json"] = encode_json({"step": step, "value": value})
+    return files
+
+
+def _unshared(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors on the CPU, each with memory of its own, as the file format wants it."""
+    seen = set()
+    for name, tensor in named.items():
+        plain = tensor.detach().to("cpu").contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        yield name, plain
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, every byte of it verified.
+
+    Raises:
+        Unusable: something is missing, damaged or of another step.
+        CheckpointError: a newer emotrain wrote it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    manifest = read_manifest(path)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    documents: dict[str, Any] = {}
+    for name, entry in manifest.files.items():
+        content = read_file(path, name, entry)
+        stem, _, kind = name.partition(".")
+        try:
+            if kind == "safetensors":
+                metadata = header_at(io.BytesIO(content), len(content), MAX_JSON)[1]
+                step, tensors[stem] = int(metadata["step"]), load(content)
+            else:
+                document = decode_json(content)
+                step, documents[stem] = document["step"], document["value"]
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise Unusable(f"{name} cannot be read ({error})") from error
+        if step != manifest.step:
+            raise Unusable(f"{name} is of step {step}")
+    return Checkpoint(manifest.step, path, tensors, documents, manifest.best)

@@ -1,16 +1,26 @@
-"""Everything that changes while the loop runs and is not a tensor of the adapter, the optimizer or a random generator.
+"""Everything that changes while the loop runs, as tensors and JSON for a checkpoint, and back.
 
-A new variable of the loop belongs here, or a resumed run would not equal an uninterrupted one.
+`TrainState` holds what is not a tensor of the adapter, the optimizer or a random generator: a new variable of the loop
+belongs there, or a resumed run would not equal an uninterrupted one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from emotrain.errors import CheckpointError
+from emotrain.train import rng
 from emotrain.train.guard import Guard
+
+if TYPE_CHECKING:
+    from emotrain.lora.adapter import Adapter
+    from emotrain.optim.protocol import OptimizerLike
+    from emotrain.pulse.stopping import StopRule
 
 
 @dataclass
@@ -42,3 +52,95 @@ class TrainState:
         """Inverse of `to_document`."""
         fields = {**document, "guard": Guard.from_dict(document["guard"])}
         return cls(**fields, best_adapter=best_adapter)
+
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def optimizer_files(optimizer: OptimizerLike, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors named `<parameter>|<slot>` and a JSON document with everything else."""
+    whole = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    slots: dict[str, dict[str, Any]] = {}
+    for index, entries in whole["state"].items():
+        name = names[index]
+        for slot, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{slot}"] = value
+            else:
+                slots.setdefault(name, {})[slot] = value
+    rest = {key: value for key, value in whole.items() if key != "state"}
+    return tensors, {"rest": rest, "slots": slots, "names": names}
+
+
+def load_optimizer(
+    optimizer: OptimizerLike,
+    names: list[str],
+    tensors: Mapping[str, Tensor],
+    document: Mapping[str, Any],
+) -> None:
+    """Inverse of `optimizer_files`.
+
+    Raises:
+        CheckpointError: the parameters are not those that the state was saved for.
+    """
+    if list(document["names"]) != names:
+        raise CheckpointError("the checkpoint's optimizer belongs to other parameters", "was network.targets changed?")
+    place = {name: index for index, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        name, slot = key.rsplit("|", 1)
+        state.setdefault(place[name], {})[slot] = value.clone()
+    for name, values in document["slots"].items():
+        state.setdefault(place[name], {}).update(values)
+    optimizer.load_state_dict({**document["rest"], "state": state})
+
+
+def capture(
+    state: TrainState,
+    adapter: Adapter,
+    optimizer: OptimizerLike,
+    stop_rule: StopRule,
+    expected: list[float],
+) -> tuple[Tensors, dict[str, Any]]:
+    """Everything that the rest of the run depends on: tensors by file stem, JSON documents by file stem."""
+    names = [name for name, _ in adapter.named_parameters()]
+    optimizer_tensors, optimizer_document = optimizer_files(optimizer, names)
+    rng_tensors, rng_document = rng.capture()
+    tensors = {"adapter": adapter.state(), "optimizer": optimizer_tensors, "rng": rng_tensors}
+    if state.best_adapter:
+        tensors["best"] = state.best_adapter
+    documents = {
+        "state": state.to_document(),
+        "optimizer": optimizer_document,
+        "stop_rule": stop_rule.to_document(),
+        "baseline": expected,
+        "rng": rng_document,
+    }
+    return tensors, documents
+
+
+def restore(
+    tensors: Tensors,
+    documents: Mapping[str, Any],
+    adapter: Adapter,
+    optimizer: OptimizerLike,
+    stop_rule: StopRule,
+) -> tuple[TrainState, list[float]]:
+    """Put everything back but the random state; gives the state and the baseline's expected losses.
+
+    Raises:
+        CheckpointError: something is missing or belongs to another run.
+    """
+    try:
+        adapter.load_state(tensors["adapter"])
+        names = [name for name, _ in adapter.named_parameters()]
+        load_optimizer(optimizer, names, tensors.get("optimizer", {}), documents["optimizer"])
+        stop_rule.load_document(documents["stop_rule"])
+        state = TrainState.from_document(documents["state"], dict(tensors.get("best", {})))
+        expected = [float(value) for value in documents["baseline"]]
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint lacks or garbles {error}") from error
+    for parameter in adapter.parameters():
+        assert parameter.dtype == torch.float32
+    return state, expected

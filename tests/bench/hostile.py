@@ -703,7 +703,7 @@ def picture_files(rng: Random, here: Path) -> Trial:
 def good_run(runs: Path, name: str) -> Path:
     """What a run of four steps leaves, by hand."""
     from emotrain.runs.folder import create_run
-    from emotrain.train.manifest import Manifest, entry_of
+    from emotrain.train.checkpoint import Manifest, entry_of
 
     folder = create_run(runs, name, PRESET, base_sha256="0" * 64, dataset_sha256="1" * 64)
     folder.update_info(
@@ -726,7 +726,7 @@ def good_run(runs: Path, name: str) -> Path:
     step = folder.checkpoints_dir / "step-00000004"
     step.mkdir(parents=True)
     (step / "state.json").write_bytes(b"{}")
-    (step / "MANIFEST.json").write_bytes(Manifest(4, {"state.json": entry_of(b"{}")}, "0" * 64).to_bytes())
+    (step / "MANIFEST.json").write_bytes(Manifest(4, {"state.json": entry_of(b"{}")}).to_bytes())
     return folder.path
 
 
@@ -784,8 +784,8 @@ def spoil_place(rng: Random, path: Path) -> None:
 
 def forged(manifest: bytes) -> bytes:
     """A spoiled manifest with its own sha256 made right."""
-    from emotrain.train.durable import encode_json
-    from emotrain.train.manifest import _digest
+    from emotrain.files import encode_json
+    from emotrain.train.checkpoint import _digest
 
     with contextlib.suppress(ValueError, RecursionError, TypeError):
         fields = json.loads(manifest)

@@ -12,7 +12,7 @@ from typing import Any
 from kill_line import wait
 from kill_worker import NAME, Case, Plan, different, finish, in_child, train
 
-from emotrain.train import remember
+from emotrain.train import state as run_state
 from emotrain.train.checkpoint import CheckpointStore
 
 NOT_PROMISED = ("state.resumes", "state.train_s")  # a count of resumes and a time: they differ by their nature
@@ -22,7 +22,7 @@ COMPARED = ("identity",)  # what a resume is checked against, not what it contin
 def items(case: Case, tensors: dict[str, Any], documents: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, way to take it out) of everything in a checkpoint, where a fresh run has something else or nothing."""
     session = case.session
-    fresh_tensors, fresh_documents = remember.capture(
+    fresh_tensors, fresh_documents = run_state.capture(
         session.state, session.model.adapter, session.optimizer, session.stop_rule, session.expected
     )
     for stem, named in tensors.items():

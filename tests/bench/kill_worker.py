@@ -26,7 +26,8 @@ from emotrain.errors import EmotrainError
 from emotrain.lora.file import read_lora
 from emotrain.runs import session, start
 from emotrain.runs.folder import open_run
-from emotrain.train import remember, rng
+from emotrain.train import rng
+from emotrain.train import state as run_state
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Event, StepEnd
 from emotrain.train.loop import Outcome, StopReason
@@ -84,7 +85,7 @@ class Watched(start.Session):
     def end(self, outcome: Outcome, signals: StopSignals, seconds: float) -> start.Result:
         states, document = rng.capture()
         result = super().end(outcome, signals, seconds)
-        tensors, documents = remember.capture(
+        tensors, documents = run_state.capture(
             self.state, self.model.adapter, self.optimizer, self.stop_rule, self.expected
         )
         tensors["rng"], documents["rng"] = states, document

@@ -19,7 +19,7 @@ from emotrain.errors import ResourceError
 from emotrain.lora.formats import to_kohya
 from emotrain.runs import build, finish
 from emotrain.runs.folder import RunFolder
-from emotrain.train.manifest import SCHEMA_VERSION, _digest
+from emotrain.train.checkpoint import SCHEMA_VERSION, _digest
 
 PRESET = """
 model: builtin:tiny-sd

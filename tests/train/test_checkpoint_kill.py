@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from emotrain.errors import CheckpointError
+from emotrain.files import no_stage
 from emotrain.train import rng
 from emotrain.train.checkpoint import CheckpointStore
-from emotrain.train.durable import no_stage
 
 STEPS = 5
 
@@ -43,8 +43,6 @@ def train(folder: Path, stage: Callable[[str], None]) -> tuple[torch.Tensor, lis
             {"adapter": {"w": weights}, "rng": states},
             {"state": {"history": history}, "rng": document},
             best=step == 1,
-            config_hash="",
-            parent=None,
         )
     return weights, history
 

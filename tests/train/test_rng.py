@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from emotrain.errors import CheckpointError
+from emotrain.files import decode_json, encode_json
 from emotrain.train import rng
-from emotrain.train.durable import decode_json, encode_json
 
 
 @pytest.mark.parametrize("wanted", [True, False])
