@@ -124,8 +124,18 @@ def _show(report: Report) -> None:
 def _tables(report: Report) -> None:
     if len(report.folders) > 1:
         output.result("")
-        rows = [(row.name, row.pictures, row.shown, "regularisation" if row.prior else "") for row in report.folders]
-        output.table(rows, ("folder", "pictures", "shown an epoch", ""))
+        shown = sum(row.shown for row in report.folders)
+        rows = [
+            (
+                row.name,
+                row.pictures,
+                row.shown,
+                f"{row.shown / (shown or 1):.0%}",
+                "regularisation" if row.prior else "",
+            )
+            for row in report.folders
+        ]
+        output.table(rows, ("folder", "pictures", "shown an epoch", "share", ""))
     if report.buckets:
         output.result("")
         rows_of_buckets = [

@@ -75,6 +75,7 @@ def _show(made: Plan) -> None:
             ("model", f"{model}, {_millions(made.num_parameters)} parameters in {made.dtype}"),
             ("LoRA", f"{modules}, {_millions(made.num_trained)} parameters"),
             ("data", f"{data} in {work.buckets} buckets, the largest {size}"),
+            *([("balance", ", ".join(share.describe() for share in work.shares))] if work.shares else []),
             ("steps", f"{steps}, which is {rounded_epochs(made)} epochs"),
         ]
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def run_or_file(text: str, folder: Path) -> str:
     if bare and not os.path.exists(absolute(text, folder)):
         return text
     return absolute(text, folder)
+
+
+def folder_names(paths: Sequence[str | Path], taken: Sequence[str] = ()) -> list[str]:
+    """A name per folder: its own, with #2, #3 where several share one (those in `taken` too)."""
+    seen, names = list(taken), []
+    for path in paths:
+        text = str(path)
+        name = text.rpartition(":")[2] if is_builtin(text) else Path(text).expanduser().resolve().name
+        count = seen.count(name)
+        seen.append(name)
+        names.append(f"{name or 'data'}#{count + 1}" if count else name or "data")
+    return names
 
 
 def resolve_paths(root: Node, folder: Path) -> None:

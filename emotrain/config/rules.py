@@ -6,6 +6,8 @@ import re
 
 from emotrain.config import builtin
 from emotrain.config.explain import leaf
+from emotrain.config.guess import likely
+from emotrain.config.paths import folder_names
 from emotrain.config.prompts import LOOKS_FOREIGN, parse_prompt
 from emotrain.config.schema import EMO_OPTIMIZERS, OPTIMIZERS
 from emotrain.config.source import Node
@@ -31,12 +33,13 @@ def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
         Problems, and notes on settings without effect.
     """
     problems = [*_optimizer(root), *_small_lr(root), *_buckets(root), *_builtin_names(root), *_prompts(root)]
-    problems += _path_variables(root)
+    problems += [*_path_variables(root), *_shares(root)]
     return problems, [
         *_no_effect(root),
         *_gain_without_effect(root),
         *_bare_trigger(root),
         *_foreign_prompt_words(root),
+        *_repeats_without_effect(root),
     ]
 
 
@@ -130,10 +133,7 @@ def _builtin_names(root: Node) -> list[Problem]:
         (leaf(root, "model.base"), builtin.MODELS, "model"),
         (leaf(root, "validate.folder"), builtin.DATASETS, "data set"),
     ]
-    folders = leaf(root, "dataset.folders")
-    if folders is not None and isinstance(folders.value, list):
-        for item in folders.value:
-            places.append((as_mapping(item).get("path"), builtin.DATASETS, "data set"))
+    places += [(node, builtin.DATASETS, "data set") for node in _folder_nodes(root, "path")]
     problems = []
     for node, known, kind in places:
         if node is not None and isinstance(node.value, str) and builtin.is_builtin(node.value):
@@ -158,9 +158,7 @@ def _path_variables(root: Node) -> list[Problem]:
         "validate.folder",
     )
     nodes = [leaf(root, key) for key in keys]
-    folders = leaf(root, "dataset.folders")
-    for item in folders.value if folders is not None and isinstance(folders.value, list) else ():
-        nodes += [as_mapping(item).get("path"), as_mapping(item).get("mask")]
+    nodes += [*_folder_nodes(root, "path"), *_folder_nodes(root, "mask")]
     return [
         Problem(
             f"{node.where}: `{match[0]}` in a path is not replaced by its value",
@@ -169,6 +167,44 @@ def _path_variables(root: Node) -> list[Problem]:
         for node in nodes
         if node is not None and isinstance(node.value, str) and (match := VARIABLE.search(node.text or node.value))
     ]
+
+
+def _shares(root: Node) -> list[Problem]:
+    """`dataset.balance` names every folder once, by the name that its pictures' ids begin with."""
+    balance = leaf(root, "dataset.balance")
+    if balance is None or not isinstance(balance.value, dict) or not balance.value:
+        return []
+    names = folder_names([str(node.value) for node in _folder_nodes(root, "path")])
+    problems = []
+    for name, node in balance.value.items():
+        if name not in names:
+            hint = likely(name, names) or f"the folders are {', '.join(names)}"
+            problems.append(
+                Problem(f"{node.where}: dataset.balance names `{name}`, which is none of the folders", hint)
+            )
+    missing = [name for name in names if name not in balance.value]
+    if missing and not problems:
+        what = f"dataset.balance has no share for {', '.join(missing)}"
+        problems.append(Problem(f"{balance.where}: {what}", "every folder needs one; `equal` gives all the same"))
+    return problems
+
+
+def _repeats_without_effect(root: Node) -> list[str]:
+    balance = leaf(root, "dataset.balance")
+    if balance is None or balance.value == "repeats":
+        return []
+    return [
+        f"{node.where}: repeats has no effect beside dataset.balance, which sets them by share"
+        for node in _folder_nodes(root, "repeats")
+        if node.value != 1
+    ]
+
+
+def _folder_nodes(root: Node, key: str) -> list[Node]:
+    """The nodes under a key of all data folders that have it."""
+    folders = leaf(root, "dataset.folders")
+    items = folders.value if folders is not None and isinstance(folders.value, list) else []
+    return [node for item in items if (node := as_mapping(item).get(key)) is not None]
 
 
 def _no_effect(root: Node) -> list[str]:

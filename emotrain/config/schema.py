@@ -95,6 +95,9 @@ class DatasetSection(Section):
     """The pictures and captions."""
 
     folders: Annotated[tuple[Folder, ...], Field(min_length=1)] = Field(description="where the pictures are")
+    balance: Literal["repeats", "equal"] | Annotated[dict[str, PositiveFloat], Field(min_length=1)] = Field(
+        "repeats", description="folders by share of the samples, in place of their repeats: `{mika: 0.7, girls: 0.3}`"
+    )
     trigger: Str | None = Field(
         None,
         description="word that calls the LoRA: put first, never shuffled; [trigger] in prompts",

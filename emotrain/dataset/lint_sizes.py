@@ -104,11 +104,10 @@ def balance_findings(rows: Sequence[FolderRow]) -> list[Finding]:
     if len(own) < 2:
         return []
     least, most = min(own, key=lambda row: row.shown), max(own, key=lambda row: row.shown)
-    if most.shown < UNBALANCED * least.shown:
+    if most.shown < UNBALANCED * max(least.shown, 1):
         return []
     message = f"shows {most.name} {most.shown} times an epoch and {least.name} {least.shown} times: the first will rule"
-    repeats = max(2, round(most.shown / least.shown))
-    hint = f"if both matter alike, set `repeats: {repeats}` for {least.name}"
+    hint = "if all folders matter alike, write `dataset.balance: equal`"
     return [Finding("folders-unbalanced", "warning", None, message, hint, (most.name, least.name))]
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from emotrain import assets
+from emotrain.config.paths import folder_names
 from emotrain.config.schema import Folder as FolderSpec
 from emotrain.dataset.examples import Example, Scan, Skipped
 from emotrain.dataset.images import SUFFIXES
@@ -88,7 +89,8 @@ def scan(
             progress(done, total)
 
     readers = []
-    for index, (folder, root, name) in enumerate(zip(folders, roots, _names(roots, beside), strict=True)):
+    names = folder_names(roots, [other.resolve().name for other in beside])
+    for index, (folder, root, name) in enumerate(zip(folders, roots, names, strict=True)):
         reader = FolderReader(folder, root, name, index, _suffixes(caption_extension), default_caption, _masks(folder))
         reader.read(trees[index].entries, tell)
         readers.append(reader)
@@ -154,18 +156,6 @@ def _check_folders(roots: Sequence[Path], mask_roots: Sequence[Path]) -> None:
         seen.add(root.resolve())
     if problems:
         raise DatasetError(problems[0].message, problems[0].hint, problems=tuple(problems))
-
-
-def _names(roots: Sequence[Path], beside: Sequence[Path]) -> list[str]:
-    """A name per folder for the ids: its own, with #2, #3 where several share one (those in `beside` too)."""
-    taken = [other.resolve().name for other in beside]
-    names: list[str] = []
-    for root in roots:
-        name = root.resolve().name
-        count = taken.count(name)
-        taken.append(name)
-        names.append(f"{name or 'data'}#{count + 1}" if count else name or "data")
-    return names
 
 
 def _suffixes(extension: str) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ def lint_page(report: Report, ranking: Sequence[PictureScore] = (), *, title: st
             (counts["warning"], "warning", "warning" if counts["warning"] else "good"),
             (counts["info"], "note", ""),
         ],
+        folders_shown=sum(row.shown for row in report.folders),
         groups=_groups(report),
         listed=LISTED,
         ranking=ranking_rows(ranking, pictures),

@@ -14,10 +14,7 @@ from emotrain.config.prompts import parse_prompt
 from emotrain.config.schema import EMO_OPTIMIZERS, Preset
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.captions import fill_trigger
-from emotrain.dataset.examples import Example
 from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepare, settings_from
-from emotrain.dataset.scan import require_pictures
-from emotrain.dataset.split import split_held_out, take_shard
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family
@@ -34,7 +31,7 @@ from emotrain.pulse import gain
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
 from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
-from emotrain.runs.data import scan_preset
+from emotrain.runs.data import Pictures
 from emotrain.runs.draw import Sampler
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.loss_baseline import LossBaseline, expected_by_bins
@@ -42,25 +39,11 @@ from emotrain.train.losses import noise_like, sample_losses, timesteps_at, unifo
 from emotrain.train.validation import Validation
 
 Notify = Callable[[Event], None]
-HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the validation
 VALIDATION_DRAWS = 4
 VALIDATION_SHARE = 0.05
 VALIDATION_SHARE_TINY = 0.10  # of a built-in model, whose runs are so short that a twentieth is too seldom
 GAIN_SHARE = 2  # times as much where validations set the step length: it then falls sooner, and the run is shorter
 BASELINE_SAMPLES = {"auto": 32, "corrected": 64}
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The data set of one run: what is trained on, and what is only measured with."""
-
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...]  # empty: the validation uses mirrored training pictures
-
-    @property
-    def all(self) -> tuple[Example, ...]:
-        """Both."""
-        return (*self.train, *self.held_out)
 
 
 @dataclass(frozen=True)
@@ -97,22 +80,6 @@ def has_frozen_encoder(family: str) -> bool:
     """Whether a family has a text encoder that is never trained (a T5): its embeddings are always cached."""
     info = FAMILIES[family]
     return len(info.text_encoders) > len(info.trainable_encoders)
-
-
-def read_pictures(preset: Preset) -> Pictures:
-    """Scan the folders, take this machine's shard, set the held-out pictures aside."""
-    scans = scan_preset(preset)
-    examples = take_shard(require_pictures(scans.train).examples, preset.dataset.shard)
-    if scans.held_out is not None:
-        held = require_pictures(scans.held_out).examples
-        return Pictures(examples, held[: max(preset.validate_.probe_images, 1)])
-    fraction = preset.validate_.fraction
-    seed = preset.train.seed
-    if fraction == "auto":
-        usable = sum(not example.prior for example in examples)
-        count = next((held for enough, held in HELD_OUT if usable >= enough), 0)
-        return Pictures(*split_held_out(examples, count=count, seed=seed))
-    return Pictures(*split_held_out(examples, fraction=float(fraction), seed=seed))
 
 
 def load_model(

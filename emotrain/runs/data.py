@@ -1,12 +1,17 @@
-"""The folders of a preset, scanned once: what is trained on, and what is held out by its own folder (no torch)."""
+"""The folders of a preset, scanned once: what is trained on, and what is only measured with (no torch)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emotrain.config.schema import Preset
-from emotrain.dataset.scan import Scan, resolve_folder, scan
+from emotrain.dataset.balance import balanced
+from emotrain.dataset.examples import Example
+from emotrain.dataset.scan import Scan, require_pictures, resolve_folder, scan
+from emotrain.dataset.split import split_held_out, take_shard
 from emotrain.errors import DatasetError
+
+HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the validation
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,55 @@ def scan_preset(preset: Preset) -> Scans:
         beside=train.folders,
     )
     return Scans(train, held_out)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The data set of one run: what is trained on, and what is only measured with."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]  # empty: the validation uses mirrored training pictures
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        """Both."""
+        return (*self.train, *self.held_out)
+
+
+def read_pictures(preset: Preset) -> Pictures:
+    """Scan the folders, take this machine's shard, set the held-out pictures aside, balance the others."""
+    return pictures_of(preset, scan_preset(preset))
+
+
+def pictures_of(preset: Preset, scans: Scans) -> Pictures:
+    """As `read_pictures`, where the folders are scanned.
+
+    Raises:
+        DatasetError: no usable picture.
+        ConfigError: shares that no repeats can give.
+    """
+    data, validate = preset.dataset, preset.validate_
+    train = take_shard(require_pictures(scans.train).examples, data.shard)
+    if scans.held_out is not None:
+        held = require_pictures(scans.held_out).examples[: max(validate.probe_images, 1)]
+    elif validate.fraction == "auto":
+        usable = sum(not example.prior for example in train)
+        count = next((held for enough, held in HELD_OUT if usable >= enough), 0)
+        train, held = split_held_out(train, count=count, seed=preset.train.seed)
+    else:
+        train, held = split_held_out(train, fraction=float(validate.fraction), seed=preset.train.seed)
+    return Pictures(balanced(train, data.folders, data.balance), held)
+
+
+def as_shown(preset: Preset, scans: Scans) -> Scan:
+    """The training folders' scan with how often an epoch shows each picture: 0 times where it is held out.
+
+    Raises:
+        ConfigError: shares that no repeats can give.
+        DatasetError: this machine's shard is empty.
+    """
+    if all(example.prior for example in scans.train.examples):
+        return scans.train
+    repeats = {example.id: example.repeats for example in pictures_of(preset, scans).train}
+    shown = tuple(replace(one, repeats=repeats.get(one.id, 0)) for one in scans.train.examples)
+    return replace(scans.train, examples=shown)

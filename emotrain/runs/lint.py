@@ -16,7 +16,7 @@ from emotrain.dataset.lint_types import Report
 from emotrain.dataset.scan import scan
 from emotrain.dataset.settings import settings_from
 from emotrain.families.table import FAMILIES, Sniffed, sniff
-from emotrain.runs.data import Scans, scan_preset
+from emotrain.runs.data import Scans, as_shown, scan_preset
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def lint_scans(preset: Preset, found: Sniffed, scans: Scans, options: Options | 
         background=loader.background,
         previews=options.previews,
     )
-    return lint(scans.train, settings, held_out=scans.held_out, workers=options.workers, progress=options.progress)
+    return lint(
+        as_shown(preset, scans), settings, held_out=scans.held_out, workers=options.workers, progress=options.progress
+    )
 
 
 def token_counter(found: Sniffed) -> TokenCounter:

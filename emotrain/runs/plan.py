@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from emotrain.config.schema import Preset
+from emotrain.dataset.balance import FolderShare, folder_shares
 from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.examples import Example
 from emotrain.dataset.scan import resolve_folder
@@ -23,7 +24,8 @@ from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
 from emotrain.runs.activation_memory import Footprint, measure
 from emotrain.runs.adapters import check_modules, check_text_modules
-from emotrain.runs.build import Pictures, loader_settings, read_pictures, sniffed
+from emotrain.runs.build import loader_settings, sniffed
+from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
 
@@ -43,6 +45,7 @@ class Work:
     buckets: int
     texts: int
     mirrored: int
+    shares: tuple[FolderShare, ...] = ()  # of each folder, where there are several
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,7 @@ def _work(pictures: Pictures, settings: LoaderSettings, preset: Preset) -> Work:
         buckets=len(sizes),
         texts=_num_texts(pictures.all, settings) if settings.encode_texts else 0,
         mirrored=len(everything) + len(mirrored),
+        shares=folder_shares(pictures.train, preset.dataset.folders) if len(preset.dataset.folders) > 1 else (),
     )
 
 
@@ -253,6 +257,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "assumed": list(plan.assumed),
             "pictures": work.pictures, "held_out": work.held_out, "samples_per_epoch": work.samples,
             "buckets": work.buckets, "largest_bucket": list(work.largest.size), "texts": work.texts,
+            "folders": [{"name": one.name, "pictures": one.pictures, "repeats": one.repeats,
+                         "share": round(one.share, 4)} for one in work.shares],
         },
         "steps_per_epoch": work.steps_per_epoch,
         "max_steps": plan.max_steps,

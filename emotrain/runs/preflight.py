@@ -14,6 +14,7 @@ from pathlib import Path
 
 from emotrain.config.builtin import is_builtin
 from emotrain.config.schema import Preset
+from emotrain.dataset.balance import folder_shares
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
@@ -21,7 +22,7 @@ from emotrain.families.headers import read_header
 from emotrain.families.memory import BACKENDS
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
-from emotrain.runs.data import Scans, scan_preset
+from emotrain.runs.data import Pictures, Scans, pictures_of, scan_preset
 from emotrain.runs.folder import refuse_place
 from emotrain.runs.lint import Options, lint_scans
 
@@ -209,7 +210,11 @@ def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) 
         scans = scan_preset(preset)
         found = result.scan = require_pictures(scans.train)
         result.facts.append(("data", found.totals()))
-        result.facts.append(("epoch", _epoch(preset, found)))
+        pictures = pictures_of(preset, scans)
+        result.facts.append(("epoch", _epoch(preset, pictures)))
+        if len(preset.dataset.folders) > 1:
+            shares = folder_shares(pictures.train, preset.dataset.folders)
+            result.facts.append(("balance", ", ".join(share.describe() for share in shares)))
         if scans.held_out is not None:
             result.facts.append(("validate", require_pictures(scans.held_out).totals()))
         if result.found is not None and not result.failures:
@@ -241,17 +246,18 @@ def _lint(preset: Preset, result: Preflight, scans: Scans, progress: Progress | 
         )
 
 
-def _epoch(preset: Preset, found: Scan) -> str:
+def _epoch(preset: Preset, pictures: Pictures) -> str:
     """The sum that everybody has to do in their head otherwise, in words."""
     train = preset.train
-    samples = sum(example.repeats for example in found.examples)
-    repeated = f" seen {samples} times" if samples != len(found.examples) else ""
+    samples = sum(example.repeats for example in pictures.train)
+    repeated = f" seen {samples} times" if samples != len(pictures.train) else ""
+    held = f" ({len(pictures.held_out)} held out)" if pictures.held_out else ""
     steps = math.ceil(samples / (train.micro_batch_size * train.gradient_accumulation_steps))
     batch = f"batches of {train.micro_batch_size}"
     if train.gradient_accumulation_steps > 1:
         batch += f", {train.gradient_accumulation_steps} of them a step"
     return (
-        f"{len(found.examples)} pictures{repeated} in {batch}: about {steps} steps an epoch, "
+        f"{len(pictures.train)} pictures{repeated}{held} in {batch}: about {steps} steps an epoch, "
         f"at most {train.max_steps} steps"
     )
 

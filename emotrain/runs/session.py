@@ -18,6 +18,7 @@ from emotrain.errors import ExitCode, ResourceError
 from emotrain.families.common import words_of
 from emotrain.lora.file import read_lora
 from emotrain.runs import adapters, build, changes, contrast, finish, parents, report
+from emotrain.runs.data import read_pictures
 from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.out_of_memory import run_with_advice
 from emotrain.runs.plan import plan_run
@@ -77,7 +78,7 @@ class Session:
         rng.seed_all(preset.train.seed)
         self.found = build.sniffed(preset)
         settings = build.loader_settings(preset, self.found)
-        self.pictures = build.read_pictures(preset)
+        self.pictures = read_pictures(preset)
         path = preset.start_from.continue_
         earlier = read_lora(parents.lora_of(path)) if path else None
         if earlier is not None:

@@ -25,6 +25,7 @@ from emotrain.dataset.loader import prepare
 from emotrain.dataset.scan import resolve_folder
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import build
+from emotrain.runs.data import read_pictures
 from emotrain.train import rng
 from emotrain.train.events import Event, StepEnd
 from emotrain.train.loop import Limits, Parts, fit
@@ -232,7 +233,7 @@ class LongRun:
         self.preset = preset
         rng.seed_all(cell.seed)
         settings = build.loader_settings(preset, build.sniffed(preset))
-        pictures = build.read_pictures(preset)
+        pictures = read_pictures(preset)
         self.model = build.load_model(preset, lambda event: None)
         mirror = build.mirrored_ids(preset, pictures)
         family = self.model.family

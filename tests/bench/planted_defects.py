@@ -35,6 +35,7 @@ from emotrain.families.table import resolve_base
 from emotrain.lora.file import read_lora
 from emotrain.runs import build
 from emotrain.runs.contrast import own_captions
+from emotrain.runs.data import read_pictures
 from emotrain.runs.pictures import rank_pictures
 from emotrain.runs.start import run
 from emotrain.train.contrast import contrastive_losses
@@ -140,7 +141,7 @@ def again(preset: Preset, lora: Path, planted: Set[str], seed: int) -> dict[str,
     """The contrast with the dearest plan, adapter off and on."""
     model = build.load_model(preset, lambda event: None)
     settings = build.loader_settings(preset, build.sniffed(preset))
-    data = build.prepare_data(preset, model, build.read_pictures(preset), settings, lambda event: None).train
+    data = build.prepare_data(preset, model, read_pictures(preset), settings, lambda event: None).train
     model.adapter.load_state(read_lora(lora).state)
     model.family.place_denoiser()
     others, draws = MORE

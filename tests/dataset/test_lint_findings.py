@@ -135,7 +135,7 @@ def test_unbalanced_folders_are_named_with_the_repeats_that_mend_it(tmp_path: Pa
     few = write(tmp_path / "few", {f"{k}.png": picture(64, 64, 50 + k) for k in range(2)})
     (found,) = of(folders((many, {}), (few, {})), "folders-unbalanced")
     assert found.message == "shows many 12 times an epoch and few 2 times: the first will rule"
-    assert found.hint == "if both matter alike, set `repeats: 6` for few"
+    assert found.hint == "if all folders matter alike, write `dataset.balance: equal`"
     assert of(folders((many, {}), (few, {"repeats": 6})), "folders-unbalanced") == []
     assert of(folders((many, {"prior": 1.0}), (few, {})), "folders-unbalanced") == []
 

@@ -13,7 +13,8 @@ from PIL import Image
 from emotrain.cli.app import main
 from emotrain.config.load import load, load_preset
 from emotrain.errors import DatasetError
-from emotrain.runs.build import read_pictures, validate_every
+from emotrain.runs.build import validate_every
+from emotrain.runs.data import read_pictures
 from emotrain.runs.lint import lint_preset
 from emotrain.runs.preflight import SHOWN, preflight
 
