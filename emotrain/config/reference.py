@@ -101,7 +101,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         return f"list of {_kind(get_args(annotation)[0], [])}"
     if origin is dict:
-        return "mapping of regular expression to rank"
+        key, value = get_args(annotation)
+        return "mapping of folder to share" if key is str else f"mapping of regular expression to {_kind(value, [])}"
     if hasattr(annotation, "__metadata__"):
         inner, *extra = get_args(annotation)
         return _kind(inner, list(extra))

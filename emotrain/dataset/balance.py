@@ -1,6 +1,6 @@
-"""Folders by share: how often each folder's pictures are repeated so that an epoch has the shares asked for (no torch).
+"""Folders by share: how often each folder's pictures come so that an epoch has the shares asked for (no torch).
 
-Pictures are whole, so shares come out of whole repeats: the smallest ones that are within two hundredths of every share.
+Shares come out of whole repeats: the smallest ones that are within two hundredths of every share.
 """
 
 from __future__ import annotations

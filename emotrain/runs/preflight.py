@@ -251,13 +251,13 @@ def _epoch(preset: Preset, pictures: Pictures) -> str:
     train = preset.train
     samples = sum(example.repeats for example in pictures.train)
     repeated = f" seen {samples} times" if samples != len(pictures.train) else ""
-    held = f" ({len(pictures.held_out)} held out)" if pictures.held_out else ""
+    held = f" ({len(pictures.held_out)} more held out)" if pictures.held_out else ""
     steps = math.ceil(samples / (train.micro_batch_size * train.gradient_accumulation_steps))
     batch = f"batches of {train.micro_batch_size}"
     if train.gradient_accumulation_steps > 1:
         batch += f", {train.gradient_accumulation_steps} of them a step"
     return (
-        f"{len(pictures.train)} pictures{repeated}{held} in {batch}: about {steps} steps an epoch, "
+        f"{len(pictures.train)} pictures{held}{repeated} in {batch}: about {steps} steps an epoch, "
         f"at most {train.max_steps} steps"
     )
 

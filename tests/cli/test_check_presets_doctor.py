@@ -27,7 +27,7 @@ def test_check_tells_what_a_run_would_do(capsys: Captured) -> None:
     lines = captured.out.splitlines()
     assert lines[0].split() == ["preset", "quickstart.yaml:", "run", "`quickstart`"]
     assert "builtin:tiny-sd: Stable Diffusion 1.x, v_prediction, 64 px" in lines[1]
-    assert "32 pictures in batches of 4: about 8 steps an epoch" in captured.out
+    assert "28 pictures (4 more held out) in batches of 4: about 7 steps an epoch" in captured.out
     assert lines[-1] == "ok"
 
 
