@@ -29,6 +29,7 @@ from emotrain.families.base import Conditioning
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.loading import DTYPES, family_class
 from emotrain.families.registry import FAMILIES, configs, family_of_variant
+from emotrain.families.sniff import latent_channels
 from emotrain.families.table import ASSETS
 from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.lora.file import save_lora, self_check
@@ -80,7 +81,7 @@ def loop_parts(family: LoadedFamily, adapter: Adapter, optimizer: Any, size: int
     """What the loop's `train_step` needs, with one batch of `size` pixels that comes again and again."""
     side = size // family.vae_scale
     zeros, sizes, text = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), size), text_of(family)
-    channels = family.vae.config.latent_channels
+    channels = latent_channels(family.name, dict(family.vae.config))
 
     class Data:
         batches_per_epoch = 10

@@ -48,9 +48,11 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
 FEW_BLOCKS = {"transformer": {"num_layers": 2, "num_single_layers": 2}, "text_encoder_2": {"num_layers": 2}}
 
 
-def change(variant: str, tiny: bool, few_blocks: bool = False) -> real_size.Change:
-    """Configs as they are, at real width with few blocks, or tiny."""
+def change(variant: str, tiny: bool, few_blocks: bool = False, few_encoder_layers: bool = False) -> real_size.Change:
+    """Configs as they are, at real width with few blocks or few layers of T5, or tiny."""
     words = TINY[variant] if tiny else FEW_BLOCKS if few_blocks else {}
+    if few_encoder_layers:
+        words = {**words, "text_encoder_2": FEW_BLOCKS["text_encoder_2"]}
     return lambda part, config: {**config, **words.get(part, {})}
 
 

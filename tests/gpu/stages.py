@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "bench"), str(HERE.parents[1])]
 
+import bare
 import models
 import real_size
 import torch
@@ -31,6 +32,7 @@ import torch
 from emotrain.cli.app import main as emotrain_main
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily
+from emotrain.families.compiled import compile_blocks
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.registry import FAMILIES, family_of_variant
 from emotrain.lora.adapter import Adapter, add_adapter
@@ -123,6 +125,7 @@ class Trainer:
         size: int,
         *,
         checkpointing: bool = False,
+        compiled: Sequence[str] = (),
     ) -> None:
         if family.vae is not None:
             family._identities = {"vae": "", "text": ""}
@@ -132,6 +135,8 @@ class Trainer:
         self.adapter.use_half_precision(family.dtype)
         if checkpointing:
             family.denoiser.enable_gradient_checkpointing()
+        if compiled:
+            compile_blocks(family.denoiser, compiled)
         optimizer = Averaged(build_optimizer("emosens", self.adapter.parameters(), lr=None, notify=False))
         self.parts = real_size.loop_parts(family, self.adapter, optimizer, size)
         self.state, self.limits = TrainState(), Limits(1000, 1, 1.0, 0, 10, 10, 0)
@@ -144,7 +149,9 @@ class Trainer:
     def measure(self, steps: int) -> dict[str, Any]:
         """Seconds a step, launches, waits, memory."""
         clean()
+        started = time.perf_counter()
         losses = [self.step() for _ in range(3)]
+        warm_up = time.perf_counter() - started
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
@@ -152,8 +159,8 @@ class Trainer:
             seconds.append(time.perf_counter() - started)
         memory = {"peak_gib": peak(), "reserved_gib": torch.cuda.max_memory_reserved() / GIB}
         return {
-            "s_step": statistics.median(seconds), "launches": launches(self.step), "waits": blocking(self.step),
-            **memory, "loss": losses[-1], "finite": all(loss == loss for loss in losses),
+            "s_step": statistics.median(seconds), "warm_up_s": warm_up, "launches": launches(self.step),
+            "waits": blocking(self.step), **memory, "loss": losses[-1], "finite": all(loss == loss for loss in losses),
         }  # fmt: skip
 
 
@@ -172,18 +179,20 @@ def quickstart(tiny: bool) -> Rows:
     for preset in ("quickstart", "quickstart-flux"):
         with tempfile.TemporaryDirectory() as work:
             clean()
-            words = [f"train.max_steps={steps}", f"save.every={steps // 2}", f"sample.every={steps}", "sample.steps=4"]
-            sets = [word for pair in words for word in ("--set", pair)]
-            code, _ = emotrain("run", preset, "--plain", "--runs-dir", work, *sets)
-            folder = Path(work) / preset
+            words = [f"save.every={steps // 2}", f"sample.every={steps}", "sample.steps=4"]
+            sets = ["--plain", "--runs-dir", work, *(word for pair in words for word in ("--set", pair))]
+            code, _ = emotrain("run", preset, *sets, "--set", f"train.max_steps={steps}")
+            folder, half = Path(work) / preset, Path(work) / "half"
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             good = code == 0 and (folder / "lora.safetensors").exists() and (folder / "samples" / "sheet.png").exists()
             s_step = statistics.median(line["step_s"] for line in lines[2:])
             yield row(f"{preset}, {steps} steps", good, s_step=s_step, loss=lines[-1]["loss"])
-            code, _ = emotrain("resume", str(folder), "--checkpoint", str(steps // 2), "--plain")
-            again = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            apart = max(abs(one["loss"] - two["loss"]) for one, two in zip(lines, again, strict=True))
-            yield row(f"{preset}, resumed half-way", code == 0 and len(again) == steps, largest_difference=apart)
+            code, _ = emotrain("run", preset, "--name", "half", *sets, "--set", f"train.max_steps={steps // 2}")
+            again, _ = emotrain("resume", str(half), "--plain", "--set", f"train.max_steps={steps}")
+            other = [json.loads(line) for line in (half / "metrics.jsonl").read_text().splitlines()]
+            apart = max(abs(one["loss"] - two["loss"]) for one, two in zip(lines, other, strict=False))
+            good = not code and not again and len(other) == steps
+            yield row(f"{preset}, resumed half-way", good, largest_difference=apart)
 
 
 def exact(tiny: bool) -> Rows:
@@ -253,31 +262,95 @@ def optimizer_kernels(tiny: bool) -> Rows:
     yield row("random states of CUDA come back", torch.rand(9, device=CUDA).tolist() == wanted)
 
 
-def planned(folder: Path | str, size: int, *words: str) -> float:
+def planned(preset: str, base: Path | str | None, size: int, *words: str) -> float:
     """GiB that `emotrain plan` says of a step, without what CUDA takes for itself."""
-    sets = [f"model={folder}", "network.targets=attn-mlp", f"dataset.resolution={size}", *words]
-    sets += ["dataset.buckets.upscale=true", "dataset=builtin:example", "model.family=auto"]
-    _, said = emotrain("plan", "sdxl", "--json", *(word for pair in sets for word in ("--set", pair)))
+    sets = [f"model={base}", "model.family=auto"] if base else []
+    sets += ["network.targets=attn-mlp", "network.rank=16", f"dataset.resolution={size}", *words]
+    sets += ["dataset.buckets.upscale=true", "dataset=builtin:example", "model.quantize=none"]
+    _, said = emotrain("plan", preset, "--json", *(word for pair in sets for word in ("--set", pair)))
     parts = json.loads(said)["memory_gib"]
     return sum(gib for name, gib in parts.items() if name != "CUDA itself")
 
 
+NEWER = {
+    "anima": "anima",
+    "klein-4b": "klein-4b",
+    "z-image": "zimage",
+    "krea2-raw": "krea2",
+    "qwen-image": "qwen-image",
+}
+KINDS = {"plain": (False, False), "checkpointed": (True, False), "compiled": (False, True), "both": (True, True)}
+
+
+def speed(tiny: bool, variant: str, size: int, steps: int, kinds: Sequence[str], base: Path | str | None) -> Rows:
+    """A model with random weights: our step in each kind, and the bare loop's; `base` is what `plan` is asked about."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        checkpointing, compiled = KINDS[kind]
+        clean()
+        family = real_size.build(variant, torch.bfloat16, CUDA, models.change(variant, tiny))
+        blocks = FAMILIES[family.name].blocks if compiled else ()
+        found[kind] = Trainer(family, size, checkpointing=checkpointing, compiled=blocks).measure(steps)
+        del family
+        good, more = found[kind]["finite"] and found[kind]["waits"] <= 1, dict[str, Any]()
+        if compiled:
+            eager = found["checkpointed" if checkpointing else "plain"]
+            more["times_eager"] = eager["s_step"] / found[kind]["s_step"]
+            good = good and abs(found[kind]["loss"] / eager["loss"] - 1) < 0.01
+        elif base is not None:
+            more["planned_gib"] = planned(
+                "sdxl", base, size, f"train.gradient_checkpointing={str(checkpointing).lower()}"
+            )
+            more["of_plan"] = found[kind]["peak_gib"] / more["planned_gib"]
+            good = good and (tiny or 0.9 <= more["of_plan"] <= 1.1)
+        yield row(f"{variant} {size} px, {kind}", good, **found[kind], **more)
+    for kind in [kind for kind in kinds if not KINDS[kind][1]]:
+        clean()
+        family = real_size.build(variant, torch.bfloat16, CUDA, models.change(variant, tiny))
+        text = real_size.text_of(family)
+        usual = bare.BareLoop(family, text, size, checkpointing=KINDS[kind][0]).measure(steps)
+        times = usual["s_step"] / found[kind]["s_step"]
+        yield row(
+            f"{variant} {size} px, bare loop, {kind}", tiny or times >= 1.5, **usual, peak_gib=peak(), ours_faster=times
+        )
+        del family
+
+
 def sdxl(tiny: bool) -> Rows:
-    """SDXL with random weights through the loop: plain and checkpointed, against the plan."""
-    size, steps = (128, 2) if tiny else (1024, 10)
+    """SDXL: plain, checkpointed, compiled, against the plan and against the bare loop."""
     with tempfile.TemporaryDirectory() as work:
         base: Path | str = "stabilityai/stable-diffusion-xl-base-1.0"
         if tiny:
             base = Path(work) / "sdxl"
             models.write_folder(base, "sdxl", torch.bfloat16, torch.device("cpu"), models.change("sdxl", tiny))
-        for name, checkpointing in (("plain", False), ("checkpointed", True)):
-            family = real_size.build("sdxl", torch.bfloat16, CUDA, models.change("sdxl", tiny))
-            found = Trainer(family, size, checkpointing=checkpointing).measure(steps)
-            del family
-            said = planned(base, size, f"train.gradient_checkpointing={str(checkpointing).lower()}")
-            share = found["peak_gib"] / said
-            good = found["finite"] and found["waits"] <= 1 and (tiny or 0.9 <= share <= 1.1)
-            yield row(f"SDXL {size} px, {name}", good, **found, planned_gib=said, of_plan=share)
+        kinds = ("plain", "checkpointed") if tiny else ("plain", "checkpointed", "compiled", "both")
+        yield from speed(tiny, "sdxl", 128 if tiny else 1024, 2 if tiny else 8, kinds, base)
+
+
+def sd15(tiny: bool) -> Rows:
+    """SD 1.5: plain and compiled, against the bare loop."""
+    kinds = ("plain",) if tiny else ("plain", "compiled")
+    yield from speed(tiny, "sd15", 64 if tiny else 512, 2 if tiny else 20, kinds, None)
+
+
+def newer(tiny: bool) -> Rows:
+    """The newer families whole, checkpointed: seconds, peak against the plan."""
+    if tiny:
+        yield row("nothing of these models is tiny", None)
+        return
+    for variant, preset in NEWER.items():
+        clean()
+        try:
+            family = real_size.build(variant, torch.bfloat16, CUDA)
+            found = Trainer(family, 1024, checkpointing=True).measure(3)
+            said = planned(preset, None, 1024, "train.gradient_checkpointing=true")
+        except Exception as error:  # one that fails must not hide the others
+            yield row(f"{variant} 1024 px", False, why=f"{type(error).__name__}: {error}"[:300])
+            continue
+        share = found["peak_gib"] / said
+        good = found["finite"] and found["waits"] <= 1 and 0.9 <= share <= 1.1
+        yield row(f"{variant} 1024 px, checkpointed", good, **found, planned_gib=said, of_plan=share)
+        del family
 
 
 def flux_kinds(tiny: bool) -> Rows:
@@ -318,22 +391,20 @@ def flux(tiny: bool) -> Rows:
     """FLUX.1 whole, checkpointed: resident, then with its weights at home."""
     size, steps = (128, 2) if tiny else (1024, 5)
     losses = {}
-    for offload in (False, True):
+    for kind in ("resident", "offloaded") if tiny else ("resident", "compiled", "offloaded"):
         clean()
         family = real_size.build("flux1-dev", torch.bfloat16, CUDA, models.change("flux1-dev", tiny))
-        if offload:
+        if kind == "offloaded":
             family.denoiser.cpu()
             clean()
             family.memory = MemoryPlan("none", True, True, 0.0, None, "")
-        trainer = Trainer(family, size, checkpointing=True)
+        blocks = FAMILIES[family.name].blocks if kind == "compiled" else ()
+        trainer = Trainer(family, size, checkpointing=True, compiled=blocks)
         found = trainer.measure(steps)
-        losses[offload] = found["loss"]
-        name = "offloaded" if offload else "resident"
-        yield row(f"FLUX.1 {size} px, checkpointed, {name}", found["finite"] and found["waits"] <= 1, **found)
+        losses[kind] = found["loss"]
+        yield row(f"FLUX.1 {size} px, checkpointed, {kind}", found["finite"] and found["waits"] <= 1, **found)
         del family, trainer
-    yield row("offloaded trains as resident does", abs(losses[True] / losses[False] - 1) < 1e-3, **{
-        "resident": losses[False], "offloaded": losses[True],
-    })  # fmt: skip
+    yield row("offloaded trains as resident does", abs(losses["offloaded"] / losses["resident"] - 1) < 1e-3, **losses)
 
 
 def fp16(tiny: bool) -> Rows:
@@ -369,6 +440,27 @@ def capped(words: list[str]) -> None:
     sys.exit(code)
 
 
+def whole_run(work: Path, preset: str, gib: int, sets: Sequence[str]) -> tuple[bool, dict[str, Any]]:
+    """A run from its files to its LoRA and a picture within `gib` of the GPU's memory: whether it was well, numbers."""
+    words = [
+        *sets, "model.dtype=bf16", f"model.memory={gib}gb", "dataset=builtin:example", "dataset.buckets.upscale=true",
+        "train.max_steps=4", "save.every=2", "sample.every=4", "sample.at_start=false", "sample.steps=2",
+        "validate.probe_images=1", "validate.every=4", "train.gradient_accumulation_steps=1", "stop.mode=off",
+    ]  # fmt: skip
+    sets = [word for pair in words for word in ("--set", pair)]
+    command = ["run", preset, "--name", f"card-{gib}", "--runs-dir", str(work), "--plain", *sets]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "stages.py"), "capped", str(gib), "--", *command],
+        capture_output=True, text=True, cwd=work,
+    )  # fmt: skip
+    drawn = list((work / f"card-{gib}" / "samples").glob("step-*.png"))
+    said = [line for line in done.stderr.splitlines() if line.startswith('{"peak_gib"')]
+    numbers: dict[str, Any] = json.loads(said[-1]) if said else {}
+    if done.returncode:
+        numbers["why"] = " ".join(done.stderr.split()[-60:])
+    return done.returncode == 0 and bool(drawn), numbers
+
+
 def sdxl_memory(tiny: bool) -> Rows:
     """SDXL from its files to its LoRA on a card of each size: encode, train, validate, draw, save."""
     size = 128 if tiny else 1024
@@ -377,30 +469,30 @@ def sdxl_memory(tiny: bool) -> Rows:
         models.write_folder(folder, "sdxl", torch.bfloat16, CUDA, models.change("sdxl", tiny))
         clean()
         for number, gib in enumerate((8, 24) if tiny else (8, 12, 16, 24)):
-            words = [
-                f"model.base={folder}", "model.dtype=bf16", f"model.memory={gib}gb", "dataset=builtin:example",
-                f"dataset.resolution={size}", "dataset.buckets.upscale=true", "train.max_steps=4", "save.every=2",
-                "sample.every=4", "sample.at_start=false", "sample.steps=2", "validate.probe_images=1",
-                "validate.every=4", "train.gradient_accumulation_steps=1", "stop.mode=off",
-            ]  # fmt: skip
-            sets = [word for pair in words for word in ("--set", pair)]
-            command = ["run", "sdxl", "--name", f"card-{gib}", "--runs-dir", work, "--plain", *sets]
-            done = subprocess.run(
-                [sys.executable, str(HERE / "stages.py"), "capped", str(gib), "--", *command],
-                capture_output=True, text=True, cwd=work,
-            )  # fmt: skip
-            info = Path(work) / f"card-{gib}" / "run.json"
-            drawn = list((info.parent / "samples").glob("step-*.png"))
-            said = [line for line in done.stderr.splitlines() if line.startswith('{"peak_gib"')]
-            numbers = json.loads(said[-1]) if said else {}
-            if done.returncode:
-                numbers["why"] = " ".join(done.stderr.split()[-60:])
-            yield row(f"SDXL whole run in {gib} GiB", done.returncode == 0 and bool(drawn), **numbers, first=not number)
+            good, numbers = whole_run(Path(work), "sdxl", gib, [f"model.base={folder}", f"dataset.resolution={size}"])
+            yield row(f"SDXL whole run in {gib} GiB", good, **numbers, first=not number)
+
+
+def flux_memory(tiny: bool) -> Rows:
+    """FLUX.1 whole in nf4 on a small card, its T5 with few layers."""
+    if tiny:
+        yield row("bitsandbytes' kernels are real: nothing to show", None)
+        return
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "flux"
+        how = models.change("flux1-dev", False, few_encoder_layers=True)
+        models.write_folder(folder, "flux1-dev", torch.bfloat16, CUDA, how)
+        clean()
+        for gib, quantize in ((10, "nf4"),):
+            sets = [f"model.base={folder}", "dataset.resolution=1024", f"model.quantize={quantize}"]
+            good, numbers = whole_run(Path(work), "flux", gib, sets)
+            yield row(f"FLUX.1 {quantize} whole run in {gib} GiB", good, **numbers)
 
 
 STAGES: dict[str, Callable[[bool], Rows]] = {
     "doctor": doctor, "quickstart": quickstart, "exact": exact, "kernels": optimizer_kernels, "sdxl": sdxl,
-    "sdxl-memory": sdxl_memory, "flux-kinds": flux_kinds, "flux": flux, "fp16": fp16,
+    "sd15": sd15, "sdxl-memory": sdxl_memory, "flux-memory": flux_memory, "flux-kinds": flux_kinds,
+    "flux": flux, "fp16": fp16, "newer": newer,
 }  # fmt: skip
 
 
