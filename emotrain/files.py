@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ MAX_DIMENSIONS = 8
 MAX_SIDE = 2**40
 MAX_DIGITS = 40  # tokenizers write "no limit" with 31
 MAX_JSON = 16 * 2**20  # bytes
+MAX_HEADER = 100_000_000  # bytes of a safetensors file; the format's own limit
 
 
 def strict_json(text: bytes | str) -> Any:
@@ -174,7 +175,12 @@ _DISGUISES = (
 
 
 def disguise(start: bytes) -> tuple[str, str] | None:
-    """What a file is that people take for a model, by its first bytes, and what to do; None if none of these."""
+    """What a file is that people take for a model, by its first bytes, and what to do; None if none of these.
+
+    A pickle's mark is also how a safetensors file with a header of 640 or 1,152 bytes begins.
+    """
+    if start[:1] == b"\x80" and len(start) >= 8 and int.from_bytes(start[:8], "little") <= MAX_HEADER:
+        return None
     heads = start.lower(), start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return next(((what, hint) for mark, what, hint in _DISGUISES if any(h.startswith(mark) for h in heads)), None)
 
@@ -226,12 +232,12 @@ def write_synced(path: Path, content: bytes, stage: Stage = no_stage) -> None:
     stage(f"synced {path.name}")
 
 
-def replace_file(path: Path, *pieces: bytes, sync: bool = True) -> None:
+def replace_file(path: Path, pieces: bytes | Iterable[bytes], *, sync: bool = True) -> None:
     """Put `pieces` in the place of `path`: a reader sees the old bytes or the new, never a mix.
 
     Args:
         path: the file.
-        pieces: its bytes, one behind the other.
+        pieces: its bytes; or parts of them, one behind the other.
         sync: whether the bytes have to be on the disk before anything else is done.
 
     Raises:
@@ -240,17 +246,16 @@ def replace_file(path: Path, *pieces: bytes, sync: bool = True) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         with temporary.open("wb") as file:
-            file.writelines(pieces)
+            file.writelines([pieces] if isinstance(pieces, bytes) else pieces)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
+        if sync:
+            fsync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # a place that takes no file holds none
             temporary.unlink(missing_ok=True)
-        raise
-    if sync:
-        fsync_folder(path.parent)
 
 
 # ------------------------------------------------------------ JSON that gives every float back exactly

@@ -71,6 +71,14 @@ def test_a_header_that_lies_is_refused_in_words_and_at_once(
 
 
 @pytest.mark.parametrize("read", [read_model, read_lora], ids=["model", "LoRA"])
+@pytest.mark.parametrize("length", [640, 1152])  # 0x0280 and 0x0480: the two first bytes of a pickle
+def test_a_header_whose_length_looks_like_a_pickle_is_read(
+    length: int, read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    read(file_of(tmp_path / "a.safetensors", entry().ljust(length)))
+
+
+@pytest.mark.parametrize("read", [read_model, read_lora], ids=["model", "LoRA"])
 def test_a_good_header_and_a_scalar_pass(read: Callable[[Path], object], tmp_path: Path) -> None:
     scalar = {"dtype": "F32", "shape": [], "data_offsets": [20, 24]}
     header = {"a": {**GOOD, "shape": [5], "data_offsets": [0, 20]}, "b": scalar, "__metadata__": {"x": "y"}}

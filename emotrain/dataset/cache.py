@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from emotrain.dataset.cachedir import default_cache_dir, entry_path
+from emotrain.files import MAX_JSON, header_at, replace_file
 
 Tensors = dict[str, Tensor]
 
@@ -74,15 +75,11 @@ class Cache:
         if not self.writable:
             return
         path = entry_path(self.folder, kind, key)
-        temporary = path.with_name(f".tmp-{key}-{os.getpid()}-{threading.get_ident()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(_pack(tensors, key))
-            temporary.replace(path)
+            replace_file(path, _pack(tensors, key), sync=False)
         except OSError as error:
             self.writable = False
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             self.warn(
                 f"cache {self.folder} cannot be written ({error.strerror}): latents and captions "
                 "are kept in memory and encoded again next time"
@@ -120,8 +117,7 @@ def _pack(tensors: Tensors, key: str) -> bytes:
 
 def _unpack(data: bytes, key: str) -> Tensors | None:
     try:
-        length = int.from_bytes(data[:8], "little")
-        marks = json.loads(data[8 : 8 + length])["__metadata__"]
+        marks = header_at(io.BytesIO(data), len(data), MAX_JSON)[1]
         tensors = load(data)
         intact = marks["key"] == key and marks["sha256"] == _checksum(tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError):

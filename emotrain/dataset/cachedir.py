@@ -18,7 +18,7 @@ from pathlib import Path
 VARIABLE = "EMOTRAIN_CACHE"
 LAYOUT = "v1"
 KINDS = ("latents", "masks", "texts")
-ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors|\.tmp-[0-9a-f]{64}-\d+-\d+")
+ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors|\.tmp-[0-9a-f]{64}\.safetensors-\d+-\d+")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from emotrain.dataset.colour import Note as Note
 from emotrain.dataset.colour import split_alpha
 from emotrain.dataset.textfile import FileProblem, read_bytes
 from emotrain.errors import ConfigError
+from emotrain.files import disguise
 
 FORMATS = (
     "JPEG",
@@ -211,10 +212,10 @@ def _opened(data: bytes, path: str | Path) -> Image.Image:
 
 def _what_it_is(data: bytes) -> str:
     head = data[:64].lstrip().lower()
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the picture itself"
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "is a web page or drawing, not a picture"
+    if found := disguise(data[:64]):
+        return f"is {found[0]}, not a picture"
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return "is a HEIC picture, which is not read: convert it to JPEG or PNG"
     return "is not a picture in a format that is read, or its first bytes are damaged"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.files import MAX_JSON, is_regular, parse_header, strict_json
+from emotrain.files import DTYPE_BYTES, MAX_HEADER, MAX_JSON, disguise, header_at, is_regular, strict_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,7 @@ class Header:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
-        sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-        total = 0
-        for name, shape in self.shapes.items():
-            count = 1
-            for side in shape:
-                count *= side
-            total += count * sizes.get(self.dtypes[name], 1)
-        return total
+        return sum(math.prod(shape) * (DTYPE_BYTES[self.dtypes[name]] or 1) for name, shape in self.shapes.items())
 
 
 def own_name(name: str) -> str:
@@ -57,29 +50,10 @@ def refuse_unreadable(path: Path) -> None:
             f"`{path}` is a pickled file, which can run code when it is opened; only .safetensors is read",
             "download its .safetensors version, or convert it with a tool that you trust to open it",
         )
-    if path.suffix.lower() == ".gguf":
-        raise ModelError(
-            f"`{path}` is a GGUF file, which holds quantised weights for inference only",
-            "use the .safetensors version",
-        )
     with path.open("rb") as file:
         start = file.read(512)
-    head = start.lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        raise ModelError(
-            f"`{path}` is a Git LFS pointer, not the model itself",
-            "run `git lfs pull` in its folder, or download the file again",
-        )
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ModelError(
-            f"`{path}` is a web page, not a model",
-            "the download needs a login or another link; download the file again",
-        )
-    if start.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")):
-        raise ModelError(
-            f"`{path}` is a pickled or zipped file with another name; only .safetensors is read",
-            "download its .safetensors version",
-        )
+    if found := disguise(start):
+        raise ModelError(f"`{path}` is {found[0]}, not a model", found[1])
 
 
 def read_header(path: Path) -> Header:
@@ -90,18 +64,13 @@ def read_header(path: Path) -> Header:
     """
     refuse_unreadable(path)
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size):
-            raise ModelError(
-                f"`{path}` is not a safetensors file, or only its beginning",
-                "download the file again",
-            )
-        raw = file.read(length)
     try:
-        entries, metadata = parse_header(raw, size - 8 - length)
+        with path.open("rb") as file:
+            entries, metadata = header_at(file, size, MAX_HEADER)
     except ValueError as error:
-        raise ModelError(f"`{path}` has a damaged header: {error}", "download the file again") from error
+        raise ModelError(
+            f"`{path}` is not a safetensors file, or a damaged one: {error}", "download the file again"
+        ) from error
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     return Header(shapes, {name: entry["dtype"] for name, entry in entries.items()}, metadata)
 
@@ -120,11 +89,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"`{path}` cannot be read ({error.strerror})") from error
     if len(text) > MAX_JSON:
         raise ModelError(f"`{path}` is too large for a config", "the download is damaged; download it again")
-    if text.startswith("version https://git-lfs"):
-        raise ModelError(
-            f"`{path}` is a Git LFS pointer, not the file itself",
-            "run `git lfs pull` in its folder",
-        )
+    if found := disguise(text[:512].encode()):
+        raise ModelError(f"`{path}` is {found[0]}, not the file itself", found[1])
     try:
         loaded = strict_json(text)
     except ValueError as error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emotrain.errors import ModelError, ResourceError
-from emotrain.files import parse_header
+from emotrain.files import disguise, header_at, replace_file
 
 MAX_FILE = 8 * 2**30  # bytes
 MAX_HEADER = 8 * 2**20  # bytes
@@ -27,27 +25,6 @@ MAX_TENSORS = 20_000
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _WHOLE = {"I64", "I32", "I16", "I8", "U8"}
-_DISGUISES = (
-    (
-        b"version https://git-lfs",
-        "a Git LFS pointer, not the file itself",
-        "download the file, for example with `git lfs pull`",
-    ),
-    (
-        b"<!doctype",
-        "a web page, not a safetensors file",
-        "the download gave a page instead of the file: download it again",
-    ),
-    (b"<html", "a web page, not a safetensors file", "the download gave a page instead of the file: download it again"),
-    (
-        b"pk\x03\x04",
-        "a zip or .pt file, not a safetensors file",
-        "convert it to safetensors with the tool that made it",
-    ),
-    (b"\x80\x02", "a pickle, which is never opened", "convert it to safetensors with the tool that made it"),
-    (b"\x80\x04", "a pickle, which is never opened", "convert it to safetensors with the tool that made it"),
-    (b"gguf", "a GGUF file, not a safetensors file", None),
-)
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
@@ -80,35 +57,29 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write the file as a whole or not at all: a temporary one beside it, fsync, rename, fsync of the folder.
+    """Write the file as a whole or not at all.
 
     Returns:
         sha256 of the file.
 
     Raises:
-        ResourceError: the disk is full.
-        ModelError: the folder cannot be written to.
+        ResourceError: the disk is full, or the folder cannot be written to.
     """
     digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+    def pieces() -> Iterator[bytes]:
+        for piece in encode(tensors, metadata):
+            digest.update(piece)
+            yield piece
+
     try:
-        with temporary.open("wb") as file:
-            for piece in encode(tensors, metadata):
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        replace_file(path, pieces())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{path}: the disk is full", "make room; what was there before is untouched") from error
         raise ResourceError(
             f"{path}: cannot be written ({error.strerror})", "is the folder there, and yours?"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # a place that takes no file holds none
-            temporary.unlink(missing_ok=True)
     return digest.hexdigest()
 
 
@@ -140,16 +111,17 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     size = _regular_size(path)
     try:
         with path.open("rb") as file:
-            start = file.read(512)
-            _refuse_disguise(path, start)
-            length = int.from_bytes(start[:8], "little")
-            if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ModelError(f"{path}: not a safetensors file, or a damaged one", "download or copy it again")
-            file.seek(8)
-            text = file.read(length)
+            if found := disguise(file.read(512)):
+                raise ModelError(f"{path}: it is {found[0]}, not a safetensors file", found[1])
+            header, metadata = header_at(file, size, MAX_HEADER)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    return _parsed_header(path, text, size - 8 - length)
+    except ValueError as error:
+        words = f"{path}: not a safetensors file, or a damaged one ({_one_line(error)})"
+        raise ModelError(words, "download or copy it again") from error
+    if len(header) > MAX_TENSORS:
+        raise ModelError(f"{path}: {len(header)} tensors are more than a LoRA has")
+    return header, metadata
 
 
 def sha256_of(path: Path) -> str:
@@ -172,34 +144,6 @@ def _regular_size(path: Path) -> int:
     if info.st_size > MAX_FILE:
         raise ModelError(f"{path}: {info.st_size / 2**30:.1f} GiB is more than a LoRA has, is it a whole model?")
     return info.st_size
-
-
-def _refuse_disguise(path: Path, start: bytes) -> None:
-    low = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for mark, what, hint in _DISGUISES:
-        if low.startswith(mark) or start.lower().startswith(mark):
-            raise ModelError(f"{path}: it is {what}", hint)
-
-
-def _parsed_header(path: Path, text: bytes, data_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    try:
-        header, metadata = parse_header(text, data_size)
-    except ValueError as error:
-        words = f"{path}: not a safetensors file, or a damaged one ({_one_line(error)})"
-        raise ModelError(words, "download or copy it again") from error
-    if len(header) > MAX_TENSORS:
-        raise ModelError(f"{path}: {len(header)} tensors are more than a LoRA has")
-    return header, metadata
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows has no fsync for folders; its rename is durable enough
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _one_line(error: Exception) -> str:

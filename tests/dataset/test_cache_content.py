@@ -79,13 +79,12 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_said_once_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(self: Path, data: bytes) -> int:
-        self.touch()
+    def refuse(self: Path, target: Path) -> Path:
         raise OSError(number, "No space left on device")
 
     said: list[str] = []
     cache = Cache(tmp_path, said.append)
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     for name in "abc":
         made = cache.lookup("latents", content_key(name=name), lambda: TENSORS)
         assert torch.equal(made["latents"], TENSORS["latents"])
