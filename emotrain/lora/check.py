@@ -1,4 +1,4 @@
-"""What diffusers makes of a file, found by its own loader on a stand-in model without weights."""
+"""A saved file held against the live weights: as we read it, and as diffusers does on a stand-in without weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers.loaders
 import torch
@@ -20,16 +20,39 @@ from torch import Tensor, nn
 from emotrain.errors import ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.lora import names
+from emotrain.lora.file import LoraFile, canonical, read_lora
 from emotrain.lora.formats import pairs
 from emotrain.lora.targets import part_of
-
-if TYPE_CHECKING:
-    from emotrain.lora.file import LoraFile
 
 # of ||seen - live|| / ||live||: the rounding of A and of B, with room for subnormal numbers
 _TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 2e-2}
 
 Weights = tuple[Mapping[str, Tensor], Mapping[str, float]]
+
+
+def self_check(path: Path | str, adapter_state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str) -> None:
+    """Read a saved file back, by our own reader and by diffusers', and hold every module against the live weights.
+
+    Both must have exactly the live modules, and alpha / rank B A of each within the rounding of the file's dtype.
+
+    Args:
+        path: the file.
+        adapter_state: the live weights, canonical or plain names.
+        alphas: the live alphas.
+        family: the family it was saved for.
+
+    Raises:
+        ModelError: the file says something else than the live weights.
+    """
+    path = Path(path)
+    state, own_alphas = canonical(adapter_state, alphas, family)
+    lora = read_lora(path)
+    if lora.family != family:
+        raise ModelError(f"{path}: it reads as a LoRA for {lora.family}, it was saved for {family}")
+    compare(path, "read back", (state, own_alphas), (lora.state, lora.alphas), lora.dtype)
+    seen = read_as_diffusers(path, lora)
+    if seen is not None:
+        compare(path, "in diffusers", (state, own_alphas), seen, lora.dtype)
 
 
 def compare(path: Path, how: str, live: Weights, seen: Weights, dtype: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 import emotrain
 from emotrain.errors import CheckpointError, ModelError
 from emotrain.lora import container
-from emotrain.lora.file import DTYPES, LoraFile, file_tensors, read_lora, rounded, self_check
+from emotrain.lora.check import self_check
+from emotrain.lora.file import DTYPES, LoraFile, file_tensors, read_lora, rounded
 from emotrain.lora.formats import Layout, layout_of
 from emotrain.lora.merge import Merged, merge
 from emotrain.lora.metadata import About, build_metadata, with_hashes

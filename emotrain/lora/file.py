@@ -11,7 +11,6 @@ from torch import Tensor
 
 from emotrain.errors import ModelError, UnwritableWeightsError
 from emotrain.lora import container, names
-from emotrain.lora.check import compare, read_as_diffusers
 from emotrain.lora.dialects import parse, refuse_other_networks
 from emotrain.lora.formats import Layout, layout_of, to_layout
 from emotrain.lora.metadata import with_hashes
@@ -171,31 +170,6 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
         container.sha256_of(path), parsed.notes, parsed.ignored,
         tuple(dict.fromkeys(key.removeprefix(BUNDLED).split(".")[0][:60] for key in bundled)),
     )  # fmt: skip
-
-
-def self_check(path: Path | str, adapter_state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str) -> None:
-    """Read a saved file back, by our own reader and by diffusers', and hold every module against the live weights.
-
-    Both must have exactly the live modules, and alpha / rank B A of each within the rounding of the file's dtype.
-
-    Args:
-        path: the file.
-        adapter_state: the live weights, canonical or plain names.
-        alphas: the live alphas.
-        family: the family it was saved for.
-
-    Raises:
-        ModelError: the file says something else than the live weights.
-    """
-    path = Path(path)
-    state, own_alphas = canonical(adapter_state, alphas, family)
-    lora = read_lora(path)
-    if lora.family != family:
-        raise ModelError(f"{path}: it reads as a LoRA for {lora.family}, it was saved for {family}")
-    compare(path, "read back", (state, own_alphas), (lora.state, lora.alphas), lora.dtype)
-    seen = read_as_diffusers(path, lora)
-    if seen is not None:
-        compare(path, "in diffusers", (state, own_alphas), seen, lora.dtype)
 
 
 def _balanced(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from emotrain.config.schema import Preset
 from emotrain.dataset.ranking import NO_CAPTION
 from emotrain.errors import ModelError, ResourceError, UnwritableWeightsError
 from emotrain.files import fsync_folder
-from emotrain.lora.file import read_lora, save_lora, self_check
+from emotrain.lora.check import self_check
+from emotrain.lora.file import read_lora, save_lora
 from emotrain.observers.metrics_log import MetricsLog, truncate_log
 from emotrain.observers.tensorboard import TensorBoard
 from emotrain.runs.folder import RunFolder

@@ -32,7 +32,8 @@ from emotrain.families.registry import FAMILIES, configs, family_of_variant
 from emotrain.families.sniff import latent_channels
 from emotrain.families.table import ASSETS
 from emotrain.lora.adapter import Adapter, add_adapter
-from emotrain.lora.file import save_lora, self_check
+from emotrain.lora.check import self_check
+from emotrain.lora.file import save_lora
 from emotrain.optim.registry import build_optimizer
 from emotrain.train.loop import Parts as LoopParts
 from emotrain.train.loss_baseline import LossBaseline

@@ -14,7 +14,8 @@ from tiny_models import weights
 
 from emotrain.errors import ModelError, ResourceError
 from emotrain.lora import container
-from emotrain.lora.file import read_lora, save_lora, self_check
+from emotrain.lora.check import self_check
+from emotrain.lora.file import read_lora, save_lora
 
 STATE, ALPHAS = weights("sd15", "attn")
 FIRST = next(iter(STATE))

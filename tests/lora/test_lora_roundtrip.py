@@ -20,7 +20,8 @@ from tiny_models import Trained, clip, output, randomised, tiny, trained
 from torch import nn
 
 from emotrain.lora.adapter import adapter_like, add_adapter
-from emotrain.lora.file import read_lora, save_lora, self_check
+from emotrain.lora.check import self_check
+from emotrain.lora.file import read_lora, save_lora
 
 UNETS, TRANSFORMERS = ["sd15", "sd21", "sdxl"], ["sd3", "flux"]
 LAYOUTS = ["kohya", "diffusers"]

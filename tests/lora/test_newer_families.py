@@ -14,9 +14,9 @@ from emotrain.errors import ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.lora import names
 from emotrain.lora.adapter import Adapter, add_adapter
-from emotrain.lora.check import compare, read_as_diffusers
+from emotrain.lora.check import compare, read_as_diffusers, self_check
 from emotrain.lora.convert import convert
-from emotrain.lora.file import canonical, read_lora, save_lora, self_check
+from emotrain.lora.file import canonical, read_lora, save_lora
 from emotrain.lora.formats import LAYOUTS, pairs, to_kohya
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
