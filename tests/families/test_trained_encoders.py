@@ -147,7 +147,7 @@ def test_the_file_draws_the_live_picture_in_a_fresh_pipeline(
     assert np.abs(live - picture(folder, tmp_path / "bare.safetensors")).max() > 1, "CLIP's part does nothing"
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_bits(
     kind: str, run_of: Callable[[str], RunFolder], preset: Make, tmp_path: Path
 ) -> None:
@@ -220,7 +220,7 @@ def test_a_run_goes_on_from_a_lora_with_text_encoders(
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_a_stack_reaches_the_text_encoders(
     kind: str, trained: bool, run_of: Callable[[str], RunFolder], preset: Make, tmp_path: Path
 ) -> None:

@@ -17,8 +17,7 @@ from emotrain.train.events import Notice
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EMOTRAIN_CACHE", str(tmp_path / "cache"))
+def one_thread():
     torch.set_num_threads(1)
 
 

@@ -37,16 +37,17 @@ def header_only(path: Path, shapes: dict[str, list[int]]) -> Path:
     return path
 
 
-@pytest.fixture
-def sdxl_preset(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def sdxl_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdxl")
     header_only(
-        tmp_path / "base.safetensors",
+        folder / "base.safetensors",
         {
             f"{UNET}input_blocks.0.0.weight": [320, 4, 3, 3],
             f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": [640, 2048],
         },
     )
-    preset = tmp_path / "a.yaml"
+    preset = folder / "a.yaml"
     preset.write_text(
         "model: ./base.safetensors\n"
         "dataset:\n"
@@ -60,8 +61,13 @@ def sdxl_preset(tmp_path: Path) -> Path:
     return preset
 
 
-def test_a_real_sized_model_is_planned_from_its_header(sdxl_preset: Path) -> None:
-    plan = planning.make_plan(load_preset(sdxl_preset))
+@pytest.fixture(scope="module")
+def sdxl_plan(sdxl_preset: Path) -> planning.Plan:
+    return planning.make_plan(load_preset(sdxl_preset))
+
+
+def test_a_real_sized_model_is_planned_from_its_header(sdxl_plan: planning.Plan) -> None:
+    plan = sdxl_plan
     assert plan.found.family == "sdxl"
     assert plan.num_modules == 722
     assert plan.num_parameters == 2_567_463_684
@@ -135,8 +141,9 @@ def test_a_half_covered_model_is_refused(sdxl_preset: Path) -> None:
     check_modules(found, ("to_q",), 70)
 
 
-def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path) -> None:
-    without = planning.make_plan(load_preset(sdxl_preset))
+@pytest.mark.slow
+def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path, sdxl_plan: planning.Plan) -> None:
+    without = sdxl_plan
     plan = planning.make_plan(load_preset(sdxl_preset, ["network.text_encoder=true"]))
     assert (plan.num_modules, plan.text_modules) == (722, 72 + 192)
     assert plan.num_trained - without.num_trained == 72 // 6 * 16 * (4 * 2 * 768 + 2 * (768 + 3072)) + 192 // 6 * 16 * (
@@ -150,7 +157,10 @@ def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path) -> None:
     assert dict(plan.disk)["cached captions"] == 0
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux", "zimage", "krea2", "illustrious"])
+@pytest.mark.parametrize(
+    "name",
+    ["sd15", "zimage", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "krea2", "illustrious"))],
+)
 def test_will_it_fit_my_card_is_answered_without_a_model_or_pictures(
     name: str, capsys: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -40,13 +40,25 @@ SHORT = (
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EMOTRAIN_CACHE", str(tmp_path / "cache"))
+def one_thread():
     torch.set_num_threads(1)
 
 
 def train(preset: str, runs: Path, *extra: str, name: str = "one", observers=()) -> start.Result:
     return start.run(load_preset(preset, (*SHORT, *extra), name), runs_dir=runs, observers=observers)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Finished runs of the quickstart by what they change, each trained once: to look at, not to write into."""
+    runs: dict[tuple[str, ...], start.Result] = {}
+
+    def run(*extra: str) -> start.Result:
+        if extra not in runs:
+            runs[extra] = train("quickstart", tmp_path_factory.mktemp("finished"), "sample.every=0", *extra)
+        return runs[extra]
+
+    return run
 
 
 @pytest.mark.parametrize(("preset", "model"), [("quickstart", "tiny-sd"), ("quickstart-flux", "tiny-flux")])
@@ -145,26 +157,31 @@ def draw_fresh(model: str, lora: Path | None, prompt: str):
     return out.images[0].convert("RGB")
 
 
-def test_the_same_seed_gives_the_same_bytes_whoever_watches(tmp_path):
-    quiet = train("quickstart", tmp_path / "a", "sample.every=0")
+def test_the_same_seed_gives_the_same_bytes_whoever_watches(tmp_path, finished):
+    quiet = finished()
     watched = train("quickstart", tmp_path / "b", observers=[JsonEvents(io.StringIO())])
     last = [r.folder.lora_last_path.read_bytes() for r in (quiet, watched)]
     weights = [data[8 + int.from_bytes(data[:8], "little") :] for data in last]  # the header names the preset
     assert weights[0] == weights[1]
-    again = train("quickstart", tmp_path / "c", "sample.every=0")
-    assert again.folder.lora_last_path.read_bytes() == last[0]
 
 
-def test_a_run_folder_is_never_written_over(tmp_path):
-    train("quickstart", tmp_path, "train.max_steps=1")
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+@pytest.mark.slow
+def test_the_same_preset_gives_the_same_file(tmp_path, finished):
+    again = train("quickstart", tmp_path, "sample.every=0")
+    assert again.folder.lora_last_path.read_bytes() == finished().folder.lora_last_path.read_bytes()
+
+
+def test_a_run_folder_is_never_written_over_and_found_by_name(finished):
+    runs = finished().folder.path.parent
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
     with pytest.raises(CheckpointError, match="exists"):
-        train("quickstart", tmp_path, "train.max_steps=1")
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+        train("quickstart", runs, "train.max_steps=1")
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
+    assert open_run("one", runs).name == "one"
 
 
-def test_continue_starts_from_the_weights_of_another_run(tmp_path):
-    first = train("quickstart", tmp_path, "sample.every=0")
+def test_continue_starts_from_the_weights_of_another_run(tmp_path, finished):
+    first = finished()
     lora = first.folder.lora_path
     second = train(
         "quickstart", tmp_path, f"start_from.continue={lora}", "sample.every=0", "train.max_steps=1", name="two"
@@ -175,8 +192,8 @@ def test_continue_starts_from_the_weights_of_another_run(tmp_path):
     assert second.folder.info()["start_loss"] < first.folder.info()["start_loss"]  # the emotion begins where it is
 
 
-def test_a_stack_lies_under_the_new_lora_and_only_the_new_one_is_exported(tmp_path):
-    first = train("quickstart", tmp_path, "sample.every=0")
+def test_a_stack_lies_under_the_new_lora_and_only_the_new_one_is_exported(tmp_path, finished):
+    first = finished()
     stack = f"start_from.stack=[{{path: {first.folder.lora_path}, weight: 1.0}}]"
     second = train("quickstart", tmp_path, stack, "sample.every=0", "train.max_steps=1", "network.rank=2", name="two")
     assert second.folder.info()["base_loss"] == pytest.approx(first.folder.info()["best_loss"], rel=1e-3)
@@ -194,10 +211,10 @@ def test_gradient_accumulation_hears_the_whole_step(tmp_path):
         assert sum(values) / len(values) == pytest.approx(metric["loss"], rel=1e-3)
 
 
-def test_the_emotion_begins_at_the_base_s_mean_loss_unless_it_is_to_hear_as_published(tmp_path):
+def test_the_emotion_begins_at_the_base_s_mean_loss_unless_it_is_to_hear_as_published(finished):
     rows = {}
     for baseline in ("auto", "raw", "corrected"):
-        result = train("quickstart", tmp_path, f"train.loss.baseline={baseline}", "sample.every=0", name=baseline)
+        result = finished(*(() if baseline == "auto" else (f"train.loss.baseline={baseline}",)))
         rows[baseline] = json.loads(result.folder.metrics_path.read_text().splitlines()[0])
     assert rows["auto"]["loss"] == rows["raw"]["loss"] == rows["corrected"]["loss"]  # of the base, in each
     assert rows["auto"]["observed_loss"] == rows["raw"]["observed_loss"] == rows["raw"]["loss"]
@@ -237,8 +254,8 @@ def test_a_run_that_was_never_better_than_its_base_says_so(tmp_path):
 
 @pytest.mark.parametrize("baseline", ["auto", "raw"])
 @pytest.mark.parametrize("column", [None, "loss"])
-def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, baseline, column):
-    folder = train("quickstart", tmp_path, f"train.loss.baseline={baseline}", "sample.every=0").folder
+def test_a_replay_of_a_run_feels_what_the_run_felt(finished, baseline, column):
+    folder = finished(*(() if baseline == "auto" else (f"train.loss.baseline={baseline}",))).folder
     log = read_log(folder.metrics_path, column)
     felt = replay(log.steps, log.losses, start_loss=log.start_loss, gains=log.gains)
     rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
@@ -247,8 +264,9 @@ def test_a_replay_of_a_run_feels_what_the_run_felt(tmp_path, baseline, column):
 
 
 def test_no_caption_dropout_and_full_dropout_train_different_loras(tmp_path):
-    some = train("quickstart", tmp_path, "dataset.captions.dropout=0.0", "sample.every=0", name="a")
-    none = train("quickstart", tmp_path, "dataset.captions.dropout=1.0", "sample.every=0", name="b")
+    short = ("sample.every=0", "train.max_steps=1", "validate.every=99", "train.loss.baseline=raw")
+    some = train("quickstart", tmp_path, "dataset.captions.dropout=0.0", *short, name="a")
+    none = train("quickstart", tmp_path, "dataset.captions.dropout=1.0", *short, name="b")
     assert some.folder.lora_last_path.read_bytes() != none.folder.lora_last_path.read_bytes()
 
 
@@ -264,11 +282,6 @@ def test_where_nothing_is_held_out_pictures_are_validationd_mirrored_and_as_they
     for _, mirrored, plain in observed_loss[:3]:
         assert 0.3 < plain < mirrored < 0.9  # the base knows these shapes as they are
     assert [plain for *_, plain in observed_loss[3:]] == [None] * 3
-
-
-def test_an_open_run_is_found_by_name(tmp_path):
-    train("quickstart", tmp_path, "train.max_steps=1", "sample.every=0", name="mine")
-    assert open_run("mine", tmp_path).name == "mine"
 
 
 def test_the_offer_to_train_on_all_pictures_can_be_run_as_it_is_printed(tmp_path, monkeypatch, capsys):
