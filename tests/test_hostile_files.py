@@ -314,8 +314,7 @@ def test_the_curves_of_a_resumed_run_begin_at_its_first_step(tmp_path: Path) -> 
     )  # fmt: skip
     board = Board(clock=lambda: 0.0)
     board.note(start)
-    assert board.loss.num_values == 20
-    assert board.smoothed.num_values == 20
+    assert board.traces["loss"].num_values == board.traces["smoothed"].num_values == 20
     assert board.step == 20
 
 

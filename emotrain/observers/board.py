@@ -6,14 +6,17 @@ import contextlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 from emotrain.files import read_regular
+from emotrain.observers.curve import Trace
 from emotrain.observers.pace import Pace, Smoother
-from emotrain.observers.text import clean
-from emotrain.observers.trace import Trace
+from emotrain.observers.text import clean, duration
 from emotrain.train.events import (
     Event,
     Notice,
@@ -29,21 +32,74 @@ from emotrain.train.events import (
 MAX_NOTICES = 8
 MAX_LOG = 2**30  # bytes
 MAX_PHASES = 12
-MAX_VALIDATIONS = 200
+MAX_VALIDATIONS = 500
+TRACED = ("loss", "observed_loss", "scalar", "trust", "pulse")  # columns of a step's row
 
 
-@dataclass
-class PhaseLine:
-    """One phase before, between or after the steps."""
+class Clock(ProgressColumn):
+    """How long a phase has taken, and how long it may go on."""
 
-    name: str
-    began: float
-    done: int = 0
-    total: int = 0
-    ended: float | None = None
+    def render(self, task: Task) -> Text:
+        """Both times, or the one that it took."""
+        took = (task.finished_time if task.finished else task.elapsed) or 0.0
+        left = ""
+        if task.completed and task.remaining:
+            left = f"  {duration(took / task.completed * task.remaining)} left"
+        return Text.assemble(duration(took), (left, "label"))
 
 
-@dataclass
+class Phases(Progress):
+    """The long pieces of work before, between and after the steps; the last one may be going on.
+
+    Args:
+        clock: seconds of a steady clock.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        columns = (
+            TextColumn("{task.fields[sign]}", style="good"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            Clock(),
+        )
+        super().__init__(*columns, auto_refresh=False, get_time=clock)
+        self._clock = clock
+        self._current: TaskID | None = None
+
+    @property
+    def current(self) -> Task | None:
+        """The phase that goes on now."""
+        return next((task for task in self.tasks if task.id == self._current), None)
+
+    @property
+    def current_s(self) -> float:
+        """How long it has gone on, in seconds."""
+        return (self.current.elapsed or 0.0) if self.current is not None else 0.0
+
+    def note(self, event: Phase) -> None:
+        """Begin a phase, or go on with it; `done == total` ends it."""
+        name = clean(event.name)
+        if self.current is None or self.current.description != name:
+            self.end()
+            self._current = self.add_task(name, total=None, sign=" ", count="")
+            for old in self.task_ids[:-MAX_PHASES]:
+                self.remove_task(old)
+        assert self._current is not None
+        if event.total:
+            count = f"{event.done}/{event.total}" if event.total > 1 else ""
+            self.update(self._current, completed=event.done, total=event.total, count=count)
+            if event.done >= event.total:
+                self.end()
+
+    def end(self) -> None:
+        """The phase that goes on is over."""
+        if (task := self.current) is not None:
+            total = task.total or 1
+            self.update(task.id, completed=total, total=total, sign="✓")
+            self._current = None
+
+
 class Board:
     """The latest of everything, and the curves.
 
@@ -51,31 +107,26 @@ class Board:
         clock: seconds of a steady clock.
     """
 
-    clock: Callable[[], float]
-    start: RunStart | None = None
-    last: StepEnd | None = None
-    validation: ValidationEnd | None = None
-    samples: SamplesDrawn | None = None
-    saved: Saved | None = None
-    end: RunEnd | None = None
-    began: float = 0.0
-    phases: deque[PhaseLine] = field(default_factory=lambda: deque(maxlen=MAX_PHASES))
-    notices: deque[tuple[int, str, str]] = field(  # step, level, message
-        default_factory=lambda: deque(maxlen=MAX_NOTICES)
-    )
-    num_warnings: int = 0
-    validations: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MAX_VALIDATIONS))
-
-    def __post_init__(self) -> None:
-        self.began = self.clock()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.began = clock()
+        self.phases = Phases(clock)
+        self.start: RunStart | None = None
+        self.end: RunEnd | None = None
+        self.samples: SamplesDrawn | None = None
+        self.saved: Saved | None = None
+        self.notices: deque[tuple[str, str]] = deque(maxlen=MAX_NOTICES)  # level, message
+        self.num_warnings = 0
+        self.stopping = False  # somebody has pressed Ctrl-C
+        self.validation: ValidationEnd | None = None
+        self.validations: deque[tuple[int, float]] = deque(maxlen=MAX_VALIDATIONS)
         self._reset(0)
 
     def _reset(self, max_steps: int) -> None:
+        self.last: StepEnd | None = None
         self.pace = Pace(max_steps)
         self.smooth = Smoother()
-        self.observes_other = False
-        self.loss, self.smoothed, self.observed_loss = Trace(), Trace(), Trace()
-        self.scalar, self.trust, self.pulse = Trace(), Trace(), Trace()
+        self.traces = {name: Trace() for name in (*TRACED, "smoothed")}
 
     @property
     def step(self) -> int:
@@ -90,22 +141,23 @@ class Board:
         return self.start.max_steps if self.start is not None else 0
 
     @property
+    def steps(self) -> tuple[int, int]:
+        """First and last step of the curves."""
+        return self.step - self.traces["loss"].num_values + 1, self.step
+
+    @property
     def elapsed_s(self) -> float:
         """Seconds since the board was made."""
         return self.end.seconds if self.end is not None else self.clock() - self.began
-
-    @property
-    def phase(self) -> PhaseLine | None:
-        """The phase that goes on now."""
-        if self.phases and self.phases[-1].ended is None:
-            return self.phases[-1]
-        return None
 
     def note(self, event: Event) -> None:
         """Take note of one event."""
         match event:
             case StepEnd():
-                self._on_step(event)
+                self.phases.end()
+                self.last = event
+                self.pace.note(event, self.clock())
+                self._trace(event.row())
             case ValidationEnd():
                 self.validation = event
                 if math.isfinite(event.loss):
@@ -115,73 +167,41 @@ class Board:
             case Saved():
                 self.saved = event
             case Phase():
-                self._on_phase(event)
+                self.phases.note(event)
             case Notice():
-                self.notices.append((self.step, event.level, clean(event.message)))
+                self.notices.append((event.level, clean(event.message)))
                 self.num_warnings += event.level == "warning"
             case RunStart():
                 self.start = event
-                self.last = None
                 self._reset(event.max_steps)
                 self._take_past(event)
             case RunEnd():
-                self._end_phase()
+                self.phases.end()
                 self.end = event
 
+    def _trace(self, row: dict[str, Any]) -> None:
+        for name in TRACED:
+            value = row.get(name)
+            self.traces[name].add(math.nan if value is None else float(value))
+        self.traces["smoothed"].add(self.smooth.add(self.traces["loss"].last))
+
     def _take_past(self, start: RunStart) -> None:
-        """The curves of the steps before a resume, from the run's own log; one that cannot be read leaves them out."""
-        rows: list[dict[str, float]] = []
-        if start.start_step:
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                for line in read_regular(start.run_dir / "metrics.jsonl", MAX_LOG).splitlines():
-                    rows.append(json.loads(line))
-        for row in rows:
-            numbers = [row.get(key) for key in ("step", "loss", "observed_loss", "scalar", "trust", "pulse")]
-            if not all(isinstance(number, int | float) for number in numbers) or row["step"] > start.start_step:
-                return
-            self.loss.add(row["loss"])
-            self.smoothed.add(self.smooth.add(row["loss"]))
-            for trace, key in (
-                (self.observed_loss, "observed_loss"), (self.scalar, "scalar"), (self.trust, "trust"),
-                (self.pulse, "pulse"),
-            ):  # fmt: skip
-                trace.add(row[key])
+        """The curves of the steps before a resume, from the run's own logs; those that cannot be read are left out."""
+        if not start.start_step:
+            return
+        damaged = (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError)
+        with contextlib.suppress(*damaged):
+            for row in _rows(start.run_dir / "metrics.jsonl", start.start_step):
+                self._trace(row)
+        with contextlib.suppress(*damaged):
+            for row in _rows(start.run_dir / "validation.jsonl", start.start_step):
+                self.note(ValidationEnd(**row))
 
-    def _on_step(self, event: StepEnd) -> None:
-        self._end_phase()
-        self.last = event
-        self.pace.note(event, self.clock())
-        self.observes_other = self.observes_other or event.observed_loss != event.loss
-        self.loss.add(event.loss)
-        self.smoothed.add(self.smooth.add(event.loss))
-        self.observed_loss.add(event.observed_loss)
-        self.scalar.add(event.reading.scalar)
-        self.trust.add(event.reading.trust)
-        self.pulse.add(event.reading.pulse)
 
-    def _on_phase(self, event: Phase) -> None:
-        now = self.clock()
-        line = self.phase
-        if line is None or line.name != clean(event.name):
-            self._end_phase()
-            line = PhaseLine(clean(event.name), now)
-            self.phases.append(line)
-        line.done, line.total = event.done, event.total
-        if event.total and event.done >= event.total:
-            line.ended = now
-
-    def _end_phase(self) -> None:
-        if self.phases and self.phases[-1].ended is None:
-            self.phases[-1].ended = self.clock()
-
-    def validation_marks(self) -> list[tuple[float, float]]:
-        """Validation losses with their place in [0, 1] between the first and the last step drawn."""
-        if self.last is None or self.start is None:
-            return []
-        first = self.last.step - self.loss.num_values + 1
-        length = max(1, self.last.step - first)
-        return [((s - first) / length, loss) for s, loss in self.validations if s >= first]
-
-    def run_dir(self) -> Path | None:
-        """Where the run lives."""
-        return self.start.run_dir if self.start is not None else None
+def _rows(log: Path, last_step: int) -> Iterator[dict[str, Any]]:
+    """The rows of a log up to a step, until one is damaged."""
+    for line in read_regular(log, MAX_LOG).splitlines():
+        row = json.loads(line)
+        if row["step"] > last_step:
+            return
+        yield row

@@ -115,6 +115,7 @@ class ConsoleLines:
         self._max_steps = 0
         self._first_step = 1
         self._phase: tuple[str, float, float] | None = None  # name, when it began, when it was told
+        self._training = False  # from then on a phase is told when it takes long
 
     def handle(self, event: Event) -> None:
         """Write what is worth a line."""
@@ -175,6 +176,8 @@ class ConsoleLines:
                     f"base {number(event.base_loss)}{drift}, "
                     f"best {number(event.best_loss)} at step {event.best_step}"
                 )
+                if event.forecast:
+                    self._line(f"end: {event.forecast}")
             case SamplesDrawn():
                 self._line(f"samples at step {event.step}: {short_path(event.sheet)}")
             case Saved():
@@ -190,6 +193,7 @@ class ConsoleLines:
         self._smooth = Smoother()
         self._max_steps = event.max_steps
         self._first_step = event.start_step + 1
+        self._training = True
         self._line(f"run {event.name} in {short_path(event.run_dir)}")
         self._line(
             f"{event.num_images} pictures, {event.steps_per_epoch:g} steps an epoch, "
@@ -202,20 +206,20 @@ class ConsoleLines:
             self._line(f"resumed after step {event.start_step}")
 
     def _on_phase(self, event: Phase) -> None:
-        """The begin and the end of a phase have a line; in between one every few seconds."""
+        """A line at both ends and one every few seconds; while training, counted work is told once it is long."""
         now = self._clock()
         count = f" {event.done}/{event.total}" if event.total else ""
+        over = event.total and event.done >= event.total
         if self._phase is None or self._phase[0] != event.name:
-            if event.total and event.done == event.total:
+            self._phase = None if over else (event.name, now, now)
+            if not (self._training and event.total):
                 self._line(f"{event.name}{count}")
-                return
-            self._phase = (event.name, now, now)
-            self._line(f"{event.name}{count}")
             return
         name, began, told = self._phase
-        if event.total and event.done >= event.total:
+        if over:
             self._phase = None
-            self._line(f"{name}{count}: done in {duration(now - began)}")
+            if told > began or not self._training:
+                self._line(f"{name}{count}: done in {duration(now - began)}")
         elif now - told >= PHASE_PAUSE_S:
             self._phase = (name, began, now)
             self._line(f"{name}{count}")
@@ -227,6 +231,8 @@ class ConsoleLines:
         self._line(f"took {duration(event.seconds)}")
         if event.lora is not None:
             self._line(f"LoRA: {short_path(event.lora)}")
+        if event.report is not None:
+            self._line(f"report: {short_path(event.report)}")
         if event.resume_command:
             self._line(f"resume with: {event.resume_command}")
         if event.all_command:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 
-from emotrain.observers.text import duration, middle
+from emotrain.observers.text import duration
 from emotrain.train.events import StepEnd
 
 RECENT_STEPS = 50
@@ -41,7 +42,7 @@ class Pace:
     @property
     def step_s(self) -> float | None:
         """Seconds of a typical recent step; None before the first one."""
-        return middle(self._recent)
+        return statistics.median(self._recent) if self._recent else None
 
     @property
     def overhead(self) -> float:
@@ -74,12 +75,12 @@ class Pace:
         high = max(0, late - self._step) * slow * self.overhead
         return low, max(low, high)
 
-    def eta(self, dash: str = "-") -> str:
+    def eta(self, between: str = "-") -> str:
         """The range in words, as in `3:10-7:25`."""
         left = self.remaining_s()
         if left is None:
             return "-"
-        return f"{duration(left[0])}{dash}{duration(left[1])}"
+        return f"{duration(left[0])}{between}{duration(left[1])}"
 
 
 class Smoother:

@@ -1,13 +1,10 @@
-"""Text that is safe to show: no control characters, measured in terminal cells."""
+"""Text that is safe to show, and figures in words."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
-
-from rich.cells import cell_len
 
 _DROPPED = {"Cc", "Cf", "Cs", "Co", "Cn"}
 _MAX_MARKS = 2  # combining marks kept on one character; more of them paint over neighbouring lines
@@ -39,33 +36,6 @@ def clean(text: object) -> str:
             kept.append(char)
         marks = 0
     return "".join(kept)
-
-
-def fit(text: str, cells: int, *, ellipsis: str = "…") -> str:
-    """`text` cut to at most `cells` terminal cells; a cut is marked by `ellipsis`."""
-    if cells <= 0:
-        return ""
-    if cell_len(text) <= cells:
-        return text
-    room = cells - cell_len(ellipsis)
-    if room <= 0:
-        return ellipsis if room == 0 else "." * cells
-    kept, used = 0, 0
-    for char in text:
-        used += cell_len(char)
-        if used > room:
-            break
-        kept += 1
-    return text[:kept] + ellipsis
-
-
-def fit_path(path: object, cells: int, *, ellipsis: str = "…") -> str:
-    """A path cut at its start, so that the file's name stays; cleaned."""
-    text = clean(path)
-    if cell_len(text) <= cells:
-        return text
-    reversed_cut = fit(text[::-1], cells, ellipsis=ellipsis[::-1])
-    return reversed_cut[::-1]
 
 
 def short_path(path: Path) -> str:
@@ -109,20 +79,3 @@ def speed(step_s: float | None) -> str:
     if step_s > 1.0:
         return f"{step_s:.2f} s/it"
     return f"{1.0 / step_s:.2f} it/s"
-
-
-def ascii_only(text: str) -> str:
-    """`text` for a terminal that only shows ASCII; never longer than it was."""
-    replaced = text.replace("–", "-").replace("…", "~")
-    return replaced.encode("ascii", errors="replace").decode("ascii")
-
-
-def middle(values: Iterable[float]) -> float | None:
-    """The median; None of nothing."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    half = len(ordered) // 2
-    if len(ordered) % 2:
-        return ordered[half]
-    return 0.5 * (ordered[half - 1] + ordered[half])

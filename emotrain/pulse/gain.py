@@ -8,7 +8,7 @@ by SHRINK; when VAIN gains in a row have each brought less than NEGLIGIBLE of th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 START = 3.0
@@ -93,12 +93,15 @@ class Gain:
         """0..1: how far it is towards `done`."""
         return 1.0 if self.done else (self.vain * PATIENCE + self.failed) / (VAIN * PATIENCE)
 
-    def earliest_end(self) -> int | None:
-        """The step at which it is done if no validation brings a new best; None while they do."""
-        if not self.vain and not self.failed:
-            return None
-        missing = 0 if self.done else VAIN * PATIENCE - self.vain * PATIENCE - self.failed
-        return self.validated + missing * self.interval
+    def missing(self, best_loss: float, base_loss: float) -> int:
+        """How many more validations it takes until it is done, if none of them is better."""
+        trial = replace(self, reductions=[])
+        for count in range(2 * VAIN * PATIENCE + HOPE):
+            if trial.done:
+                return count
+            step = trial.validated + max(trial.interval, 1)
+            trial.update_validation(step, is_best=False, best_loss=best_loss, base_loss=base_loss)
+        return count
 
     def step_length(self) -> float | None:
         """Mean length of the steps that the best weights are made of."""

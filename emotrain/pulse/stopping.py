@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from emotrain.pulse.gain import NEGLIGIBLE, VAIN, Gain
+from emotrain.pulse.gain import PATIENCE as PATIENCE_OF_GAIN
 from emotrain.pulse.signal import listen
 from emotrain.pulse.state import Averages
 
@@ -188,18 +189,62 @@ class StopRule:
             else 0.0
         )
 
-    def expected_end(self, step: int, max_steps: int) -> tuple[int, int] | None:
-        """First and last step at which the run is expected to end, once the validation has begun to fail."""
-        if self.mode != "trusted":
+    def _missing(self) -> int:
+        """How many more validations it takes until the run ends, if none of them is better."""
+        if self.gain is None:
+            return max(MIN_FAILED_VALIDATIONS - self.failed_validations, 0)
+        assert self.best_loss is not None
+        assert self.base_loss is not None
+        return self.gain.missing(self.best_loss, self.base_loss)
+
+    def expected_end(self, step: int, max_steps: int, every: int) -> tuple[int, int] | None:
+        """First and last step at which the run is expected to end, once the validation has begun to fail.
+
+        Args:
+            step: steps done.
+            max_steps: the ceiling.
+            every: steps between two validations.
+        """
+        if self.mode != "trusted" or not self.validations:
             return None
-        if self.gain is not None:
-            end = self.gain.earliest_end()
+        if self.gain is None:
+            if not self.failed_validations:
+                return None
+            validated = (step // every + self._missing()) * every
+            waits = (PATIENCE_LIT, PATIENCE) if self.anchor_step else (HOPE, HOPE)
+            ends = [self.anchor_step + round(share * (self.anchor_step or 1)) for share in waits]
         else:
-            end = self.anchor_step + self.wait() if self.failed_validations else None
+            if self.best_step == self.gain.validated and not self.gain.vain:
+                return None
+            missing = self._missing()
+            validated = self.gain.validated + missing * self.gain.interval
+            ends = [validated, validated if missing <= 1 else round(1.5 * validated)]
+        first, last = (min(max(step, self.min_steps, validated, end), max_steps) for end in ends)
+        return first, last
+
+    def forecast(self, step: int, max_steps: int, every: int) -> str:
+        """When the run will end if it does not get better, in a sentence; arguments as those of `expected_end`."""
+        latest = f"ends at step {max_steps} at the latest"
+        if self.mode == "off":
+            return f"ends at step {max_steps}: stop.mode is off"
+        if self.mode == "signal" or not self.validations:
+            return f"ends when the optimizer's stop signal is lit on {DENSE:.0%} of {WINDOW} steps; {latest}"
+        end = self.expected_end(step, max_steps, every)
         if end is None:
-            return None
-        first = max(step, self.min_steps, end)
-        return min(first, max_steps), min(round(first * 1.5), max_steps)
+            return f"the validation improves; {latest}" if step else latest
+        failed, needed = self.failed_validations, MIN_FAILED_VALIDATIONS
+        if self.gain is not None:
+            failed, needed = self.gain.failed, PATIENCE_OF_GAIN
+        missing, when = self._missing(), f"{end[0]} to {end[1]}" if end[0] != end[1] else f"{end[0]}"
+        count = f"{min(failed, needed)} of {needed} validations without improvement"
+        if self.gain is not None and not failed and self.best_step != step:
+            count = f"the steps were shortened at step {step}"
+        if self.gain is not None and missing > 1:
+            shorter = ", then shorter steps" if failed and missing > needed - failed else ""
+            return f"{count}{shorter}; ends at step {end[0]} at the earliest"
+        if missing > 1:
+            return f"{count}; ends at step {when} if the next {missing} are no better"
+        return f"{count}; ends at step {when} if " + ("the next is no better" if missing else "none is better before")
 
     def decide(self, step: int) -> str | None:
         """One sentence when the run is done, else None."""

@@ -41,17 +41,22 @@ TINY = 128  # pixels: smaller samples are enlarged without smoothing
 _SAMPLE = re.compile(r"step-(\d{1,12})-(\d{1,4})\.png")
 
 
-def write_at_end(folder: RunFolder, examples: Sequence[Example], notify: Callable[[Event], None]) -> None:
-    """The page of a run that has just ended. A page is no reason to fail: whatever goes wrong is a notice."""
+def write_at_end(folder: RunFolder, examples: Sequence[Example], notify: Callable[[Event], None]) -> Path | None:
+    """Write the page of a run that has just ended. A page is no reason to fail: whatever goes wrong is a notice.
+
+    Returns:
+        Its path, or None where it could not be written.
+    """
     notify(Phase("writing the page"))
     try:
         replace_file(folder.path / PAGE, page_of(folder, examples).encode("utf-8"))
     except Exception as error:  # decoders and templates raise anything, and the LoRA is already written
         reason = (str(error).splitlines() or [""])[0]
         notify(Notice(f"{PAGE} was not written: {type(error).__name__}: {reason}"))
-        return
-    notify(Phase("writing the page", 1, 1))
-    notify(Notice(f"the page of this run: {folder.path / PAGE}", level="info"))
+        return None
+    finally:
+        notify(Phase("writing the page", 1, 1))
+    return folder.path / PAGE
 
 
 def page_of(folder: RunFolder, examples: Sequence[Example] | None = None) -> str:

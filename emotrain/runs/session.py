@@ -25,7 +25,7 @@ from emotrain.runs.plan import plan_run
 from emotrain.train import rng
 from emotrain.train import state as run_state
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore
-from emotrain.train.events import Event, Notice, Observer, RunEnd, RunStart, Saved
+from emotrain.train.events import Event, Notice, Observer, Phase, RunEnd, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, StopReason, fit
 from emotrain.train.loss_baseline import LossBaseline
 from emotrain.train.signals import StopSignals
@@ -251,6 +251,7 @@ class Session:
 
     def save(self, state: TrainState) -> None:
         """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
+        self.notify(Phase("saving", 0, 1))
         tensors, documents = run_state.capture(state, self.model.adapter, self.optimizer, self.stop_rule, self.expected)
         documents["identity"] = self.identity().to_document()
         best = state.best_step is not None and state.best_step == state.step
@@ -261,6 +262,7 @@ class Session:
             self.notify(Saved(state.step, path, best))
         except ResourceError as error:
             self.notify(Notice(f"{error.message}; the run goes on"))
+        self.notify(Phase("saving", 1, 1))
 
     def end(self, outcome: Outcome, signals: StopSignals, seconds: float) -> Result:
         """Write the LoRAs, check them, close the books."""
@@ -288,7 +290,7 @@ class Session:
         )
         if outcome.reason in (StopReason.SIGNAL, StopReason.MAX_STEPS):
             contrast.compare_captions(self, lambda: bool(signals))
-        report.write_at_end(folder, self.pictures.all, self.notify)
+        page = report.write_at_end(folder, self.pictures.all, self.notify)
         end = RunEnd(
             step=state.step,
             stop_reason=str(outcome.reason),
@@ -300,6 +302,7 @@ class Session:
             resume_command=f"emotrain resume {shlex.quote(str(folder.path))}" if interrupted else None,
             session_steps=state.step - self.first_step,
             all_command=self.all_command(outcome),
+            report=page,
         )
         self.notify(end)
         code = ExitCode.OK

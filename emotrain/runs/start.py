@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError
+from emotrain.observers.dashboard import Dashboard
 from emotrain.runs import changes, out_of_memory
 from emotrain.runs.folder import RunFolder, create_run, library_versions, name_taken
 from emotrain.runs.session import Result, Session
@@ -47,12 +48,17 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extend
             raise name_taken(target)
         session.load()  # nothing to save yet: a signal ends the process here
         out_of_memory.try_largest(session)
-        with StopSignals(tell_stopping) as signals:
+        with StopSignals(say_stopping(observers)) as signals:
             folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **session.facts())
             with folder.lock():
                 return session.train(folder, signals)
     finally:
         session.close()
+
+
+def say_stopping(observers: Sequence[Observer]) -> Callable[[str], None]:
+    """How a first Ctrl-C is answered: by the display where it has a place for that, else on stderr."""
+    return next((observer.stopping for observer in observers if isinstance(observer, Dashboard)), tell_stopping)
 
 
 def resume(
@@ -89,7 +95,7 @@ def resume(
             out_of_memory.try_largest(session)
             for line in store.drop_after(checkpoint.step) if step is not None else ():
                 session.notify(Notice(line, level="info"))
-            with StopSignals(tell_stopping) as signals:
+            with StopSignals(say_stopping(observers)) as signals:
                 folder.update_info(finished=None, stop_reason=None)
                 folder.write_preset(preset.to_dict())
                 return session.train(folder, signals)

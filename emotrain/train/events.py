@@ -115,6 +115,7 @@ class ValidationEnd(Record):
     drift: Annotated[float | None, "validation/drift"]  # mean squared change on prompts it should not change
     best_step: int
     best_loss: Annotated[float, "validation/best_loss"]
+    forecast: str = ""  # when the run will end if it does not get better
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class RunEnd(Record):
     all_command: str | None = None  # trains on the held-out pictures too, for the number of steps that was found
     session_steps: int = 0  # of this process: `seconds` is its time
     metrics: dict[str, float] = field(default_factory=dict)
+    report: Path | None = None  # the page of the run
 
 
 Event = RunStart | StepEnd | ValidationEnd | SamplesDrawn | Saved | Phase | Notice | RunEnd

@@ -20,7 +20,7 @@ from emotrain.dataset.loader import Batch
 from emotrain.families.transfer import send
 from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
-from emotrain.train.events import Event, Notice, StepEnd, ValidationEnd
+from emotrain.train.events import Event, Notice, Phase, StepEnd, ValidationEnd
 from emotrain.train.guard import LIMIT, describe
 from emotrain.train.loss_baseline import LossBaseline
 from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
@@ -201,14 +201,14 @@ def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
     return None if state.guard.leave_out else (loss, observed_loss, grad_norm, samples)
 
 
-def run_validation(parts: Parts, state: TrainState) -> None:
+def run_validation(parts: Parts, limits: Limits, state: TrainState) -> None:
     """Measure the validation, keep the best adapter, tell the observers.
 
     Within the optimizer's eval mode: schedule-free trains on other weights than those it means.
     """
     if parts.validation is not None:
         with parts.optimizer.eval_mode():
-            _validate(parts, parts.validation, state)
+            _validate(parts, limits, parts.validation, state)
         if parts.stop_rule.gain_lowered:
             parts.stop_rule.gain_lowered = False
             shorten_steps(parts, state, f"{PATIENCE} validations without improvement")
@@ -240,15 +240,20 @@ def run_sample(parts: Parts, step: int) -> None:
         parts.sample(step)
 
 
-def _validate(parts: Parts, validation: Validation, state: TrainState) -> None:
+def _validate(parts: Parts, limits: Limits, validation: Validation, state: TrainState) -> None:
     rule, plain_validation = parts.stop_rule, parts.plain_validation
     was_unfair = rule.unfair
 
-    def measured() -> tuple[float, float | None]:
-        plain = plain_validation.loss() if plain_validation else None
-        return (plain if was_unfair and plain is not None else validation.loss()), plain
+    def progress(done: int, total: int) -> None:
+        parts.notify(Phase("validating", done, total))
 
+    def measured() -> tuple[float, float | None]:
+        plain = plain_validation.loss(progress) if plain_validation else None
+        return (plain if was_unfair and plain is not None else validation.loss(progress)), plain
+
+    progress(0, 1)
     loss, plain = with_memory(f"at the validation of step {state.step}", measured)
+    progress(1, 1)
     if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
         parts.notify(Notice(f"the validation at step {state.step} was not finite and is left out"))
         rule.update_non_finite_validation(state.step)
@@ -262,8 +267,18 @@ def _validate(parts: Parts, validation: Validation, state: TrainState) -> None:
     assert rule.best_step is not None
     assert rule.best_loss is not None
     drift = validation.drift() if state.step else 0.0
-    observed_loss = (rule.observed_loss, rule.scalar, rule.base_loss)
-    parts.notify(ValidationEnd(state.step, *observed_loss, drift, rule.best_step, rule.best_loss))
+    parts.notify(
+        ValidationEnd(
+            step=state.step,
+            loss=rule.observed_loss,
+            scalar=rule.scalar,
+            base_loss=rule.base_loss,
+            drift=drift,
+            best_step=rule.best_step,
+            best_loss=rule.best_loss,
+            forecast=rule.forecast(state.step, limits.max_steps, limits.validate_every),
+        )
+    )
 
 
 def before_first_step(parts: Parts, limits: Limits, state: TrainState) -> None:
@@ -271,7 +286,7 @@ def before_first_step(parts: Parts, limits: Limits, state: TrainState) -> None:
     if parts.loss_baseline.start is not None:
         parts.optimizer.begin(parts.loss_baseline.start)
     if parts.stop_rule.base_loss is None:
-        run_validation(parts, state)
+        run_validation(parts, limits, state)
         if limits.sample_at_start:
             run_sample(parts, 0)
 
@@ -298,7 +313,7 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
         tell(parts, limits, state, loss, observed_loss, grad_norm, step_s)
         parts.record(state.step, samples)
         if state.step % limits.validate_every == 0 or state.step == limits.max_steps:
-            run_validation(parts, state)
+            run_validation(parts, limits, state)
         sentence = parts.stop_rule.decide(state.step)
         if limits.sample_every and (state.step % limits.sample_every == 0 or sentence):
             run_sample(parts, state.step)
@@ -349,7 +364,7 @@ def tell(
             lr=float(optimizer.param_groups[0]["lr"]),
             step_s=step_s,
             stop_meter=rule.meter(state.step),
-            expected_end=rule.expected_end(state.step, limits.max_steps),
+            expected_end=rule.expected_end(state.step, limits.max_steps, limits.validate_every),
             memory_gib=peak_memory_gib(parts.family.device),
             skipped=state.guard.skipped,
             gain=rule.gain.value if rule.gain else 1.0,

@@ -7,7 +7,7 @@ adapter alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -106,11 +106,14 @@ class Validation:
             )
 
     @torch.no_grad()
-    def loss(self) -> float:
-        """Mean loss over all pictures and draws."""
-        losses = [
-            sample_losses(self.family, self.objective, *piece) for part in self.parts for piece in self._pieces(*part)
-        ]
+    def loss(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """Mean loss over all pictures and draws; `progress` is told how many of how many pieces are done."""
+        pieces = [piece for part in self.parts for piece in self._pieces(*part)]
+        losses = []
+        for done, piece in enumerate(pieces):
+            if progress is not None:
+                progress(done, len(pieces))
+            losses.append(sample_losses(self.family, self.objective, *piece))
         return float(torch.cat(losses).mean())
 
     @torch.no_grad()

@@ -20,9 +20,7 @@ from pathlib import Path
 
 from emotrain.observers.board import Board
 from emotrain.observers.choose import display_observers
-from emotrain.observers.dashboard import make_console
-from emotrain.observers.layout import compose
-from emotrain.observers.screen import Screen
+from emotrain.observers.dashboard import BYTES_PER_S, FASTEST_S, SHARE, Dashboard, make_console
 from emotrain.pulse.reading import Reading
 from emotrain.train.events import (
     Event,
@@ -96,7 +94,8 @@ def made_up_run(steps: int, step_s: float, *, hostile: bool, baseline: bool) -> 
         )
         if step % 25 == 0:
             validation = 0.53 + math.exp(-step / 50.0)
-            yield ValidationEnd(step, validation, 0.02, 1.53, 0.001, step, validation)
+            forecast = f"1 of 2 validations without improvement; ends at step {steps} if the next is no better"
+            yield ValidationEnd(step, validation, 0.02, 1.53, 0.001, step, validation, forecast if share > 0.4 else "")
         if step % 50 == 0:
             yield SamplesDrawn(step, (), ("a fox", "a ship"), run_dir / "samples" / "sheet.png")
             yield Saved(step, run_dir / "checkpoints" / f"step-{step:08d}", best=step % 100 == 0)
@@ -125,15 +124,22 @@ def cost() -> None:
         board.note(event)
     each = (time.process_time() - began) / len(events)
     sys.stdout.write(f"an event: {1e6 * each:.1f} us\n")
-    for columns, rows in ((80, 24), (200, 50), (400, 120)):
-        console = make_console(io.StringIO(), {"TERM": "xterm-256color"})
-        screen = Screen(console)
-        began = time.process_time()
-        for _ in range(100):
-            board.loss.add(1.0)
-            screen.draw(compose(board, columns, rows), (columns, rows))
-        each = (time.process_time() - began) / 100
-        sys.stdout.write(f"a frame of {columns}x{rows}: {1e3 * each:.2f} ms\n")
+    for columns, rows in ((80, 24), (120, 40), (200, 50), (400, 120)):
+        stream = io.StringIO()
+        console = make_console(stream, {"TERM": "xterm-256color"}, width=columns, height=rows)
+        dashboard = Dashboard(console, thread=False, capture_stderr=False)
+        for event in events[:-1]:
+            dashboard.handle(event)
+        dashboard.refresh()
+        before, began = len(stream.getvalue().encode()), time.process_time()
+        for _ in range(50):
+            dashboard.refresh()
+        each, sent = (time.process_time() - began) / 50, (len(stream.getvalue().encode()) - before) / 50
+        wait = max(FASTEST_S, each / SHARE, sent / BYTES_PER_S)
+        sys.stdout.write(
+            f"a frame of {columns}x{rows}: {1e3 * each:.1f} ms, {sent / 1e3:.1f} kB, at most every {wait:.2f} s: "
+            f"{each / wait:.2%} of a core, {sent / wait / 1e3:.1f} kB/s\n"
+        )
 
 
 def main() -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from recorded_run import recorded
 from rich.console import Console
+from rich.segment import SegmentLines
 from rich.terminal_theme import TerminalTheme
+from rich.theme import Theme
 
 from emotrain.config.load import load_preset
 from emotrain.observers.board import Board
-from emotrain.observers.layout import compose
-from emotrain.observers.screen import to_text
+from emotrain.observers.frame import STYLES, compose
 from emotrain.train.events import RunStart, StepEnd
 
 THEME = TerminalTheme(
@@ -49,8 +50,16 @@ def draw(metrics: Path, columns: int, rows: int, last_step: int | None, known: d
                 break
             now += event.step_s
         board.note(event)
-    console = Console(record=True, file=io.StringIO(), width=columns, height=rows, force_terminal=True)
-    console.print(to_text(compose(board, columns, rows)))
+    console = Console(
+        record=True,
+        file=io.StringIO(),
+        width=columns,
+        height=rows,
+        force_terminal=True,
+        theme=Theme(STYLES),
+        _environ={},
+    )
+    console.print(SegmentLines(compose(board, console), new_lines=True))
     title = f"emotrain run {board.start.name if board.start else ''}"
     return console.export_svg(title=title, theme=THEME)
 

@@ -62,6 +62,7 @@ def test_metrics_have_a_line_a_step_and_validations_their_own_file(
             "drift": None,
             "best_step": 5,
             "best_loss": 0.6,
+            "forecast": "",
         }
     ]
 

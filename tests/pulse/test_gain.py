@@ -115,14 +115,21 @@ def test_lr_is_the_mean_length_of_the_steps_that_the_best_weights_are_made_of():
 def test_the_meter_and_the_expected_end_agree_with_the_end():
     losses = [BASE, 0.7, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
     rule = StopRule(gain=Gain(), min_steps=1)
-    meters, ends = [], []
+    meters, ends, said = [], [], []
     for place, loss in enumerate(losses):
         rule.update_validation(10 * place, loss)
         meters.append(rule.meter(10 * place))
-        ends.append(rule.expected_end(10 * place, 1000))
+        ends.append(rule.expected_end(10 * place, 1000, 10))
+        said.append(rule.forecast(10 * place, 1000, 10))
+    assert said[2] == "the validation improves; ends at step 1000 at the latest"
+    shorter = "1 of 2 validations without improvement, then shorter steps; ends at step 80 at the earliest"
+    assert said[3] == said[5] == shorter
+    assert said[4] == "the steps were shortened at step 40; ends at step 80 at the earliest"
+    assert said[6] == "the steps were shortened at step 60; ends at step 80 at the earliest"
+    assert said[7] == "1 of 2 validations without improvement; ends at step 80 if the next is no better"
     assert meters == [0, 0, 0, 0.25, 0, 0.25, 0.5, 0.75, 1.0]
     assert ends[:3] == [None] * 3
-    assert ends[5:] == [(80, 120)] * 4
+    assert ends[3:] == [(80, 120)] * 4 + [(80, 80)] * 2
     assert rule.decide(80)
 
 

@@ -208,3 +208,38 @@ def test_nothing_is_said_about_mirroring_before_anything_was_gained():
     rule = StopRule(held_out=False)
     play(rule, lambda s: 1.0 + s / 1e5, plain=lambda s: 1.0 - s / 1e5)
     assert not rule.unfair
+
+
+@pytest.mark.parametrize("best", [40, 120, 200])
+@pytest.mark.parametrize("lit_from", [0, 150, 10_000])
+@pytest.mark.parametrize("every", [10, 25])
+def test_the_forecast_holds_the_step_that_the_run_ends_at(best: int, lit_from: int, every: int) -> None:
+    rule, curve, said = StopRule(), valley(best), {}
+    rule.update_validation(0, curve(0))
+    for step in range(1, 1000):
+        rule.update_step(step >= lit_from)
+        if step % every == 0:
+            rule.update_validation(step, curve(step))
+            said[step] = (rule.forecast(step, 1000, every), rule.expected_end(step, 1000, every))
+        if rule.decide(step):
+            break
+    failing = {place: words for place, words in said.items() if words[1] is not None and place < step}
+    assert failing
+    for words, (first, last) in failing.values():
+        assert first <= step <= last
+        assert f"ends at step {first}" in words
+    assert said[every] == ("the validation improves; ends at step 1000 at the latest", None)
+
+
+def test_the_forecast_says_what_the_end_waits_for() -> None:
+    rule = StopRule()
+    for step, loss in ((0, 1.0), (100, 0.5), (200, 0.4), (225, 0.5)):
+        rule.update_validation(step, loss)
+    words = "1 of 2 validations without improvement; ends at step 260 to 280 if the next is no better"
+    assert rule.forecast(225, 1000, 25) == words
+    rule.update_validation(250, 0.6)
+    words = "2 of 2 validations without improvement; ends at step 260 to 280 if none is better before"
+    assert rule.forecast(250, 1000, 25) == words
+    assert rule.forecast(250, 270, 25) == words.replace("280", "270")
+    assert StopRule("off").forecast(0, 50, 5) == "ends at step 50: stop.mode is off"
+    assert StopRule("signal").forecast(0, 50, 5).endswith("90% of 32 steps; ends at step 50 at the latest")

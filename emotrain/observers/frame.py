@@ -1,0 +1,347 @@
+"""The dashboard's picture of a board, and the summary that stays when a run is over.
+
+What a user asks comes first: is it getting better, when does it end, how fast, how much memory, what is wrong. The
+emotion's values have at most a third of the room. No sentence is cut: long ones go on in the next line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.layout import Layout
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from emotrain.observers.board import MAX_NOTICES, Board
+from emotrain.observers.curve import Plot, Points, Scale, Source, scale_for
+from emotrain.observers.text import clean, duration, number, short_path, speed
+from emotrain.train.events import RunEnd, ValidationEnd
+
+STYLES = {  # of the 16 colours that every terminal has, those that are readable on dark and on light
+    "title": "bold",
+    "label": "dim",
+    "loss": "cyan",
+    "validation": "bold magenta",
+    "scalar": "green",
+    "trust": "bright_blue",
+    "pulse": "yellow",
+    "good": "bold green",
+    "warning": "bold yellow",
+    "bad": "bold red",
+    "bar.back": "dim",
+    "bar.complete": "green",
+    "bar.finished": "green",
+    "bar.pulse": "green",
+    "progress.elapsed": "default",
+    "progress.remaining": "dim",
+}
+MAX_WIDTH, MAX_HEIGHT = 240, 64
+WIDE = 110  # columns from which on the emotion's curves stand beside the loss
+MIN_WIDTH, MIN_HEIGHT = 50, 21  # below: no chart, and what matters most comes first
+SHORT_PHASE_S = 1.0
+LABEL = 11
+EMOTION = (("loss", "loss"), ("scalar", "scalar"), ("trust", "trust"), ("emoPulse", "pulse"))
+HEADLINES = {
+    "signal": ("stopped automatically", "good"),
+    "max_steps": ("reached its ceiling of steps", "good"),
+    "interrupted": ("interrupted: saved, and it can go on", "warning"),
+    "diverged": ("diverged", "bad"),
+}
+
+
+def compose(board: Board, console: Console) -> list[list[Segment]]:
+    """The lines of the board's picture, at least one row less than the terminal has, so that nothing scrolls."""
+    width, height = min(console.width, MAX_WIDTH), max(1, min(console.height - 1, MAX_HEIGHT))
+    options = console.options.update(width=width, height=None)
+    frame: RenderableType
+    if board.last is None:
+        frame = _waiting(board)
+    elif width < MIN_WIDTH or height < MIN_HEIGHT:
+        frame = _small(board)
+    else:
+        frame, options = _full(board, console, options, height), options.update(height=height)
+    return console.render_lines(frame, options, pad=False)[:height]
+
+
+def _waiting(board: Board) -> Group:
+    """Before the first step: what is being done, and what is known about the run."""
+    parts: list[RenderableType] = [_header(board), board.phases.make_tasks_table(board.phases.tasks)]
+    if board.notices:
+        parts.append(_notices(board, 3))
+    return Group(*parts, "", _facts(board))
+
+
+def _small(board: Board) -> Group:
+    """One thing a line, the most important first."""
+    table = _grid()
+    _add_questions(table, board)
+    return Group(_progress(board), *_phase(board), table, _notices(board, 1), _emotion_table(board))
+
+
+def _full(board: Board, console: Console, options: ConsoleOptions, height: int) -> Layout:
+    questions = _grid()
+    _add_questions(questions, board)
+    if height >= 30:
+        _add_files(questions, board)
+    wide = options.max_width >= WIDE
+    question_rows = len(console.render_lines(questions, options))
+    room = height - 3 - question_rows
+    emotion_rows = 0 if wide else len(EMOTION) * (2 if height >= 42 else 1)
+    notices = _notices(board, 5 if height >= 30 else 2)
+    notice_rows = min(len(console.render_lines(notices, options)), max(1, room - emotion_rows - 6))
+    body, chart, emotion = Layout(name="body"), Layout(_loss_plot(board)), Layout()
+    if wide:
+        chart.ratio, emotion.ratio = 2, 1
+        emotion.split_column(*(Layout(_emotion_plot(board, *one, axis=one == EMOTION[-1])) for one in EMOTION))
+        body.split_row(chart, Layout(" ", size=2), emotion)
+    else:
+        emotion.size = emotion_rows
+        emotion.update(_emotion_table(board, emotion_rows // len(EMOTION)))
+        body.split_column(chart, emotion)
+    frame = Layout()
+    frame.split_column(
+        Layout(_header(board), size=1),
+        Layout(_progress(board), size=1),
+        Layout(Group(*_phase(board)), size=1),
+        Layout(questions, size=question_rows),
+        Layout(notices, size=notice_rows),
+        body,
+    )
+    return frame
+
+
+def _grid() -> Table:
+    """Labels, and values that go on in the next line where they are long."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(style="label", width=LABEL - 1, no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    return table
+
+
+def _header(board: Board) -> Table:
+    """Name at the left; optimizer, device and time at the right."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column(no_wrap=True, overflow="ellipsis", justify="right")
+    start = board.start
+    name = clean(start.name) if start is not None else "starting"
+    device = f"{clean(start.optimizer)} on {clean(start.device)}"[:40] if start is not None else ""
+    right = Text.assemble((device, "label"), "  ", (duration(board.elapsed_s), "title"))
+    table.add_row(Text.assemble(("emotrain ", "label"), (name, "title")), right)
+    return table
+
+
+def _progress(board: Board) -> Table:
+    """The step, and how far it is to the step that the run is expected to end at, or to the ceiling."""
+    early, late = board.pace.last_step
+    where = f"of at most {board.max_steps}" if early == late == board.max_steps else f"of {early} to {late}"
+    if early == late != board.max_steps:
+        where = f"of {late}"
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    table.add_column(no_wrap=True, justify="right")
+    epoch = f"epoch {board.last.epoch:.1f}" if board.last is not None else ""
+    table.add_row(
+        Text.assemble(("step ", "label"), (str(board.step), "title"), (f" {where}", "label")),
+        ProgressBar(total=max(late, 1), completed=min(board.step, late)),
+        Text(epoch, style="label"),
+    )
+    return table
+
+
+def _phase(board: Board) -> list[RenderableType]:
+    """What takes longer than a second just now."""
+    if board.stopping:
+        return [Text("stopping after this step; press Ctrl-C again to quit at once", style="warning")]
+    task = board.phases.current
+    if task is None or board.phases.current_s < SHORT_PHASE_S:
+        return []
+    return [board.phases.make_tasks_table([task])]
+
+
+def _add_questions(table: Table, board: Board) -> None:
+    """Is it getting better, when does it end, how fast, how much memory."""
+    last, validation = board.last, board.validation
+    if last is None:
+        return
+    table.add_row("validation", _validation_words(validation) if validation else Text("none yet"))
+    if validation is not None and validation.forecast:
+        end = validation.forecast
+    else:
+        end = f"the stop signal is at {last.stop_meter:.0%}; ends at step {board.max_steps} at the latest"
+    table.add_row("stop", Text(end))
+    table.add_row("time", Text(f"{board.pace.eta(' to ')} left, {speed(board.pace.step_s)}"))
+    memory = f"{last.memory_gib:.2f} GiB at most" if last.memory_gib > 0.0 else "not known"
+    skipped = f", {last.skipped} steps skipped: not finite" if last.skipped else ""
+    gradient = f"  gradient norm {number(last.grad_norm, digits=3)}"
+    table.add_row("memory", Text.assemble(memory, (gradient, "label"), (skipped, "warning")))
+    if board.samples is not None:
+        path = short_path(board.samples.sheet)
+        table.add_row("samples", Text.assemble((f"step {board.samples.step}  ", "label"), clean(path)))
+
+
+def _validation_words(event: ValidationEnd) -> Text:
+    """The last validation beside the best one and the base model."""
+    base = f"base model {number(event.base_loss)}"
+    if event.step == 0:
+        return Text(base)
+    change = (event.best_loss - event.base_loss) / event.base_loss if event.base_loss else 0.0
+    best = (f"{change:+.0%}", "good" if change < 0.0 else "bad")
+    text = Text.assemble((number(event.loss), "validation"), f" at step {event.step}, ")
+    if event.best_step == event.step:
+        return text.append_tokens([("the best so far (", None), best, (f"), {base}", None)])
+    return text.append_tokens(
+        [(f"best {number(event.best_loss)} at {event.best_step} (", None), best, (f"), {base}", None)]
+    )
+
+
+def _add_files(table: Table, board: Board) -> None:
+    """What was saved, and where."""
+    if board.saved is not None:
+        best = " (best)" if board.saved.best else ""
+        path = clean(short_path(board.saved.path))
+        table.add_row("saved", Text.assemble((f"step {board.saved.step}{best}  ", "label"), path))
+    if board.start is not None:
+        table.add_row("run", Text(clean(short_path(board.start.run_dir))))
+
+
+def _notices(board: Board, most: int) -> Table:
+    """What is wrong: the last warnings, and what else was said where there is room."""
+    table = _grid()
+    warnings = [notice for notice in board.notices if notice[0] == "warning"]
+    shown = (list(board.notices) if most > 2 else warnings or list(board.notices))[-most:]
+    for level, message in shown:
+        label = Text("warning", style="warning") if level == "warning" else Text("note", style="label")
+        table.add_row(label, Text(message))
+    if board.num_warnings > sum(level == "warning" for level, _ in shown):
+        table.add_row("", Text(f"{board.num_warnings} warnings so far", style="label"))
+    if not board.num_warnings and board.last is not None:
+        table.add_row("warnings", Text("none"))
+    return table
+
+
+def _loss_plot(board: Board) -> Plot:
+    """The validation over the smoothed training loss."""
+    smoothed, (first, last) = board.traces["smoothed"], board.steps
+    points = Points([(step, loss) for step, loss in board.validations if step >= first - 1], first, last)
+    found = [bounds for bounds in (smoothed.bounds(0.02),) if bounds is not None]
+    if points.points:
+        losses = [loss for _, loss in points.points]
+        found.append((min(losses), max(losses)))
+    bounds = (min(low for low, _ in found), max(high for _, high in found)) if found else None
+    title = Text.assemble(("training loss ", "label"), (number(board.smooth.value), "loss"), (" smoothed", "label"))
+    if points.points:
+        value = number(points.points[-1][1])
+        title.append_tokens([("   validation ", "label"), (f"◆ {value}", "validation")])
+    layers: list[tuple[Source, str]] = [(smoothed, "loss")]
+    if points.points:
+        layers.append((points, "validation"))
+    return Plot(layers, scale_for(bounds), marks=(points, "validation"), title=title, steps=(first, last))
+
+
+def _emotion_plot(board: Board, label: str, name: str, *, axis: bool = False) -> Plot:
+    """One of the emotion's values with its figure above and its scale."""
+    trace = board.traces[name]
+    value = f"{trace.last:.2e}" if name == "pulse" else number(trace.last, signed=name in ("scalar", "trust"))
+    title = Text.assemble((f"{label} ", "label"), (value, name))
+    if name == "loss" and board.last is not None and board.last.observed_loss != board.last.loss:
+        title.append_tokens([("  observed ", "label"), (number(board.last.observed_loss), name)])
+    if name == "trust":
+        scale = Scale(-1.0, 1.0)
+    elif name == "loss":
+        scale = scale_for(trace.bounds(0.02))
+    else:
+        scale = scale_for(trace.bounds(), log=name == "pulse", symmetric=name == "scalar")
+    return Plot([(trace, name)], scale, title=title, steps=board.steps if axis else None)
+
+
+def _emotion_table(board: Board, rows: int = 1) -> Table:
+    """The emotion's values, a row or two each."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(no_wrap=True, width=2 * LABEL - 2)
+    table.add_column(ratio=1)
+    for label, name in EMOTION:
+        plot = _emotion_plot(board, label, name)
+        value = plot.title.plain.split(" ")[1]
+        head = Text.assemble((f"{label:<{LABEL - 1}}", "label"), " ", (f"{value:>9}", name))
+        table.add_row(head, Plot(plot.layers, plot.scale, rows=rows))
+    return table
+
+
+def _facts(board: Board) -> Table:
+    """What is known about the run before its first step."""
+    table, start = _grid(), board.start
+    if start is None:
+        return table
+    told = {label for label, _ in start.facts}
+    own = (
+        ("data", f"{start.num_images} pictures, {start.steps_per_epoch:g} steps an epoch"),
+        ("LoRA", f"{start.num_modules} modules, {start.num_parameters / 1e6:.2f} M parameters"),
+        ("steps", f"at most {start.max_steps}"),
+    )
+    rows = [row for row in own if row[0] not in told]
+    if start.start_step:
+        rows.append(("resumed", f"after step {start.start_step}"))
+    for label, value in (*rows, *start.facts, ("run", short_path(start.run_dir))):
+        table.add_row(Text(clean(label)), Text(clean(value)))
+    return table
+
+
+def summary(board: Board, end: RunEnd) -> Iterator[tuple[str, str, str]]:
+    """What stays on the screen after a run, as lines of label, value and style: why it ended, where everything is."""
+    words, style = HEADLINES.get(end.stop_reason, (clean(end.stop_reason), "title"))
+    name = clean(board.start.name) if board.start is not None else "run"
+    yield "", f"{name}: {words}", style
+    yield "", clean(end.sentence), ""
+    if end.lora is not None:
+        yield "LoRA", str(end.lora), "good"
+    if end.report is not None:
+        yield "report", str(end.report), "good"
+    if board.samples is not None:
+        yield "samples", short_path(board.samples.sheet), ""
+    if board.start is not None:
+        yield "run", short_path(board.start.run_dir), ""
+    if end.best_step is not None:
+        base = board.validation.base_loss if board.validation is not None else None
+        before = "" if base is None else f", {number(base)} without the LoRA"
+        yield "best", f"step {end.best_step}, validation loss {number(end.best_loss)}{before}", ""
+    pace = f", {speed(board.pace.step_s)}" if board.pace.step_s is not None else ""
+    yield "took", f"{end.session_steps or end.step} steps in {duration(end.seconds)}{pace}", ""
+    warnings = [message for level, message in board.notices if level == "warning"]
+    for message in warnings:
+        yield "warning", message, ""
+    if board.num_warnings > len(warnings):
+        yield "", f"{board.num_warnings} warnings in all", "label"
+    if end.lora is not None:
+        yield "ComfyUI", f"copy {clean(end.lora.name)} into models/loras (A1111: models/Lora), strength 1.0", ""
+        yield "diffusers", f"pipeline.load_lora_weights({str(end.lora)!r})", ""
+        if board.start is not None and (trigger := dict(board.start.facts).get("trigger")):
+            yield "prompts", f"with the trigger {clean(trigger)}", ""
+    if end.resume_command:
+        yield "resume", end.resume_command, "title"
+    if end.all_command:
+        yield "retrain", f"on all pictures, the held-out ones too: {end.all_command}", ""
+
+
+def summary_text(board: Board, end: RunEnd) -> Text:
+    """The summary for a terminal that breaks long lines itself, so that a path or command can be copied whole."""
+    text = Text()
+    for label, value, style in summary(board, end):
+        text.append(f"{label:<{LABEL}}" if label else "", style="label")
+        text.append(clean(value) + "\n", style=style or None)
+    return text
+
+
+def notices_text(board: Board) -> Text:
+    """The notices alone: of a run that never came to a step."""
+    text = Text()
+    for level, message in list(board.notices)[-MAX_NOTICES:]:
+        text.append(
+            f"{'warning' if level == 'warning' else 'note':<{LABEL}}", "warning" if level == "warning" else "label"
+        )
+        text.append(message + "\n")
+    return text
