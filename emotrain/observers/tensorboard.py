@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 from pathlib import Path
@@ -61,7 +62,8 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is queued and close the file."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # of a folder that is gone: `handle` has raised the same
+                self._writer.close()
             self._writer = None
 
     def _open(self, start: RunStart) -> None:

@@ -96,7 +96,7 @@ class Keeping:
         self.losses: dict[int, float] = {}
         self.weights: dict[int, dict[str, Tensor]] = {}
 
-    def loss(self) -> float:
+    def loss(self, progress: object = None) -> float:
         """Of the pictures."""
         self.weights[self.state.step] = self.place.run.model.adapter.state()
         self.losses[self.state.step] = self.inner.loss()

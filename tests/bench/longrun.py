@@ -180,7 +180,7 @@ class BothValidations:
     ):
         self.held, self.mirrored, self.record, self.state, self.keep = held, mirrored, record, state, keep
 
-    def loss(self) -> float:
+    def loss(self, progress: object = None) -> float:
         step = str(self.state.step)
         self.record.held[step], self.record.mirrored[step] = self.held.loss(), self.mirrored.loss()
         self.keep(self.state.step)
