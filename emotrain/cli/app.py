@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import keyword
 import logging
 import os
 import re
@@ -40,13 +41,20 @@ class Command:
     @property
     def module(self) -> str:
         """Where the command lives."""
-        return f"emotrain.cli.{self.name.replace('-', '_')}"
+        return f"emotrain.cli.{self.function}"
+
+    @property
+    def function(self) -> str:
+        """The command's name as Python can have it: `verify_resume`, `import_`."""
+        name = self.name.replace("-", "_")
+        return f"{name}_" if keyword.iskeyword(name) else name
 
 
 COMMANDS = (
     Command("run", "Train", "Train a LoRA from a preset"),
     Command("resume", "Train", "Go on with a run, bit for bit"),
     Command("init", "Prepare", "Look at pictures and model, and write a preset"),
+    Command("import", "Prepare", "Make a preset of another trainer's config"),
     Command("check", "Prepare", "Validate a preset, its data and files"),
     Command("plan", "Prepare", "Say what a run needs before it starts"),
     Command("lint", "Prepare", "Find what is wrong with pictures and captions"),
@@ -113,7 +121,7 @@ def _add(app: typer.Typer, command: Command) -> None:
             no_args_is_help=True, context_settings=_CONTEXT,
         )  # fmt: skip
     else:
-        function = getattr(module, command.name.replace("-", "_"))
+        function = getattr(module, command.function)
         text = help_text(function.__doc__)
         app.command(command.name, help=text, rich_help_panel=panel, context_settings=_CONTEXT)(function)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.errors import CheckpointError, ConfigError
+from emotrain.cli.written import folder_of, new_file
 
 
 def init(
@@ -29,24 +29,10 @@ def init(
     """
     from emotrain.runs.propose import propose
 
-    beside = out.parent if out is not None else Path()
-    if not beside.is_dir():
-        raise ConfigError(f"--output: {beside} is not a folder", "make it first, or give another file")
-    proposal = propose(folder, model, beside)
-    path = out or Path(f"{proposal.name}.yaml")
-    if path.exists():
-        number = next(n for n in range(2, 10_000) if not path.with_stem(f"{path.stem}-{n}").exists())
-        raise CheckpointError(
-            f"{path} exists, and `init` writes over nothing",
-            f"give another name: -o {path.with_stem(f'{path.stem}-{number}')}",
-        )
+    proposal = propose(folder, model, folder_of(out))
+    path = new_file(out or Path(f"{proposal.name}.yaml"), proposal.text, "init")
     for reason in proposal.reasons:
         output.note(reason)
-    try:
-        with path.open("x", encoding="utf-8") as file:  # never through a link, nor over what came in the meantime
-            file.write(proposal.text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror})") from error
     shown = shlex.quote(str(path))
     output.note(f"next: emotrain check {shown}, then emotrain run {shown}")
     output.result(str(path))

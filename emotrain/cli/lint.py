@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PREVIEWS = 2000  # thumbnails in a page
 SHOWN = 8  # files per code in the table; JSON and the page have all
 TAGS = 12
-_PRESET_SUFFIXES = (".yaml", ".yml")
+_PRESET_SUFFIXES = (".yaml", ".yml", ".toml", ".json")  # the last two for a config of another trainer, and its hint
 
 
 def lint(

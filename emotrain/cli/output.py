@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from emotrain.errors import EmotrainError, Problem
@@ -92,8 +92,8 @@ def error_json(failure: EmotrainError) -> None:
     json_line({"schema_version": SCHEMA_VERSION, "error": body})
 
 
-def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
-    """Aligned columns on stdout; below a header numbers stand to the right."""
+def table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), write: Callable[[str], None] = result) -> None:
+    """Aligned columns, on stdout unless `write` goes elsewhere; below a header numbers stand to the right."""
     lines = [[clean(str(cell)) for cell in row] for row in rows]
     if header:
         lines.insert(0, list(header))
@@ -106,7 +106,7 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
             space = " " * (width - _width(text))
             to_the_right = bool(header) and _is_number(text)
             cells.append(space + text if to_the_right else text + space)
-        result("  ".join(cells).rstrip())
+        write("  ".join(cells).rstrip())
 
 
 def _problem(problem: Problem) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from emotrain.errors import Problem
 
 Loc = tuple[int | str, ...]
 
-_FOREIGN = {
+REASONS = {
     **dict.fromkeys(
-        ("lr_scheduler", "lr_scheduler_type", "scheduler", "lr_warmup_steps", "warmup_steps"),
+        ("lr_scheduler", "lr_scheduler_type", "scheduler", "lr_warmup_steps", "warmup_steps",
+         "learning_rate_scheduler", "learning_rate_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_args"),
         "leave it out: there is no schedule, an emo optimizer sets its own learning rate",
     ),
     **dict.fromkeys(
-        ("epochs", "num_epochs", "max_train_epochs", "num_train_epochs"),
+        ("epoch", "epochs", "num_epochs", "max_train_epochs", "num_train_epochs"),
         "leave it out: the run ends by itself, and `train.max_steps` is the ceiling",
     ),
     **dict.fromkeys(
@@ -35,7 +36,11 @@ _FOREIGN = {
     **dict.fromkeys(
         ("xformers", "sdpa", "mem_eff_attn", "flash_attention"), "leave it out: attention is always the fused one"
     ),
-    **dict.fromkeys(("output_dir", "training_folder"), "runs go to ./runs: `emotrain run ... --runs-dir DIR`"),
+    **dict.fromkeys(
+        ("output_dir", "training_folder", "workspace_dir", "logging_dir"),
+        "runs go to ./runs: `emotrain run ... --runs-dir DIR`",
+    ),
+    "cache_dir": "leave it out: the cache has its own place, `emotrain cache info` says where",
     **dict.fromkeys(("network_module", "network_type"), "leave it out: it is a LoRA; `network` has rank and alpha"),
     **dict.fromkeys(("enable_bucket", "enable_buckets"), "leave it out: pictures always keep their shape, in buckets"),
     "bucket_no_upscale": "leave it out: pictures are not enlarged unless `dataset.buckets.upscale: true`",
@@ -223,8 +228,8 @@ def _explain_extra(loc: Loc, node: Node) -> Problem:
 
 
 def _key_hint(key: str, loc: Loc, section: type[BaseModel] | None) -> str | None:
-    if key in _FOREIGN:
-        return _FOREIGN[key]
+    if key in REASONS:
+        return REASONS[key]
     if "." in key and len(loc) == 1:
         first, _, rest = key.partition(".")
         if first in field_names(Preset):

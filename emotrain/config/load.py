@@ -21,6 +21,7 @@ from emotrain.config.rules import check_rules
 from emotrain.config.schema import Preset
 from emotrain.config.source import MAX_PROBLEMS, Node
 from emotrain.config.text import read_text
+from emotrain.config.trainers.known import refuse_foreign
 from emotrain.config.words import as_mapping, child_of, merge, normalise
 from emotrain.errors import ConfigError, Problem
 
@@ -104,7 +105,9 @@ def _shown(path: Path) -> str:
 
 def _read_file(path: Path, shown: str, folder: Path, chain: tuple[Path, ...], found: _Found) -> Node:
     """One file's tree on top of the tree that it extends; its paths are relative to `folder`."""
-    root, notes = source.parse(read_text(path, shown), shown)
+    text = read_text(path, shown)
+    refuse_foreign(text, path, shown)
+    root, notes = source.parse(text, shown)
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else "a single value"
         raise ConfigError(f"{shown}: {kind} is not a preset", "a preset has keys: `model: ...`")

@@ -236,6 +236,7 @@ class FamilySpec:
         vae_patch: latents are patches of that many of the VAE's own per side.
         tag_presets: shipped presets for captions that are tags, by what the model predicts.
         other_pipelines: further pipelines that such folders name.
+        elsewhere: how configs of other trainers name it ("trainer word"), and the shipped preset for it, "" for none.
     """
 
     name: str
@@ -263,6 +264,7 @@ class FamilySpec:
     vae_patch: int = 1
     tag_presets: Mapping[str, str] = field(default_factory=dict)
     other_pipelines: tuple[str, ...] = ()
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def trainable_encoders(self) -> tuple[TextEncoder, ...]:

@@ -180,7 +180,7 @@ def _preset(
     if base is not None:
         lines.append(f"extends: {base}")
     if model is not None:
-        lines.append(f"model: {_quoted(_relative(model, beside) if found and found.kind != 'hub' else model)}")
+        lines.append(f"model: {_quoted(relative_path(model, beside) if found and found.kind != 'hub' else model)}")
     lines += ["dataset:", f"  trigger: {_quoted(trigger)}  # the word that will call the LoRA"]
     if resolution != usual or base is None:
         lines.append(f"  resolution: {resolution}")
@@ -188,12 +188,13 @@ def _preset(
         lines.append(f"  buckets: {{step: {step}, min: {max(resolution // 2 // step, 1) * step}, max: null}}")
     if tags:
         lines.append("  captions: {shuffle: true, keep_tokens: 1, variants: 8}  # tags, the first of which stays")
-    lines += ["  folders:", f"    - path: {_quoted(_relative(str(folder), beside))}"]
+    lines += ["  folders:", f"    - path: {_quoted(relative_path(str(folder), beside))}"]
     lines += ["sample:", "  prompts:", *(f"    - {_quoted(prompt)}" for prompt in prompts)]
     return "\n".join(lines) + "\n"
 
 
-def _relative(path: str, beside: Path) -> str:
+def relative_path(path: str, beside: Path) -> str:
+    """A path as a preset in the folder `beside` has it: relative where it lies below that."""
     if path.startswith("builtin:"):
         return path
     own = os.path.relpath(Path(path).expanduser().absolute(), beside.absolute())

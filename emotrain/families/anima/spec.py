@@ -119,4 +119,8 @@ ANIMA = FamilySpec(
     vae_class="AutoencoderKLQwenImage",
     flow=True,
     patch=2,
+    elsewhere={
+        "kohya lora_anima": "anima", "kohya anima_checkbox": "anima", "kohya qwen3": "anima",
+        "ai-toolkit anima": "anima", "onetrainer ANIMA": "anima", "diffusion-pipe anima": "anima",
+    },
 )  # fmt: skip

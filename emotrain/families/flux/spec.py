@@ -150,4 +150,8 @@ FLUX = FamilySpec(
     flow=True,
     packed_channels=4,
     patch=2,
+    elsewhere={
+        "kohya lora_flux": "flux", "kohya Flux1": "flux", "kohya flux1_checkbox": "flux", "ai-toolkit flux": "flux",
+        "ai-toolkit is_flux": "flux", "onetrainer FLUX_DEV_1": "flux", "diffusion-pipe flux": "flux",
+    },
 )  # fmt: skip

@@ -158,4 +158,8 @@ FLUX2 = FamilySpec(
     vae_scale=16,
     vae_patch=2,
     flow=True,
+    elsewhere={
+        "ai-toolkit flux2_klein_4b": "klein-4b", "ai-toolkit flux2_klein_9b": "klein-9b",
+        "onetrainer FLUX_2": "klein-4b", "diffusion-pipe flux2": "klein-4b",
+    },
 )  # fmt: skip

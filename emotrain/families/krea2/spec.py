@@ -111,4 +111,7 @@ KREA2 = FamilySpec(
     flow=True,
     packed_channels=4,
     patch=2,
+    elsewhere={
+        "ai-toolkit krea2": "krea2", "onetrainer KREA_2": "krea2", "diffusion-pipe krea2": "krea2",
+    },
 )  # fmt: skip

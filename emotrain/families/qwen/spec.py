@@ -99,4 +99,8 @@ QWEN = FamilySpec(
     flow=True,
     packed_channels=4,
     patch=2,
+    elsewhere={
+        "ai-toolkit qwen_image": "qwen-image", "onetrainer QWEN": "qwen-image",
+        "diffusion-pipe qwen_image": "qwen-image",
+    },
 )  # fmt: skip

@@ -49,6 +49,9 @@ SD15 = FamilySpec(
     lora=_lora("sd_v1", ("sd_v1", "sd_1.5", "stable-diffusion-v1")),
     file=FileFacts(variant_of("sd15"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,
+    elsewhere={
+        "ai-toolkit sd1": "sd15", "ai-toolkit sd15": "sd15", "onetrainer STABLE_DIFFUSION_15": "sd15",
+    },
 )  # fmt: skip
 
 SD21 = FamilySpec(
@@ -73,4 +76,9 @@ SD21 = FamilySpec(
     lora=_lora("sd_v2", ("sd_v2", "stable-diffusion-v2")),
     file=FileFacts(variant_of("sd21"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,
+    elsewhere={
+        "kohya v2": "", "ai-toolkit sd2": "", "ai-toolkit is_v2": "", "onetrainer STABLE_DIFFUSION_20": "",
+        "onetrainer STABLE_DIFFUSION_20_BASE": "", "onetrainer STABLE_DIFFUSION_21": "",
+        "onetrainer STABLE_DIFFUSION_21_BASE": "",
+    },
 )  # fmt: skip

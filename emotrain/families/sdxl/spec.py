@@ -47,4 +47,8 @@ SDXL = FamilySpec(
     file=FileFacts(variant_of("sdxl"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,
     tag_presets={"epsilon": "illustrious", "v_prediction": "noobai-vpred"},
+    elsewhere={
+        "kohya sdxl": "sdxl", "ai-toolkit sdxl": "sdxl", "ai-toolkit is_xl": "sdxl",
+        "onetrainer STABLE_DIFFUSION_XL_10_BASE": "sdxl", "diffusion-pipe sdxl": "sdxl",
+    },
 )  # fmt: skip

@@ -113,4 +113,8 @@ ZIMAGE = FamilySpec(
     blocks=("ZImageTransformerBlock",),
     flow=True,
     patch=2,
+    elsewhere={
+        "ai-toolkit zimage": "zimage", "ai-toolkit zimage:turbo": "zimage-turbo", "onetrainer Z_IMAGE": "zimage",
+        "diffusion-pipe z_image": "zimage",
+    },
 )  # fmt: skip

@@ -1,0 +1,253 @@
+"""ai-toolkit: its YAML, one job with one process. Words: its config/examples and toolkit/config_modules.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from emotrain.config.aliases import INSIDE
+from emotrain.config.trainers.imported import (
+    DTYPES,
+    QUANTIZED,
+    SKIP,
+    Import,
+    Values,
+    because,
+    chosen,
+    each,
+    is_off,
+    items,
+    kind_of_adapter,
+    number,
+    prompt_line,
+    repeats_of,
+    section,
+    switch,
+)
+from emotrain.errors import ConfigError
+
+KEY = "ai-toolkit"  # in `FamilySpec.elsewhere`
+NAME = "a config of ai-toolkit"
+_CAPTIONS = {
+    "caption_ext": "extension", "shuffle_tokens": "shuffle", "keep_tokens": "keep_tokens",
+    "caption_dropout_rate": "dropout", "token_dropout_rate": "tag_dropout", "default_caption": "default",
+}  # fmt: skip
+_FOLDER = (
+    "folder_path",
+    "dataset_path",
+    "num_repeats",
+    "flip_x",
+    "mask_path",
+    "alpha_mask",
+    "is_reg",
+    "loss_multiplier",
+)
+_SAMPLE = ("prompts", "samples", "neg", "width", "height", "walk_seed", "skip_first_sample")
+
+
+def recognise(words: Values) -> bool:
+    """Whether a config is of this kind."""
+    config = words.get("config")
+    return isinstance(config, Mapping) and isinstance(config.get("process"), list)
+
+
+def read(words: Values, out: Import) -> None:
+    """Take a config apart into `out`.
+
+    Raises:
+        ConfigError: it has no process, or trains a model of a kind that cannot be trained here.
+    """
+    config = words["config"]
+    processes = items(config, "process")
+    if not processes:
+        raise ConfigError("the config has no process to import")
+    process = _named(processes[0], str(config.get("name", "")))
+    for other in processes[1:]:
+        out.leave("config.process", other.get("type", ""), "one process makes one preset: the first")
+    sections = {key: section(process, key) for key in ("model", "network", "save", "train", "sample", "logging")}
+    _kind(sections["model"], out)
+    out.name("name", config.get("name"))
+    _model(sections["model"], out)
+    if not is_off(trigger := process.get("trigger_word")):
+        out.take("trigger_word", trigger, "dataset.trigger")
+    for dataset in items(process, "datasets"):
+        _dataset(dataset, out, sections["train"])
+    _network(sections["network"], out)
+    _train(sections["train"], out)
+    _sample(sections["sample"], sections["train"], out)
+    places = {word: INSIDE["save"].get(word, "save.dtype") for word in ("save_every", "max_step_saves_to_keep")}
+    out.read(sections["save"], places, {"dtype": chosen("save.dtype", DTYPES)}, "save.")
+    out.read(
+        {key: value for key, value in process.items() if key not in (*sections, "datasets", "trigger_word")}, {},
+        dict.fromkeys(("type", "device", "sqlite_db_path", "performance_log_every"), SKIP),
+    )  # fmt: skip
+
+
+def _named(value: Any, name: str) -> Any:
+    """`[name]` stands for the config's name wherever it is written."""
+    if isinstance(value, Mapping):
+        return {key: _named(one, name) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_named(one, name) for one in value]
+    return value.replace("[name]", name) if isinstance(value, str) else value
+
+
+def _kind(model: Values, out: Import) -> None:
+    arch = str(model.get("arch") or next((word for word in model if word in out.models and model[word]), "sd1"))
+    turbo = f"{arch}:turbo"
+    named = "turbo" in str(model.get("name_or_path", "")).casefold() and turbo in out.models
+    out.choose("model.arch", turbo if named else arch if arch in out.models else arch.partition(":")[0])
+
+
+def _model(words: Values, out: Import) -> None:
+    def quantize(out: Import, word: str, value: Any) -> None:
+        kind = str(words.get("qtype", "qfloat8"))
+        if is_off(value):
+            out.num_off += 1
+        elif kind in QUANTIZED:
+            out.take(word, f"{str(value).lower()}, {kind}", "model.quantize", QUANTIZED[kind])
+        else:
+            out.lack(word, kind, "model.quantize has int8, fp8 and nf4")
+
+    def assistant(out: Import, word: str, value: Any) -> None:
+        if is_off(value):
+            out.num_off += 1
+        else:
+            out.stack(word, value, 1.0)
+
+    special = {
+        "name_or_path": Import.model, "vae_path": Import.vae, "te_name_or_path": Import.text_encoder,
+        "quantize": quantize, "dtype": SKIP, "qtype": SKIP, "arch": SKIP, **dict.fromkeys(out.models, SKIP),
+        "assistant_lora_path": assistant, "lora_path": assistant,
+        "is_v_pred": switch("model.prediction", "v"),
+    }  # fmt: skip
+    out.read(words, {}, special, "model.")
+
+
+def _dataset(words: Values, out: Import, train: Values) -> None:
+    path = words.get("folder_path") or words.get("dataset_path")
+    if not is_off(path):
+        mask = "alpha" if words.get("alpha_mask") else words.get("mask_path")
+        out.add_folder(
+            "folder_path", path, repeats=repeats_of(out, "datasets.num_repeats", words.get("num_repeats")),
+            flip=bool(words.get("flip_x")), mask=out.path(str(mask)) if mask and mask != "alpha" else mask or None,
+            prior=number(train.get("reg_weight")) if words.get("is_reg") else None,
+        )  # fmt: skip
+    for word, place in _CAPTIONS.items():
+        value = words.get(word)
+        if value is not None and (not is_off(value) or word == "caption_dropout_rate") and not words.get("is_reg"):
+            text = f".{str(value).lstrip('.')}" if word == "caption_ext" else value
+            out.caption(f"datasets.{word}", value, place, text)
+    resolution = words.get("resolution")
+    if resolution is not None:
+        out.sizes("datasets.resolution", resolution)
+    multiplier = words.get("loss_multiplier")
+    if multiplier not in (None, 1, 1.0):
+        out.lack("datasets.loss_multiplier", multiplier)
+    known = (
+        *_CAPTIONS,
+        *_FOLDER,
+        "resolution",
+        "type",
+        "buckets",
+        "num_frames",
+        "shrink_video_to_frames",
+        "network_weight",
+    )
+    out.read(words, {}, dict.fromkeys(known, SKIP), "datasets.")
+
+
+def _network(words: Values, out: Import) -> None:
+    unet = out.kind is not None and out.kind.unet
+
+    def conv(out: Import, word: str, value: Any) -> None:
+        if is_off(value):
+            out.num_off += 1
+        elif unet:
+            out.take(word, value, "network.conv_rank")
+            out.take(word, value, "network.targets", "all")
+        else:
+            out.leave(word, value, "this model has no convolutions to adapt")
+
+    special = {
+        "type": kind_of_adapter("lora"), "conv": conv, "pretrained_lora_path": Import.continues, "lokr_full_rank": SKIP,
+        "lokr_factor": SKIP, "network_kwargs": _network_kwargs,
+        "conv_alpha": because("one strength for all layers: network.alpha / rank"),
+    }  # fmt: skip
+    places = {word: place for word, place in INSIDE["network"].items() if place in ("network.rank", "network.alpha")}
+    out.read(words, {**places, "rank": "network.rank", "alpha": "network.alpha"}, special, "network.")
+
+
+def _network_kwargs(out: Import, word: str, value: Any) -> None:
+    for key, inner in section({word: value}, word).items():
+        if is_off(inner):
+            out.num_off += 1
+        else:
+            out.lack(f"{word}.{key}", inner, "network.targets takes regular expressions of module names")
+
+
+def _train(words: Values, out: Import) -> None:
+    rate = ("train.lr", words.get("lr"))
+    options = ("train.optimizer_params", section(words, "optimizer_params"))
+    out.optimizer("train.optimizer", str(words.get("optimizer") or ""), rate, options)
+    special = {
+        **dict.fromkeys(("optimizer", "optimizer_params", "lr", "skip_first_sample", "reg_weight", "train_unet"), SKIP),
+        "dtype": chosen("model.dtype", DTYPES),
+        "train_text_encoder": switch("network.text_encoder"),
+        "ema_config": _ema, "timestep_type": _timesteps,
+        "disable_sampling": switch("sample.every", 0),
+        "noise_scheduler": because("the model's own"),
+        "gradient_checkpointing": because("it is on where the model does not fit without"),
+        "loss_type": lambda out, word, value: value in ("mse", None) or out.lack(word, value),
+    }  # fmt: skip
+    places = {word: place for word, place in INSIDE["train"].items() if word not in ("learning_rate", "optimizer_type")}
+    places |= {word: f"train.{word}" for word in ("max_grad_norm", "gradient_accumulation_steps", "seed")} | {
+        "gradient_accumulation": "train.gradient_accumulation_steps"
+    }
+    out.read(words, places, special, "train.")
+
+
+def _ema(out: Import, word: str, value: Any) -> None:
+    used = isinstance(value, Mapping) and value.get("use_ema")
+    out.take(word, value, "train.ema", True) if used else out.leave(
+        word, value, "the average of the last steps is always taken here"
+    )
+
+
+def _timesteps(out: Import, word: str, value: Any) -> None:
+    words = {"sigmoid": "logit-normal", "linear": "uniform"}
+    if str(value) in words:
+        out.take(word, value, "train.loss.timesteps", words[str(value)])
+    else:
+        out.lack(word, value, "train.loss.timesteps has uniform and logit-normal")
+
+
+def _sample(words: Values, train: Values, out: Import) -> None:
+    width, height = words.get("width"), words.get("height")
+    square = width == height
+    if train.get("skip_first_sample"):
+        out.take("train.skip_first_sample", True, "sample.at_start", False)
+    if square and width:
+        out.take("sample.width, sample.height", width, "sample.size")
+    lines = []
+    for one in each(words.get("samples")) or each(words.get("prompts")):
+        own = section({"sample": {"prompt": one} if isinstance(one, str) else one}, "sample")
+        lines.append(
+            prompt_line(
+                str(own.get("prompt", "")), n=own.get("neg", words.get("neg")),
+                w=own.get("width", None if square else width), h=own.get("height", None if square else height),
+                d=own.get("seed"), l=own.get("guidance_scale"), s=own.get("sample_steps"),
+            )
+        )  # fmt: skip
+    out.prompts("sample.samples" if words.get("samples") else "sample.prompts", lines)
+    if words.get("walk_seed"):
+        out.leave("sample.walk_seed", True, "all prompts have the seed, so that sheets can be compared")
+    places = {
+        word: INSIDE["sample"].get(word, f"sample.{word}")
+        for word in ("seed", "sample_every", "sample_steps", "guidance_scale")
+    }
+    special = {
+        **dict.fromkeys((*_SAMPLE, "sampler", "sample_start_step", "num_frames", "fps", "format"), SKIP),
+        "sample_every": lambda out, word, value: train.get("disable_sampling") or out.take(word, value, "sample.every"),
+    }
+    out.read(words, places, special, "sample.")

@@ -1,0 +1,261 @@
+"""kohya's sd-scripts and its GUI: training config (TOML or JSON), dataset config (TOML or JSON), arguments of the GUI.
+
+Sections of a training config only group: its keys are the command line's. In a dataset config what stands at a subset
+wins over its dataset, and that over `[general]`. Words: sd-scripts, docs/config_README-en.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emotrain.config.aliases import TOP
+from emotrain.config.prompts import is_prompt_file
+from emotrain.config.text import read_text
+from emotrain.config.trainers.files import parse_file
+from emotrain.config.trainers.imported import (
+    DTYPES,
+    SKIP,
+    Import,
+    Values,
+    chosen,
+    each,
+    is_off,
+    items,
+    kind_of_adapter,
+    number,
+    prompt_line,
+    repeats_of,
+    section,
+    switch,
+)
+
+KEY = "kohya"  # in `FamilySpec.elsewhere`
+NAME = "a config of kohya's sd-scripts"
+_MARKS = frozenset(("pretrained_model_name_or_path", "train_data_dir", "dataset_config", "network_module", "LoRA_type"))
+_PLACES = {
+    word: TOP[word]
+    for word in (
+        "network_dim", "network_alpha", "save_every_n_steps", "bucket_reso_steps", "min_bucket_reso",
+        "max_bucket_reso", "train_batch_size", "batch_size", "gradient_accumulation_steps", "max_train_steps",
+        "min_snr_gamma", "noise_offset", "discrete_flow_shift", "sample_every_n_steps", "seed",
+    )
+}  # fmt: skip
+_CAPTIONS = {
+    "caption_extension": "extension", "shuffle_caption": "shuffle", "keep_tokens": "keep_tokens",
+    "caption_dropout_rate": "dropout", "caption_tag_dropout_rate": "tag_dropout", "caption_prefix": "prefix",
+    "caption_suffix": "suffix",
+}  # fmt: skip
+_FOLDERS = frozenset(
+    (
+        "image_dir", "class_tokens", "is_reg", "num_repeats", "flip_aug", "conditioning_data_dir", "alpha_mask",
+        "subsets", "train_data_dir", "reg_data_dir", "prior_loss_weight", "masked_loss", "dataset_repeats",
+    )
+)  # fmt: skip
+
+
+_KIND = kind_of_adapter(
+    "Standard", "Flux1", "networks.lora", "networks.lora_flux", "networks.lora_sd3", "networks.lora_anima"
+)
+
+
+def recognise(words: Values) -> bool:
+    """Whether a config is of this kind."""
+    return bool(_MARKS & set(_flat(words))) or _is_dataset(words)
+
+
+def read(words: Values, out: Import) -> None:
+    """Take a config apart into `out`."""
+    if _is_dataset(words):
+        _datasets(words, out, 1.0)
+        return
+    flat = _flat(words)
+    _kind(flat, out)
+    weight = number(flat.get("prior_loss_weight"))
+    _optimizer(flat, out)
+    special = {
+        **dict.fromkeys(out.models, SKIP),
+        "pretrained_model_name_or_path": Import.model,
+        "vae": Import.vae, "ae": Import.vae, "qwen3": Import.text_encoder,
+        "output_name": Import.name,
+        "mixed_precision": chosen("model.dtype", DTYPES), "save_precision": chosen("save.dtype", DTYPES),
+        "fp8_base": switch("model.quantize", "fp8"),
+        "fp8_base_unet": switch("model.quantize", "fp8"),
+        "v_parameterization": switch("model.prediction", "v"),
+        "max_grad_norm": _max_grad_norm,
+        "network_module": _KIND, "LoRA_type": _KIND, "conv_alpha": SKIP,
+        "conv_dim": _conv if "LoCon" in str(flat.get("LoRA_type")) else SKIP, "network_args": _network_args,
+        "network_train_unet_only": switch("network.text_encoder", False),
+        "text_encoder_lr": switch("network.text_encoder"),
+        "sample_prompts": _sample_prompts,
+        "resolution": _resolution, "max_resolution": _resolution,
+        "network_weights": Import.continues,
+        "base_weights": lambda out, word, value: _base_weights(out, word, value, flat),
+        **dict.fromkeys(("dataset_config", "optimizer_type", "optimizer", "optimizer_args", "learning_rate",
+                         "base_weights_multiplier",
+                         "use_8bit_adam", "use_lion_optimizer", *_FOLDERS, *_CAPTIONS), SKIP),
+    }  # fmt: skip
+    out.read(flat, _PLACES, special)
+    config = flat.get("dataset_config")
+    if is_off(config):
+        _folders(flat, out, weight)
+    else:
+        _datasets(parse_file(Path(out.path(str(config))), str(config)), out, weight)
+
+
+def _is_dataset(words: Values) -> bool:
+    return any("subsets" in one for one in items(words, "datasets"))
+
+
+def _flat(words: Values) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in words.items():
+        flat |= value if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def _kind(flat: Values, out: Import) -> None:
+    """The kind of model, by the network's module or the GUI's switches; for SD 1.x nothing says it."""
+    module = str(flat.get("network_module", "")).rpartition(".")[2]
+    for word in (module, str(flat.get("LoRA_type")), *(word for word, value in flat.items() if not is_off(value))):
+        if word in out.models:
+            out.choose(word, word)
+            return
+
+
+def _optimizer(flat: Values, out: Import) -> None:
+    old = next((word for word in ("use_8bit_adam", "use_lion_optimizer") if flat.get(word)), None)
+    word = next((word for word in ("optimizer_type", "optimizer", old) if word and not is_off(flat.get(word))), "")
+    name = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}.get(word, str(flat.get(word) or ""))
+    rate = ("learning_rate", flat.get("learning_rate"))
+    out.optimizer(word, name, rate, ("optimizer_args", _pairs(flat.get("optimizer_args"))))
+
+
+def _pairs(listed: Any) -> dict[str, Any]:
+    """`["a=1", "b=2"]` or `a=1 b=2`; the values are Python's."""
+    words = listed.split() if isinstance(listed, str) else listed if isinstance(listed, list) else []
+    return {key: _literal(value) for key, _, value in (str(word).partition("=") for word in words) if key}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _folders(flat: Values, out: Import, weight: float) -> None:
+    """Folders of the arguments themselves; their subfolders are named `10_mika woman`."""
+    mask = _mask(flat, out)
+    for word, prior in (("train_data_dir", None), ("reg_data_dir", weight)):
+        if not is_off(flat.get(word)):
+            out.add_folder(word, flat[word], prior=prior, flip=bool(flat.get("flip_aug")), mask=mask)
+    _captions(flat, out)
+
+
+def _datasets(words: Any, out: Import, weight: float) -> None:
+    for dataset in items(words, "datasets"):
+        whole = {**section(words, "general"), **dataset}
+        out.read(whole, _PLACES, {"resolution": _resolution, **dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP)})
+        for subset in items(dataset, "subsets"):
+            own = {**whole, **subset}
+            if is_off(own.get("image_dir")):
+                out.lack("metadata_file", own.get("metadata_file", ""), "captions are files beside the pictures")
+                continue
+            out.add_folder(
+                "image_dir", own["image_dir"], mask=_mask(own, out),
+                repeats=repeats_of(out, "num_repeats", own.get("num_repeats")),
+                flip=bool(own.get("flip_aug")), caption=own.get("class_tokens"),
+                prior=weight if own.get("is_reg") else None,
+            )  # fmt: skip
+            if not own.get("is_reg"):
+                _captions(own, out)
+            out.read(subset, {}, dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP))
+
+
+def _mask(words: Values, out: Import) -> str | None:
+    if words.get("alpha_mask"):
+        return "alpha"
+    folder = words.get("conditioning_data_dir")
+    return None if is_off(folder) else out.path(str(folder))
+
+
+def _captions(words: Values, out: Import) -> None:
+    for word, place in _CAPTIONS.items():
+        value = words.get(word)
+        if value is not None and (not is_off(value) or word == "caption_dropout_rate"):
+            out.caption(word, value, place)
+
+
+def _max_grad_norm(out: Import, word: str, value: Any) -> None:
+    if is_off(value):
+        out.set(word, value, "train.max_grad_norm", None)
+    else:
+        out.take(word, value, "train.max_grad_norm")
+
+
+def _conv(out: Import, word: str, value: Any) -> None:
+    if is_off(value):
+        out.num_off += 1
+    else:
+        out.take(word, value, "network.conv_rank")
+        out.take(word, value, "network.targets", "all")
+
+
+def _network_args(out: Import, word: str, value: Any) -> None:
+    for key, text in _pairs(value).items():
+        if key == "conv_dim":
+            _conv(out, f"{word}: {key}", text)
+        elif key == "conv_alpha":
+            out.leave(f"{word}: {key}", text, "one strength for all layers: network.alpha / network.rank")
+        elif key == "algo":
+            _KIND(out, f"{word}: {key}", text)
+        else:
+            out.lack(f"{word}: {key}", text)
+
+
+def _resolution(out: Import, word: str, value: Any) -> None:
+    """`512`, `"768,512"` and `[768, 512]` are one size, given by its sides."""
+    numbers = [int(one) for one in re.findall(r"\d+", value)] if isinstance(value, str) else value
+    out.sizes(word, [numbers] if isinstance(numbers, list) and len(numbers) == 2 else numbers)
+
+
+def _base_weights(out: Import, word: str, value: Any, flat: Values) -> None:
+    weights = flat.get("base_weights_multiplier") or []
+    for index, path in enumerate([value] if isinstance(value, str) else each(value)):
+        out.stack(word, path, number(weights[index]) if isinstance(weights, list) and index < len(weights) else 1.0)
+
+
+def _sample_prompts(out: Import, word: str, value: Any) -> None:
+    """Prompts in the GUI's text, or in a file: a line each, TOML, or JSON."""
+    if is_off(value):
+        return
+    text = str(value)
+    if text.lower().endswith((".toml", ".json")):
+        out.prompts(word, [_from_table(one) for one in _tables(parse_file(Path(out.path(text)), text))])
+    elif is_prompt_file(text):
+        path = Path(out.path(text))
+        if path.is_file():
+            out.prompts(word, read_text(path, text).splitlines())
+        else:
+            out.leave(word, value, "no such file")
+    else:
+        out.prompts(word, text.splitlines())
+
+
+def _tables(found: Any) -> list[Values]:
+    """The prompts of a JSON list, or of TOML's `[prompt]` with its `[[prompt.subset]]`s."""
+    if isinstance(found, list):
+        return items({"prompts": found}, "prompts")
+    whole = section(found, "prompt")
+    return [{**whole, **one} for one in items(whole, "subset")]
+
+
+def _from_table(one: Values) -> str:
+    return prompt_line(
+        str(one.get("prompt", "")), n=one.get("negative_prompt"), w=one.get("width"), h=one.get("height"),
+        d=one.get("seed"), l=one.get("scale"), s=one.get("sample_steps"),
+    )  # fmt: skip

@@ -1,0 +1,383 @@
+"""`emotrain import`: every word of a config, what it was taken as, and why others were left out.
+
+The configs in `foreign/` are written for these tests after each trainer's documented words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from emotrain.cli.app import main
+from emotrain.config.load import load
+from emotrain.errors import ConfigError
+from emotrain.runs.imports import Imported, import_config
+
+FOREIGN = Path(__file__).parent / "foreign"
+EXAMPLE = Path(__file__).parents[2] / "emotrain" / "assets" / "example"
+CONFIGS = ("kohya_sdxl.toml", "kohya_dataset.toml", "kohya_gui.json", "kohya_emo.toml", "ai_toolkit.yaml",
+           "onetrainer.json", "diffusion_pipe.toml", "diffusion_pipe_dataset.toml")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The configs, and the folders of pictures that they name."""
+    shutil.copytree(FOREIGN, tmp_path, dirs_exist_ok=True)
+    names = sorted(path.stem for path in EXAMPLE.glob("*.png"))
+    for index, folder in enumerate(("pictures", "more", "regular", "heldout", "kohya_folders/10_mika")):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names[5 * index : 5 * index + 5]:
+            for ending in (".png", ".txt"):
+                shutil.copy(EXAMPLE / f"{name}{ending}", tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def imported(config: str, model: str | None = None) -> Imported:
+    return import_config(Path(config), model, Path())
+
+
+def became(config: str) -> dict[str, tuple[str, str]]:
+    """Word -> what became of it, and as what or why; the last row of a word."""
+    return {row.word: (row.kind, row.what) for row in imported(config).rows}
+
+
+KOHYA = {
+    "pretrained_model_name_or_path": ("taken", "model.base"),
+    "vae": ("taken", "model.vae"),
+    "network_dim": ("taken", "network.rank"),
+    "network_alpha": ("taken", "network.alpha"),
+    "network_train_unet_only": ("taken", "network.text_encoder: false"),
+    "network_args: conv_dim": ("taken", "network.targets: all"),
+    "network_args: conv_alpha": ("left out", "one strength"),
+    "output_name": ("taken", "name"),
+    "output_dir": ("left out", "runs go to ./runs"),
+    "max_train_steps": ("taken", "train.max_steps"),
+    "max_train_epochs": ("left out", "ends by itself"),
+    "gradient_accumulation_steps": ("taken", "train.gradient_accumulation_steps"),
+    "max_grad_norm": ("taken", "train.max_grad_norm: null"),
+    "min_snr_gamma": ("taken", "train.loss.min_snr_gamma"),
+    "noise_offset": ("taken", "train.loss.noise_offset"),
+    "seed": ("taken", "train.seed"),
+    "mixed_precision": ("taken", "model.dtype"),
+    "save_precision": ("taken", "save.dtype"),
+    "sample_prompts": ("taken", "sample.prompts"),
+    "sample_prompts: --ss": ("no equivalent", ""),
+    "sample_every_n_steps": ("taken", "sample.every"),
+    "save_every_n_epochs": ("left out", "count steps"),
+    "resolution": ("taken", "dataset.resolution: [1024]"),
+    "batch_size": ("taken", "train.micro_batch_size"),
+    "min_bucket_reso": ("taken", "dataset.buckets.min"),
+    "max_bucket_reso": ("taken", "dataset.buckets.max"),
+    "enable_bucket": ("left out", "keep their shape"),
+    "bucket_no_upscale": ("left out", "buckets.upscale"),
+    "caption_extension": ("taken", "dataset.captions.extension"),
+    "shuffle_caption": ("taken", "dataset.captions.shuffle"),
+    "keep_tokens": ("left out", "one for all folders: 1"),
+    "optimizer_type": ("left out", "`train: {optimizer: adamw, lr: 0.0001}` would keep it"),
+    "learning_rate": ("left out", "no learning rate to set: it is 1.0"),
+    "unet_lr": ("left out", "needs none"),
+    "optimizer_args: weight_decay": ("left out", "belongs to AdamW8bit"),
+    "lr_scheduler": ("left out", "no schedule"),
+    "lr_warmup_steps": ("left out", "no schedule"),
+    "network_module": ("left out", "it is a LoRA"),
+    "cache_latents": ("left out", "always cached"),
+    "xformers": ("left out", "fused"),
+    "clip_skip": ("left out", "as they were trained"),
+    "huber_c": ("no equivalent", ""),
+}
+GUI = {
+    "max_resolution": ("taken", "dataset.resolution: [1024]"),
+    "train_data_dir": ("taken", "dataset.folders"),
+    "caption_dropout_rate": ("taken", "dataset.captions.dropout"),
+    "train_batch_size": ("taken", "train.micro_batch_size"),
+    "text_encoder_lr": ("taken", "network.text_encoder: true"),
+    "fp8_base": ("taken", "model.quantize: fp8"),
+    "bucket_reso_steps": ("taken", "dataset.buckets.step"),
+    "optimizer": ("left out", "{optimizer: prodigy, lr: 1}"),
+    "epoch": ("left out", "ends by itself"),
+    "LoRA_type": ("left out", "it is a LoRA"),
+    "loss_type": ("no equivalent", ""),
+}
+EMO = {
+    "optimizer_type": ("taken", "train.optimizer.name: emosens"),
+    "optimizer_args: use_shadow": ("taken", "train.optimizer.use_shadow"),
+    "optimizer_args: stopcoef": ("taken", "train.optimizer.stopcoef"),
+    "optimizer_args: clip": ("no equivalent", ""),
+    "learning_rate": ("left out", "has its own"),
+    "resolution": ("taken", "dataset.resolution: [627]"),
+}
+AI_TOOLKIT = {
+    "name": ("taken", "name"),
+    "trigger_word": ("taken", "dataset.trigger"),
+    "model.name_or_path": ("taken", "model.base"),
+    "model.quantize": ("taken", "model.quantize: fp8"),
+    "model.low_vram": ("left out", "write `model.memory: 8gb`"),
+    "network.linear": ("taken", "network.rank"),
+    "network.linear_alpha": ("taken", "network.alpha"),
+    "network.network_kwargs.only_if_contains": ("no equivalent", "network.targets"),
+    "datasets.resolution": ("taken", "dataset.resolution"),
+    "datasets.caption_ext": ("taken", "dataset.captions.extension"),
+    "datasets.caption_dropout_rate": ("taken", "dataset.captions.dropout"),
+    "datasets.cache_latents_to_disk": ("left out", "always cached"),
+    "train.steps": ("taken", "train.max_steps"),
+    "train.batch_size": ("taken", "train.micro_batch_size"),
+    "train.gradient_accumulation": ("taken", "train.gradient_accumulation_steps"),
+    "train.timestep_type": ("taken", "train.loss.timesteps: logit-normal"),
+    "train.ema_config": ("taken", "train.ema"),
+    "train.dtype": ("taken", "model.dtype"),
+    "train.optimizer": ("left out", "EmoSens takes its place"),
+    "train.lr": ("left out", "it is 1.0"),
+    "train.optimizer_params: weight_decay": ("left out", "belongs to"),
+    "train.skip_first_sample": ("taken", "sample.at_start: false"),
+    "sample.prompts": ("taken", "sample.prompts"),
+    "sample.sample_every": ("taken", "sample.every"),
+    "sample.walk_seed": ("left out", "can be compared"),
+    "sample.guidance_scale": ("taken", "sample.guidance"),
+    "sample.sample_steps": ("taken", "sample.steps"),
+    "save.dtype": ("taken", "save.dtype"),
+    "save.save_every": ("taken", "save.every"),
+    "save.max_step_saves_to_keep": ("taken", "save.keep_last"),
+    "training_folder": ("left out", "runs go to"),
+}
+ONETRAINER = {
+    "base_model_name": ("taken", "model.base"),
+    "output_model_destination": ("taken", "name"),
+    "output_model_format": ("taken", "save.format: kohya"),
+    "output_dtype": ("taken", "save.dtype: bf16"),
+    "resolution": ("taken", "dataset.resolution"),
+    "loss_weight_fn": ("taken", "train.loss.min_snr_gamma: 5"),
+    "offset_noise_weight": ("taken", "train.loss.noise_offset"),
+    "layer_filter_preset": ("taken", "network.targets: attn"),
+    "lora_rank": ("taken", "network.rank"),
+    "lora_alpha": ("taken", "network.alpha"),
+    "unet.weight_dtype": ("taken", "model.quantize: fp8"),
+    "vae.model_name": ("taken", "model.vae"),
+    "save_every": ("taken", "save.every"),
+    "sample_after": ("left out", "counts steps"),
+    "concepts: VALIDATION": ("taken", "validate.folder"),
+    "concepts": ("left out", "switched off"),
+    "concepts.text.enable_tag_shuffling": ("taken", "dataset.captions.shuffle"),
+    "concepts.text.keep_tags_count": ("taken", "dataset.captions.keep_tokens"),
+    "concepts.text.tag_dropout_probability": ("taken", "dataset.captions.tag_dropout"),
+    "concepts.image.enable_random_hue": ("no equivalent", ""),
+    "text_encoder.dropout_probability": ("taken", "dataset.captions.dropout"),
+    "samples": ("taken", "sample.prompts"),
+    "epochs": ("left out", "ends by itself"),
+    "learning_rate": ("left out", "it is 1.0"),
+    "learning_rate_scheduler": ("left out", "no schedule"),
+    "training_method": ("left out", "it is a LoRA"),
+    "unmasked_weight": ("no equivalent", ""),
+}
+DIFFUSION_PIPE = {
+    "diffusion_model": ("taken", "model.base"),
+    "vae": ("taken", "model.vae"),
+    "text_encoders": ("taken", "model.text_encoder"),
+    "dtype": ("taken", "model.dtype: bf16"),
+    "diffusion_model_dtype": ("taken", "model.quantize: fp8"),
+    "timestep_sample_method": ("taken", "train.loss.timesteps: logit-normal"),
+    "shift": ("taken", "train.loss.shift"),
+    "adapter.rank": ("taken", "network.rank"),
+    "adapter.type": ("left out", "it is a LoRA"),
+    "max_steps": ("taken", "train.max_steps"),
+    "micro_batch_size_per_gpu": ("taken", "train.micro_batch_size"),
+    "gradient_clipping": ("taken", "train.max_grad_norm"),
+    "save_every_n_steps": ("taken", "save.every"),
+    "save_dtype": ("taken", "save.dtype: bf16"),
+    "eval_datasets": ("taken", "validate.folder"),
+    "eval_every_n_steps": ("taken", "validate.every"),
+    "resolutions": ("taken", "dataset.resolution: [512, 1024]"),
+    "directory.num_repeats": ("left out", "whole numbers: 3"),
+    "cache_shuffle_num": ("taken", "dataset.captions.variants"),
+    "num_ar_buckets": ("left out", "keep their shape"),
+    "optimizer.lr": ("left out", "it is 1.0"),
+    "optimizer.type": ("left out", "adamw, lr: 2e-05"),
+    "blocks_to_swap": ("left out", "by themselves"),
+    "pipeline_stages": ("no equivalent", ""),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        ("kohya_sdxl.toml", KOHYA),
+        ("kohya_gui.json", GUI),
+        ("kohya_emo.toml", EMO),
+        ("ai_toolkit.yaml", AI_TOOLKIT),
+        ("onetrainer.json", ONETRAINER),
+        ("diffusion_pipe.toml", DIFFUSION_PIPE),
+    ],
+)
+def test_each_word_is_taken_or_left_out_with_its_reason(config: str, rows: dict[str, tuple[str, str]]) -> None:
+    found = became(config)
+    for word, (kind, what) in rows.items():
+        assert found[word][0] == kind, word
+        assert what in found[word][1], word
+
+
+def test_the_folders_come_with_their_own_settings(here: Path) -> None:
+    preset = load(written(here, imported("kohya_sdxl.toml"))).preset
+    first, second, prior = preset.dataset.folders
+    assert (first.path, first.repeats, first.flip, first.caption) == (str(here / "pictures"), 5, True, "mika woman")
+    assert second.mask == str(here / "masks")
+    assert prior.prior == 1.0
+    assert preset.train.max_grad_norm is None
+    assert preset.sample.prompts == (
+        "mika, portrait --n blurry --w 832 --h 1216 --d 1 --l 7 --s 24",
+        "mika, in a garden",
+    )
+
+
+def test_a_concept_of_file_names_and_one_of_validation_are_told_apart(here: Path) -> None:
+    preset = load(written(here, imported("onetrainer.json"))).preset
+    assert [(folder.repeats, folder.flip, folder.prior, folder.caption) for folder in preset.dataset.folders] == [
+        (3, True, None, None),
+        (1, False, 1.0, "[name]"),
+    ]
+    assert preset.validate_.folder == str(here / "more")
+    assert preset.save.every == 500
+
+
+def written(folder: Path, found: Imported) -> Path:
+    path = folder / "imported.yaml"
+    path.write_text(found.text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "extends"),
+    [("kohya_gui.json", "sdxl"), ("ai_toolkit.yaml", "flux"), ("onetrainer.json", "sdxl"),
+     ("diffusion_pipe.toml", "zimage"), ("kohya_dataset.toml", "sdxl"), ("kohya_sdxl.toml", None)],
+)  # fmt: skip
+def test_the_preset_stands_on_the_shipped_one_of_its_model(config: str, extends: str | None) -> None:
+    assert yaml.safe_load(imported(config).text).get("extends") == extends  # noqa: TID251  what any reader sees
+
+
+def test_the_models_own_file_says_more_than_the_config() -> None:
+    text = imported("ai_toolkit.yaml", "builtin:tiny-sd").text
+    assert "extends: sd15" in text
+    assert "base: builtin:tiny-sd" in text
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_preset_from_any_of_them_is_whole(config: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two commands from another trainer's config to a preset that `check` accepts."""
+    model = "builtin:tiny-flux" if config in ("ai_toolkit.yaml", "diffusion_pipe.toml") else "builtin:tiny-sd"
+    (here / "masks").mkdir()
+    assert main(["import", config, model, "-o", "mine.yaml"]) == 0
+    assert capsys.readouterr().out.strip() == "mine.yaml"
+    lines = [
+        line
+        for line in (here / "mine.yaml").read_text().splitlines()
+        if not re.match(r"  (vae|quantize|text_en)", line)
+    ]
+    (here / "mine.yaml").write_text("\n".join(lines))  # of the real model's files, which are not here
+    shrunk = ["--set", "dataset.resolution=64", "--set", "dataset.buckets={min: 32, max: 96, step: 16}"]
+    assert main(["check", "mine.yaml", *shrunk, "--set", "network.rank=4", "--set", "train.loss={}"]) == 0
+
+
+@pytest.mark.parametrize("command", ["run", "check", "plan", "lint"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_given_for_a_preset_is_answered_with_import(
+    command: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, config]) == 2
+    said = capsys.readouterr().err.strip()
+    assert f"`emotrain import {config}`" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_preset_in_json_is_still_one(here: Path) -> None:
+    (here / "own.json").write_text('{"model": "builtin:tiny-sd", "dataset": "builtin:example"}')
+    assert load(here / "own.json").preset.model.base == "builtin:tiny-sd"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("own.yaml", "model: builtin:tiny-sd\ndataset: builtin:example\n", "is a preset already"),
+        ("other.toml", "[project]\nname = 'x'\n", "of no trainer that is known"),
+        ("list.json", "[1, 2]", "of no trainer that is known"),
+        ("bad.toml", "a = C:\\x", "is not TOML"),
+        ("bad.json", "{", "is not JSON"),
+        ("video.toml", "dataset = 'x.toml'\n[model]\ntype = 'wan'\n", "model.type is `wan`, which cannot be trained"),
+        ("chroma.yaml", "config: {process: [{model: {arch: chroma}}]}", "model.arch is `chroma`"),
+        ("sana.json", '{"model_type": "SANA", "training_method": "LORA"}', "model_type is `SANA`"),
+        ("away.toml", "dataset_config = 'nowhere.toml'\n", "nowhere.toml does not exist"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused_in_a_line(
+    name: str, text: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / name).write_text(text)
+    assert main(["import", name]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_nothing_is_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mika_v3.yaml").write_text("mine")
+    assert main(["import", "kohya_sdxl.toml"]) == 5
+    assert "-o mika_v3-2.yaml" in capsys.readouterr().err
+    assert (here / "mika_v3.yaml").read_text() == "mine"
+
+
+def test_relative_paths_are_looked_for_beside_the_config_and_below_the_current_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "elsewhere").mkdir()
+    (here / "kohya_emo.toml").rename(here / "elsewhere" / "emo.toml")
+    found = import_config(Path("elsewhere/emo.toml"), None, Path())
+    assert "path: ./kohya_folders" in found.text
+
+
+def leaves(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every value of a config, sections and lists among them."""
+    if path:
+        yield path
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in pairs:
+        yield from leaves(value, (*path, key))
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, "onetrainer_concepts.json"])
+def test_a_value_of_another_kind_is_told_and_never_a_traceback(config: str, here: Path) -> None:
+    text = Path(config).read_text()
+    read = {".toml": tomllib.loads, ".json": json.loads, ".yaml": yaml.safe_load}[Path(config).suffix]  # noqa: TID251
+    source = Path("onetrainer.json" if "concepts" in config else "changed.json")
+    for path in leaves(read(text)):
+        for junk in ("words", -7, [[]], {"a": 1}, True):
+            values = read(text)
+            at = values
+            for part in path[:-1]:
+                at = at[part]
+            at[path[-1]] = junk
+            Path(config if "concepts" in config else source).write_text(json.dumps(values))
+            try:
+                found = import_config(source, None, Path())
+            except ConfigError:
+                continue
+            load(written(here, found))
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "extends"),
+    [
+        ("z_image", "z_image_turbo_bf16.safetensors", "zimage-turbo"),
+        ("z_image", "z_image_bf16.safetensors", "zimage"),
+        ("flux2", "flux-2-klein-base-9b.safetensors", "klein-9b"),
+        ("flux2", "flux-2-klein-base-4b.safetensors", "klein-4b"),
+    ],
+)
+def test_a_variant_is_found_by_the_name_of_its_file(kind: str, file: str, extends: str, here: Path) -> None:
+    (here / "v.toml").write_text(
+        f"dataset = 'diffusion_pipe_dataset.toml'\n[model]\ntype = '{kind}'\ndiffusion_model = '{file}'\n"
+    )
+    assert f"extends: {extends}\n" in imported("v.toml").text
