@@ -23,7 +23,7 @@ EXIT_CODES = """\
 
 | code | meaning |
 |---|---|
-| 0 | done; a run that ended by itself is a success |
+| 0 | done; a run that stopped automatically is a success |
 | 1 | a mistake of ours: the traceback is in a file that the message names |
 | 2 | usage or preset |
 | 3 | data set missing or unusable |

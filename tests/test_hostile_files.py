@@ -244,12 +244,12 @@ def test_losses_of_another_kind_cannot_be_ranked(line: str, runs: Path, capsys: 
 def test_what_a_bug_raises_in_a_run_leaves_its_traceback_in_the_run_s_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from emotrain.runs.session import Session
+    from emotrain.runs import training
 
     def fail(*_: Any) -> None:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr(Session, "start_event", fail)
+    monkeypatch.setattr(training, "start_event", fail)
     words = ["run", "quickstart", "--runs-dir", str(tmp_path), "--plain", "--set", "train.max_steps=1"]
     code, text = said(words, capsys)
     assert code == 1

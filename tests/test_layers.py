@@ -69,9 +69,9 @@ def room_of(path: Path) -> str | None:
 
 
 def imports(tree: ast.AST, *, top_only: bool = False) -> Iterator[str]:
-    """Full names of all imported modules, without those for type checkers alone."""
+    """Full names of all imported modules; `top_only`: of those that importing the module itself imports."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for inner in node.orelse:
                 yield from imports(inner, top_only=top_only)
         elif isinstance(node, ast.Import):
@@ -113,10 +113,42 @@ def test_an_upward_or_sideways_import_would_be_found() -> None:
     typing_only = ast.parse("if TYPE_CHECKING:\n    from emotrain.train import loop")
     assert breaches("dataset", up) == ["train"]
     assert breaches("dataset", sideways) == ["lora"]
-    assert breaches("dataset", typing_only) == []
+    assert breaches("dataset", typing_only) == ["train"]
     assert breaches("facts", ast.parse("import emotrain.families.sniff")) == ["families"]
     assert breaches("lora", ast.parse("import emotrain.families.registry")) == []
     assert breaches("train", sideways) == []
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other."""
+
+    def reach(start: str) -> set[str]:
+        seen, open_ = set(), list(graph[start])
+        while open_:
+            if (name := open_.pop()) not in seen:
+                seen.add(name)
+                open_ += graph[name]
+        return seen
+
+    reached = {name: reach(name) for name in graph}
+    found = {frozenset(m for m in reached[name] if name in reached[m]) for name in graph if name in reached[name]}
+    return sorted(sorted(group) for group in found)
+
+
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    """Inside the rooms too, and for the type checker too."""
+    trees = {
+        "emotrain." + name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__"): tree
+        for path, (_, tree) in sources().items()
+    }
+    graph = {name: {other for other in imports(tree) if other in trees} - {name} for name, tree in trees.items()}
+    assert sum(map(len, graph.values())) > 500
+    assert circles(graph) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set(), "c": {"a", "b"}}) == []
 
 
 def test_front_rooms_do_not_import_torch() -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from emotrain.dataset.loader import CachedDataset
 from emotrain.errors import CheckpointError
+from emotrain.runs.folder import RunFolder
+from emotrain.runs.loaded import Loaded
 from emotrain.runs.pictures import CONTRASTS, rank_pictures
 from emotrain.train.contrast import contrastive_losses
-from emotrain.train.events import Notice, Phase
-
-if TYPE_CHECKING:
-    from emotrain.dataset.loader import CachedDataset
-    from emotrain.runs.session import Session
+from emotrain.train.events import Event, Notice, Phase
+from emotrain.train.state import TrainState
 
 SHARE = 0.1  # of the work of training
 SAMPLE = 2.5  # forward passes that training with one sample is worth: there, and back to frozen weights' inputs
@@ -48,41 +47,43 @@ def plan_contrast(num_pictures: int, samples_seen: int) -> Plan | None:
     return Plan(pictures, others, draws) if pictures >= FEWEST else None
 
 
-def compare_captions(session: Session, stop: Callable[[], bool]) -> None:
+def compare_captions(
+    loaded: Loaded, state: TrainState, folder: RunFolder, notify: Callable[[Event], None], stop: Callable[[], bool]
+) -> None:
     """Write `picture_contrast.jsonl` of a finished run and name the captions that may be wrong.
 
     The adapter is off: the base has not learned the wrong captions. Nothing of the run depends on it, and a signal
     ends it early.
     """
-    captions = own_captions(session.data.train)
-    plan = plan_contrast(len(captions), session.state.samples_seen)
+    captions = own_captions(loaded.data.train)
+    plan = plan_contrast(len(captions), state.samples_seen)
     if plan is None:
         return
     if plan.pictures < len(captions):  # those first whose losses speak against them
-        order = {score.id: k for k, score in enumerate(rank_pictures(session.folder))}
+        order = {score.id: k for k, score in enumerate(rank_pictures(folder))}
         chosen = sorted(captions, key=lambda name: order.get(name, len(order)))[: plan.pictures]
         captions = {name: captions[name] for name in chosen}
     if not _comparable(captions, plan.others):
         return
-    model = session.model
+    model = loaded.model
     with model.adapter.off():
         found = contrastive_losses(
             model.family,
             model.objective,
-            session.data.train,
+            loaded.data.train,
             captions,
             others=plan.others,
             draws=plan.draws,
-            seed=session.preset.train.seed,
-            progress=lambda done, total: session.notify(Phase("comparing captions", done, total)),
+            seed=loaded.preset.train.seed,
+            progress=lambda done, total: notify(Phase("comparing captions", done, total)),
             stop=stop,
         )
         lines = [json.dumps(one.to_dict()) + "\n" for one in found]
     try:
-        (session.folder.path / CONTRASTS).write_text("".join(lines), encoding="utf-8", newline="\n")
-        _tell(session)
+        (folder.path / CONTRASTS).write_text("".join(lines), encoding="utf-8", newline="\n")
+        _tell(folder, notify)
     except (OSError, CheckpointError) as error:
-        session.notify(Notice(f"the captions' comparison is lost: {error}"))
+        notify(Notice(f"the captions' comparison is lost: {error}"))
 
 
 def own_captions(data: CachedDataset) -> dict[str, str]:
@@ -96,10 +97,10 @@ def _comparable(captions: Mapping[str, str], others: int) -> bool:
     return len(texts) >= FEWEST and all(len(texts) - texts.count(text) >= others for text in set(texts))
 
 
-def _tell(session: Session) -> None:
-    scores = rank_pictures(session.folder)
+def _tell(folder: RunFolder, notify: Callable[[Event], None]) -> None:
+    scores = rank_pictures(folder)
     doubted = [one.id for one in scores if one.verdict == "suspicious" and one.z_contrast is not None]
     if doubted:
         names = ", ".join(doubted[:NAMED]) + (f" and {len(doubted) - NAMED} more" if len(doubted) > NAMED else "")
         what = f"captions that suit their pictures no better than those of others: {names}"
-        session.notify(Notice(f"{what}; see `emotrain images {session.folder.path}`"))
+        notify(Notice(f"{what}; see `emotrain images {folder.path}`"))

@@ -1,94 +1,97 @@
-"""What a run writes: its logs, the loss of every picture, and at the end the checked LoRA files."""
+"""The last stage of a run: the LoRA files, read back and compared, and the books closed."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
-from emotrain.config.schema import Preset
-from emotrain.dataset.ranking import NO_CAPTION
-from emotrain.errors import ModelError, ResourceError, UnwritableWeightsError
-from emotrain.files import fsync_folder
+from emotrain.errors import ExitCode, ModelError, UnwritableWeightsError
 from emotrain.lora.check import self_check
 from emotrain.lora.file import read_lora, save_lora
-from emotrain.observers.metrics_log import MetricsLog, truncate_log
-from emotrain.observers.tensorboard import TensorBoard
-from emotrain.runs.folder import RunFolder
+from emotrain.runs import contrast, report
+from emotrain.runs.folder import RunFolder, now
+from emotrain.runs.loaded import Loaded
+from emotrain.runs.logs import sync
 from emotrain.runs.metadata import lora_metadata
-from emotrain.train.events import Event, Notice, Observer, Phase, Saved
-from emotrain.train.loop import Outcome, Sample, StopReason
+from emotrain.runs.training import Trained
+from emotrain.train.events import Event, Notice, Phase, RunEnd, Saved
+from emotrain.train.loop import Outcome, StopReason
+from emotrain.train.signals import StopSignals
+from emotrain.train.state import TrainState
 
-if TYPE_CHECKING:
-    from emotrain.runs.session import Session
-
-
-def file_observers(preset: Preset, folder: RunFolder) -> list[Observer]:
-    """The logs that every run keeps, and TensorBoard where the preset wants it."""
-    logs: list[Observer] = [MetricsLog(folder.path)]
-    if preset.log.tensorboard:
-        logs.append(TensorBoard(folder.tensorboard_dir))
-    return logs
+Notify = Callable[[Event], None]
+NOTHING = 5e-4  # of the base's validation loss: a fall below that is no learning
+WHOLE = (StopReason.SIGNAL, StopReason.MAX_STEPS)  # the ends of a run that did what it was to do
 
 
-@runtime_checkable
-class Log(Protocol):
-    """What a run writes as it goes and a checkpoint must not be ahead of."""
+@dataclass(frozen=True)
+class Result:
+    """How a run ended, for the command line."""
 
-    def sync(self) -> None:
-        """Bring to the disk what has been written so far."""
-
-
-def sync(logs: Sequence[Log], notify: Callable[[Event], None]) -> None:
-    """Bring all logs to the disk; one that cannot be costs a notice."""
-    for log in logs:
-        try:
-            log.sync()
-        except OSError as error:
-            notify(Notice(f"a log was not brought to the disk ({error.strerror}); a power cut may shorten it"))
+    folder: RunFolder
+    end: RunEnd
+    exit_code: ExitCode
 
 
-class PictureLosses:
-    """`picture_losses.jsonl`: a line per step with the loss of each picture and where on the noise scale it was taken.
+def finish(loaded: Loaded, trained: Trained, folder: RunFolder, notify: Notify, signals: StopSignals) -> Result:
+    """Write the LoRAs, check them, close the books.
 
-    Args:
-        path: the file; a resumed run cuts it after `start_step`.
+    Raises:
+        ModelError: a file does not say what the live weights are: the run is not done.
+        ResourceError: the disk is full, or a file cannot be written.
     """
+    state, rule, lora = trained.state, loaded.stop_rule, None
+    if state.step:
+        lora, outcome = hand_over(loaded, state, trained.outcome, folder, notify)
+        trained = replace(trained, outcome=outcome)
+        draw_written(loaded, state, lora, outcome.reason, notify)
+    reason, sentence = trained.outcome.reason, trained.outcome.sentence
+    interrupted = reason is StopReason.INTERRUPTED
+    for notice in last_words(loaded, state):
+        notify(notice)
+    folder.update_info(
+        finished=None if interrupted else now(),
+        steps=state.step,
+        stop_reason=str(reason),
+        stop_sentence=sentence,
+        best_step=state.best_step,
+        best_loss=state.best_loss,
+        base_loss=rule.base_loss,
+        skipped=state.guard.skipped,
+        train_s=round(state.train_s, 3),
+        resumes=state.resumes,
+        lora=lora.name if lora else None,
+        gain=rule.gain.summary() if rule.gain else None,
+    )
+    if reason in WHOLE:
+        contrast.compare_captions(loaded, state, folder, notify, lambda: bool(signals))
+    page = report.write_at_end(folder, loaded.pictures.all, notify)
+    end = RunEnd(
+        step=state.step,
+        stop_reason=str(reason),
+        sentence=sentence,
+        lora=lora,
+        best_step=state.best_step,
+        best_loss=state.best_loss,
+        seconds=trained.seconds,
+        resume_command=f"emotrain resume {shlex.quote(str(folder.path))}" if interrupted else None,
+        session_steps=state.step - trained.first_step,
+        all_command=all_command(loaded, state, reason, folder),
+        report=page,
+    )
+    notify(end)
+    diverged = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
+    return Result(folder, end, signals.exit_code if interrupted else diverged)
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        truncate_log(path, start_step)
-        self._is_new = True
-        self._file = path.open("a", encoding="utf-8", newline="\n")
 
-    def write(self, step: int, samples: Sequence[Sample]) -> None:
-        """One line; a full disk loses it and nothing else."""
-        rows = [
-            [sample.id, round(sample.position, 5), round(sample.loss, 6), *([] if sample.captioned else [NO_CAPTION])]
-            for sample in samples
-        ]
-        try:
-            self._file.write(json.dumps({"step": step, "samples": rows}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise ResourceError(f"{self._file.name} cannot be written: {error.strerror}") from error
-
-    def sync(self) -> None:
-        """Bring what has been written to the disk."""
-        os.fsync(self._file.fileno())
-        if self._is_new:
-            fsync_folder(Path(self._file.name).parent)
-            self._is_new = False
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def hand_over(session: Session, outcome: Outcome) -> tuple[Path | None, Outcome]:
+def hand_over(
+    loaded: Loaded, state: TrainState, outcome: Outcome, folder: RunFolder, notify: Notify
+) -> tuple[Path | None, Outcome]:
     """Write the best and the last LoRA, read both back and compare; the best one's path and how the run ended.
 
     Weights that no file can hold (not finite, or too large for save.dtype) are a divergence: the best LoRA is written
@@ -98,69 +101,91 @@ def hand_over(session: Session, outcome: Outcome) -> tuple[Path | None, Outcome]
         ModelError: a file does not say what the live weights are: the run is not done.
         ResourceError: the disk is full, or the file cannot be written.
     """
-    session.notify(Phase("writing and checking the LoRA"))
-    with session.optimizer.eval_mode():
-        last = session.model.adapter.state()
-    best, best_step = session.state.best_adapter or last, session.state.best_step
+    notify(Phase("writing and checking the LoRA"))
+    with loaded.optimizer.eval_mode():
+        last = loaded.model.adapter.state()
+    best, best_step = state.best_adapter or last, state.best_step
     if best_step == 0:
-        session.notify(
-            Notice("no validation was better than that of step 0, and lora.safetensors is the LoRA of step 0")
-        )
+        notify(Notice("no validation was better than that of step 0, and lora.safetensors is the LoRA of step 0"))
     written: Path | None = None
-    for path, state, step in (
-        (session.folder.lora_path, best, session.state.step if best_step is None else best_step),
-        (session.folder.lora_last_path, last, session.state.step),
+    for path, weights, step in (
+        (folder.lora_path, best, state.step if best_step is None else best_step),
+        (folder.lora_last_path, last, state.step),
     ):
         try:
-            write_lora(session, path, state, step, outcome)
+            write_lora(loaded, path, weights, lora_metadata(loaded, state, step, outcome))
         except UnwritableWeightsError as error:
-            session.notify(Notice(f"{path.name} is not written: {error.message}"))
+            notify(Notice(f"{path.name} is not written: {error.message}"))
             outcome = Outcome(StopReason.DIVERGED, f"the weights of step {step} cannot be written: {error.message}")
             continue
+        notify(Saved(step, path, best=path == folder.lora_path))
         written = written or path
-    session.notify(Phase("writing and checking the LoRA", 1, 1))
+    notify(Phase("writing and checking the LoRA", 1, 1))
     return written, outcome
 
 
-def write_lora(session: Session, path: Path, state: dict[str, Tensor], step: int, outcome: Outcome) -> None:
+def write_lora(loaded: Loaded, path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """One file, checked."""
-    save, adapter, family = session.preset.save, session.model.adapter, session.model.family
-    save_lora(
-        path,
-        state,
-        alphas=adapter.alphas(),
-        family=family.name,
-        format=save.format,
-        dtype=save.dtype,
-        metadata=lora_metadata(session, step, outcome),
-    )
-    self_check(path, state, adapter.alphas(), family.name)
-    session.notify(Saved(step, path, best=path == session.folder.lora_path))
+    save, alphas, family = loaded.preset.save, loaded.model.adapter.alphas(), loaded.model.family.name
+    save_lora(path, weights, alphas=alphas, family=family, format=save.format, dtype=save.dtype, metadata=metadata)
+    self_check(path, weights, alphas, family)
 
 
-def draw_written(session: Session, lora: Path | None, outcome: Outcome) -> None:
+def draw_written(loaded: Loaded, state: TrainState, lora: Path | None, reason: StopReason, notify: Notify) -> None:
     """The sheet's last column: what the LoRA file draws, read back as its users read it.
 
     Left out where the run was interrupted or diverged; pictures of an earlier file go in any case.
     """
-    sampler, adapter = session.sampler, session.model.adapter
+    sampler, adapter = loaded.sampler, loaded.model.adapter
     if sampler is None:
         return
     try:
         for path in sampler.lora_paths():
             path.unlink(missing_ok=True)
     except OSError as error:
-        session.notify(Notice(f"pictures of an earlier LoRA file stay in {sampler.folder}: {error.strerror}"))
+        notify(Notice(f"pictures of an earlier LoRA file stay in {sampler.folder}: {error.strerror}"))
         return
-    if lora is None or outcome.reason not in (StopReason.SIGNAL, StopReason.MAX_STEPS):
+    if lora is None or reason not in WHOLE:
         return
     live = adapter.state()
     try:
         adapter.load_state(read_lora(lora).state)
     except ModelError as error:  # a layout that joins modules may give them other ranks
-        session.notify(Notice(f"the sheet has no column of {lora.name}: {error.message}"))
+        notify(Notice(f"the sheet has no column of {lora.name}: {error.message}"))
         return
-    best = session.state.best_step
-    sampler.draw_lora(session.state.step if best is None else best, best)
+    sampler.draw_lora(state.step if state.best_step is None else state.best_step, state.best_step)
     adapter.load_state(live)
-    sync([sampler], session.notify)
+    sync([sampler], notify)
+
+
+def last_words(loaded: Loaded, state: TrainState) -> Iterator[Notice]:
+    """What the user should know of the result: that nothing was learned, and what LR 1.0 was found to be."""
+    rule, best = loaded.stop_rule, state.best_loss
+    base, gain = rule.base_loss, rule.gain
+    if state.step and base is not None and best is not None and base - best < NOTHING * base:
+        yield Notice(
+            f"this run learned next to nothing: the validation loss was {base:.4g} and is {best:.4g} at best;"
+            " the LoRA changes hardly anything"
+        )
+    if gain is not None and (length := gain.step_length()):
+        number = f"{length:.1e}".replace("e-0", "e-")
+        made = f"the mean length of the {gain.best.steps} steps that the LoRA is made of"
+        yield Notice(f"LR {loaded.preset.train.lr or 1.0:.1f} = {number} here: {made}", level="info")
+
+
+def all_command(loaded: Loaded, state: TrainState, reason: StopReason, folder: RunFolder) -> str | None:
+    """How to train on all pictures for the steps that were found; None where none were held out of the folder."""
+    best, preset, gain = state.best_step, loaded.preset, loaded.stop_rule.gain
+    if reason is not StopReason.SIGNAL or not best or not loaded.pictures.held_out:
+        return None
+    if preset.validate_.folder is not None:
+        return None
+    settings: dict[str, Any] = {}
+    if gain is not None:  # as many steps as the LoRA is made of, at their mean gain
+        best, lr = gain.best.steps, (preset.train.lr or 1.0) * gain.best.gain / gain.best.steps
+        settings = {"train.gain": "fixed", "train.lr": f"{lr:.2f}", "train.allow_small_lr": "true"}
+    # validated at the end alone: flipped training pictures must not choose an earlier step
+    settings |= {"stop.mode": "off", "train.max_steps": best, "validate.every": best}
+    words = " ".join(["validate.fraction=0", *(f"--set {key}={value}" for key, value in settings.items())])
+    name = shlex.quote(f"{folder.name}-all")
+    return f"emotrain run {shlex.quote(str(folder.preset_path))} --name {name} --set {words}"

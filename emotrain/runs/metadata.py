@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from emotrain import __version__
 from emotrain.dataset.captions import split_tags
 from emotrain.dataset.examples import Example
 from emotrain.lora.metadata import About, build_metadata
+from emotrain.runs.loaded import Loaded
 from emotrain.train.loop import Outcome
-
-if TYPE_CHECKING:
-    from emotrain.runs.session import Session
+from emotrain.train.state import TrainState
 
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
@@ -33,36 +31,36 @@ def folder_name(example: Example) -> str:
     return example.path.parent.name
 
 
-def lora_metadata(session: Session, step: int, outcome: Outcome) -> dict[str, str]:
+def lora_metadata(loaded: Loaded, state: TrainState, step: int, outcome: Outcome) -> dict[str, str]:
     """Header strings of the file that holds the weights of `step`.
 
     No time of day is among them: the same seed on the same machine gives the same bytes; run.json has the times.
     """
-    preset, adapter, data = session.preset, session.model.adapter, session.data.train
+    preset, adapter, data = loaded.preset, loaded.model.adapter, loaded.data.train
     train, loss = preset.train, preset.train.loss
     sizes = Counter(placement.size for placement in data.placements())
-    examples = session.pictures.train
+    examples = loaded.pictures.train
     settings: tuple[object, int] = (preset.network.targets, preset.network.conv_rank)
     if preset.start_from.continue_ is not None:  # the earlier LoRA's, whatever the preset says
         settings = ("continued", 0)
     return build_metadata(
         About(
-            family=session.found.family,
-            variant=session.found.variant,
+            family=loaded.found.family,
+            variant=loaded.found.variant,
             name=preset.name,
             rank=adapter.rank,
             alpha=adapter.alpha,
             network_args={"targets": settings[0], "conv_rank": settings[1]},
             base_name=Path(preset.model.base).name,
-            base_sha256=session.model.base_digest,
-            prediction=session.found.prediction,
+            base_sha256=loaded.model.base_digest,
+            prediction=loaded.found.prediction,
             trigger=preset.dataset.trigger,
             tag_frequency=tag_frequency(examples),
             folders={name: (max(e.repeats for e in group), len(group)) for name, group in by_folder(examples).items()},
             buckets=[(width, height, count) for (width, height), count in sorted(sizes.items())],
             num_images=data.num_images,
             num_reg_images=sum(example.prior for example in examples),
-            resolution=(session.size, session.size),
+            resolution=(loaded.size, loaded.size),
             steps=step,
             max_steps=train.max_steps,
             epochs=step * train.gradient_accumulation_steps / data.batches_per_epoch,
@@ -72,14 +70,14 @@ def lora_metadata(session: Session, step: int, outcome: Outcome) -> dict[str, st
             optimizer=train.optimizer.name,
             lr=train.lr if train.lr is not None else 1.0,
             text_encoder=preset.network.text_encoder,
-            dtype=DTYPES[str(session.model.family.dtype)],
+            dtype=DTYPES[str(loaded.model.family.dtype)],
             min_snr_gamma=loss.min_snr_gamma,
             noise_offset=loss.noise_offset or None,
             preset=preset.to_dict(),
-            dataset_sha256=session.dataset_digest,
-            parents=[{key: one[key] for key in ("kind", "sha256", "weight")} for one in session.model.parents],
+            dataset_sha256=loaded.dataset_digest,
+            parents=[{key: one[key] for key in ("kind", "sha256", "weight")} for one in loaded.model.parents],
             stop_reason=str(outcome.reason),
-            best_step=session.state.best_step,
+            best_step=state.best_step,
             version=__version__,
             extra={"stop_sentence": outcome.sentence},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -12,13 +12,13 @@ from emotrain.config.schema import Preset
 from emotrain.errors import ResourceError
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.table import Sniffed
+from emotrain.runs.folder import RunFolder
+from emotrain.runs.loaded import Loaded
 from emotrain.runs.plan import footprint_of
 from emotrain.runs.plan_memory import Memory, state_bytes_per_number
-from emotrain.train.events import Phase
+from emotrain.train.events import Event, Phase
 from emotrain.train.memory import OutOfMemory, is_out_of_memory, rehearse, with_memory
-
-if TYPE_CHECKING:
-    from emotrain.runs.session import Session
+from emotrain.train.state import TrainState
 
 T = TypeVar("T")
 
@@ -38,29 +38,29 @@ LEAST = 0.1  # of all that is needed: what a switch has to save where nothing is
 GENERAL = "`emotrain plan PRESET` shows which settings save memory, and how much"
 
 
-def try_largest(session: Session) -> None:
+def try_largest(loaded: Loaded, state: TrainState, notify: Callable[[Event], None]) -> None:
     """Go through the largest batch ahead of the first step, unless that step has one as large.
 
     Raises:
         OutOfMemory: it does not fit; the hint says what to change.
     """
-    data, state, train = session.data.train, session.state, session.preset.train
+    data, train = loaded.data.train, loaded.preset.train
     largest = data.largest()
     first = [data.size_of(state.micro_step + number) for number in range(train.gradient_accumulation_steps)]
     if data.size_of(largest) in first or state.step >= train.max_steps:
         return
-    model, name = session.model, "trying the largest batch"
+    model, name = loaded.model, "trying the largest batch"
     numbers = sum(parameter.numel() for parameter in model.adapter.parameters())
-    kept = 0.0 if state.step else state_bytes_per_number(session.preset)
-    session.notify(Phase(name))
+    kept = 0.0 if state.step else state_bytes_per_number(loaded.preset)
+    notify(Phase(name))
     try:
         rehearse(model.family, model.objective, model.adapter, data.batch(largest), reserve=int(numbers * (4 + kept)))
     except OutOfMemory as error:
-        raise add_advice(session, error) from None
-    session.notify(Phase(name, 1, 1))
+        raise add_advice(loaded, state, error) from None
+    notify(Phase(name, 1, 1))
 
 
-def run_with_advice(session: Session, doing: str, work: Callable[[], T]) -> T:
+def run_with_advice(loaded: Loaded, state: TrainState, folder: RunFolder, doing: str, work: Callable[[], T]) -> T:
     """What `work` returns; run.json says so where memory runs out.
 
     Raises:
@@ -71,25 +71,25 @@ def run_with_advice(session: Session, doing: str, work: Callable[[], T]) -> T:
     except OutOfMemory as error:
         failed = error.with_traceback(None)
     with contextlib.suppress(ResourceError):
-        session.folder.update_info(steps=session.state.step, stop_reason="out of memory")
-    raise add_advice(session, failed)
+        folder.update_info(steps=state.step, stop_reason="out of memory")
+    raise add_advice(loaded, state, failed)
 
 
-def add_advice(session: Session, error: OutOfMemory) -> OutOfMemory:
+def add_advice(loaded: Loaded, state: TrainState, error: OutOfMemory) -> OutOfMemory:
     """The error with a hint."""
-    data, family = session.data.train, session.model.family
+    data, family = loaded.data.train, loaded.model.family
     count, _, height, width = data.batch(data.largest()).latents.shape
     hint = advice(
-        session.preset,
-        session.found,
+        loaded.preset,
+        loaded.found,
         family.memory,
         (count, height, width),
         dtype=family.dtype,
         on_gpu=family.device.type == "cuda",
         asked_gib=error.asked_gib,
     )
-    if session.state.step:
-        hint += f"; go on with `emotrain resume {session.preset.name} --set KEY=VALUE --allow-config-change`"
+    if state.step:
+        hint += f"; go on with `emotrain resume {loaded.preset.name} --set KEY=VALUE --allow-config-change`"
     return OutOfMemory(error.doing, error.asked_gib, hint)
 
 

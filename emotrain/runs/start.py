@@ -1,4 +1,4 @@
-"""Run and resume: train in a run folder that no one else holds."""
+"""Run and resume: load, train in a run folder that no one else holds, hand over."""
 
 from __future__ import annotations
 
@@ -9,30 +9,16 @@ from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError
 from emotrain.observers.dashboard import Dashboard
 from emotrain.runs import changes, out_of_memory
+from emotrain.runs.finish import Result, finish
 from emotrain.runs.folder import RunFolder, create_run, library_versions, name_taken
-from emotrain.runs.session import Result, Session
+from emotrain.runs.loaded import Beginning, Loaded, Observers, go_back, load
+from emotrain.runs.training import train
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Observer
 from emotrain.train.signals import StopSignals, tell_stopping
+from emotrain.train.state import TrainState
 
-__all__ = ["Result", "Session", "resume", "run"]
-
-
-def refuse_done(session: Session, folder: RunFolder) -> None:
-    """A run that has handed over its LoRA and has nothing left to do is not resumed.
-
-    One that died between its last checkpoint and the hand-over is: it then only hands over.
-
-    Raises:
-        CheckpointError: the run is done.
-    """
-    step, info = session.state.step, folder.info()
-    over = step >= session.preset.train.max_steps or session.stop_rule.decide(step) is not None
-    if over and info.get("finished"):
-        raise CheckpointError(
-            f"run `{folder.name}` is done: it ended by itself after step {step} ({info.get('stop_reason')})",
-            "raise train.max_steps with --set, or start a new run from it with start_from.continue",
-        )
+__all__ = ["Result", "resume", "run"]
 
 
 def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extends: str | None = None) -> Result:
@@ -41,19 +27,20 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extend
     Raises:
         EmotrainError: with the exit code that belongs to it; see `errors`.
     """
-    session = Session(preset, observers)
+    watching = Observers(observers)
     try:
         target = runs_dir / preset.name
         if target.exists():
             raise name_taken(target)
-        session.load()  # nothing to save yet: a signal ends the process here
-        out_of_memory.try_largest(session)
+        loaded, begin = load(preset, watching.notify), Beginning(TrainState())
+        out_of_memory.try_largest(loaded, begin.state, watching.notify)  # nothing to save yet: a signal ends it here
         with StopSignals(say_stopping(observers)) as signals:
-            folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **session.facts())
+            folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **loaded.facts())
             with folder.lock():
-                return session.train(folder, signals)
+                trained = train(loaded, begin, folder, watching, signals)
+                return finish(loaded, trained, folder, watching.notify, signals)
     finally:
-        session.close()
+        watching.close()
 
 
 def say_stopping(observers: Sequence[Observer]) -> Callable[[str], None]:
@@ -75,29 +62,44 @@ def resume(
         CheckpointError: no checkpoint can be used, or preset, data set or base have changed.
         ResourceError: another process trains in this folder.
     """
-    session = Session(preset, observers)
+    watching = Observers(observers)
+    notify = watching.notify
     try:
         with folder.lock():
             store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
             checkpoint, notices = store.load(step)
-            session.load()
+            loaded = load(preset, notify)
             if (line := changes.library_changes(folder.info().get("libraries") or {}, library_versions())) is not None:
                 notices = [*notices, line]
-            for line in notices:
-                session.notify(Notice(line))
             before = changes.Identity.from_document(checkpoint.documents["identity"])
-            lines = changes.refuse(before, session.identity(), allow=allow_config_change)
-            for line in lines:
-                session.notify(Notice(line))
-            session.restore(checkpoint)
-            session.take_new_rate(before)
-            refuse_done(session, folder)
-            out_of_memory.try_largest(session)
+            for line in (*notices, *changes.refuse(before, loaded.identity, allow=allow_config_change)):
+                notify(Notice(line))
+            begin = go_back(loaded, checkpoint, before)
+            refuse_done(loaded, begin.state.step, folder)
+            out_of_memory.try_largest(loaded, begin.state, notify)
             for line in store.drop_after(checkpoint.step) if step is not None else ():
-                session.notify(Notice(line, level="info"))
+                notify(Notice(line, level="info"))
             with StopSignals(say_stopping(observers)) as signals:
                 folder.update_info(finished=None, stop_reason=None)
                 folder.write_preset(preset.to_dict())
-                return session.train(folder, signals)
+                trained = train(loaded, begin, folder, watching, signals)
+                return finish(loaded, trained, folder, notify, signals)
     finally:
-        session.close()
+        watching.close()
+
+
+def refuse_done(loaded: Loaded, step: int, folder: RunFolder) -> None:
+    """A run that has handed over its LoRA and has nothing left to do is not resumed.
+
+    One that died between its last checkpoint and the hand-over is: it then only hands over.
+
+    Raises:
+        CheckpointError: the run is done.
+    """
+    info = folder.info()
+    over = step >= loaded.preset.train.max_steps or loaded.stop_rule.decide(step) is not None
+    if over and info.get("finished"):
+        raise CheckpointError(
+            f"run `{folder.name}` is done: it stopped automatically after step {step} ({info.get('stop_reason')})",
+            "raise train.max_steps with --set, or start a new run from it with start_from.continue",
+        )

@@ -29,6 +29,7 @@ from heldout import Bench  # noqa: E402
 
 from emotrain.cli.app import main as emotrain  # noqa: E402
 from emotrain.config.load import load  # noqa: E402
+from emotrain.config.schema import Preset  # noqa: E402
 from emotrain.runs import start  # noqa: E402
 from emotrain.runs.build import sniffed  # noqa: E402
 from emotrain.runs.folder import RunFolder  # noqa: E402
@@ -109,8 +110,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write what is there so far")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = start.Session(load("quickstart", (), "x").preset, ())
-    identity = base_identity(base)
+    identity = base_identity(load("quickstart", (), "x").preset)
     work = options.work / identity
     work.mkdir(parents=True, exist_ok=True)
     cells_path = work / "cells.json"
@@ -129,12 +129,12 @@ def main() -> None:
                         options.report.write_text(page(cells, options, rows(Lines(work, 0), 0)))
 
 
-def base_identity(session: start.Session) -> str:
+def base_identity(preset: Preset) -> str:
     """Short digest of the model's and the pictures' files: other ones get a work folder of their own."""
     import hashlib
 
     sha = hashlib.sha256()
-    folders = [Path(str(sniffed(session.preset).path)), *(ROOT / "emotrain/assets").glob("example*")]
+    folders = [Path(str(sniffed(preset).path)), *(ROOT / "emotrain/assets").glob("example*")]
     for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
         sha.update(path.name.encode() + path.read_bytes())
     return sha.hexdigest()[:12]

@@ -14,6 +14,7 @@ from kill_worker import NAME, Case, Plan, different, finish, in_child, train
 
 from emotrain.train import state as run_state
 from emotrain.train.checkpoint import CheckpointStore
+from emotrain.train.state import TrainState
 
 NOT_PROMISED = ("state.resumes", "state.train_s")  # a count of resumes and a time: they differ by their nature
 COMPARED = ("identity",)  # what a resume is checked against, not what it continues with
@@ -21,9 +22,9 @@ COMPARED = ("identity",)  # what a resume is checked against, not what it contin
 
 def items(case: Case, tensors: dict[str, Any], documents: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, way to take it out) of everything in a checkpoint, where a fresh run has something else or nothing."""
-    session = case.session
+    loaded = case.loaded
     fresh_tensors, fresh_documents = run_state.capture(
-        session.state, session.model.adapter, session.optimizer, session.stop_rule, session.expected
+        TrainState(), loaded.model.adapter, loaded.optimizer, loaded.stop_rule, []
     )
     for stem, named in tensors.items():
         yield f"{stem}.safetensors", lambda t, d, s=stem: put(t, s, fresh_tensors.get(s, {}))
@@ -89,9 +90,9 @@ def without(case: Case, base: Path, way: Any) -> tuple[int, list[str]]:
     runs_dir = case.work / "one"
     shutil.rmtree(runs_dir, ignore_errors=True)
     shutil.copytree(base, runs_dir)
-    case.session.out.unlink(missing_ok=True)
+    case.out.unlink(missing_ok=True)
     code = wait(in_child(lambda: train(case, runs_dir, Plan(left_out=way), resume=True)))
-    parts = json.loads(case.session.out.read_text()) if case.session.out.exists() else {}
+    parts = json.loads(case.out.read_text()) if case.out.exists() else {}
     shutil.rmtree(runs_dir)
     return code, different(case, parts) if not code else []
 

@@ -32,7 +32,7 @@ def fresh(case: Case, runs_dir: Path, plan: Plan) -> tuple[int, dict[str, str]]:
     """A new run in a child."""
     pid = begin(case, runs_dir, plan)
     code = wait(pid)
-    return code, json.loads(case.session.out.read_text()) if case.session.out.exists() else {}
+    return code, json.loads(case.out.read_text()) if case.out.exists() else {}
 
 
 def begin(case: Case, runs_dir: Path, plan: Plan) -> int:
@@ -40,7 +40,7 @@ def begin(case: Case, runs_dir: Path, plan: Plan) -> int:
     shutil.rmtree(runs_dir, ignore_errors=True)
     runs_dir.mkdir(parents=True)
     case.trail.unlink(missing_ok=True)
-    case.session.out.unlink(missing_ok=True)
+    case.out.unlink(missing_ok=True)
     return in_child(lambda: train(case, runs_dir, plan, resume=False))
 
 
@@ -165,7 +165,7 @@ def random_kill(case: Case, chance: random.Random) -> Row:
         resume = attempt > 0 and newest(runs_dir) > 0
         if attempt and not resume:
             break
-        case.session.out.unlink(missing_ok=True)
+        case.out.unlink(missing_ok=True)
         pid = in_child(lambda: train(case, runs_dir, Plan(), resume=True)) if resume else begin(case, runs_dir, Plan())
         time.sleep(chance.uniform(0.05, 1.0) * case.seconds)
         os.kill(pid, signal.SIGKILL)
@@ -176,7 +176,7 @@ def random_kill(case: Case, chance: random.Random) -> Row:
             break
         row["kills"] += 1
     if code not in (-signal.SIGKILL, REFUSED):  # a resume is refused where the kill came after the hand-over
-        parts = json.loads(case.session.out.read_text()) if case.session.out.exists() else {}
+        parts = json.loads(case.out.read_text()) if case.out.exists() else {}
         row |= {"differs": different(case, parts), "code": code, "repeated": 0}
         return row | {"ok": code == 0 and not row["differs"]}
     return judge(case, runs_dir, row)

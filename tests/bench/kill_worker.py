@@ -10,7 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ from torch import Tensor
 from emotrain.config.load import load
 from emotrain.errors import EmotrainError
 from emotrain.lora.file import read_lora
-from emotrain.runs import session, start
-from emotrain.runs.folder import open_run
+from emotrain.runs import start, training
+from emotrain.runs.folder import RunFolder, open_run
+from emotrain.runs.loaded import Loaded
+from emotrain.runs.loaded import load as load_parts
+from emotrain.runs.training import Trained
 from emotrain.train import rng
 from emotrain.train import state as run_state
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Event, StepEnd
 from emotrain.train.loop import Outcome, StopReason
-from emotrain.train.signals import StopSignals
 
 TIMES = ("step_s", "memory_gib")  # of metrics.jsonl: not part of what is promised
 NAME = "run"
@@ -77,20 +79,25 @@ class Restless:
         pass
 
 
-class Watched(start.Session):
-    """A session that is loaded once and trained in forked children; at its end it writes its digest."""
+def write_digest(out: Path) -> None:
+    """From now on a run of this process writes its digest at its end."""
+    plain_parts, plain_finish, expected = training.loop_parts, start.finish, []
 
-    out: Path
+    def loop_parts(loaded: Loaded, state: Any, baseline: Any, *rest: Any) -> Any:
+        expected[:] = baseline.expected
+        return plain_parts(loaded, state, baseline, *rest)
 
-    def end(self, outcome: Outcome, signals: StopSignals, seconds: float) -> start.Result:
+    def finish(loaded: Loaded, trained: Trained, folder: RunFolder, *rest: Any) -> start.Result:
         states, document = rng.capture()
-        result = super().end(outcome, signals, seconds)
+        result = plain_finish(loaded, trained, folder, *rest)
         tensors, documents = run_state.capture(
-            self.state, self.model.adapter, self.optimizer, self.stop_rule, self.expected
+            trained.state, loaded.model.adapter, loaded.optimizer, loaded.stop_rule, list(expected)
         )
         tensors["rng"], documents["rng"] = states, document
-        self.out.write_text(json.dumps(end_digest(tensors, documents, outcome, self.folder.path)))
+        out.write_text(json.dumps(end_digest(tensors, documents, trained.outcome, folder.path)))
         return result
+
+    training.loop_parts, start.finish = loop_parts, finish
 
 
 def end_digest(tensors: dict[str, Any], documents: dict[str, Any], outcome: Outcome, folder: Path) -> dict[str, str]:
@@ -135,15 +142,16 @@ class Case:
 
     name: str
     work: Path
-    session: Watched
+    loaded: Loaded
     trail: Path
+    out: Path
     straight: dict[str, str] = field(default_factory=dict)
     points: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def save_every(self) -> int:
-        return int(self.session.preset.save.every)
+        return int(self.loaded.preset.save.every)
 
 
 def prepare(name: str, text: str, work: Path) -> Case:
@@ -153,11 +161,7 @@ def prepare(name: str, text: str, work: Path) -> Case:
     path.write_text(text)
     preset = load(str(path), (), NAME).preset
     trail = work / "trail"
-    watched = Watched(preset, [Restless(trail)])
-    watched.load()
-    watched.load = lambda: None  # type: ignore[method-assign]
-    watched.out = work / "digest.json"
-    return Case(name, work, watched, trail)
+    return Case(name, work, load_parts(preset, lambda event: None), trail, work / "digest.json")
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -210,23 +214,25 @@ def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
             plan.succession.die()
 
     if plan.kill_at or plan.kill_after_commits or plan.journal or plan.points or plan.succession:
-        for module in (start, session):
+        for module in (start, training):
             module.CheckpointStore = partial(CheckpointStore, stage=point)  # type: ignore[misc, assignment]
         journal = plan.journal or case.work / "journal" / str(os.getpid())
         power_cut.record(runs_dir, journal, point)
     if plan.left_out is not None:
         start.CheckpointStore = partial(Forgetful, plan.left_out)  # type: ignore[misc, assignment]
-    start.Session = lambda preset, observers: case.session  # type: ignore[misc, assignment]
-    preset = case.session.preset
+    preset = case.loaded.preset
     if plan.save_every is not None:
         save = preset.save.model_copy(update={"every": plan.save_every, "keep_last": 10_000})
-        case.session.preset = preset = preset.model_copy(update={"save": save})
-    case.session.out = plan.out or case.session.out
+        preset = preset.model_copy(update={"save": save})
+    loaded = replace(case.loaded, preset=preset)
+    start.load = lambda preset, notify: loaded  # type: ignore[assignment]
+    write_digest(plan.out or case.out)
+    watching = (Restless(case.trail),)
     rng.seed_all(preset.train.seed)  # what `load` would do here
     if resume:
-        start.resume(open_run(runs_dir / NAME), preset, step=plan.step, observers=())
+        start.resume(open_run(runs_dir / NAME), preset, step=plan.step, observers=watching)
     else:
-        start.run(preset, runs_dir=runs_dir, observers=())
+        start.run(preset, runs_dir=runs_dir, observers=watching)
 
 
 class Forgetful(CheckpointStore):
@@ -244,7 +250,7 @@ class Forgetful(CheckpointStore):
 
 def finish(case: Case, runs_dir: Path, plan: Plan | None = None) -> tuple[int, dict[str, str]]:
     """Resume to the end, or start anew where nothing had been committed; exit code and digest."""
-    case.session.out.unlink(missing_ok=True)
+    case.out.unlink(missing_ok=True)
     run = runs_dir / NAME
     resume = bool(CheckpointStore(run / "checkpoints").steps())
     if not resume and run.exists():
@@ -253,7 +259,7 @@ def finish(case: Case, runs_dir: Path, plan: Plan | None = None) -> tuple[int, d
             return code, {"resume without a checkpoint": "was not refused"}
         run.rename(runs_dir / f"dead-{time.monotonic_ns()}")
     code = wait(in_child(lambda: train(case, runs_dir, plan or Plan(), resume=resume)))
-    parts = json.loads(case.session.out.read_text()) if case.session.out.exists() else {}
+    parts = json.loads(case.out.read_text()) if case.out.exists() else {}
     if code == REFUSED and (done := done_digest(run)):
         return 0, done  # nothing was left to do, and all of it is there
     return code, parts

@@ -18,9 +18,10 @@ import torch
 
 from emotrain.config.load import load_preset
 from emotrain.runs.build import build_validation, validate_every
-from emotrain.runs.session import Session
+from emotrain.runs.loaded import load
 from emotrain.train.loop import Limits, Parts, train_step
 from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.state import TrainState
 
 
 def seconds(work: object) -> float:
@@ -34,16 +35,15 @@ def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, flo
     """(CPU seconds of a step, of a validation, steps between two validations when left to `auto`)."""
     words = (f"train.micro_batch_size={micro_batch}", "validate.every=auto")
     preset = load_preset(preset_name, words, "cost")
-    session = Session(preset, [])
-    session.load()
-    validation = build_validation(preset, session.model, session.data, session.data.validation)
+    loaded, state = load(preset, lambda event: None), TrainState()
+    validation = build_validation(preset, loaded.model, loaded.data, loaded.data.validation)
     parts = Parts(
-        family=session.model.family,
-        objective=session.model.objective,
-        adapter=session.model.adapter,
-        optimizer=session.optimizer,
-        data=session.data.train,
-        stop_rule=session.stop_rule,
+        family=loaded.model.family,
+        objective=loaded.model.objective,
+        adapter=loaded.model.adapter,
+        optimizer=loaded.optimizer,
+        data=loaded.data.train,
+        stop_rule=loaded.stop_rule,
         loss_baseline=LossBaseline(),
         validation=validation,
         notify=lambda event: None,
@@ -55,12 +55,12 @@ def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, flo
     limits = Limits(10**6, 1, 1.0, preset.train.seed, 1, 10**6, 0)
     steps, validations = [], []
     for turn in range(rounds + 2):
-        step = seconds(lambda: [train_step(parts, limits, session.state) for _ in range(4)]) / 4
+        step = seconds(lambda: [train_step(parts, limits, state) for _ in range(4)]) / 4
         asked = seconds(lambda: (validation.loss(), validation.drift()))
         if turn >= 2:
             steps.append(step)
             validations.append(asked)
-    held = len(session.pictures.held_out)
+    held = len(loaded.pictures.held_out)
     return statistics.median(steps), statistics.median(validations), validate_every(preset, held)
 
 

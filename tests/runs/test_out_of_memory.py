@@ -96,7 +96,7 @@ def test_the_largest_batch_is_tried_first_and_changes_no_bit(
     assert area(sizes[0]) == max(map(area, sizes)) > area(sizes[1])
     torch.rand(100)
     with monkeypatch.context() as without:
-        without.setattr(out_of_memory, "try_largest", lambda session: None)
+        without.setattr(out_of_memory, "try_largest", lambda *_: None)
         denoiser.sizes = []
         plain = start.run(preset(place), runs_dir=tmp_path / "plain", observers=())
     assert denoiser.sizes == sizes[1:]

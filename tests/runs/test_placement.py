@@ -9,7 +9,7 @@ import pytest
 from emotrain.config.load import load_preset
 from emotrain.families.common import LoadedFamily
 from emotrain.families.flux.model import Flux
-from emotrain.runs.session import Session
+from emotrain.runs.loaded import load
 
 
 def test_pictures_captions_and_prompts_are_encoded_before_the_denoiser_is_placed(
@@ -30,12 +30,10 @@ def test_pictures_captions_and_prompts_are_encoded_before_the_denoiser_is_placed
     watch(Flux, "encode_texts")
     watch(LoadedFamily, "free_encoders")
     watch(LoadedFamily, "place_denoiser")
-    session = Session(load_preset("quickstart-flux"), [])
-    session.load()
-    session.close()
+    loaded = load(load_preset("quickstart-flux"), lambda event: None)
     placed = acts.index("place_denoiser")
     assert {"encode_images", "encode_texts"} == set(acts[: acts.index("free_encoders")])
     assert acts[placed - 1] == "free_encoders"
     assert "encode_texts" not in acts[placed:]
-    assert session.sampler is not None
-    assert session.model.family.text_encoders == []
+    assert loaded.sampler is not None
+    assert loaded.model.family.text_encoders == []

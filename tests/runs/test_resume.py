@@ -194,7 +194,7 @@ def test_a_run_that_died_before_its_lora_was_written_hands_it_over(
 
 
 def test_a_run_that_is_done_is_not_resumed(place: Path, straight: RunFolder) -> None:
-    with pytest.raises(CheckpointError, match="is done: it ended by itself after step 6"):
+    with pytest.raises(CheckpointError, match="is done: it stopped automatically after step 6"):
         resume(place, straight)
 
 

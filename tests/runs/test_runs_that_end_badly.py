@@ -6,6 +6,7 @@ import errno
 import shlex
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from emotrain.lora.adapter import Adapter
 from emotrain.observers.metrics_log import MetricsLog
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import finish, start
-from emotrain.runs.session import Session
 from emotrain.train.events import Event, Notice, RunEnd, StepEnd
-from emotrain.train.loop import Outcome, StopReason
+from emotrain.train.loop import StopReason
+from emotrain.train.state import TrainState
 
 SHORT = ("train.max_steps=4", "sample.every=0", "sample.at_start=false", "validate.every=2", "stop.mode=off")
 
@@ -58,15 +59,15 @@ def spoil_last(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """The weights that are live at the end are not those of the best step."""
     real = finish.hand_over
 
-    def spoiled(session: Any, outcome: Any) -> Any:
-        adapter: Adapter = session.model.adapter
-        session.state.best_step, session.state.best_adapter = 2, {k: v * 0 + 0.01 for k, v in adapter.state().items()}
+    def spoiled(loaded: Any, state: Any, *rest: Any) -> Any:
+        adapter: Adapter = loaded.model.adapter
+        state.best_step, state.best_adapter = 2, {k: v * 0 + 0.01 for k, v in adapter.state().items()}
         with torch.no_grad():
-            for average in session.optimizer._average:
+            for average in loaded.optimizer._average:
                 average.fill_(value)
             for parameter in adapter.parameters():
                 parameter.fill_(value)
-        return real(session, outcome)
+        return real(loaded, state, *rest)
 
     monkeypatch.setattr(finish, "hand_over", spoiled)
 
@@ -121,11 +122,9 @@ def test_printed_commands_can_be_pasted_whatever_the_names(tmp_path: Path) -> No
     result, watch = train(tmp_path, name="a; echo b")
     end = next(event for event in watch.events if isinstance(event, RunEnd))
     assert end.session_steps == 4
-    made: Any = Session(load_preset("quickstart", (), name="x"), [])
-    made.state = type("State", (), {"best_step": 3, "best_loss": 0.5})()
-    made.pictures = type("Pictures", (), {"held_out": [1]})()
-    made.folder, made.stop_rule = result.folder, StopRule()
-    command = made.all_command(Outcome(StopReason.SIGNAL, ""))
+    pictures = SimpleNamespace(held_out=[1])
+    made: Any = SimpleNamespace(preset=load_preset("quickstart", (), name="x"), pictures=pictures, stop_rule=StopRule())
+    command = finish.all_command(made, TrainState(best_step=3), StopReason.SIGNAL, result.folder)
     assert command is not None
     words = shlex.split(command)
     assert words[:2] == ["emotrain", "run"]

@@ -25,7 +25,9 @@ from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import build, finish, start
 from emotrain.runs.folder import open_run
-from emotrain.train.loop import Outcome, StopReason
+from emotrain.runs.loaded import load
+from emotrain.train.loop import StopReason
+from emotrain.train.state import TrainState
 
 SHORT = (
     "train.max_steps=4",
@@ -105,10 +107,9 @@ def test_the_sheets_last_column_is_drawn_from_the_file(tmp_path, monkeypatch, pr
 def test_pictures_of_an_earlier_lora_file_do_not_outlive_it(tmp_path):
     folder = train("quickstart", tmp_path).folder
     (folder.samples_dir / "lora-1.png").write_bytes(b"of an earlier file")
-    session = start.Session(load_preset(folder.preset_path), ())
-    session.load()
-    session.sampler.folder = folder.samples_dir
-    finish.draw_written(session, folder.lora_path, Outcome(StopReason.INTERRUPTED, ""))
+    loaded = load(load_preset(folder.preset_path), lambda event: None)
+    loaded.sampler.folder = folder.samples_dir
+    finish.draw_written(loaded, TrainState(), folder.lora_path, StopReason.INTERRUPTED, lambda event: None)
     assert not (folder.samples_dir / "lora-1.png").exists()
 
 

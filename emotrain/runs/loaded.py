@@ -1,0 +1,167 @@
+"""The first stage of a run: everything up to the first step that needs no run folder; bad input is refused here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from emotrain.config.schema import Preset
+from emotrain.dataset.split import example_digests, fingerprint
+from emotrain.errors import ResourceError
+from emotrain.families.common import words_of
+from emotrain.families.table import Sniffed
+from emotrain.lora.file import read_lora
+from emotrain.optim.protocol import OptimizerLike
+from emotrain.pulse.stopping import StopRule
+from emotrain.runs import adapters, build, changes, parents
+from emotrain.runs.data import Pictures, read_pictures
+from emotrain.runs.draw import Sampler
+from emotrain.runs.plan import plan_run
+from emotrain.train import rng
+from emotrain.train.checkpoint import Checkpoint
+from emotrain.train.events import Event, Notice, Observer
+from emotrain.train.state import TrainState, restore
+
+
+class Observers:
+    """Everyone who watches a run: one that cannot write costs lines, never the run, and that is said once."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.all = list(observers)
+        self._failed: set[int] = set()
+
+    def notify(self, event: Event) -> None:
+        """Tell every observer."""
+        for observer in self.all:
+            try:
+                observer.handle(event)
+            except (OSError, ResourceError) as error:
+                self.lost(observer, error)
+
+    def lost(self, writer: object, error: Exception) -> None:
+        """Say that a log or display cannot be written."""
+        if id(writer) not in self._failed:
+            self._failed.add(id(writer))
+            reason = str(error).splitlines()[0]
+            self.notify(Notice(f"{type(writer).__name__} loses lines while the run goes on: {reason}"))
+
+    def close(self) -> None:
+        """Let every observer finish, whatever happened: the logs first, so that a display can still tell of them."""
+        for observer in reversed(self.all):
+            try:
+                observer.close()
+            except (OSError, ResourceError) as error:
+                self.lost(observer, error)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All that a run trains with. The adapter, the optimizer and the stop rule change while it trains.
+
+    `size` is the side of a sample in pixels where the preset says none.
+    """
+
+    preset: Preset
+    found: Sniffed
+    pictures: Pictures
+    model: build.Model
+    data: build.Data
+    size: int
+    sampler: Sampler | None
+    optimizer: OptimizerLike
+    stop_rule: StopRule
+    dataset_digest: str
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the beginning."""
+        return {
+            "seed": self.preset.train.seed,
+            "device": str(self.model.family.device),
+            "base_sha256": self.model.base_digest,
+            "dataset_sha256": self.dataset_digest,
+            "parents": self.model.parents,
+            "family": self.found.family,
+            "held_out": [example.id for example in self.pictures.held_out],
+        }
+
+    @cached_property
+    def identity(self) -> changes.Identity:
+        """What a resumed run must agree with; it cannot change while this process trains."""
+        family = self.model.family
+        scheduler = json.dumps(words_of(family.scheduler.config), sort_keys=True, default=str)
+        inputs = {
+            "the VAE": family.vae_identity(),
+            "the text encoders or tokenizers": family.text_identity(),
+            "the model's scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
+        }
+        for number, parent in enumerate(self.model.parents, 1):
+            inputs[f"earlier LoRA {number} ({parent['kind']} {parent['file']})"] = parent["sha256"]
+        digests = example_digests(self.pictures.all)
+        return changes.Identity(self.preset.to_dict(), self.model.base_digest, digests, inputs)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where training begins: at step 0, or where a checkpoint was taken, with its expected losses of the baseline."""
+
+    state: TrainState
+    expected: tuple[float, ...] = ()
+    checkpoint: Checkpoint | None = None
+
+
+def load(preset: Preset, notify: Callable[[Event], None]) -> Loaded:
+    """Model, pictures, sampler, optimizer and stop rule of a preset.
+
+    Raises:
+        EmotrainError: with the exit code that belongs to it.
+    """
+    rng.deterministic_kernels(preset.train.deterministic is True)
+    rng.seed_all(preset.train.seed)
+    found = build.sniffed(preset)
+    settings = build.loader_settings(preset, found)
+    pictures = read_pictures(preset)
+    path = preset.start_from.continue_
+    earlier = read_lora(parents.lora_of(path)) if path else None
+    if earlier is not None:
+        words = f"the LoRA that is continued sets the network: {parents.continued(earlier)}"
+        notify(Notice(words, level="info"))
+    model = build.load_model(preset, notify, earlier, plan_run(preset, found, pictures, settings))
+    counts = model.adapter.num_modules_by_part()
+    if earlier is None:
+        adapters.check_modules(found, preset.network.targets, counts[model.adapter.part])
+        if preset.network.text_encoder:
+            adapters.check_text_modules(found, counts)
+    data = build.prepare_data(preset, model, pictures, settings, notify)
+    size = settings.rules.resolutions[0]
+    sampler = build.build_sampler(preset, model, size, notify)
+    model.family.free_encoders()  # all is encoded: the denoiser takes their place
+    model.family.place_denoiser()
+    model.adapter.use_half_precision(model.family.dtype)
+    optimizer = build.build_optimizer_of(preset, model.adapter.parameters())
+    stop_rule = build.build_stop_rule(preset, held_out=bool(pictures.held_out))
+    digest = fingerprint(pictures.all)
+    return Loaded(preset, found, pictures, model, data, size, sampler, optimizer, stop_rule, digest)
+
+
+def go_back(loaded: Loaded, checkpoint: Checkpoint, before: changes.Identity) -> Beginning:
+    """Bring adapter, optimizer and stop rule back to where a checkpoint was taken.
+
+    A learning rate that was changed on purpose counts, though a checkpoint brings its own back.
+
+    Raises:
+        CheckpointError: something is missing or belongs to another run.
+    """
+    state, expected = restore(
+        checkpoint.tensors, checkpoint.documents, loaded.model.adapter, loaded.optimizer, loaded.stop_rule
+    )
+    state.resumes += 1
+    rate = loaded.preset.train.lr
+    if rate is not None and dict(changes.flat(before.preset)).get("train.lr") != rate:
+        gain = loaded.stop_rule.gain.value if loaded.stop_rule.gain else 1.0
+        for group in loaded.optimizer.param_groups:
+            group["scope" if "scope" in group else "lr"] = rate * gain
+    return Beginning(state, tuple(expected), checkpoint)

@@ -1,0 +1,179 @@
+"""The second stage of a run: the loop with its logs, checkpoints and samples, in a folder that this process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from emotrain.errors import ResourceError
+from emotrain.runs import build
+from emotrain.runs.folder import RunFolder
+from emotrain.runs.loaded import Beginning, Loaded, Observers
+from emotrain.runs.logs import Log, PictureLosses, file_observers, sync
+from emotrain.runs.out_of_memory import run_with_advice
+from emotrain.train import rng
+from emotrain.train.checkpoint import CheckpointStore
+from emotrain.train.events import Notice, Phase, RunStart, Saved
+from emotrain.train.loop import Limits, Outcome, Parts, Sample, fit
+from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.signals import StopSignals
+from emotrain.train.state import TrainState, capture
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the loop ended, from which step on it ran in this process, and the seconds that it took."""
+
+    state: TrainState
+    outcome: Outcome
+    first_step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the loop writes as it goes."""
+
+    loaded: Loaded
+    expected: list[float]
+    observers: Observers
+    store: CheckpointStore
+    records: PictureLosses
+    logs: tuple[Log, ...]
+
+    def sample(self, step: int, best_step: int | None) -> None:
+        """Draw the sample prompts, where there are any."""
+        if self.loaded.sampler is not None:
+            self.loaded.sampler.draw(step, best_step)
+
+    def record(self, step: int, samples: Sequence[Sample]) -> None:
+        """Keep the loss of every picture for `emotrain images`."""
+        try:
+            self.records.write(step, samples)
+        except ResourceError as error:
+            self.observers.lost(self.records, error)
+
+    def save(self, state: TrainState) -> None:
+        """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
+        loaded, notify = self.loaded, self.observers.notify
+        notify(Phase("saving", 0, 1))
+        tensors, documents = capture(state, loaded.model.adapter, loaded.optimizer, loaded.stop_rule, self.expected)
+        documents["identity"] = loaded.identity.to_document()
+        best = state.best_step is not None and state.best_step == state.step
+        sync(self.logs, notify)  # ahead of the commit: no power cut leaves a checkpoint without its logs
+        try:
+            keep = loaded.stop_rule.around_signals([*self.store.steps(), state.step])
+            path = self.store.save(state.step, tensors, documents, best=best, keep=keep)
+            notify(Saved(state.step, path, best))
+        except ResourceError as error:
+            notify(Notice(f"{error.message}; the run goes on"))
+        notify(Phase("saving", 1, 1))
+
+
+def train(loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observers, signals: StopSignals) -> Trained:
+    """Train until the stop rule, the ceiling or a signal ends it.
+
+    Raises:
+        EmotrainError: out of memory, or a folder that cannot be written.
+    """
+    preset, started, state = loaded.preset, time.monotonic(), begin.state
+    store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
+    files = file_observers(preset, folder)
+    observers.all += files
+    baseline = LossBaseline(list(begin.expected))
+    if begin.checkpoint is None:
+        measure = partial(build.build_loss_baseline, preset, loaded.model, loaded.data.train, observers.notify)
+        baseline = run_with_advice(loaded, state, folder, "while measuring the base model's loss", measure)
+        folder.update_info(start_loss=baseline.start)
+    first_step = state.step
+    observers.notify(start_event(loaded, folder, first_step))
+    with contextlib.closing(PictureLosses(folder.path / "picture_losses.jsonl", first_step)) as records:
+        logs: list[Log] = [records, *(one for one in files if isinstance(one, Log))]
+        if loaded.sampler is not None:
+            loaded.sampler.folder = folder.samples_dir
+            logs.append(loaded.sampler)
+        outputs = Outputs(loaded, baseline.expected, observers, store, records, tuple(logs))
+        parts = loop_parts(loaded, state, baseline, outputs, signals)
+        if begin.checkpoint is not None:  # the random state is put back last, after everything that may draw
+            for line in rng.restore(begin.checkpoint.tensors["rng"], begin.checkpoint.documents["rng"]):
+                observers.notify(Notice(line))
+        work = partial(fit, parts, limits(loaded), state)
+        outcome = run_with_advice(loaded, state, folder, "in the optimizer's step", work)
+    return Trained(state, outcome, first_step, time.monotonic() - started)
+
+
+def loop_parts(
+    loaded: Loaded, state: TrainState, baseline: LossBaseline, outputs: Outputs, signals: StopSignals
+) -> Parts:
+    """What the loop works with."""
+    preset, model, data = loaded.preset, loaded.model, loaded.data
+    validation = partial(build.build_validation, preset, model, data)
+    return Parts(
+        family=model.family,
+        objective=model.objective,
+        adapter=model.adapter,
+        optimizer=loaded.optimizer,
+        data=data.train,
+        stop_rule=loaded.stop_rule,
+        loss_baseline=baseline,
+        validation=validation(data.validation),
+        plain_validation=validation(data.plain) if data.plain else None,
+        notify=outputs.observers.notify,
+        save=outputs.save,
+        sample=lambda step: outputs.sample(step, state.best_step),
+        record=outputs.record,
+        interrupted=lambda: bool(signals),
+    )
+
+
+def limits(loaded: Loaded) -> Limits:
+    """The numbers of the loop."""
+    preset = loaded.preset
+    return Limits(
+        max_steps=preset.train.max_steps,
+        gradient_accumulation_steps=preset.train.gradient_accumulation_steps,
+        max_grad_norm=preset.train.max_grad_norm,
+        seed=preset.train.seed,
+        validate_every=build.validate_every(preset, len(loaded.pictures.held_out)),
+        save_every=preset.save.every,
+        sample_every=preset.sample.every,
+        sample_at_start=preset.sample.at_start,
+        tell_ready=preset.train.optimizer.notify,
+    )
+
+
+def start_event(loaded: Loaded, folder: RunFolder, start_step: int) -> RunStart:
+    """What the observers are told before the first step."""
+    preset, data, model = loaded.preset, loaded.data.train, loaded.model
+    held = len(loaded.pictures.held_out)
+    held_words = f"{held} held out" if held else "none held out: the validation uses flipped training pictures"
+    return RunStart(
+        name=folder.name,
+        run_dir=folder.path,
+        start_step=start_step,
+        max_steps=preset.train.max_steps,
+        steps_per_epoch=data.batches_per_epoch / preset.train.gradient_accumulation_steps,
+        optimizer=preset.train.optimizer.name,
+        num_images=data.num_images,
+        num_modules=model.adapter.num_modules,
+        num_parameters=sum(p.numel() for p in model.adapter.parameters()),
+        device=str(model.family.device),
+        facts=(
+            ("model", f"{Path(preset.model.base).name}, {loaded.found.describe()}"),
+            ("data", f"{data.num_images} pictures, {held_words}"),
+            ("LoRA", f"rank {model.adapter.rank}, {describe_modules(model.adapter.num_modules_by_part())}"),
+            *([("step", "length measured by the validation")] if loaded.stop_rule.gain else []),
+            *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
+        ),
+    )
+
+
+def describe_modules(counts: dict[str, int]) -> str:
+    """How many modules the LoRA has, and where where it is on more than the denoiser."""
+    if len(counts) == 1:
+        return f"{sum(counts.values())} modules"
+    return " + ".join(f"{count} {part}" for part, count in counts.items()) + " modules"
