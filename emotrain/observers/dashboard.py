@@ -17,7 +17,7 @@ from rich.segment import SegmentLines
 from rich.theme import Theme
 
 from emotrain.observers.board import Board
-from emotrain.observers.frame import STYLES, compose, notices_text, summary_text
+from emotrain.observers.frame import STYLES, compose, print_notices, print_summary
 from emotrain.train.events import Event
 
 SHARE = 0.015  # of one core's time that drawing may take
@@ -166,6 +166,7 @@ class Dashboard:
             self._clear()
         with self._lock:
             lines = compose(self._board, self._console)
+        lines.append([])  # where the cursor waits: what is typed (^C) finds room there
         self._live.update(SegmentLines(lines, new_lines=True), refresh=True)
 
     def _clear(self) -> None:
@@ -200,8 +201,10 @@ class Dashboard:
             return
         self._take_away()
         self._terminal.live = False
-        text = summary_text(board, board.end) if board.end is not None else notices_text(board)
-        self._console.print(text, soft_wrap=True, end="")
+        if board.end is not None:
+            print_summary(self._console, board, board.end)
+        else:
+            print_notices(self._console, board)
 
     def _run(self) -> None:
         """Draw once the last drawing is paid for, and when the size is another one."""

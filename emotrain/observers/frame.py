@@ -6,8 +6,6 @@ emotion's values have at most a third of the room. No sentence is cut: long ones
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.layout import Layout
 from rich.progress_bar import ProgressBar
@@ -291,57 +289,61 @@ def _facts(board: Board) -> Table:
     return table
 
 
-def summary(board: Board, end: RunEnd) -> Iterator[tuple[str, str, str]]:
-    """What stays on the screen after a run, as lines of label, value and style: why it ended, where everything is."""
+def print_summary(console: Console, board: Board, end: RunEnd) -> None:
+    """What stays on the screen after a run: why it ended, where everything is, what to do next.
+
+    Sentences go on in the next line at a word; paths and commands are left to the terminal, so that they can be copied
+    whole.
+    """
     words, style = HEADLINES.get(end.stop_reason, (clean(end.stop_reason), "title"))
     name = clean(board.start.name) if board.start is not None else "run"
-    yield "", f"{name}: {words}", style
-    yield "", clean(end.sentence), ""
-    if end.lora is not None:
-        yield "LoRA", str(end.lora), "good"
-    if end.report is not None:
-        yield "report", str(end.report), "good"
+    console.print(Text(f"{name}: {words}", style=style))
+    console.print(Text(clean(end.sentence)))
+    for label, path in (("LoRA", end.lora), ("report", end.report)):
+        if path is not None:
+            _print_whole(console, label, str(path), "good")
     if board.samples is not None:
-        yield "samples", short_path(board.samples.sheet), ""
+        _print_whole(console, "samples", short_path(board.samples.sheet))
     if board.start is not None:
-        yield "run", short_path(board.start.run_dir), ""
+        _print_whole(console, "run", short_path(board.start.run_dir))
+    console.print(_summary_table(board, end))
+    if end.lora is not None:
+        _print_whole(console, "diffusers", f"pipeline.load_lora_weights({str(end.lora)!r})")
+    if end.resume_command:
+        _print_whole(console, "resume", end.resume_command, "title")
+    if end.all_command:
+        console.print(Text("to train on all pictures, the held-out ones too, for as long:", style="label"))
+        _print_whole(console, "", end.all_command)
+
+
+def _summary_table(board: Board, end: RunEnd) -> Table:
+    """The sentences of the summary."""
+    table = _grid()
     if end.best_step is not None:
         base = board.validation.base_loss if board.validation is not None else None
         before = "" if base is None else f", {number(base)} without the LoRA"
-        yield "best", f"step {end.best_step}, validation loss {number(end.best_loss)}{before}", ""
+        table.add_row("best", Text(f"step {end.best_step}, validation loss {number(end.best_loss)}{before}"))
     pace = f", {speed(board.pace.step_s)}" if board.pace.step_s is not None else ""
-    yield "took", f"{end.session_steps or end.step} steps in {duration(end.seconds)}{pace}", ""
+    table.add_row("took", Text(f"{end.session_steps or end.step} steps in {duration(end.seconds)}{pace}"))
     warnings = [message for level, message in board.notices if level == "warning"]
     for message in warnings:
-        yield "warning", message, ""
+        table.add_row(Text("warning", style="warning"), Text(message))
     if board.num_warnings > len(warnings):
-        yield "", f"{board.num_warnings} warnings in all", "label"
+        table.add_row("", Text(f"{board.num_warnings} warnings in all", style="label"))
     if end.lora is not None:
-        yield "ComfyUI", f"copy {clean(end.lora.name)} into models/loras (A1111: models/Lora), strength 1.0", ""
-        yield "diffusers", f"pipeline.load_lora_weights({str(end.lora)!r})", ""
+        text = f"copy {clean(end.lora.name)} into models/loras (A1111: models/Lora), strength 1.0"
         if board.start is not None and (trigger := dict(board.start.facts).get("trigger")):
-            yield "prompts", f"with the trigger {clean(trigger)}", ""
-    if end.resume_command:
-        yield "resume", end.resume_command, "title"
-    if end.all_command:
-        yield "retrain", f"on all pictures, the held-out ones too: {end.all_command}", ""
+            text += f"; prompts with the trigger {clean(trigger)}"
+        table.add_row("ComfyUI", Text(text))
+    return table
 
 
-def summary_text(board: Board, end: RunEnd) -> Text:
-    """The summary for a terminal that breaks long lines itself, so that a path or command can be copied whole."""
-    text = Text()
-    for label, value, style in summary(board, end):
-        text.append(f"{label:<{LABEL}}" if label else "", style="label")
-        text.append(clean(value) + "\n", style=style or None)
-    return text
+def _print_whole(console: Console, label: str, value: str, style: str = "") -> None:
+    text = Text.assemble((f"{label:<{LABEL}}" if label else "", "label"), (clean(value), style))
+    console.print(text, soft_wrap=True)
 
 
-def notices_text(board: Board) -> Text:
+def print_notices(console: Console, board: Board) -> None:
     """The notices alone: of a run that never came to a step."""
-    text = Text()
-    for level, message in list(board.notices)[-MAX_NOTICES:]:
-        text.append(
-            f"{'warning' if level == 'warning' else 'note':<{LABEL}}", "warning" if level == "warning" else "label"
-        )
-        text.append(message + "\n")
-    return text
+    if board.notices:
+        console.print(_notices(board, MAX_NOTICES))

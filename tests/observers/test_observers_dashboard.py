@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from rich.console import Console
 from emotrain.observers import dashboard as module
 from emotrain.observers.board import Board
 from emotrain.observers.dashboard import Dashboard, StrayLines, make_console
-from emotrain.observers.frame import EMOTION, STYLES, compose, summary_text
+from emotrain.observers.frame import EMOTION, STYLES, compose, print_summary
 from emotrain.train.events import (
     Event,
     Notice,
@@ -65,9 +66,13 @@ def frame_of(board: Board, columns: int, rows: int, *, encoding: str = "utf-8") 
     return ["".join(segment.text for segment in line).rstrip() for line in compose(board, console)]
 
 
-def summary_of(board: Board) -> list[str]:
+def summary_of(board: Board, columns: int = 80) -> list[str]:
     assert board.end is not None
-    return summary_text(board, board.end).plain.splitlines()
+    stream = io.StringIO()
+    console = make_console(stream, {"TERM": "xterm", "NO_COLOR": "1"}, width=columns, height=24)
+    console.file.live = False  # type: ignore[attr-defined]
+    print_summary(console, board, board.end)
+    return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()]
 
 
 @pytest.fixture
@@ -209,10 +214,14 @@ def test_the_summary_names_the_files_on_lines_of_their_own(
     for event in a_run(make_start, make_step, "mika", 12):
         board.note(event)
     lora = Path("/data") / ("y" * 150) / "lora.safetensors"
-    board.note(the_end(lora=lora))
+    command = "emotrain run /data/" + "x" * 80 + "/preset.yaml --name again --set validate.fraction=0"
+    board.note(replace(the_end("it had learned enough, " * 9, lora), all_command=command))
     lines = summary_of(board)
     assert len(lines) <= 20
-    assert "it had learned enough" in lines
+    assert " ".join(lines[1:4]).strip() == ("it had learned enough, " * 9).strip()
+    paths = ("LoRA ", "samples ", "run ", "diffusers ", "emotrain run ")
+    assert all(len(line) <= 80 or line.startswith(paths) for line in lines)
+    assert command in lines
     assert f"LoRA       {lora}" in lines
     assert "report     report.html" in lines
     assert "best       step 10, validation loss 0.6100, 1.5000 without the LoRA" in lines
@@ -411,7 +420,7 @@ def test_a_dashboard_takes_stderr_and_gives_it_back(
     dashboard.refresh()
     print("a library speaks", file=sys.stderr)
     assert terminal.lines[0] == "a library speaks"
-    assert terminal.visible()[1].startswith("emotrain mika")
+    assert terminal.lines[1].startswith("emotrain mika")
     dashboard.handle(the_end())
     dashboard.close()
     dashboard.close()
@@ -451,9 +460,12 @@ def test_a_first_ctrl_c_is_answered_in_the_frame(make_start: MakeStart, make_ste
     dashboard = dashboard_on(terminal)
     dashboard.handle(make_start())
     dashboard.handle(make_step(7))
+    dashboard.refresh()
+    terminal.feed("^C")  # the terminal echoes the key
     dashboard.stopping("SIGINT")
     dashboard.refresh()
     assert "stopping after this step; press Ctrl-C again to quit at once" in terminal.visible()
+    assert [line[:13] for line in terminal.lines if "emotrain" in line or "^C" in line] == ["emotrain mika"]
 
 
 def test_the_thread_draws_by_itself_and_follows_the_size(make_start: MakeStart, make_step: MakeStep) -> None:

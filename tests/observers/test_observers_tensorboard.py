@@ -14,6 +14,7 @@ from emotrain.train.events import RunEnd, RunStart, SamplesDrawn, StepEnd, Valid
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
 MakeStep = Callable[..., StepEnd]
 MakeStart = Callable[..., RunStart]
@@ -45,7 +46,11 @@ def test_every_curve_of_a_run_is_there_under_its_tag(
     assert found.Scalars("validation/scalar")[0].value == -0.25
 
 
-def test_a_resumed_run_shows_every_step_once(tmp_path: Path, make_step: MakeStep, make_start: MakeStart) -> None:
+def test_a_resumed_run_shows_every_step_once(
+    tmp_path: Path, make_step: MakeStep, make_start: MakeStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # within a second and a process its files are told apart by a counter, and read in the order of the letters
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for start, end, loss in ((0, 8, 1.0), (5, 10, 2.0), (7, 12, 3.0)):
         board = TensorBoard(tmp_path)
         board.handle(make_start(start_step=start))
