@@ -31,26 +31,27 @@ def images(
     """
     from emotrain.dataset.ranking import MEANINGS
     from emotrain.runs.folder import open_run
-    from emotrain.runs.pictures import rank_pictures
+    from emotrain.runs.pictures import actions_of, rank_pictures
 
     folder = open_run(run, runs_dir)
-    scores = rank_pictures(folder)
+    scores, actions = rank_pictures(folder), actions_of(folder.info())
+    said = {score.id: "; ".join([MEANINGS[score.verdict], *actions.get(score.id, ())]).strip("; ") for score in scores}
     if as_json:
-        pictures = [score.to_dict() for score in scores]
+        pictures = [{**score.to_dict(), "actions": actions.get(score.id, [])} for score in scores]
         output.json_object({"schema_version": output.SCHEMA_VERSION, "run": folder.name, "pictures": pictures})
         return
     if not show_all:
-        outliers = [score for score in scores if score.verdict not in ("usual", "unseen")]
+        outliers = [score for score in scores if score.verdict not in ("usual", "unseen") or score.id in actions]
         if not outliers:
             output.result(f"nothing stands out among {len(scores)} pictures (`--all` shows them)")
             return
-        output.table([(score.verdict, score.id, MEANINGS[score.verdict]) for score in outliers])
+        output.table([(score.verdict, score.id, said[score.id]) for score in outliers])
         return
     rows = [
         (
             score.verdict, f"{score.z_early:.1f}", f"{score.z_late:.1f}",
             "-" if score.z_contrast is None else f"{score.z_contrast:.1f}", score.visits, score.id,
-            MEANINGS[score.verdict],
+            said[score.id],
         )
         for score in scores
     ]  # fmt: skip

@@ -105,6 +105,11 @@ class DatasetSection(Section):
     resolution: tuple[Pixels, ...] = Field((), description="one or several, in pixels (default: the model's)")
     buckets: Buckets = Buckets()
     captions: Captions = Captions()
+    suspects: Literal["report", "weigh", "leave_out"] = Field(
+        "report",
+        description="pictures whose captions suit them no better than others': name them at the end; or, from when it"
+        " shows, count them a tenth, or leave them out (both show memorised pictures a quarter as often)",
+    )
     background: Str = Field("white", description="behind transparent pictures: a colour name or #rrggbb")
     shard: Shard | None = Field(None, description='"1/2": this machine\'s part of the data set')
 

@@ -34,6 +34,18 @@ class PictureContrast:
         """A line of `picture_contrast.jsonl`."""
         return {"id": self.id, "own": list(self.own), "others": {name: list(row) for name, row in self.others}}
 
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> PictureContrast:
+        """Inverse of `to_dict`."""
+        others = tuple((str(name), tuple(float(loss) for loss in row)) for name, row in entry["others"].items())
+        return cls(str(entry["id"]), tuple(float(loss) for loss in entry["own"]), others)
+
+    def joined(self, more: PictureContrast) -> PictureContrast:
+        """With the draws of another measurement under the same captions."""
+        rows = dict(more.others)
+        others = tuple((name, (*row, *rows[name])) for name, row in self.others)
+        return PictureContrast(self.id, (*self.own, *more.own), others)
+
 
 def parse_contrasts(lines: Iterable[str]) -> list[PictureContrast]:
     """Records of a `picture_contrast.jsonl`.
@@ -46,12 +58,9 @@ def parse_contrasts(lines: Iterable[str]) -> list[PictureContrast]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-            own = tuple(float(loss) for loss in entry["own"])
-            others = tuple((str(name), tuple(float(loss) for loss in row)) for name, row in entry["others"].items())
+            found.append(PictureContrast.from_dict(json.loads(line)))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"line {number} is not a picture with its losses") from error
-        found.append(PictureContrast(str(entry["id"]), own, others))
     return found
 
 

@@ -31,6 +31,7 @@ from emotrain.dataset.settings import settings_from as settings_from
 from emotrain.dataset.split import fingerprint, take_shard
 from emotrain.errors import DatasetError
 
+NO_SHARES: Mapping[str, float] = {}
 KEPT_PLANS = 4  # epochs whose order is remembered
 
 
@@ -151,8 +152,13 @@ class CachedDataset:
         self.batches_per_epoch = sum(-(-len(group) // size) for group in self._buckets.values())
         self.fingerprint = fingerprint(self.examples)
 
-    def batch(self, micro_step: int) -> Batch:
-        """The micro-batch of that number (from 0): a pure function of it and the seed.
+    def batch(self, micro_step: int, shares: Mapping[str, float] = NO_SHARES) -> Batch:
+        """The micro-batch of that number (from 0): a pure function of it, the seed and `shares`.
+
+        Args:
+            micro_step: the number.
+            shares: by id, how often pictures are shown in comparison with what the data set says (0: never). Another
+                of the same folder and size comes in their place, where there is one that is not in `shares`.
 
         Raises:
             ValueError: a negative number.
@@ -162,14 +168,30 @@ class CachedDataset:
         epoch, number = divmod(micro_step, self.batches_per_epoch)
         seed = self.settings.seed
         samples = []
-        for index, repeat in self._plan(epoch)[number]:
+        planned = self._plan(epoch)[number]
+        for index, repeat in planned:
             item = self.items[index]
             visit = epoch * item.example.repeats + repeat
+            if shares and uniform(f"shown/{seed}/{visit}/{item.key}") >= shares.get(item.example.id, 1.0):
+                item, visit = self._instead(item, visit, [place for place, _ in planned], shares)
             texts = self._texts[item.example.id]
             chosen = pick(seed, visit, item.key, len(texts), self.settings.dropout)
             mirrored = item.example.flip and uniform(f"flip/{seed}/{visit}/{item.key}") < 0.5
             samples.append((item, "" if chosen == EMPTY else texts[chosen], mirrored))
         return self._collate(samples, epoch)
+
+    def _instead(self, item: Item, visit: int, planned: Sequence[int], shares: Mapping[str, float]) -> tuple[Item, int]:
+        """Another picture of the same folder and size, and a visit of its own; not one of the batch if possible."""
+        others = [
+            index
+            for index in dict.fromkeys(index for index, _ in self._buckets[item.placement.size])
+            if self.items[index].example.folder == item.example.folder and self.items[index].example.id not in shares
+        ]
+        others = [index for index in others if index not in planned] or others
+        if not others:
+            return item, visit
+        place = int(uniform(f"instead/{self.settings.seed}/{visit}/{item.key}") * len(others))
+        return self.items[others[place]], -1 - visit  # its own visits count from 0
 
     def size_of(self, micro_step: int) -> tuple[int, int]:
         """Pixels of a micro-batch, and of one of its pictures."""

@@ -34,6 +34,7 @@ Verdict = Literal["suspicious", "hard", "memorised", "usual", "unseen"]
 Floats = NDArray[np.float64]
 BINS = 24
 MIN_VISITS = 3  # in each half of the run
+COMPARED = 8  # pictures whose captions were compared from where a wrong one stands out
 NO_CAPTION = "no caption"
 WRONG = -0.5  # contrast from where an own caption is taken for a wrong one: two thirds of the wrong ones are above ...
 APART = (
@@ -210,6 +211,11 @@ def _sampling_error(halves: Sequence[Mapping[str, list[float]]], seen: Sequence[
         if len(part[name]) > 1
     ]
     return float(max(np.median(errors), 1e-3)) if errors else 1.0
+
+
+def suspected(contrasts: Sequence[PictureContrast]) -> frozenset[str]:
+    """Pictures whose captions suit them no better than those of others; none where the model does not hear captions."""
+    return (_suspects(contrast_scores(contrasts)) if len(contrasts) >= COMPARED else None) or frozenset()
 
 
 def _suspects(z_contrast: Mapping[str, float]) -> frozenset[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from emotrain.dataset.lint_types import PictureRow
@@ -13,12 +14,17 @@ LISTED = 2000  # and in the list below it, without
 LOOKS = {"suspicious": "error", "hard": "warning", "memorised": "warning", "usual": "good", "unseen": "quiet"}
 
 
-def ranking_rows(scores: Sequence[PictureScore], pictures: Mapping[str, PictureRow]) -> list[dict[str, Any]]:
+def ranking_rows(
+    scores: Sequence[PictureScore],
+    pictures: Mapping[str, PictureRow],
+    actions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """The rows of the table.
 
     Args:
         scores: the ranking, those that most deserve a look first.
         pictures: by id, with captions and previews where there are any.
+        actions: by id, what the run did about a picture, a few words each.
     """
     rows = []
     for number, score in enumerate(scores[:LISTED]):
@@ -31,6 +37,7 @@ def ranking_rows(scores: Sequence[PictureScore], pictures: Mapping[str, PictureR
                 "verdict": "normal" if score.verdict == "usual" else score.verdict,
                 "look": LOOKS[score.verdict],
                 "meaning": MEANINGS[score.verdict],
+                "actions": actions.get(score.id, ()),
                 "contrast": "–" if score.z_contrast is None else f"{score.z_contrast:+.1f}",
                 "early": f"{score.z_early:+.1f}",
                 "late": f"{score.z_late:+.1f}",

@@ -48,7 +48,7 @@ def run_page(run: RunView) -> str:
         large=LARGE,
         charts=charts(run_panels(run)),
         load_command=f"pipeline.load_lora_weights({run.lora.path!r})" if run.lora else "",
-        ranking=ranking_rows(run.ranking, run.pictures),
+        ranking=ranking_rows(run.ranking, run.pictures, run.actions),
         ranked=RANKED,
     )
 

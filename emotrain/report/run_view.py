@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from emotrain.dataset.lint_types import PictureRow
@@ -94,5 +94,6 @@ class RunView:
     settings: Settings = field(default_factory=Settings)
     ranking: tuple[PictureScore, ...] = ()
     pictures: Mapping[str, PictureRow] = field(default_factory=dict)
+    actions: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by id, what the run did about a picture
     lora: LoraFacts | None = None
     missing: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ from emotrain.runs.changes import flat
 from emotrain.runs.data import scan_preset
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.lineage import Run, differences, file_digest, read_run
-from emotrain.runs.pictures import rank_pictures
+from emotrain.runs.pictures import actions_of, rank_pictures
 from emotrain.train.events import Event, Notice, Phase
 
 PAGE = "report.html"
@@ -110,6 +110,7 @@ def view(folder: RunFolder, examples: Sequence[Example] | None = None, *, brief:
         gallery=_gallery(folder, preset, None if best_step is None else int(best_step), status, brief),
         settings=_settings(info, preset, missing),
         ranking=ranking,
+        actions=actions_of(info),
         pictures=_pictures(ranking[:RANKED], preset, examples, missing),
         lora=_lora(folder, info, preset, missing),
         missing=tuple(dict.fromkeys(missing)),

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from emotrain.dataset.ranking import LossRecord
 from emotrain.errors import ResourceError
 from emotrain.runs import build
+from emotrain.runs.contrast import Watch
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.loaded import Beginning, Loaded, Observers
 from emotrain.runs.logs import Log, PictureLosses, file_observers, sync
@@ -44,6 +46,8 @@ class Outputs:
     store: CheckpointStore
     records: PictureLosses
     logs: tuple[Log, ...]
+    state: TrainState
+    watch: Watch | None = None
 
     def sample(self, step: int, best_step: int | None) -> None:
         """Draw the sample prompts, where there are any."""
@@ -51,7 +55,11 @@ class Outputs:
             self.loaded.sampler.draw(step, best_step)
 
     def record(self, step: int, samples: Sequence[Sample]) -> None:
-        """Keep the loss of every picture for `emotrain images`."""
+        """Keep the loss of every picture for `emotrain images`, and for what the run itself does about pictures."""
+        if self.watch is not None:
+            self.state.suspects.note(
+                LossRecord(step, one.id, round(one.position, 5), round(one.loss, 6), one.captioned) for one in samples
+            )
         try:
             self.records.write(step, samples)
         except ResourceError as error:
@@ -96,7 +104,8 @@ def train(loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observ
         if loaded.sampler is not None:
             loaded.sampler.folder = folder.samples_dir
             logs.append(loaded.sampler)
-        outputs = Outputs(loaded, baseline.expected, observers, store, records, tuple(logs))
+        watch = Watch(loaded, folder, observers.notify) if preset.dataset.suspects != "report" else None
+        outputs = Outputs(loaded, baseline.expected, observers, store, records, tuple(logs), state, watch)
         parts = loop_parts(loaded, state, baseline, outputs, signals)
         if begin.checkpoint is not None:  # the random state is put back last, after everything that may draw
             for line in rng.restore(begin.checkpoint.tensors["rng"], begin.checkpoint.documents["rng"]):
@@ -126,6 +135,7 @@ def loop_parts(
         save=outputs.save,
         sample=lambda step: outputs.sample(step, state.best_step),
         record=outputs.record,
+        watch=outputs.watch,
         interrupted=lambda: bool(signals),
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emotrain.dataset.contrasts import PictureContrast
 from emotrain.dataset.loader import Batch
-from emotrain.train.losses import sample_losses, timesteps_at
+from emotrain.train.losses import GOLDEN, sample_losses, timesteps_at
 from emotrain.train.validation import part
 
 if TYPE_CHECKING:
@@ -74,14 +74,46 @@ def contrastive_losses(
         if stop():
             return
         rng = random.Random(f"{seed}/{name}")
-        pool = [other for other in names if captions[other] != captions[name]]
-        if len(pool) < others:
-            raise ValueError(f"{name} has {len(pool)} other captions, fewer than {others}")
-        chosen = rng.sample(pool, others)
-        rows = _losses(family, objective, *_picture(data, name, chosen), draws, rng)
+        chosen = _others(captions, name, others, rng)
+        places = [LOW + (HIGH - LOW) * (j + 0.5) / draws for j in range(draws)]
+        rows = _losses(family, objective, *_picture(data, name, chosen), places, rng)
         yield PictureContrast(name, rows[0], tuple(zip(chosen, rows[1:], strict=True)))
         if progress is not None:
             progress(done + 1, len(names))
+
+
+@torch.no_grad()
+def one_draw(
+    family: Family,
+    objective: Objective,
+    data: Pictures,
+    captions: Mapping[str, str],
+    name: str,
+    *,
+    number: int,
+    others: int = 3,
+    seed: int = 0,
+) -> PictureContrast:
+    """Draw `number` (from 0) of one picture: as `contrastive_losses`, always against the same captions.
+
+    The draws of a picture lie evenly over the middle half of the timestep density, however many there are in the end.
+
+    Raises:
+        ValueError: fewer than `others` other captions.
+    """
+    chosen = _others(captions, name, others, random.Random(f"{seed}/{name}"))
+    place = LOW + (HIGH - LOW) * ((0.5 + number * GOLDEN) % 1.0)
+    rng = random.Random(f"{seed}/{name}/{number}")
+    rows = _losses(family, objective, *_picture(data, name, chosen), [place], rng)
+    return PictureContrast(name, rows[0], tuple(zip(chosen, rows[1:], strict=True)))
+
+
+def _others(captions: Mapping[str, str], name: str, count: int, rng: random.Random) -> list[str]:
+    """Pictures whose captions are to be compared with that of `name`."""
+    pool = [other for other in sorted(captions) if captions[other] != captions[name]]
+    if len(pool) < count:
+        raise ValueError(f"{name} has {len(pool)} other captions, fewer than {count}")
+    return rng.sample(pool, count)
 
 
 def _picture(data: Pictures, name: str, others: Sequence[str]) -> tuple[Batch, list[Caption]]:
@@ -98,11 +130,16 @@ def _picture(data: Pictures, name: str, others: Sequence[str]) -> tuple[Batch, l
 
 
 def _losses(
-    family: Family, objective: Objective, single: Batch, captions: Sequence[Caption], draws: int, rng: random.Random
+    family: Family,
+    objective: Objective,
+    single: Batch,
+    captions: Sequence[Caption],
+    places: Sequence[float],
+    rng: random.Random,
 ) -> list[tuple[float, ...]]:
-    """Loss per caption and draw, the draws the same for all captions."""
-    u = torch.tensor([LOW + (HIGH - LOW) * (j + 0.5) / draws for j in range(draws)])
-    timesteps = timesteps_at(family, objective, u, single.latents)
+    """Loss per caption and draw, one at each of the `places`, the draws the same for all captions."""
+    draws = len(places)
+    timesteps = timesteps_at(family, objective, torch.tensor(places), single.latents)
     generator = torch.Generator().manual_seed(rng.randrange(2**62))
     noise = torch.randn((draws, *single.latents.shape[1:]), generator=generator)
     jobs = [(caption, j) for caption in captions for j in range(draws)]

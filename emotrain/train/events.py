@@ -159,6 +159,18 @@ class Notice(Record):
 
 
 @dataclass(frozen=True)
+class PictureAction(Record):
+    """From the end of `step` on a picture counts less or is shown less often; or, with `undone`, no longer."""
+
+    kind: ClassVar[str] = "picture_action"
+    step: int
+    id: str
+    action: str  # weigh | leave_out | seldom
+    undone: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class RunEnd(Record):
     """After the last file is written."""
 
@@ -177,7 +189,7 @@ class RunEnd(Record):
     report: Path | None = None  # the page of the run
 
 
-Event = RunStart | StepEnd | ValidationEnd | SamplesDrawn | Saved | Phase | Notice | RunEnd
+Event = RunStart | StepEnd | ValidationEnd | SamplesDrawn | Saved | Phase | Notice | PictureAction | RunEnd
 
 
 class Observer(Protocol):

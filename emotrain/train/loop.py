@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
@@ -56,8 +56,8 @@ class Data(Protocol):
 
     batches_per_epoch: int
 
-    def batch(self, micro_step: int) -> Batch:
-        """The micro-batch of that number."""
+    def batch(self, micro_step: int, shares: Mapping[str, float] = ...) -> Batch:
+        """The micro-batch of that number; pictures in `shares` are shown that much as often."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Parts:
     record: Callable[[int, Sequence[Sample]], None]
     interrupted: Callable[[], bool]
     plain_validation: Validation | None = None  # the flipped pictures of `validation`, unflipped
+    watch: Callable[[TrainState], None] | None = None  # looks at single pictures before step 1 and after validations
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
     The gradient is that of the mean over all samples of the step, whatever the sizes of its micro-batches.
     """
     first = state.micro_step
-    batches = [parts.data.batch(first + i) for i in range(limits.gradient_accumulation_steps)]
+    shares, counts = state.suspects.shares(), state.suspects.weights()
+    asked = (shares,) if shares else ()
+    batches = [parts.data.batch(first + i, *asked) for i in range(limits.gradient_accumulation_steps)]
     total = sum(len(batch.ids) for batch in batches)
     losses: list[Tensor] = []
     positions: list[float] = []
@@ -150,7 +153,10 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
         noise = noise_like(batch.latents, limits.seed, first + i)
         each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
         weighted = each * send([batch.weights], each.device)[0]
-        (weighted.sum() / total * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
+        counted = weighted
+        if counts:  # the gradient alone: what is shown and observed stays the mean over all pictures
+            counted = weighted * send([torch.tensor([counts.get(name, 1.0) for name in batch.ids])], each.device)[0]
+        (counted.sum() / total * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
         parts.adapter.collect_gradients()
         losses.append(torch.stack([each.detach(), weighted.detach()]))
         positions += parts.objective.position(timesteps).tolist()
@@ -212,6 +218,8 @@ def run_validation(parts: Parts, limits: Limits, state: TrainState) -> None:
         if parts.stop_rule.gain_lowered:
             parts.stop_rule.gain_lowered = False
             shorten_steps(parts, state, f"{PATIENCE} validations without improvement")
+    if parts.watch is not None:
+        parts.watch(state)
 
 
 def shorten_steps(parts: Parts, state: TrainState, why: str) -> None:

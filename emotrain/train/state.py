@@ -7,7 +7,7 @@ belongs there, or a resumed run would not equal an uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from emotrain.errors import CheckpointError
 from emotrain.train import rng
 from emotrain.train.guard import Guard
+from emotrain.train.suspects import Suspects
 
 if TYPE_CHECKING:
     from emotrain.lora.adapter import Adapter
@@ -40,17 +41,19 @@ class TrainState:
     best_step: int | None = None
     best_loss: float | None = None
     best_adapter: dict[str, Tensor] = field(default_factory=dict)
+    suspects: Suspects = field(default_factory=Suspects)  # what is known of single pictures, and done about them
 
     def to_document(self) -> dict[str, Any]:
         """Plain numbers, for JSON; the best adapter is saved as tensors beside it."""
-        document = asdict(self)
+        document = asdict(replace(self, best_adapter={}, suspects=Suspects()))
         del document["best_adapter"]
-        return document
+        return {**document, "suspects": self.suspects.to_document()}
 
     @classmethod
     def from_document(cls, document: dict[str, Any], best_adapter: dict[str, Tensor]) -> TrainState:
         """Inverse of `to_document`."""
-        fields = {**document, "guard": Guard.from_dict(document["guard"])}
+        suspects = Suspects.from_document(document["suspects"])
+        fields = {**document, "guard": Guard.from_dict(document["guard"]), "suspects": suspects}
         return cls(**fields, best_adapter=best_adapter)
 
 

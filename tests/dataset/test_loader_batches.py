@@ -300,3 +300,24 @@ def test_the_fingerprint_follows_names_contents_and_captions(found: Any) -> None
     assert fingerprint([moved, *found[1:]]) == whole
     before, after = example_digests(found), example_digests([changes[0], *found[2:]])
     assert {name for name in before if after.get(name) != before[name]} == {found[0].id, found[1].id}
+
+
+def test_pictures_that_are_not_shown_make_room_for_others_of_their_folder_and_size(data: CachedDataset) -> None:
+    gone = "own/p00.png"
+    for step in range(6 * data.batches_per_epoch):
+        usual, changed = data.batch(step), data.batch(step, {gone: 0.0})
+        assert gone not in changed.ids
+        assert changed.latents.shape == usual.latents.shape
+        for before, after in zip(usual.ids, changed.ids, strict=True):
+            assert before == after or (before == gone and after.startswith("own/"))
+    assert same(data.batch(3, {gone: 0.0}), data.batch(3, {gone: 0.0}))
+
+
+def test_a_picture_with_a_share_is_shown_about_that_often_and_one_without_others_stays(data: CachedDataset) -> None:
+    steps = range(40 * data.batches_per_epoch)
+    usual = Counter(name for step in steps for name in data.batch(step).ids)
+    seldom = Counter(name for step in steps for name in data.batch(step, {"own/p00.png": 0.25}).ids)
+    assert 0.1 < seldom["own/p00.png"] / usual["own/p00.png"] < 0.4
+    assert sum(seldom.values()) == sum(usual.values())
+    lonely = Counter(name for step in steps for name in data.batch(step, {"girls/g.png": 0.0}).ids)
+    assert lonely["girls/g.png"] == usual["girls/g.png"]

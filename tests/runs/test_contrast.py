@@ -93,7 +93,7 @@ def test_a_short_run_is_not_charged_and_an_interrupted_one_not_kept_waiting(tmp_
     assert not (short.folder.path / "picture_contrast.jsonl").exists()
     monkeypatch.setattr(contrast, "SHARE", 0.4)
     stops = iter([False, False])
-    monkeypatch.setattr(contrast, "FEWEST", 2)
+    monkeypatch.setattr(contrast, "COMPARED", 2)
     session_stop = contrast.contrastive_losses
 
     def stopping(*args, **words):

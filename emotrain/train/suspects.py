@@ -1,0 +1,136 @@
+"""What a run does about pictures that hold it back: found out as it goes, undone where the evidence goes.
+
+The verdicts are those of the ranking. A picture whose caption suits it no better than others' do counts a tenth, or is
+left out; one whose loss fell far below the others' is shown a quarter as often. Whoever is not shown makes room for
+another picture of its folder and size, so that batches and epochs stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from emotrain.dataset.contrasts import PictureContrast
+from emotrain.dataset.ranking import LossRecord, rank, suspected
+
+Mode = Literal["weigh", "leave_out"]
+Kind = Literal["weigh", "leave_out", "seldom"]
+LESS = 0.1  # of the gradient of a picture that may teach the wrong thing
+SELDOM = 0.25  # of the showings of a memorised one
+REMEMBERED = 20_000  # losses of single samples that are ranked
+WORDS: dict[Kind, str] = {
+    "weigh": "counts a tenth",
+    "leave_out": "is left out",
+    "seldom": "is shown a quarter as often",
+}
+REASONS: dict[Kind, str] = {
+    "weigh": "its caption suits it no better than those of others",
+    "leave_out": "its caption suits it no better than those of others",
+    "seldom": "its loss fell far below the others': it is memorised",
+}
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something done about one picture from the end of `step` on, to the end of `undone` (None: it still is)."""
+
+    id: str
+    kind: Kind
+    step: int
+    undone: int | None = None
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Action | None:
+        """The action that `asdict` made a mapping of; None where it is none."""
+        name, kind, step, undone = (entry.get(key) for key in ("id", "kind", "step", "undone"))
+        if not isinstance(name, str) or kind not in WORDS or not isinstance(step, int):
+            return None
+        return cls(name, kind, step, undone if isinstance(undone, int) else None)
+
+    def describe(self) -> str:
+        """Such as `counts a tenth since step 30`."""
+        when = f"since step {self.step}" if self.undone is None else f"from step {self.step} to {self.undone}"
+        return f"{WORDS[self.kind]} {when}"
+
+
+@dataclass
+class Suspects:
+    """All that the decisions of a run depend on, and the decisions."""
+
+    actions: list[Action] = field(default_factory=list)  # in the order they were taken
+    contrasts: dict[str, PictureContrast] = field(default_factory=dict)
+    losses: list[LossRecord] = field(default_factory=list)
+    passes: int = 0  # forward passes that the contrasts took
+
+    def active(self) -> list[Action]:
+        """What is being done now."""
+        return [one for one in self.actions if one.undone is None]
+
+    def weights(self) -> dict[str, float]:
+        """By id, what the gradient of a picture counts; 1 for those that are not in it."""
+        return {one.id: LESS for one in self.active() if one.kind != "seldom"}
+
+    def shares(self) -> dict[str, float]:
+        """By id, how often a picture is shown in comparison with what the data set says; 1 for those not in it."""
+        how = {"leave_out": 0.0, "seldom": SELDOM}
+        return {one.id: how[one.kind] for one in self.active() if one.kind in how}
+
+    def note(self, records: Iterable[LossRecord]) -> None:
+        """Remember the losses of a step."""
+        self.losses.extend(records)
+        del self.losses[:-REMEMBERED]
+
+    def decide(self, step: int, mode: Mode) -> list[Action]:
+        """Rank the pictures; the actions that begin or end with this step."""
+        if not self.losses and not self.contrasts:
+            return []
+        contrasts = list(self.contrasts.values())
+        wanted: dict[str, Kind] = dict.fromkeys(suspected(contrasts), mode)
+        for score in rank(self.losses, contrasts):
+            if score.verdict == "memorised":
+                wanted.setdefault(score.id, "seldom")
+        changed = []
+        for place, one in enumerate(self.actions):
+            if one.undone is None and wanted.get(one.id) != one.kind:
+                self.actions[place] = replace(one, undone=step)
+                changed.append(self.actions[place])
+        kept = {one.id for one in self.active()}
+        begun = [Action(name, kind, step) for name, kind in sorted(wanted.items()) if name not in kept]
+        self.actions += begun
+        return changed + begun
+
+    def to_document(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "actions": [asdict(one) for one in self.actions],
+            "contrasts": [one.to_dict() for one in self.contrasts.values()],
+            "losses": [list(one) for one in self.losses],
+            "passes": self.passes,
+        }
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Suspects:
+        """Inverse of `to_document`."""
+        contrasts = [PictureContrast.from_dict(one) for one in document["contrasts"]]
+        return cls(
+            [Action(**one) for one in document["actions"]],
+            {one.id: one for one in contrasts},
+            [LossRecord(*one) for one in document["losses"]],
+            int(document["passes"]),
+        )
+
+
+def describe(changed: Sequence[Action]) -> list[str]:
+    """A line for the user for each kind of change."""
+    lines = []
+    for kind in WORDS:
+        begun = [one.id for one in changed if one.kind == kind and one.undone is None]
+        ended = [one.id for one in changed if one.kind == kind and one.undone is not None]
+        lines += [f"{_named(begun)}: {WORDS[kind]} from now on, {REASONS[kind]}"] if begun else []
+        lines += [f"{_named(ended)}: no longer {WORDS[kind]}, the evidence is gone"] if ended else []
+    return lines
+
+
+def _named(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
