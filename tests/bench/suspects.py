@@ -3,11 +3,10 @@
     python tests/bench/suspects.py [--presets quickstart quickstart-flux] [--seeds 0 1 2] [--share 0.1] [--report FILE]
 
 64 pictures of the example style, 200 steps of the preset, which hands over its best LoRA; the other 40 held-out
-pictures tell its loss. Rows: the clean set and the set with a share of the captions passed round, each with `report`
-and with the action; and the set without the pictures whose captions were passed round, the best that could be done.
-"harm undone" is the share of the way back from the spoiled set's loss to the clean set's; it means something only where
-the harm is above the spread of the seeds. "right, wrong": pictures acted on whose captions were passed round, others.
-Each cell is kept in --work.
+pictures tell its loss. Rows: the clean set, and the set with a share of the captions passed round, each with `report`
+and with `weigh`. "Undone" is the share of the way back from the spoiled set's loss to the clean set's; it means
+something only where the harm is above the spread of the seeds. "right, wrong": pictures acted on whose captions were
+passed round, and others. Each cell is kept in --work.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from emotrain.lora.file import read_lora
 from emotrain.runs.start import run
 
 STEPS = 200
-ROWS = (("clean", "report"), ("spoiled", "report"), ("spoiled", "weigh"), ("spoiled", "leave_out"), ("clean", "weigh"),
-        ("without", "report"))  # fmt: skip
+ROWS = (("clean", "report"), ("spoiled", "report"), ("spoiled", "weigh"), ("clean", "weigh"))
 
 
 def lay_out(folder: Path, kind: str, seed: int, share: float) -> set[str]:
@@ -44,9 +42,8 @@ def lay_out(folder: Path, kind: str, seed: int, share: float) -> set[str]:
     chosen = random.Random(seed).sample(range(len(files)), round(share * len(files)))
     moved = dict(zip(chosen, [texts[k] for k in [*chosen[1:], chosen[0]]], strict=True)) if kind == "spoiled" else {}
     for k, path in enumerate(files):
-        if kind != "without" or k not in chosen:
-            shutil.copy(path, folder)
-            (folder / f"{path.stem}.txt").write_text(moved.get(k, texts[k]), encoding="utf-8")
+        shutil.copy(path, folder)
+        (folder / f"{path.stem}.txt").write_text(moved.get(k, texts[k]), encoding="utf-8")
     return {files[k].name for k in chosen}
 
 
@@ -119,8 +116,7 @@ def table(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[str]:
     error = (spoiled - clean).std(ddof=1) / np.sqrt(len(clean)) if len(clean) > 1 else float("nan")
     lines += ["", f"Harm: {harm / clean.mean():+.2%} (standard error over seeds {error / clean.mean():.2%})."]
     if harm > 2 * error:
-        undone = {mode: (spoiled - losses["spoiled", mode]).mean() / harm for mode in ("weigh", "leave_out")}
-        lines.append("Undone: " + ", ".join(f"{mode} {value:.0%}" for mode, value in undone.items()) + ".")
+        lines.append(f"Undone: {(spoiled - losses['spoiled', 'weigh']).mean() / harm:.0%}.")
     else:
         lines.append("That is not above the spread of the seeds: there is no harm to undo that could be measured.")
     lines.append(f"Cost to the clean set: {(losses['clean', 'weigh'] / clean - 1).mean():+.2%}.")
