@@ -58,6 +58,7 @@ COMMANDS = (
     Command("check", "Prepare", "Validate a preset, its data and files"),
     Command("plan", "Prepare", "Say what a run needs before it starts"),
     Command("lint", "Prepare", "Find what is wrong with pictures and captions"),
+    Command("caption", "Prepare", "Change the captions of a folder, as a diff first"),
     Command("presets", "Prepare", "List, show and copy presets", is_group=True),
     Command("runs", "Inspect", "List, show and compare runs", is_group=True),
     Command("report", "Inspect", "Write one page about a run, or several side by side"),
