@@ -6,6 +6,7 @@ characters first, and nothing is read as markup.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -140,6 +141,11 @@ def _write(stream: TextIO, text: str) -> None:
         stream.write(text + "\n")
     except BrokenPipeError:
         reader_gone()
+    except OSError as failure:
+        if failure.errno != errno.EIO:
+            raise
+        # The terminal was closed: nobody reads on, and the command ends with the code that is its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def reader_gone() -> NoReturn:
