@@ -172,7 +172,8 @@ def _add_questions(table: Table, board: Board) -> None:
     else:
         end = f"the stop signal is at {last.stop_meter:.0%}; ends at step {board.max_steps} at the latest"
     table.add_row("stop", Text(end))
-    table.add_row("time", Text(f"{board.pace.eta(' to ')} left, {speed(board.pace.step_s)}"))
+    left = " to ".join(dict.fromkeys(duration(seconds) for seconds in board.pace.remaining_s() or (math.nan,)))
+    table.add_row("time", Text(f"{left} left, {speed(board.pace.step_s)}"))
     memory = f"{last.memory_gib:.2f} GiB at most" if last.memory_gib > 0.0 else "not known"
     skipped = f", {last.skipped} steps skipped: not finite" if last.skipped else ""
     gradient = f"  gradient norm {number(last.grad_norm, digits=3)}"

@@ -75,12 +75,12 @@ class Pace:
         high = max(0, late - self._step) * slow * self.overhead
         return low, max(low, high)
 
-    def eta(self, between: str = "-") -> str:
+    def eta(self) -> str:
         """The range in words, as in `3:10-7:25`."""
         left = self.remaining_s()
         if left is None:
             return "-"
-        return f"{duration(left[0])}{between}{duration(left[1])}"
+        return f"{duration(left[0])}-{duration(left[1])}"
 
 
 class Smoother:
