@@ -9,12 +9,10 @@ refused. Plain scalars follow the YAML 1.2 core schema: only `true` and `false` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from yaml import events
 
 from emotrain.errors import ConfigError, Problem
 
@@ -83,20 +81,23 @@ def parse(text: str, source: str) -> tuple[Node, list[str]]:
     Raises:
         SourceError: every problem that was found.
     """
-    builder = _Builder(text, source)
     try:
-        root = builder.document()
-    except yaml.MarkedYAMLError as error:
-        builder.problems.append(_explain_syntax(error, text, source))
+        loader = _Loader(text, source)
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        builder.problems.append(Problem(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML"))
+        message = f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML"
+        raise SourceError([Problem(message)]) from error
+    try:
+        root = loader.get_single_node()
+        tree = Node({}, source, 1) if root is None else loader.tree(root, root.start_mark.line + 1)
     except _TooMuch as error:
-        builder.problems.append(error.problem)
+        loader.problems.append(error.problem)
+    except yaml.MarkedYAMLError as error:
+        loader.problems.append(_explain_syntax(error, text, source))
     else:
-        if not builder.problems:
-            return root, builder.notes
-    raise SourceError(builder.problems)
+        if not loader.problems:
+            return tree, loader.notes
+    raise SourceError(loader.problems)
 
 
 class _TooMuch(Exception):
@@ -107,93 +108,81 @@ class _TooMuch(Exception):
         self.problem = problem
 
 
-class _Builder:
-    """Events -> nodes. Events come lazily, so a limit stops the parser as well."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own nodes with their marks, refusing what is not plain; then our tree of them."""
 
     def __init__(self, text: str, source: str) -> None:
+        super().__init__(text)
         self.problems: list[Problem] = []
         self.notes: list[str] = []
-        self._text = text
-        self._source = source
-        self._num_nodes = 0
-        self._events: Iterator[events.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
-
-    def document(self) -> Node:
-        """The only document of the stream; an empty stream gives an empty mapping."""
-        root = Node({}, self._source, 1)
-        num_documents = 0
-        for event in self._events:
-            if isinstance(event, events.DocumentStartEvent):
-                num_documents += 1
-                if num_documents == 2:
-                    line = _line(event)
-                    message = f"{self._source}:{line}: a second document starts here"
-                    raise _TooMuch(Problem(message, "a preset is one document: remove the `---`"))
-            elif isinstance(event, events.NodeEvent):
-                root = self._node(event, 0, _line(event))
-        return root
+        self._text, self._source = text, source
+        self._count = self._depth = 0
 
     def _problem(self, line: int, message: str, hint: str | None = None) -> None:
         self.problems.append(Problem(f"{self._source}:{line}: {message}", hint))
 
-    def _node(self, event: Any, depth: int, line: int) -> Node:
-        self._num_nodes += 1
-        here = f"{self._source}:{_line(event)}"
-        if self._num_nodes > MAX_NODES:
-            raise _TooMuch(Problem(f"{here}: more than {MAX_NODES} values, which no preset has"))
-        if depth > MAX_DEPTH:
-            raise _TooMuch(Problem(f"{here}: nested more than {MAX_DEPTH} levels deep"))
-        if isinstance(event, events.AliasEvent):
+    def compose_document(self) -> yaml.Node | None:
+        """The one document; a second one is refused where it starts."""
+        root: yaml.Node | None = super().compose_document()
+        if not self.check_event(yaml.StreamEndEvent):
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            message = f"{self._source}:{line}: a second document starts here"
+            raise _TooMuch(Problem(message, "a preset is one document: remove the `---`"))
+        return root
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node, unless there are too many or they lie too deep; aliases become empty."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        self._count += 1
+        if self._count > MAX_NODES:
+            message = f"{self._source}:{line}: more than {MAX_NODES} values, which no preset has"
+            raise _TooMuch(Problem(message))
+        if self._depth > MAX_DEPTH:
+            raise _TooMuch(Problem(f"{self._source}:{line}: nested more than {MAX_DEPTH} levels deep"))
+        if self.check_event(yaml.AliasEvent):
+            self.get_event()  # type: ignore[no-untyped-call]
             self._problem(line, f"alias `*{event.anchor}`: anchors and aliases are not read here",
                           "write the value out, or share it through `extends:`")  # fmt: skip
-            return Node(None, self._source, line)
+            return yaml.ScalarNode("", "", event.start_mark, event.end_mark)
         if event.anchor is not None:
             self._problem(line, f"anchor `&{event.anchor}`: anchors and aliases are not read here",
                           "write the value out, or quote it if it is text")  # fmt: skip
+            event.anchor = None
         if event.tag not in (None, "!"):
             self._problem(line, f"tag `{event.tag}`: tags are not read here",
                           "write the plain value, or quote it if it is text")  # fmt: skip
-        if isinstance(event, events.MappingStartEvent):
-            return self._mapping(depth, line)
-        if isinstance(event, events.SequenceStartEvent):
-            return self._sequence(depth, line)
-        assert isinstance(event, events.ScalarEvent)
-        return self._scalar(event, line)
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
-    def _sequence(self, depth: int, line: int) -> Node:
-        items: list[Node] = []
-        while not isinstance(event := next(self._events), events.SequenceEndEvent):
-            items.append(self._node(event, depth + 1, _line(event)))
-        return Node(items, self._source, line)
-
-    def _mapping(self, depth: int, line: int) -> Node:
+    def tree(self, node: yaml.Node, line: int) -> Node:
+        """Our tree of PyYAML's nodes; `line` is the key's, where there is one."""
+        if isinstance(node, yaml.SequenceNode):
+            return Node([self.tree(item, item.start_mark.line + 1) for item in node.value], self._source, line)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, line)
         children: dict[str, Node] = {}
-        while not isinstance(event := next(self._events), events.MappingEndEvent):
-            key_line = _line(event)
-            if isinstance(event, events.ScalarEvent):
-                self._node(event, depth, key_line)  # counts it, and refuses anchors and tags
-                key = str(event.value)
-            else:
-                self._node(event, depth + 1, key_line)
-                self._problem(key_line, "a key is a list or mapping", "keys are words")
-                key = ""
-            value = next(self._events)
-            child = self._node(value, depth + 1, key_line)
+        for key_node, value in node.value:
+            at = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(at, "a key is a list or mapping", "keys are words")
+                continue
+            key, child = str(key_node.value), self.tree(value, at)
             if key in children:
-                self._problem(key_line, f"`{key}` is set twice (first in line "
-                              f"{children[key].line})", "keep one of them")  # fmt: skip
+                self._problem(at, f"`{key}` is set twice (first in line {children[key].line})", "keep one of them")
             else:
                 children[key] = child
         return Node(children, self._source, line)
 
-    def _scalar(self, event: events.ScalarEvent, line: int) -> Node:
-        if event.style is not None:  # quoted or block: text as it is
-            start, end = event.start_mark, event.end_mark
-            written = self._text[start.index : end.index] if start and end else ""
-            if _DRIVE.match(written) and any(ord(letter) < 32 for letter in event.value):
+    def _scalar(self, node: yaml.ScalarNode, line: int) -> Node:
+        text: str = node.value
+        if node.style is not None:  # quoted or block: text as it is
+            written = self._text[node.start_mark.index : node.end_mark.index]
+            if _DRIVE.match(written) and any(ord(letter) < 32 for letter in text):
                 self.notes.append(f"{self._source}:{line}: {written} holds a tab or line break; {_QUOTE_HINT}")
-            return Node(event.value, self._source, line)
-        text: str = event.value
+            return Node(text, self._source, line)
         if _INT.fullmatch(text) and len(text) > MAX_DIGITS:
             self._problem(line, f"a number of {len(text)} digits")
             return Node(0, self._source, line)
@@ -215,10 +204,6 @@ def resolve_scalar(text: str) -> Scalar:
     if _INFINITE.fullmatch(text) or _NAN.fullmatch(text):
         return float(text.replace(".", "").lower())
     return text
-
-
-def _line(event: events.Event) -> int:
-    return event.start_mark.line + 1 if event.start_mark else 1
 
 
 def _explain_syntax(error: yaml.MarkedYAMLError, text: str, source: str) -> Problem:
