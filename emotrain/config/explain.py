@@ -238,14 +238,14 @@ def _key_hint(key: str, loc: Loc, section: type[BaseModel] | None) -> str | None
     found = nearest(key, own)
     if found:
         return f"did you mean `{found}`?"
-    elsewhere = [path for path in _all_keys() if path.split(".")[-1] == key]
+    elsewhere = [path for path in all_keys() if path.split(".")[-1] == key]
     if elsewhere:
         return f"did you mean `{elsewhere[0]}`?"
     foreign: Mapping[str, str] = TOP if len(loc) == 1 else INSIDE.get(str(loc[0]), {})
     word = nearest(key, foreign)
     if word:
         return f"did you mean `{foreign[word]}`?"
-    return likely(key, _all_keys()) or (f"valid keys: {', '.join(own)}" if own else None)
+    return likely(key, all_keys()) or (f"valid keys: {', '.join(own)}" if own else None)
 
 
 def field_names(section: type[BaseModel]) -> tuple[str, ...]:
@@ -276,13 +276,14 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _all_keys(section: type[BaseModel] = Preset, prefix: str = "") -> list[str]:
+def all_keys(section: type[BaseModel] = Preset, prefix: str = "") -> list[str]:
+    """Every key from the top, sections too: `train`, `train.optimizer`, `train.optimizer.name`, ..."""
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + (field.alias or name))
         inner = _section_in(field.annotation)
         if inner:
-            keys += _all_keys(inner, f"{keys[-1]}.")
+            keys += all_keys(inner, f"{keys[-1]}.")
     return keys
 
 
