@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from emotrain.dataset.buckets import Placement
-from emotrain.dataset.cache import Cache, Tensors, content_key, narrow
+from emotrain.dataset.cache import DEFAULT_LIMIT, Cache, Tensors, TextRows, content_key, narrow
 from emotrain.dataset.examples import Example
 from emotrain.dataset.images import (
     MAX_FILE_BYTES,
@@ -31,7 +31,6 @@ from emotrain.dataset.images import (
     parse_background,
 )
 from emotrain.dataset.pixels import to_mask, to_pixels
-from emotrain.dataset.rows import DEFAULT_LIMIT, TextRows
 from emotrain.dataset.textfile import FileProblem, printable, read_bytes
 from emotrain.errors import DatasetError, ModelError, Problem
 

@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from emotrain.dataset.buckets import Placement, place
-from emotrain.dataset.cache import Cache, Tensors
+from emotrain.dataset.cache import Cache, Tensors, TextRows
 from emotrain.dataset.captions import EMPTY, pick, uniform
 from emotrain.dataset.encode import Encoder, Item, encode_pictures, encode_texts
 from emotrain.dataset.examples import Example
-from emotrain.dataset.rows import TextRows
 from emotrain.dataset.settings import LoaderSettings as LoaderSettings
 from emotrain.dataset.settings import settings_from as settings_from
 from emotrain.dataset.split import fingerprint, take_shard

@@ -34,8 +34,7 @@ from emotrain.runs.adapters import build_adapter
 from emotrain.runs.data import Pictures
 from emotrain.runs.draw import Sampler
 from emotrain.train.events import Event, Notice, Phase
-from emotrain.train.loss_baseline import LossBaseline, expected_by_bins
-from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
+from emotrain.train.losses import LossBaseline, expected_by_bins, noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.validation import Validation
 
 Notify = Callable[[Event], None]

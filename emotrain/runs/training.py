@@ -21,7 +21,7 @@ from emotrain.train import rng
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Phase, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, fit
-from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.losses import LossBaseline
 from emotrain.train.signals import StopSignals
 from emotrain.train.state import TrainState, capture
 

@@ -21,11 +21,9 @@ from emotrain.families.transfer import send
 from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.train.events import Event, Notice, Phase, StepEnd, ValidationEnd
-from emotrain.train.guard import LIMIT, describe
-from emotrain.train.loss_baseline import LossBaseline
-from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms
+from emotrain.train.losses import LossBaseline, noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.memory import OutOfMemory, with_memory
-from emotrain.train.state import TrainState
+from emotrain.train.state import LIMIT, TrainState, describe
 from emotrain.train.validation import Validation
 
 if TYPE_CHECKING:

@@ -36,8 +36,7 @@ from emotrain.lora.check import self_check
 from emotrain.lora.file import save_lora
 from emotrain.optim.registry import build_optimizer
 from emotrain.train.loop import Parts as LoopParts
-from emotrain.train.loss_baseline import LossBaseline
-from emotrain.train.losses import timesteps_at
+from emotrain.train.losses import LossBaseline, timesteps_at
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]  # part (unet, vae, text_encoder...), its config -> another
 

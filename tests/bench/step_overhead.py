@@ -37,7 +37,7 @@ from emotrain.pulse.stopping import StopRule
 from emotrain.runs.finish import PictureLosses
 from emotrain.train.events import RunStart
 from emotrain.train.loop import Limits, Parts, tell, train_step
-from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.losses import LossBaseline
 from emotrain.train.state import TrainState
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

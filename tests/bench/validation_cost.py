@@ -20,7 +20,7 @@ from emotrain.config.load import load_preset
 from emotrain.runs.build import build_validation, validate_every
 from emotrain.runs.loaded import load
 from emotrain.train.loop import Limits, Parts, train_step
-from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.losses import LossBaseline
 from emotrain.train.state import TrainState
 
 

@@ -129,10 +129,10 @@ def test_a_full_disk_changes_no_batch(
 ) -> None:
     good = load(tiny_family, examples(root), tmp_path / "c")
 
-    def refuse(self: Path, data: bytes) -> int:
+    def refuse(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     said: list[str] = []
     poor = prepare(tiny_family, examples(root), LoaderSettings(RULES), Cache(tmp_path / "full", said.append))
     assert len(said) == 1
@@ -236,10 +236,10 @@ def test_captions_beyond_the_memory_limit_are_read_back(root: Path, tmp_path: Pa
 def test_captions_are_held_whatever_the_limit_where_the_disk_refuses(
     root: Path, tmp_path: Path, tiny_family: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Path, data: bytes) -> int:
+    def refuse(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     data = load(tiny_family, examples(root), tmp_path / "c", text_memory=0)
     assert data.fixed(["data/p0.png"])[0].text["prompt_embeds"].shape == (1, 4, 8)
 

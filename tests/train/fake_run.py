@@ -16,7 +16,7 @@ from emotrain.optim import EmoSens
 from emotrain.pulse.stopping import StopRule
 from emotrain.train.events import Event
 from emotrain.train.loop import Limits, Parts
-from emotrain.train.loss_baseline import LossBaseline
+from emotrain.train.losses import LossBaseline
 from emotrain.train.validation import Validation
 
 SCHEDULER = {

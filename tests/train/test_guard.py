@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 
-from emotrain.train.guard import Guard, describe
+from emotrain.train.state import Guard, describe
 
 
 def after(*steps: tuple[float, float]) -> Guard:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emotrain.train.loss_baseline import BINS, LossBaseline, expected_by_bins
+from emotrain.train.losses import BINS, LossBaseline, expected_by_bins
 
 
 def test_the_raw_ear_hears_the_mean():
