@@ -6,6 +6,8 @@ emotion's values have at most a third of the room. No sentence is cut: long ones
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.layout import Layout
 from rich.progress_bar import ProgressBar
