@@ -13,13 +13,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from emotrain.batch import Batch, Conditioning
 from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.cache import Cache, Tensors, TextRows
 from emotrain.dataset.captions import EMPTY, pick, uniform
@@ -32,32 +32,6 @@ from emotrain.errors import DatasetError
 
 NO_SHARES: Mapping[str, float] = {}
 KEPT_PLANS = 4  # epochs whose order is remembered
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Sizes in pixels that some families are told (SDXL, arXiv:2307.01952 2.2).
-
-    Each tensor is int64 [B, 2]: (height, width), and (top, left) for the crop.
-    """
-
-    original_sizes: Tensor
-    crop_top_lefts: Tensor
-    target_sizes: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one bucket size, on the CPU."""
-
-    latents: Tensor  # float32 [B, C, H, W]
-    text: dict[str, Tensor]  # float32, one row a sample; {} where texts are not encoded ahead
-    conditioning: Conditioning
-    weights: Tensor  # float32 [B]: 1, or the prior weight of regularisation pictures
-    masks: Tensor | None  # float32 [B, 1, H, W] in 0..1
-    ids: tuple[str, ...]
-    epoch: int
-    texts: tuple[str, ...] = ()  # what each sample is trained with
 
 
 def _silent(phase: str, done: int, total: int) -> None:

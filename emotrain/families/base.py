@@ -10,19 +10,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, device, dtype, nn
 
-TextEmbeds = dict[str, Tensor]  # "prompt_embeds" [B, S, D]; "pooled_prompt_embeds" [B, D] where the family has them
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Numbers that some families take besides the text, in pixels (SDXL micro-conditioning, arXiv:2307.01952 2.2).
-
-    Each tensor is int64 [B, 2]: (height, width), and (top, left) for the crop.
-    """
-
-    original_sizes: Tensor
-    crop_top_lefts: Tensor
-    target_sizes: Tensor
+from emotrain.batch import Conditioning, TextEmbeds
 
 
 @dataclass

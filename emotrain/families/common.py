@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds, TextEncoderPart
+from emotrain.batch import Conditioning, TextEmbeds
+from emotrain.families.base import DrawRequest, TextEncoderPart
 from emotrain.families.memory import TILE, MemoryPlan
 from emotrain.families.offload import offload_blocks
 from emotrain.families.quantize import quantize_linears

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.diffusion import mu_for
-from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds, TextEncoderPart
+from emotrain.families.base import DrawRequest, TextEncoderPart
 from emotrain.families.common import LoadedFamily
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import latent_channels

@@ -289,7 +289,7 @@ def _forward(
     grad: bool = False,
 ) -> Callable[[], Tensor]:
     """A call of the family's own `predict` with tensors of the right shapes."""
-    from emotrain.families.base import Conditioning
+    from emotrain.batch import Conditioning
 
     cls = family_class(family)
     built = object.__new__(cls)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from emotrain.batch import Batch
 from emotrain.config.builtin import is_builtin
 from emotrain.config.prompts import parse_prompt
 from emotrain.config.schema import EMO_OPTIMIZERS, Preset
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.captions import fill_trigger
-from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepare, settings_from
+from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare, settings_from
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family

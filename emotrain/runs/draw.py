@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from PIL.PngImagePlugin import PngInfo
 
+from emotrain.batch import TextEmbeds
 from emotrain.config.prompts import SamplePrompt
-from emotrain.families.base import DrawRequest, TextEmbeds
+from emotrain.families.base import DrawRequest
 from emotrain.families.sampling import draw_sample
 from emotrain.files import fsync_file, fsync_folder
 from emotrain.observers.sheet import LORA, save_sheet

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from emotrain.batch import Batch
 from emotrain.dataset.contrasts import PictureContrast
-from emotrain.dataset.loader import Batch
 from emotrain.train.losses import GOLDEN, sample_losses, timesteps_at
 from emotrain.train.validation import part
 
 if TYPE_CHECKING:
+    from emotrain.batch import TextEmbeds
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family, TextEmbeds
+    from emotrain.families.base import Family
 
 Caption = tuple[str, "TextEmbeds"]  # with its row of cached embeddings; none where text encoders are trained
 TOGETHER = 16  # samples in one forward pass at most ...

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from emotrain.dataset.loader import Batch
+from emotrain.batch import Batch, Conditioning, TextEmbeds
 from emotrain.families.transfer import send
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Conditioning, Family, TextEmbeds
+    from emotrain.families.base import Family
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -84,7 +84,7 @@ def predict(
     there = send([*numbers, *batch.text.values()], family.device)
     noisy, timesteps, original, crop, target = there[:5]
     rest, text = there[5 : len(numbers)], dict(zip(batch.text, there[len(numbers) :], strict=True))
-    known = cast("Conditioning", replace(sizes, original_sizes=original, crop_top_lefts=crop, target_sizes=target))
+    known = Conditioning(original, crop, target)
     return family.predict(noisy, timesteps, text_of(family, batch.texts, text), known).float(), rest
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from emotrain.dataset.loader import Batch
+from emotrain.batch import Batch
 from emotrain.errors import ConfigError, ResourceError
 from emotrain.train import rng
 from emotrain.train.losses import noise_like, sample_losses, timesteps_at, uniforms

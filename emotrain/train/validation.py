@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emotrain.dataset.loader import Batch
+from emotrain.batch import Batch
 from emotrain.train.losses import GOLDEN, predict, sample_losses, timesteps_at
 
 if TYPE_CHECKING:
+    from emotrain.batch import TextEmbeds
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family, TextEmbeds
+    from emotrain.families.base import Family
     from emotrain.lora.adapter import Adapter
 
 

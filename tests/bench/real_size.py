@@ -22,10 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emotrain.dataset.loader import Batch
-from emotrain.dataset.loader import Conditioning as Sizes
+from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
-from emotrain.families.base import Conditioning
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.loading import DTYPES, family_class
 from emotrain.families.registry import FAMILIES, configs, family_of_variant
@@ -87,7 +85,7 @@ def loop_parts(family: LoadedFamily, adapter: Adapter, optimizer: Any, size: int
         batches_per_epoch = 10
 
         def batch(self, number: int) -> Batch:
-            latents, sized = torch.zeros(1, channels, side, side), Sizes(sizes, zeros, sizes)
+            latents, sized = torch.zeros(1, channels, side, side), Conditioning(sizes, zeros, sizes)
             return Batch(latents, dict(text), sized, torch.ones(1), None, ("a",), 0, ("t",))
 
     nothing: Any = None

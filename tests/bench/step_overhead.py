@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.dataset.loader import Batch, Conditioning
+from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.observers.console import ConsoleLines

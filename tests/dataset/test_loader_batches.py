@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from emotrain.batch import Batch
 from emotrain.dataset.buckets import BucketRules, assign
 from emotrain.dataset.cache import Cache
-from emotrain.dataset.loader import Batch, CachedDataset, LoaderSettings, prepare
+from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare
 from emotrain.dataset.scan import FolderSpec, scan
 from emotrain.dataset.split import example_digests, fingerprint, split_held_out, take_shard
 from emotrain.errors import ConfigError, DatasetError

@@ -14,8 +14,9 @@ import torch
 from newer_models import denoiser_of, original_denoiser, qwen, qwen_tokenizer, vae_of
 from safetensors.torch import save_file
 
+from emotrain.batch import Conditioning
 from emotrain.families import load_family
-from emotrain.families.base import Conditioning, DrawRequest
+from emotrain.families.base import DrawRequest
 from emotrain.families.common import LoadedFamily
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff

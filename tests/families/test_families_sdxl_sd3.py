@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from emotrain.batch import Conditioning
 from emotrain.families import load_family
-from emotrain.families.base import Conditioning, DrawRequest
+from emotrain.families.base import DrawRequest
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 

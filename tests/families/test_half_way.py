@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.diffusion import build_objective
 from emotrain.families import load_family
-from emotrain.families.base import Conditioning, DrawRequest, TextEmbeds
+from emotrain.families.base import DrawRequest
 from emotrain.families.flux.model import pack
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import ASSETS

@@ -11,10 +11,11 @@ import torch
 from newer_models import pipeline_of, separate_files, text_model
 from safetensors.torch import load_file, save_file
 
+from emotrain.batch import Conditioning
 from emotrain.diffusion import shift_for
 from emotrain.errors import ModelError
 from emotrain.families import load_family
-from emotrain.families.base import Conditioning, DrawRequest
+from emotrain.families.base import DrawRequest
 from emotrain.families.flux.model import unpack
 from emotrain.families.loading import family_class
 from emotrain.families.registry import FAMILIES, configs, encoder_configs

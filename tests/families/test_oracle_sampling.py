@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from emotrain.batch import Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.families import load_family
-from emotrain.families.base import Conditioning
 
 CLEAN = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(5))
 NOISE = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(6))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emotrain.dataset.loader import Batch, Conditioning
+from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.families import load_family
 from emotrain.families.registry import configs, family_of_variant

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emotrain.dataset.loader import Batch, Conditioning
+from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.optim import EmoSens
 from emotrain.pulse.stopping import StopRule

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from emotrain.batch import Batch, Conditioning
 from emotrain.dataset.contrasts import contrast_scores
-from emotrain.dataset.loader import Batch, Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.train.contrast import contrastive_losses
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.anima.spec import MAX_TOKENS
-from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
+from emotrain.families.base import TextEncoderPart
 from emotrain.families.common import Parts
 from emotrain.families.qwen_vae import QwenVae
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.families.base import Conditioning, TextEmbeds
+from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.common import SMALL_MODEL_GUIDANCE, LoadedFamily, ids_of
 from emotrain.families.flux.spec import FLUX
 

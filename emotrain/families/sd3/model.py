@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emotrain.families.base import Conditioning, TextEmbeds
+from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.common import LoadedFamily, ids_of
 from emotrain.families.sd3.spec import SD3, T5_TOKENS
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.families.base import Conditioning, TextEmbeds
+from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.common import LoadedFamily, ids_of
 from emotrain.families.sdxl.spec import SDXL
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.families.base import Conditioning, TextEmbeds, TextEncoderPart
+from emotrain.batch import Conditioning, TextEmbeds
+from emotrain.families.base import TextEncoderPart
 from emotrain.families.flow import FlowFamily, chat_ids, hidden_states
 
 
