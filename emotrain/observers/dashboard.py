@@ -25,7 +25,8 @@ BYTES_PER_S = 24_000  # that a terminal is sent: a slow connection keeps up
 FASTEST_S = 0.25
 IDLE_S = 1.0  # clocks go on also when nothing happens
 LOOK_S = 0.05  # how often the terminal is asked for its size
-PATIENCE_S = 1.0  # a stopped terminal (Ctrl-S) may hold up a drawing for ever
+PATIENCE_S = 2.0  # a stopped terminal (Ctrl-S) may hold up a drawing for ever
+PIECE = 512  # bytes
 BEGIN = "\x1b[?2026h\x1b[?25l\x1b[?7l"  # one update, cursor away, no wrapping
 END = "\x1b[?7h\x1b[?25h\x1b[?2026l"
 ASCII = str.maketrans({"✓": "+", "◆": "o", "…": "~", "–": "-", "━": "=", "╸": "=", "╺": "-"})
@@ -57,23 +58,27 @@ class Terminal:
         shown = f"{BEGIN}{text}{END}" if self.live else text
         if not self.unicode:
             shown = shown.translate(ASCII).encode("ascii", errors="replace").decode("ascii")
-        data = shown.encode(self.encoding, errors="replace")
         try:
-            self._send(shown, data)
+            self._send(shown.encode(self.encoding, errors="replace"))
         except (OSError, ValueError):  # the terminal is gone
             self.closed = True
-        self.sent += len(data)
         return len(text)
 
-    def _send(self, shown: str, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
+        """In pieces, so that one can see whether a slow terminal still takes something."""
         try:
-            descriptor = self._stream.fileno()
+            descriptor = None if os.name == "nt" else self._stream.fileno()  # a Windows console takes text alone
         except (OSError, ValueError, AttributeError):
-            self._stream.write(shown)
-            return
+            descriptor = None
         self._stream.flush()
-        while data:
-            data = data[os.write(descriptor, data) :]
+        if descriptor is None:
+            self._stream.write(data.decode(self.encoding))
+            self._stream.flush()
+            self.sent += len(data)
+            return
+        while data and not self.closed:
+            sent = os.write(descriptor, data[:PIECE])
+            data, self.sent = data[sent:], self.sent + sent
 
     def flush(self) -> None:
         """Nothing is kept back."""
@@ -188,8 +193,11 @@ class Dashboard:
             return
         self._closed = True
         if self._thread is not None:
-            self._thread.join(timeout=PATIENCE_S)
-            if self._thread.is_alive():  # the terminal is stopped: nothing more is sent
+            sent = -1
+            while self._thread.is_alive() and self._terminal.sent != sent:  # a slow terminal gets its time
+                sent = self._terminal.sent
+                self._thread.join(timeout=PATIENCE_S)
+            if self._thread.is_alive():  # it is stopped: nothing more is sent
                 self._terminal.closed = True
                 self._stack.pop_all()
                 return

@@ -517,6 +517,39 @@ def test_a_terminal_that_is_gone_or_stopped_does_not_hold_up_the_training(
         time.sleep(0.1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes of a size that is asked for")
+def test_a_slow_terminal_gets_its_last_frame_and_the_summary(
+    make_start: MakeStart, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    shown = bytearray()
+
+    def reader() -> None:
+        while piece := os.read(read, 512):
+            shown.extend(piece)
+            time.sleep(0.03)  # 17 kB a second
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    with os.fdopen(write, "w", encoding="utf-8") as file:
+        console = make_console(file, {"TERM": "xterm"}, width=200, height=50)
+        dashboard = Dashboard(console, capture_stderr=False)
+        dashboard.handle(make_start())
+        for step in range(1, 30):
+            dashboard.handle(make_step(step))
+        while b" of at most" not in shown:
+            time.sleep(0.01)
+        dashboard.handle(the_end())
+        dashboard.close()
+    thread.join()
+    os.close(read)
+    assert "x.safetensors" in shown.decode().rpartition("emoPulse")[2]
+
+
 def test_watching_uses_no_random_numbers(make_start: MakeStart, make_step: MakeStep, board: Board) -> None:
     import numpy as np
 
