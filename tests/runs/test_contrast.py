@@ -53,7 +53,14 @@ class Listener:
 
 
 def run(tmp_path: Path, name: str, *extra: str, observers=()):
-    words = ("sample.every=0", "log.tensorboard=false", "validate.every=99", "train.max_steps=22", *extra)
+    words = (
+        "sample.every=0",
+        "log.tensorboard=false",
+        "validate.every=99",
+        "train.loss.baseline=raw",
+        "train.max_steps=22",
+        *extra,
+    )
     return start.run(load_preset("quickstart", words, name), runs_dir=tmp_path / "runs", observers=observers)
 
 

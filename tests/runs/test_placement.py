@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from emotrain.runs.loaded import load
 
 
 def test_pictures_captions_and_prompts_are_encoded_before_the_denoiser_is_placed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     acts: list[str] = []
 
@@ -30,6 +31,7 @@ def test_pictures_captions_and_prompts_are_encoded_before_the_denoiser_is_placed
     watch(Flux, "encode_texts")
     watch(LoadedFamily, "free_encoders")
     watch(LoadedFamily, "place_denoiser")
+    monkeypatch.setenv("EMOTRAIN_CACHE", str(tmp_path))  # or there may be nothing to encode
     loaded = load(load_preset("quickstart-flux"), lambda event: None)
     placed = acts.index("place_denoiser")
     assert {"encode_images", "encode_texts"} == set(acts[: acts.index("free_encoders")])

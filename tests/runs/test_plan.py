@@ -159,7 +159,7 @@ def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path, sdxl_plan
 
 @pytest.mark.parametrize(
     "name",
-    ["sd15", "zimage", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "krea2", "illustrious"))],
+    ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "zimage", "krea2", "illustrious"))],
 )
 def test_will_it_fit_my_card_is_answered_without_a_model_or_pictures(
     name: str, capsys: Any, tmp_path: Path, monkeypatch: Any

@@ -22,7 +22,14 @@ from emotrain.train.events import Event, Notice, RunEnd, StepEnd
 from emotrain.train.loop import StopReason
 from emotrain.train.state import TrainState
 
-SHORT = ("train.max_steps=4", "sample.every=0", "sample.at_start=false", "validate.every=2", "stop.mode=off")
+SHORT = (
+    "train.loss.baseline=raw",
+    "train.max_steps=4",
+    "sample.every=0",
+    "sample.at_start=false",
+    "validate.every=2",
+    "stop.mode=off",
+)
 
 
 class Watch:
@@ -45,6 +52,7 @@ def train(tmp_path: Path, *overrides: str, name: str = "run") -> tuple[start.Res
     watch = Watch()
     words = (
         "train.max_steps=4",
+        "train.loss.baseline=raw",
         "sample.every=0",
         "sample.at_start=false",
         "validate.every=2",
