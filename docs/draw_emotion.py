@@ -14,7 +14,7 @@ from pathlib import Path
 
 from emotrain.pulse.draw import Panel, svg
 from emotrain.pulse.replay import replay
-from emotrain.pulse.signal import emo_drive, feel, start
+from emotrain.pulse.signal import emo_drive, observe, start
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "concepts" / "emotion"
@@ -54,7 +54,7 @@ def mean_pulse(noise: float, falling: bool, seed: int) -> float:
     state, pulses = start("3.9"), []
     for step in range(600):
         level = 0.5 * (0.5 ** (step / 200) if falling else 1.0)
-        state, reading, _ = feel(state, level * math.exp(generator.gauss(0, sigma) - sigma * sigma / 2))
+        state, reading, _ = observe(state, level * math.exp(generator.gauss(0, sigma) - sigma * sigma / 2))
         pulses.append(reading.pulse)
     return statistics.mean(pulses[100:])
 

@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend: what and where in one line without a full stop, and how to mend it."""
+    """One thing to fix: what and where in one line without a full stop, and how to fix it."""
 
     message: str
     hint: str | None = None
@@ -34,7 +34,7 @@ class EmotrainError(Exception):
 
     Args:
         message: what is wrong and where, one line, no full stop.
-        hint: how to mend it, one line.
+        hint: how to fix it, one line.
         problems: further ones of the same kind, where several are known at once (then `message` is the first).
     """
 

@@ -70,7 +70,7 @@ def note(text: str) -> None:
 
 
 def warning(text: str) -> None:
-    """What the user should know but need not mend, on stderr."""
+    """What the user should know but need not fix, on stderr."""
     _write(sys.stderr, f"{_paint('warning:', '33')} {clean(text)}")
 
 

@@ -1,4 +1,4 @@
-"""`emotrain replay`: what an emo optimizer would have felt on any loss log."""
+"""`emotrain replay`: the signals of an emo optimizer on any loss log."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def replay(
 ) -> None:
     """Replay a loss log through an emo optimizer.
 
-    Shows what it would have felt at each step, and where each published stop signal would have been lit. The log may be
+    Shows its values at each step, and where each published stop signal would have been lit. The log may be
     any trainer's; each logged loss counts as one optimizer step.
 
     Examples:
       emotrain replay runs/mika_v2
       emotrain replay other_trainer/logs --column loss/current
-      emotrain replay loss.csv --generation 3.7 --plot felt.svg
+      emotrain replay loss.csv --generation 3.7 --plot replay.svg
     """
     from emotrain.pulse.logs import read_log, usual_gap
-    from emotrain.pulse.replay import replay as felt_by
+    from emotrain.pulse.replay import replay as replay_of
 
     losses = read_log(log, column)
-    felt = felt_by(
+    replayed = replay_of(
         losses.steps,
         losses.losses,
         generation=generation,
@@ -60,27 +60,27 @@ def replay(
     if gap > 1:
         output.warning(f"this log holds every {gap}th step only: the averages are slower than they were")
     if plot is not None:
-        _plot(plot, losses, felt)
+        _plot(plot, losses, replayed)
     if as_json:
         head = {"schema_version": output.SCHEMA_VERSION, "log": str(losses.source), "column": losses.column}
-        output.json_object({**head, "left_out": losses.left_out, **felt.to_dict()})
+        output.json_object({**head, "left_out": losses.left_out, **replayed.to_dict()})
         return
-    _show(losses, felt)
+    _show(losses, replayed)
 
 
-def _show(log: LossLog, felt: Replay) -> None:
+def _show(log: LossLog, replayed: Replay) -> None:
     from emotrain.pulse.draw import braille
 
     width = max(20, min(shutil.get_terminal_size((80, 24)).columns - 12, 120))
-    count, first, last = len(felt.steps), felt.steps[0], felt.steps[-1]
+    count, first, last = len(replayed.steps), replayed.steps[0], replayed.steps[-1]
     output.result(
-        f"{log.source}: `{log.column}`, {count} losses, steps {first} to {last}, generation {felt.generation}"
+        f"{log.source}: `{log.column}`, {count} losses, steps {first} to {last}, generation {replayed.generation}"
     )
     rows = (
-        ("loss", list(felt.losses), False, 5),
-        ("scalar", [reading.scalar for reading in felt.readings], False, 3),
-        ("trust", [reading.trust for reading in felt.readings], False, 3),
-        ("emoPulse" if felt.generation != "3.6" else "lr x drive", _lengths(felt), True, 4),
+        ("loss", list(replayed.losses), False, 5),
+        ("scalar", [reading.scalar for reading in replayed.readings], False, 3),
+        ("trust", [reading.trust for reading in replayed.readings], False, 3),
+        ("emoPulse" if replayed.generation != "3.6" else "lr x drive", _lengths(replayed), True, 4),
     )
     for name, values, log_scale, height in rows:
         output.result("")
@@ -97,33 +97,35 @@ def _show(log: LossLog, felt: Replay) -> None:
             signal.num_lit,
             "yes" if signal.at_end else "no",
         )
-        for signal in felt.signals
+        for signal in replayed.signals
     ]
     output.table(signals, ("stop signal", "first lit at step", "steps lit", "lit at the end"))
 
 
-def _lengths(felt: Replay) -> list[float]:
-    if felt.generation == "3.6":
-        return [reading.pulse * reading.drive for reading in felt.readings]
-    return [reading.pulse for reading in felt.readings]
+def _lengths(replayed: Replay) -> list[float]:
+    if replayed.generation == "3.6":
+        return [reading.pulse * reading.drive for reading in replayed.readings]
+    return [reading.pulse for reading in replayed.readings]
 
 
-def _plot(path: Path, log: LossLog, felt: Replay) -> None:
+def _plot(path: Path, log: LossLog, replayed: Replay) -> None:
     from emotrain.errors import ConfigError
     from emotrain.pulse.draw import Panel, svg
 
     def curve(values: list[float]) -> list[tuple[float, float]]:
-        return [(float(step), value) for step, value in zip(felt.steps, values, strict=True)]
+        return [(float(step), value) for step, value in zip(replayed.steps, values, strict=True)]
 
-    marks = [(float(s.first), f"{s.name} lit") for s in felt.signals if s.first is not None]
-    averages = [(word, curve([getattr(r, word) for r in felt.readings])) for word in ("short", "medium", "long")]
+    marks = [(float(s.first), f"{s.name} lit") for s in replayed.signals if s.first is not None]
+    averages = [(word, curve([getattr(r, word) for r in replayed.readings])) for word in ("short", "medium", "long")]
     panels = [
-        Panel("loss", [("loss", curve(list(felt.losses))), *averages], marks=marks),
-        Panel("scalar", [("", curve([r.scalar for r in felt.readings]))]),
-        Panel("trust", [("", curve([r.trust for r in felt.readings]))]),
-        Panel("emoPulse" if felt.generation != "3.6" else "lr x emoDrive", [("", curve(_lengths(felt)))], log=True),
+        Panel("loss", [("loss", curve(list(replayed.losses))), *averages], marks=marks),
+        Panel("scalar", [("", curve([r.scalar for r in replayed.readings]))]),
+        Panel("trust", [("", curve([r.trust for r in replayed.readings]))]),
+        Panel(
+            "emoPulse" if replayed.generation != "3.6" else "lr x emoDrive", [("", curve(_lengths(replayed)))], log=True
+        ),
     ]
-    text = svg(panels, title=f"{log.source.name}: what generation {felt.generation} would have felt")
+    text = svg(panels, title=f"{log.source.name}: what generation {replayed.generation} makes of it")
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

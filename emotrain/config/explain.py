@@ -27,7 +27,7 @@ REASONS = {
     ),
     **dict.fromkeys(
         ("epoch", "epochs", "num_epochs", "max_train_epochs", "num_train_epochs"),
-        "leave it out: the run ends by itself, and `train.max_steps` is the ceiling",
+        "leave it out: the run stops automatically, and `train.max_steps` is the ceiling",
     ),
     **dict.fromkeys(
         ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_embeddings"),

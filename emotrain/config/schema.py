@@ -85,7 +85,7 @@ class Folder(Section):
 
     path: Text = Field(description="the folder, or builtin:example")
     repeats: Annotated[PositiveInt, Field(le=100_000)] = Field(1, description="how often an epoch sees each picture")
-    flip: Bool = Field(False, description="mirror half of the samples")
+    flip: Bool = Field(False, description="flip half of the samples left to right")
     mask: Str | None = Field(None, description="a folder of same-stem masks, or `alpha`; white is learned")
     prior: PositiveFloat | None = Field(None, description="regularisation pictures: their loss weight")
     caption: Str | None = Field(None, description="one caption for all pictures of this folder")
@@ -227,7 +227,7 @@ class TrainSection(Section):
 
 
 class StopSection(Section):
-    """When the run ends by itself."""
+    """When the run stops automatically."""
 
     mode: Literal["off", "signal", "trusted"] = Field(
         "trusted",

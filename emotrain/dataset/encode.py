@@ -63,7 +63,7 @@ class Item:
     example: Example
     placement: Placement
     latents: Tensor
-    mirrored: Tensor | None
+    flipped: Tensor | None
     mask: Tensor | None
 
     @property
@@ -78,7 +78,7 @@ class _Job:
 
     example: Example
     placement: Placement
-    keys: dict[bool, str]  # mirrored or not -> entry
+    keys: dict[bool, str]  # flipped or not -> entry
     found: dict[bool, Tensor | None]
     mask: Tensor | None
     pixels: Tensor | None = None
@@ -88,19 +88,19 @@ def encode_pictures(
     encoder: Encoder,
     work: Sequence[tuple[Example, tuple[Placement, ...]]],
     *,
-    mirror: Collection[str],
+    also_flipped: Collection[str],
     background: str,
     cache: Cache,
     progress: Progress,
 ) -> list[Item]:
-    """All placements of all pictures, in order; with `flip` or in `mirror`, mirrored as well.
+    """All placements of all pictures, in order; with `flip` or in `also_flipped`, flipped as well.
 
     Raises:
         DatasetError: pictures that cannot be decoded or have changed since the scan; `problems`
             names all.
         ModelError: the VAE gives numbers that are not finite.
     """
-    reader = _Reader(encoder.vae_scale, encoder.vae_identity(), frozenset(mirror), background, cache)
+    reader = _Reader(encoder.vae_scale, encoder.vae_identity(), frozenset(also_flipped), background, cache)
     items: list[Item] = []
     problems: list[Problem] = []
     for done, future in enumerate(_run_ahead(reader.read, work), start=1):
@@ -152,17 +152,17 @@ def _encode_text(encoder: Encoder, text: str) -> Tensors:
 
 
 def _finish(encoder: Encoder, job: _Job, cache: Cache) -> Item:
-    for mirrored, known in job.found.items():
+    for flipped, known in job.found.items():
         if known is None:
             assert job.pixels is not None
-            pixels = job.pixels.flip(-1) if mirrored else job.pixels
+            pixels = job.pixels.flip(-1) if flipped else job.pixels
             with torch.no_grad():
                 latents = encoder.encode_images(pixels[None])[0].detach().cpu().float().clone()
             if not bool(latents.isfinite().all()):
                 hint = "set model.dtype to fp32, or model.vae to one made for fp16"
                 raise ModelError(f"VAE gives numbers that are not finite for {job.example.id}", hint)
-            cache.put("latents", job.keys[mirrored], {"latents": latents})
-            job.found[mirrored] = latents
+            cache.put("latents", job.keys[flipped], {"latents": latents})
+            job.found[flipped] = latents
     upright, mask = job.found[False], job.mask
     assert upright is not None
     if mask is not None and bool((mask == 1.0).all()):
@@ -176,12 +176,12 @@ class _Reader:
 
     vae_scale: int
     vae_identity: str
-    mirror: frozenset[str]
+    also_flipped: frozenset[str]
     background: str
     cache: Cache
 
     def read(self, example: Example, placements: Sequence[Placement]) -> list[_Job]:
-        sides = [False, True] if example.flip or example.id in self.mirror else [False]
+        sides = [False, True] if example.flip or example.id in self.also_flipped else [False]
         jobs = []
         picture: Picture | None = None
         for placement in placements:
@@ -215,11 +215,11 @@ class _Reader:
             mask = load_mask(example.mask)
         return to_mask(mask, placement, self.vae_scale)
 
-    def _latents_key(self, example: Example, placement: Placement, mirrored: bool) -> str:
+    def _latents_key(self, example: Example, placement: Placement, flipped: bool) -> str:
         return content_key(
             picture=example.sha256,
             place=_numbers(placement),
-            mirrored=mirrored,
+            mirrored=flipped,
             background=parse_background(self.background),
             vae=self.vae_identity,
         )

@@ -80,7 +80,7 @@ EXIF_EMPTY = 20  # bytes of an EXIF block that says nothing
 _TEXT_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1"}
 _WARNINGS = threading.Lock()  # `warnings.catch_warnings` is not made for threads
 PNG_END = b"IEND\xaeB`\x82"
-MEND = "open it in an image editor and save it again, or take it out of the folder"
+FIX = "open it in an image editor and save it again, or take it out of the folder"
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def decode_picture(data: bytes, *, background: str = "white", path: str | Path) 
         except FileProblem:
             raise
         except Exception as error:  # OSError, ValueError, SyntaxError, struct.error ...
-            raise FileProblem("damaged", path, f"is truncated or damaged ({_first_line(error)})", MEND) from error
+            raise FileProblem("damaged", path, f"is truncated or damaged ({_first_line(error)})", FIX) from error
     if alpha is not None:
         notes.append(Note("transparent", f"is partly transparent: put on a {background} background"))
         canvas = Image.new("RGB", rgb.size, colour)
@@ -207,7 +207,7 @@ def _opened(data: bytes, path: str | Path) -> Image.Image:
         reason = f"claims more than {MAX_PIXELS // 1_000_000} megapixels"
         raise FileProblem("too-many-pixels", path, reason, "make it smaller") from error
     except Exception as error:
-        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", MEND) from error
+        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", FIX) from error
 
 
 def _what_it_is(data: bytes) -> str:
@@ -227,7 +227,7 @@ def _guarded_header(image: Image.Image, data: bytes, path: str | Path) -> Header
     except FileProblem:
         raise
     except Exception as error:  # a second frame or a chunk that lies
-        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", MEND) from error
+        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", FIX) from error
 
 
 def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
@@ -246,9 +246,9 @@ def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
         raise FileProblem("unsupported-mode", path, f"is in {image.mode}, which is not read", "save it as RGB")
     scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
     if scans > USUAL_SCANS and scans * max(width * height, 64 * 64) > MAX_SCANNED:
-        raise FileProblem("too-slow", path, f"is stored in {scans:,} passes, which take minutes to decode", MEND)
+        raise FileProblem("too-slow", path, f"is stored in {scans:,} passes, which take minutes to decode", FIX)
     if image.format == "PNG" and PNG_END not in data:
-        raise FileProblem("damaged", path, "is cut off before its end", MEND)
+        raise FileProblem("damaged", path, "is cut off before its end", FIX)
     # MPO is a JPEG with further views behind it
     name = "JPEG" if image.format == "MPO" else str(image.format)
     turn, notes = _orientation(image, data)

@@ -18,7 +18,7 @@ class Finding:
     """One thing that is wrong, odd or worth knowing.
 
     `code` is a short stable word; `file` the picture's id or the file's name (None: the data set as
-    a whole); `message` reads on after it; `hint` says how to mend it. `others` are the further
+    a whole); `message` reads on after it; `hint` says how to fix it. `others` are the further
     files that the finding is about.
     """
 

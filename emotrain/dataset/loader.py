@@ -45,7 +45,7 @@ def prepare(
     cache: Cache | None = None,
     progress: Callable[[str, int, int], None] = _silent,
     *,
-    mirror: Collection[str] = (),
+    also_flipped: Collection[str] = (),
 ) -> CachedDataset:
     """Encode what the cache does not hold, and keep all of it in memory.
 
@@ -55,7 +55,7 @@ def prepare(
         settings: sizes, captions, batch size, seed.
         cache: default: `Cache()`.
         progress: told `(phase, done, total)`; phases are "pictures" and "captions".
-        mirror: ids that are encoded mirrored as well, besides those with `flip`.
+        also_flipped: ids that are encoded flipped as well, besides those with `flip`.
 
     Raises:
         DatasetError: nothing to learn, or pictures that cannot be decoded or have changed.
@@ -70,7 +70,9 @@ def prepare(
         (example, place(example.width, example.height, settings.rules))
         for example in sorted(chosen, key=lambda example: example.id)
     ]
-    items = encode_pictures(family, work, mirror=mirror, background=settings.background, cache=cache, progress=progress)
+    items = encode_pictures(
+        family, work, also_flipped=also_flipped, background=settings.background, cache=cache, progress=progress
+    )
     texts = {example.id: settings.texts(example) for example in chosen}
     rows: Mapping[str, Tensors] = {}
     if settings.encode_texts:
@@ -149,8 +151,8 @@ class CachedDataset:
                 item, visit = self._instead(item, visit, [place for place, _ in planned], shares)
             texts = self._texts[item.example.id]
             chosen = pick(seed, visit, item.key, len(texts), self.settings.dropout)
-            mirrored = item.example.flip and uniform(f"flip/{seed}/{visit}/{item.key}") < 0.5
-            samples.append((item, "" if chosen == EMPTY else texts[chosen], mirrored))
+            flipped = item.example.flip and uniform(f"flip/{seed}/{visit}/{item.key}") < 0.5
+            samples.append((item, "" if chosen == EMPTY else texts[chosen], flipped))
         return self._collate(samples, epoch)
 
     def _instead(self, item: Item, visit: int, planned: Sequence[int], shares: Mapping[str, float]) -> tuple[Item, int]:
@@ -182,7 +184,7 @@ class CachedDataset:
 
         Raises:
             KeyError: an id that is not in the data set.
-            ValueError: `flip` of a picture that was not encoded mirrored.
+            ValueError: `flip` of a picture that was not encoded flipped.
         """
         first: dict[str, Item] = {}
         for item in self.items:
@@ -211,7 +213,7 @@ class CachedDataset:
 
     def nbytes(self) -> int:
         """Bytes of all tensors held in memory."""
-        tensors = [t for i in self.items for t in (i.latents, i.mirrored, i.mask) if t is not None]
+        tensors = [t for i in self.items for t in (i.latents, i.flipped, i.mask) if t is not None]
         held = self._rows.nbytes if isinstance(self._rows, TextRows) else 0
         return held + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -237,14 +239,14 @@ class CachedDataset:
         return self._plans[epoch]
 
     def _collate(self, samples: Sequence[tuple[Item, str, bool]], epoch: int) -> Batch:
-        latents = torch.stack([_side(item, mirrored) for item, _, mirrored in samples])
+        latents = torch.stack([_side(item, flipped) for item, _, flipped in samples])
         text: dict[str, Tensor] = {}
         if self._rows:
             rows = [self._rows[said] for _, said, _ in samples]
             text = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
         masks = None
         if any(item.mask is not None for item, _, _ in samples):
-            masks = torch.stack([_mask(item, mirrored) for item, _, mirrored in samples])
+            masks = torch.stack([_mask(item, flipped) for item, _, flipped in samples])
         return Batch(
             latents=latents,
             text=text,
@@ -265,12 +267,12 @@ def _cuts(count: int, size: int, rng: random.Random) -> Iterator[tuple[int, int]
     yield from zip([0, *ends[:-1]], ends, strict=True)
 
 
-def _side(item: Item, mirrored: bool) -> Tensor:
-    if not mirrored:
+def _side(item: Item, flipped: bool) -> Tensor:
+    if not flipped:
         return item.latents
-    if item.mirrored is None:
-        raise ValueError(f"{item.example.id} was not encoded mirrored: name it in prepare(mirror=...)")
-    return item.mirrored
+    if item.flipped is None:
+        raise ValueError(f"{item.example.id} was not encoded flipped: name it in prepare(also_flipped=...)")
+    return item.flipped
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
@@ -279,17 +281,17 @@ def _stacked(rows: list[Tensor]) -> Tensor:
     return pad_sequence(wide, batch_first=True)
 
 
-def _mask(item: Item, mirrored: bool) -> Tensor:
+def _mask(item: Item, flipped: bool) -> Tensor:
     if item.mask is None:
         return torch.ones((1, *item.latents.shape[-2:]))
-    return item.mask.flip(-1) if mirrored else item.mask
+    return item.mask.flip(-1) if flipped else item.mask
 
 
 def _conditioning(samples: Sequence[tuple[Item, str, bool]]) -> Conditioning:
     original, crops, target = [], [], []
-    for item, _, mirrored in samples:
+    for item, _, flipped in samples:
         placed = item.placement
-        left = placed.resize_w - placed.bucket_w - placed.crop_left if mirrored else placed.crop_left
+        left = placed.resize_w - placed.bucket_w - placed.crop_left if flipped else placed.crop_left
         original.append((item.example.height, item.example.width))
         crops.append((placed.crop_top, left))
         target.append((placed.bucket_h, placed.bucket_w))

@@ -56,7 +56,7 @@ def digest_module(module: nn.Module, *extra: Any) -> str:
     return digest.hexdigest()
 
 
-def words_of(config: Any) -> dict[str, Any]:
+def config_values(config: Any) -> dict[str, Any]:
     """A model config without the keys that say where it was loaded from or by which version."""
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     skip = ("dtype", "torch_dtype", "transformers_version", "architectures")
@@ -164,14 +164,14 @@ class LoadedFamily(ABC):
         """The text encoder `name`, or None where it is absent or freed."""
         return next((part for part in self.text_encoders if part.name == name), None)
 
-    def encoder_words(self, *names: str) -> dict[str, Any]:
+    def encoder_kwargs(self, *names: str) -> dict[str, Any]:
         """Encoders and tokenizers as a pipeline takes them; None for those that are not there."""
-        words: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {}
         for name in names:
             part = self.part(name)
-            words[name] = part.encoder if part else None
-            words[name.replace("text_encoder", "tokenizer")] = part.tokenizer if part else None
-        return words
+            kwargs[name] = part.encoder if part else None
+            kwargs[name.replace("text_encoder", "tokenizer")] = part.tokenizer if part else None
+        return kwargs
 
     # ------------------------------------------------------------ the denoiser
 
@@ -244,7 +244,7 @@ class LoadedFamily(ABC):
         if "vae" not in self._identities:
             assert self.vae is not None
             in_tiles = ["tiles"] if self.memory is not None and self.memory.tile_encode else []
-            self._identities["vae"] = digest_module(self.vae, words_of(self.vae.config), *in_tiles)
+            self._identities["vae"] = digest_module(self.vae, config_values(self.vae.config), *in_tiles)
         return self._identities["vae"]
 
     def text_identity(self) -> str:
@@ -253,7 +253,7 @@ class LoadedFamily(ABC):
             digest = hashlib.sha256(self.name.encode())
             for part in self.text_encoders:
                 vocabulary = sorted(part.tokenizer.get_vocab().items())
-                extra = [part.name, part.max_tokens, words_of(part.encoder.config), vocabulary]
+                extra = [part.name, part.max_tokens, config_values(part.encoder.config), vocabulary]
                 digest.update(digest_module(part.encoder, extra).encode())
             self._identities["text"] = digest.hexdigest()
         return self._identities["text"]
@@ -265,17 +265,17 @@ class LoadedFamily(ABC):
         """A diffusers pipeline around the live modules; freed encoders are None in it."""
 
     @abstractmethod
-    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Arguments of the pipeline's call for these embeddings; `guidance` None is the model's usual one."""
 
     def draw(self, request: DrawRequest, text: TextEmbeds, negative: TextEmbeds) -> Tensor:
         """Scaled latents [1, C, H, W] by the stock pipeline; embeddings are on the device."""
-        words = self.pipeline_words(text, negative, request.guidance)
+        kwargs = self.pipeline_kwargs(text, negative, request.guidance)
         with quiet():
             pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         latents: Tensor = pipeline(
-            **words, **request.extras, width=request.width, height=request.height,
+            **kwargs, **request.extras, width=request.width, height=request.height,
             generator=torch.Generator("cpu").manual_seed(request.seed), num_inference_steps=request.steps,
             output_type="latent",
         ).images  # fmt: skip

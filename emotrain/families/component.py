@@ -50,7 +50,7 @@ def refuse_filled_up(where: str, info: dict[str, Any]) -> None:
         )
 
 
-def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any) -> Any:
+def load_one(cls: Any, where: str, part: str, revision: str | None, **kwargs: Any) -> Any:
     """One model of a folder, from safetensors only; where there is just a `fp16` variant of the file, that one.
 
     Raises:
@@ -70,11 +70,11 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **words: Any
         for file in files:
             refuse_unreadable(file)
         if all(".fp16." in file.name for file in files):
-            words["variant"] = "fp16"
+            kwargs["variant"] = "fp16"
     return guard(
         where,
         part,
-        lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **words),
+        lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **kwargs),
     )
 
 

@@ -51,7 +51,7 @@ class FlowFamily(LoadedFamily):
         """None: `draw` does without a pipeline."""
         return None
 
-    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Nothing: `draw` does without a pipeline."""
         return {}
 

@@ -41,7 +41,7 @@ class Averaged:
 
     @property
     def reading(self) -> Reading | None:
-        """What the inner optimizer felt last."""
+        """The last reading of the inner optimizer."""
         return self.inner.reading
 
     @property
@@ -96,8 +96,8 @@ class Averaged:
         steps = int(state_dict["averaged_steps"])
         params = self._params() if steps else []
         averages = [state[index].pop(SLOT) for index in range(len(params))]
-        words = {key: value for key, value in state_dict.items() if key != "averaged_steps"}
-        self.inner.load_state_dict({**words, "state": {index: slots for index, slots in state.items() if slots}})
+        rest = {key: value for key, value in state_dict.items() if key != "averaged_steps"}
+        self.inner.load_state_dict({**rest, "state": {index: slots for index, slots in state.items() if slots}})
         self.steps = steps
         self._average = [torch.empty_like(p.detach()).copy_(a) for p, a in zip(params, averages, strict=True)]
 

@@ -24,7 +24,7 @@ from emotrain.pulse.signal import (
     Sensor,
     Watch,
     canonical_generation,
-    feel,
+    observe,
     pulse_at,
     start,
     tensor_pulses,
@@ -55,7 +55,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         notify: log "READY TO STOP" when the stop signal turns on.
         writer: a TensorBoard-like object; gets `emoLR/*` and `emostate/*` once per step.
         generation: one of the class's `generations`, the first by default; "3.7" means 3.7.6.
-        sensor: "faithful" or "intent", see `emotrain.pulse.signal.listen`.
+        sensor: "faithful" or "intent", see `emotrain.pulse.signal.update_averages`.
         bias_correction: correct EmoSens's and EmoNavi's moments for their start at zero, which the published rule
             leaves out: its steps 3 to 50 are two to three times as long as its pulse says. No effect elsewhere.
 
@@ -127,13 +127,13 @@ class EmoOptimizer(torch.optim.Optimizer):
                 and any GradScaler factor. A tensor must have one element; reading it waits for the device.
 
         Returns:
-            What the optimizer felt (also in `reading`); `pulse` is the first group's.
+            What was read from the loss (also in `reading`); `pulse` is the first group's.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing has changed.
         """
         before = self._emotion
-        felt, self.reading, ready = feel(
+        state, self.reading, ready = observe(
             before,
             float(loss.detach()) if isinstance(loss, Tensor) else float(loss),
             scope=scope_of(self.param_groups[0], self.generation),
@@ -143,8 +143,8 @@ class EmoOptimizer(torch.optim.Optimizer):
             num_tensors=self._count_gradients() if self.generation == "3.7.0" else 1,
         )
         if self.generation == "3.7.0":  # its pulse moves on in `step`, tensor by tensor
-            felt = replace(felt, noise_est=before.noise_est, d_est=before.d_est)
-        self._emotion, self._observed = felt, True
+            state = replace(state, noise_est=before.noise_est, d_est=before.d_est)
+        self._emotion, self._observed = state, True
         if ready and not before.ready:
             self._turned_on()
             if self.notify:
@@ -207,8 +207,8 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; a group's own `lr` becomes its scope, then `lr` shows the pulse."""
-        words = {**self.defaults, **param_group}
-        lr, eps, decay, (beta1, beta2) = (words[k] for k in ("lr", "eps", "weight_decay", "betas"))
+        settings = {**self.defaults, **param_group}
+        lr, eps, decay, (beta1, beta2) = (settings[k] for k in ("lr", "eps", "weight_decay", "betas"))
         if not lr > 0.0:
             raise ValueError(f"lr must be positive, got {lr}")
         if not eps > 0.0:
@@ -245,9 +245,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._recall(emotion["memory"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the writer, so that a copied optimizer feels on."""
-        words = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
-        own = {key: getattr(self, key) for key in (*words, "reading", "_emotion", "_observed")}
+        """All but the writer, so that a copied optimizer goes on."""
+        settings = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
+        own = {key: getattr(self, key) for key in (*settings, "reading", "_emotion", "_observed")}
         return {**super().__getstate__(), **own, "writer": None}
 
     @contextmanager

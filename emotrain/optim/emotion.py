@@ -24,10 +24,10 @@ class EmoTion(EmoOptimizer):
 
     name: ClassVar[str] = "emotion"
 
-    def __init__(self, *args: Any, **words: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._previous: Tensor | None = None
         self._fresh: Tensor | float = 1.0
-        super().__init__(*args, **words)
+        super().__init__(*args, **kwargs)
 
     def _slots(self) -> tuple[str, ...]:
         return ("exp_avg",)

@@ -26,11 +26,11 @@ class EmoVoid(EmoOptimizer):
 
     name: ClassVar[str] = "emovoid"
 
-    def __init__(self, *args: Any, **words: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._previous: Tensor | None = None
         self._count = 0  # steps done, at most one more than are held
         self._again = False  # the signal turned on: the step after this one is held once more
-        super().__init__(*args, **words)
+        super().__init__(*args, **kwargs)
 
     def _prepare(self, members: list[list[Tensor]]) -> None:
         held = self._count < HELD_STEPS

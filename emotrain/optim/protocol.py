@@ -20,7 +20,7 @@ class OptimizerLike(Protocol):
 
     @property
     def reading(self) -> Reading | None:
-        """What was felt last, None before the first loss."""
+        """The last reading, None before the first loss."""
 
     @property
     def should_stop(self) -> bool:

@@ -13,18 +13,18 @@ from emotrain.optim.emonavi import EmoNavi
 from emotrain.optim.emosens import EmoSens
 from emotrain.optim.emotion import EmoTion
 from emotrain.optim.emovoid import EmoVoid
-from emotrain.optim.partners import PARTNERS, Partner
 from emotrain.optim.protocol import OptimizerLike
+from emotrain.optim.stock import STOCK, StockOptimizer
 
 EMO: dict[str, type[EmoOptimizer]] = {
     cls.name: cls for cls in (EmoSens, EmoAiry, EmoCats, EmoNavi, EmoFact, EmoLynx, EmoTion, EmoVoid)
 }
-_PARTNER_WORDS = ("eps", "betas", "weight_decay")
+_STOCK_OPTIONS = ("eps", "betas", "weight_decay")
 
 
 def optimizer_names() -> tuple[str, ...]:
     """All names, emo first."""
-    return (*EMO, *PARTNERS)
+    return (*EMO, *STOCK)
 
 
 def build_optimizer(name: str, params: Any, *, lr: float | None = None, **options: Any) -> OptimizerLike:
@@ -34,8 +34,8 @@ def build_optimizer(name: str, params: Any, *, lr: float | None = None, **option
         name: one of `optimizer_names()`.
         params: parameters or groups of them.
         lr: learning rate; for emo optimizers it scales the pulse and may be left out.
-        options: words of the preset's `train.optimizer`. A comparison partner takes `eps`, `betas`
-            and `weight_decay`, and `sensor` for its display; the emo words mean nothing to it.
+        options: kwargs of the preset's `train.optimizer`. A stock optimizer takes `eps`, `betas`
+            and `weight_decay`, and `sensor` for its display; the emo options mean nothing to it.
 
     Raises:
         ConfigError: the name is unknown, a word is out of range, the learning rate or a package is
@@ -46,7 +46,7 @@ def build_optimizer(name: str, params: Any, *, lr: float | None = None, **option
             return EMO[name](params, lr, **options)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"train.optimizer `{name}`: {error}") from error
-    if name not in PARTNERS:
+    if name not in STOCK:
         close = difflib.get_close_matches(name, optimizer_names(), n=1)
         known = ", ".join(optimizer_names())
         raise ConfigError(
@@ -58,7 +58,7 @@ def build_optimizer(name: str, params: Any, *, lr: float | None = None, **option
             f"train.lr is missing: `{name}` needs a learning rate",
             "set train.lr (1e-4 is common; prodigy takes 1.0), or use emosens, which needs none",
         )
-    words = {"eps": 1e-8, "betas": None, "weight_decay": 0.01}
-    words.update({key: options[key] for key in _PARTNER_WORDS if key in options})
-    inner = PARTNERS[name](params, lr=lr, **words)
-    return cast(OptimizerLike, Partner(name, inner, options.get("sensor", "faithful")))
+    kwargs = {"eps": 1e-8, "betas": None, "weight_decay": 0.01}
+    kwargs.update({key: options[key] for key in _STOCK_OPTIONS if key in options})
+    inner = STOCK[name](params, lr=lr, **kwargs)
+    return cast(OptimizerLike, StockOptimizer(name, inner, options.get("sensor", "faithful")))

@@ -1,4 +1,4 @@
-"""What an emo optimizer felt at one step: plain floats (no torch)."""
+"""What an emo optimizer reads from the losses at one step: plain floats (no torch)."""
 
 from __future__ import annotations
 

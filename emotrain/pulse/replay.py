@@ -1,4 +1,4 @@
-"""What an emo optimizer would have felt on any series of losses (no torch)."""
+"""The readings and signals of an emo optimizer on any series of losses (no torch)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emotrain.pulse.reading import Reading
-from emotrain.pulse.signal import Sensor, Watch, canonical_generation, feel, start
+from emotrain.pulse.signal import Sensor, Watch, canonical_generation, observe, start
 
 # Each published stop signal: its name, the generation it runs in, and what it watches.
 SIGNALS: tuple[tuple[str, str, Watch], ...] = (
@@ -70,9 +70,9 @@ def replay(
         losses: finite; each counts as one optimizer step.
         generation: of the readings.
         lr: the scope; None takes the generation's own, 1.0 (3.6: 1e-3).
-        sensor: see `emotrain.pulse.signal.listen`.
+        sensor: see `emotrain.pulse.signal.update_averages`.
         stopcoef: of the 3.9 signal.
-        num_tensors: 3.7.0 only, see `emotrain.pulse.signal.feel`.
+        num_tensors: 3.7.0 only, see `emotrain.pulse.signal.observe`.
         start_loss: where the averages begin, see `emotrain.pulse.signal.start`.
         gains: factor on `lr` at each loss; empty: 1.
 
@@ -84,7 +84,7 @@ def replay(
     scope = (1e-3 if name == "3.6" else 1.0) if lr is None else lr
     state, readings = start(name, start_loss), []
     for loss, gain in zip(losses, gains or [1.0] * len(losses), strict=True):
-        state, reading, _ = feel(state, loss, scope=scope * gain, sensor=sensor, num_tensors=num_tensors)
+        state, reading, _ = observe(state, loss, scope=scope * gain, sensor=sensor, num_tensors=num_tensors)
         readings.append(reading)
     return Replay(
         generation=name,
@@ -106,7 +106,7 @@ def _signal(
     name, generation, watch = spec
     state, lit = start(generation, start_loss), []
     for step, loss in zip(steps, losses, strict=True):
-        state, _, ready = feel(state, loss, sensor=sensor, stopcoef=stopcoef, watch=watch)
+        state, _, ready = observe(state, loss, sensor=sensor, stopcoef=stopcoef, watch=watch)
         if ready:
             lit.append(step)
     return Signal(name, lit[0] if lit else None, len(lit), state.ready)

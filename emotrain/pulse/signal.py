@@ -78,7 +78,9 @@ def start(generation: str = "3.9", loss: float | None = None) -> EmotionState:
     return EmotionState(name, averages=averages)
 
 
-def listen(averages: Averages | None, loss: float, sensor: Sensor = "faithful") -> tuple[Averages, float, float]:
+def update_averages(
+    averages: Averages | None, loss: float, sensor: Sensor = "faithful"
+) -> tuple[Averages, float, float]:
     """The sensors: what one more loss says against its moving averages.
 
     Works for any series of losses: the optimizer's own, a validation validation's, a foreign log's.
@@ -101,7 +103,7 @@ def listen(averages: Averages | None, loss: float, sensor: Sensor = "faithful") 
     return observed_loss, scalar, _trust(scalar)
 
 
-def feel(
+def observe(
     state: EmotionState,
     loss: float,
     *,
@@ -117,7 +119,7 @@ def feel(
         state: the emotion after the last step.
         loss: mean loss of the whole optimizer step.
         scope: the learning rate given by the user (3.6: the learning rate itself).
-        sensor: see `listen`.
+        sensor: see `update_averages`.
         stopcoef: 3.9 only, the loss below which it may be ready.
         watch: what the windowed signal of 3.6 to 3.7.6 looks at, tanh of the long ratio or the scalar.
         num_tensors: 3.7.0 only, how many tensors have a gradient; its pulse depends on it. The reading's pulse is the

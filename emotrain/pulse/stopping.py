@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from emotrain.pulse.gain import NEGLIGIBLE, VAIN, Gain
 from emotrain.pulse.gain import PATIENCE as PATIENCE_OF_GAIN
-from emotrain.pulse.signal import listen
+from emotrain.pulse.signal import update_averages
 from emotrain.pulse.state import Averages
 
 WINDOW = 32  # steps that a published signal is watched over
@@ -105,7 +105,7 @@ class StopRule:
         if counts:
             self.anchor_step, self.anchor_loss, self.anchor_plain = step, loss, plain
             self.averages, without = None, loss
-        self.averages, self.scalar, _ = listen(self.averages, without)
+        self.averages, self.scalar, _ = update_averages(self.averages, without)
         still = too_small / max(without, 1e-12)  # a fall too small to count is standing still
         no_fall = step != self.anchor_step and self.scalar <= still
         self.failed_validations = self.failed_validations + 1 if no_fall else 0

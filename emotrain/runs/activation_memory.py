@@ -35,7 +35,7 @@ BLOCKS = frozenset(block for spec in FAMILIES.values() for block in spec.blocks)
 
 
 @dataclass(frozen=True)
-class TextFootprint:
+class TextMemory:
     """Trained text encoders: bytes that autograd keeps of them, their LoRA modules, its parameters and their own."""
 
     saved: int = 0
@@ -45,7 +45,7 @@ class TextFootprint:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ActivationMemory:
     """Bytes that autograd keeps over one forward pass; `block` is the largest block's share.
 
     `latents` is the shape that was counted with, `forward` what a pass without gradients holds at most for one picture
@@ -61,7 +61,7 @@ class Footprint:
     forward: int
     block_weights: int
     other_weights: int
-    text: TextFootprint = TextFootprint()
+    text: TextMemory = TextMemory()
 
     @property
     def num_trained(self) -> int:
@@ -221,9 +221,9 @@ def measure(
     latents: tuple[int, int, int, int],
     num_tokens: int,
     low: torch.dtype | None,
-    adapter_words: dict[str, Any],
+    adapter_kwargs: dict[str, Any],
     encoders: Mapping[str, tuple[str, dict[str, Any]]] | None = None,
-) -> Footprint:
+) -> ActivationMemory:
     """Count one forward pass of a denoiser with its LoRA.
 
     Args:
@@ -232,7 +232,7 @@ def measure(
         latents: B, C, H, W of the largest bucket.
         num_tokens: text tokens of the model.
         low: dtype of the base (bf16, fp16); None is float32 throughout.
-        adapter_words: arguments of `lora.adapter.add_adapter`.
+        adapter_kwargs: arguments of `lora.adapter.add_adapter`.
         encoders: text encoders that are trained too: name -> (class, config).
 
     Raises:
@@ -241,7 +241,7 @@ def measure(
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
     blocks = block_weights(model)
-    adapter = add_adapter(model, family=family, **adapter_words)
+    adapter = add_adapter(model, family=family, **adapter_kwargs)
     adapter.use_half_precision(low or torch.float32)
     run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
     saved, block = count_saved(model, run, adapter.half_weights)
@@ -249,8 +249,8 @@ def measure(
     forward = count_living(model, one, adapter.half_weights)
     model.enable_gradient_checkpointing()  # type: ignore[operator]
     checkpointed, _ = count_saved(model, run, adapter.half_weights)
-    text = measure_texts(family, encoders or {}, latents[0], low, adapter_words)
-    return Footprint(saved, checkpointed, block, adapter, num_parameters, latents, forward, *blocks, text)
+    text = measure_texts(family, encoders or {}, latents[0], low, adapter_kwargs)
+    return ActivationMemory(saved, checkpointed, block, adapter, num_parameters, latents, forward, *blocks, text)
 
 
 def measure_texts(
@@ -258,8 +258,8 @@ def measure_texts(
     encoders: Mapping[str, tuple[str, dict[str, Any]]],
     batch: int,
     low: torch.dtype | None,
-    words: dict[str, Any],
-) -> TextFootprint:
+    kwargs: dict[str, Any],
+) -> TextMemory:
     """Count one forward pass of CLIP text encoders with their LoRA; arguments as those of `measure`."""
     import transformers
 
@@ -269,7 +269,7 @@ def measure_texts(
             model: nn.Module = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
         model = nn.Module.to(model, low or torch.float32).requires_grad_(False).eval()
         parameters += sum(p.numel() for p in model.parameters())
-        own = {"rank": words["rank"], "alpha": words["alpha"], "targets": TEXT_TARGETS, "seed": 0}
+        own = {"rank": kwargs["rank"], "alpha": kwargs["alpha"], "targets": TEXT_TARGETS, "seed": 0}
         adapter = add_adapter(model, family=family, part=name, **own)
         adapter.use_half_precision(low or torch.float32)
         tokens = min(int(config.get("max_position_embeddings", CLIP_TOKENS)), CLIP_TOKENS)
@@ -277,7 +277,7 @@ def measure_texts(
         saved += count_saved(model, partial(model, ids, output_hidden_states=True), adapter.half_weights)[0]
         trained += adapter.num_parameters
         modules.append((name, adapter.num_modules))
-    return TextFootprint(saved, tuple(modules), trained, parameters)
+    return TextMemory(saved, tuple(modules), trained, parameters)
 
 
 def _forward(

@@ -19,7 +19,7 @@ from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare, sett
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family
-from emotrain.families.common import LoadedFamily, digest_module, words_of
+from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
 from emotrain.families.transfer import send
@@ -101,7 +101,7 @@ def load_model(
         prediction=model.prediction,
         gradient_checkpointing=preset.train.gradient_checkpointing,
     )
-    base_digest = digest_module(family.denoiser, words_of(family.denoiser.config))
+    base_digest = digest_module(family.denoiser, config_values(family.denoiser.config))
     loss = preset.train.loss
     try:
         objective = build_objective(
@@ -128,7 +128,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, the validation's batches, the same not mirrored, and the embeddings of the empty caption."""
+    """What is trained on, the validation's batches, the same not flipped, and the embeddings of the empty caption."""
 
     train: CachedDataset
     validation: list[Batch]
@@ -139,9 +139,9 @@ class Data:
 def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: LoaderSettings, notify: Notify) -> Data:
     """Encode pictures and captions, from the cache where they are there already.
 
-    The validation looks at the held-out pictures, or at mirrored training pictures where none are held out.
+    The validation looks at the held-out pictures, or at flipped training pictures where none are held out.
     """
-    mirrored = [] if pictures.held_out else mirrored_ids(preset, pictures)
+    flipped = [] if pictures.held_out else flipped_ids(preset, pictures)
     cache = Cache(warn=lambda line: notify(Notice(line)))
     with model.adapter.off():  # what is cached belongs to the base (and the stack), not to a trained text encoder
         whole = prepare(
@@ -150,16 +150,16 @@ def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: Loa
             settings,
             cache,
             lambda name, done, total: notify(Phase(name, done, total)),
-            mirror=mirrored,
+            also_flipped=flipped,
         )
         empty = model.family.encode_texts([""]) if settings.encode_texts else {}
     held = [example.id for example in pictures.held_out]
-    batches = whole.fixed(held) if held else whole.fixed(mirrored, flip=True)
+    batches = whole.fixed(held) if held else whole.fixed(flipped, flip=True)
     train = whole.without(held) if held else whole
-    return Data(train, batches, [] if held else whole.fixed(mirrored), empty)
+    return Data(train, batches, [] if held else whole.fixed(flipped), empty)
 
 
-def mirrored_ids(preset: Preset, pictures: Pictures) -> list[str]:
+def flipped_ids(preset: Preset, pictures: Pictures) -> list[str]:
     """Training pictures for the validation, evenly spread over the data set."""
     own = [example.id for example in pictures.train if not example.prior]
     count = min(preset.validate_.probe_images, len(own))
@@ -192,15 +192,15 @@ def measures_gain(preset: Preset) -> bool:
 
 
 def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    """The optimizer with the words that the preset gives, averaged unless it does that by itself."""
+    """The optimizer with the settings of the preset, averaged unless it averages already."""
     settings = preset.train.optimizer
-    words = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
+    kwargs = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
     if settings.name in EMO_OPTIMIZERS:
-        words["notify"] = False  # the loop says it, as an event
+        kwargs["notify"] = False  # the loop says it, as an event
     lr = preset.train.lr
     if measures_gain(preset):
         lr = (lr or 1.0) * gain.START
-    optimizer = build_optimizer(settings.name, params, lr=lr, **words)
+    optimizer = build_optimizer(settings.name, params, lr=lr, **kwargs)
     return Averaged(optimizer) if preset.train.ema and settings.name != "schedulefree" else optimizer
 
 
@@ -210,7 +210,7 @@ def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:
     if mode == "signal" and preset.train.optimizer.name not in EMO_OPTIMIZERS:
         raise ConfigError(
             f"stop.mode is `signal`, but `{preset.train.optimizer.name}` has no stop signal",
-            "use `trusted`, which listens to the held-out loss",
+            "use `trusted`, which looks at the held-out loss",
         )
     least = MIN_STEPS if preset.stop.min_steps == "auto" else preset.stop.min_steps
     return StopRule(mode, least, held_out, gain.Gain() if measures_gain(preset) else None)
@@ -220,7 +220,7 @@ def validate_every(preset: Preset, held_out: int) -> int:
     """Steps between two validations: the preset's, or so many that validations take VALIDATION_SHARE of the run.
 
     Counted in forward passes: a step is about 2.5 of them per sample (forward, and backward to frozen weights' inputs),
-    a validation VALIDATION_DRAWS per picture (mirrored ones twice) and one for the drift. With a built-in model what a
+    a validation VALIDATION_DRAWS per picture (flipped ones twice) and one for the drift. With a built-in model what a
     step does besides takes as long as 1.2 samples (tests/bench/validation_cost.py).
     """
     every = preset.validate_.every
@@ -229,7 +229,7 @@ def validate_every(preset: Preset, held_out: int) -> int:
     pictures = held_out or preset.validate_.probe_images
     tiny = is_builtin(preset.model.base)
     samples = preset.train.micro_batch_size * preset.train.gradient_accumulation_steps + (1.2 if tiny else 0.0)
-    draws = VALIDATION_DRAWS if held_out else 2 * VALIDATION_DRAWS  # mirrored, and as they are
+    draws = VALIDATION_DRAWS if held_out else 2 * VALIDATION_DRAWS  # flipped, and as they are
     share = VALIDATION_SHARE_TINY if tiny else VALIDATION_SHARE
     if measures_gain(preset):
         share *= GAIN_SHARE

@@ -60,7 +60,7 @@ class Pictures:
     """The data set of one run: what is trained on, and what is only measured with."""
 
     train: tuple[Example, ...]
-    held_out: tuple[Example, ...]  # empty: the validation uses mirrored training pictures
+    held_out: tuple[Example, ...]  # empty: the validation uses flipped training pictures
 
     @property
     def all(self) -> tuple[Example, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.errors import ResourceError
-from emotrain.families.common import words_of
+from emotrain.families.common import config_values
 from emotrain.families.table import Sniffed
 from emotrain.lora.file import read_lora
 from emotrain.optim.protocol import OptimizerLike
@@ -92,7 +92,7 @@ class Loaded:
     def identity(self) -> changes.Identity:
         """What a resumed run must agree with; it cannot change while this process trains."""
         family = self.model.family
-        scheduler = json.dumps(words_of(family.scheduler.config), sort_keys=True, default=str)
+        scheduler = json.dumps(config_values(family.scheduler.config), sort_keys=True, default=str)
         inputs = {
             "the VAE": family.vae_identity(),
             "the text encoders or tokenizers": family.text_identity(),

@@ -14,7 +14,7 @@ from emotrain.families.memory import MemoryPlan
 from emotrain.families.table import Sniffed
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.loaded import Loaded
-from emotrain.runs.plan import footprint_of
+from emotrain.runs.plan import activation_memory_of
 from emotrain.runs.plan_memory import Memory, state_bytes_per_number
 from emotrain.train.events import Event, Phase
 from emotrain.train.memory import OutOfMemory, is_out_of_memory, rehearse, with_memory
@@ -116,7 +116,7 @@ def advice(
     """
     used = used or MemoryPlan(preset.model.quantize, False, False, 0.0, None, "")
     try:
-        memory = Memory(preset, found, footprint_of(preset, found, batch, dtype), dtype.itemsize, None)
+        memory = Memory(preset, found, activation_memory_of(preset, found, batch, dtype), dtype.itemsize, None)
         rows = dict(memory.savings(used, least=0.0))
         needed = sum(gib for _, gib in memory.parts(used))
         rows["model.memory: 8gb"] = 0.0 if used.offload else needed - memory.choose("8gb").needed_gib

@@ -22,7 +22,7 @@ from emotrain.families.memory import SIZES_GIB, MemoryPlan
 from emotrain.families.sniff_file import public_model
 from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
-from emotrain.runs.activation_memory import Footprint, measure
+from emotrain.runs.activation_memory import ActivationMemory, measure
 from emotrain.runs.adapters import check_modules, check_text_modules
 from emotrain.runs.build import loader_settings, sniffed
 from emotrain.runs.data import Pictures, read_pictures
@@ -44,7 +44,7 @@ class Work:
     largest: Placement
     buckets: int
     texts: int
-    mirrored: int
+    flipped: int
     shares: tuple[FolderShare, ...] = ()  # of each folder, where there are several
 
 
@@ -106,19 +106,19 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     work = _work(pictures, settings, preset)
     device, low = choose_device("auto"), planned_dtype(preset.model.dtype, choose_device("auto"))
     tokens = num_text_tokens(found)
-    footprint = footprint_of(preset, found, _largest(work.largest, preset, found), low)
+    activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
     network = preset.network
-    check_modules(found, network.targets, footprint.adapter.num_modules)
+    check_modules(found, network.targets, activation_memory.adapter.num_modules)
     if network.text_encoder:
-        check_text_modules(found, dict(footprint.text.modules))
-    memory = Memory(preset, found, footprint, low.itemsize, free_gib(device))
+        check_text_modules(found, dict(activation_memory.text.modules))
+    memory = Memory(preset, found, activation_memory, low.itemsize, free_gib(device))
     chosen = memory.choose()
     return Plan(
         found=found,
-        num_modules=footprint.adapter.num_modules,
+        num_modules=activation_memory.adapter.num_modules,
         num_trained=memory.trained,
-        num_parameters=footprint.num_parameters,
-        text_modules=sum(n for _, n in footprint.text.modules),
+        num_parameters=activation_memory.num_parameters,
+        text_modules=sum(n for _, n in activation_memory.text.modules),
         rank=network.rank,
         dtype=str(low).removeprefix("torch."),
         device=device.type,
@@ -134,7 +134,7 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
             preset,
             found,
             memory,
-            num_latents=work.mirrored,
+            num_latents=work.flipped,
             largest=work.largest.bucket_w * work.largest.bucket_h // found.vae_scale**2,
             num_texts=work.texts,
             tokens=tokens,
@@ -173,8 +173,8 @@ def plan_run(preset: Preset, found: Sniffed, pictures: Pictures, settings: Loade
     if device.type != "cuda":
         return None
     low, work = planned_dtype(preset.model.dtype, device), _work(pictures, settings, preset)
-    footprint = footprint_of(preset, found, _largest(work.largest, preset, found), low)
-    return Memory(preset, found, footprint, low.itemsize, free_gib(device)).choose()
+    activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
+    return Memory(preset, found, activation_memory, low.itemsize, free_gib(device)).choose()
 
 
 def _largest(place: Placement, preset: Preset, found: Sniffed) -> tuple[int, int, int]:
@@ -182,7 +182,9 @@ def _largest(place: Placement, preset: Preset, found: Sniffed) -> tuple[int, int
     return preset.train.micro_batch_size, place.bucket_h // found.vae_scale, place.bucket_w // found.vae_scale
 
 
-def footprint_of(preset: Preset, found: Sniffed, batch: tuple[int, int, int], low: torch.dtype) -> Footprint:
+def activation_memory_of(
+    preset: Preset, found: Sniffed, batch: tuple[int, int, int], low: torch.dtype
+) -> ActivationMemory:
     """What a step keeps; `batch` is the number of pictures, and the height and width of their latents."""
     network = preset.network
     count = partial(
@@ -192,7 +194,7 @@ def footprint_of(preset: Preset, found: Sniffed, batch: tuple[int, int, int], lo
         latents=(batch[0], found.latent_channels, *batch[1:]),
         num_tokens=num_text_tokens(found),
         low=None if low == torch.float32 else low,
-        adapter_words={
+        adapter_kwargs={
             "rank": network.rank,
             "alpha": network.alpha,
             "targets": network.targets,
@@ -222,7 +224,7 @@ def _work(pictures: Pictures, settings: LoaderSettings, preset: Preset) -> Work:
             sizes[placement.size] = sizes.get(placement.size, 0) + example.repeats
     batches = sum(-(-count // settings.micro_batch_size) for count in sizes.values())
     everything = [placement for _, placements in placed for placement in placements]
-    mirrored = [p for example, placements in placed if example.flip for p in placements]
+    flipped = [p for example, placements in placed if example.flip for p in placements]
     return Work(
         pictures=len(pictures.train),
         held_out=len(pictures.held_out),
@@ -232,7 +234,7 @@ def _work(pictures: Pictures, settings: LoaderSettings, preset: Preset) -> Work:
         largest=max(everything, key=lambda p: p.bucket_w * p.bucket_h),
         buckets=len(sizes),
         texts=_num_texts(pictures.all, settings) if settings.encode_texts else 0,
-        mirrored=len(everything) + len(mirrored),
+        flipped=len(everything) + len(flipped),
         shares=folder_shares(pictures.train, preset.dataset.folders) if len(preset.dataset.folders) > 1 else (),
     )
 

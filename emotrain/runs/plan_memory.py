@@ -31,7 +31,7 @@ from emotrain.families.memory import (
 from emotrain.families.registry import configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.texts import encoder_parameters, trainable_encoders
-from emotrain.runs.activation_memory import Footprint
+from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
 from emotrain.train.validation import SMALL
 
@@ -63,12 +63,20 @@ def vae_width(found: Sniffed) -> int:
 class Memory:
     """The numbers behind the parts, the verdicts and what each switch saves."""
 
-    def __init__(self, preset: Preset, found: Sniffed, footprint: Footprint, itemsize: int, free: float | None) -> None:
-        self.preset, self.found, self.footprint, self.itemsize, self.free = preset, found, footprint, itemsize, free
-        self.trained = footprint.num_trained
+    def __init__(
+        self, preset: Preset, found: Sniffed, kept: ActivationMemory, itemsize: int, free: float | None
+    ) -> None:
+        self.preset, self.found, self.kept, self.itemsize, self.free = (
+            preset,
+            found,
+            kept,
+            itemsize,
+            free,
+        )
+        self.trained = kept.num_trained
         self.state_bytes = state_bytes_per_number(preset)
         self.encoders = {name: count * itemsize / GIB for name, count in encoder_parameters(found).items()}
-        self.resident = footprint.text.num_parameters * itemsize / GIB  # trained ones are not freed
+        self.resident = kept.text.num_parameters * itemsize / GIB  # trained ones are not freed
         self.vae = VAE_GIB if found.variant != "custom" else 0.01
 
     def lora(self) -> float:
@@ -81,21 +89,21 @@ class Memory:
 
     def activations(self, checkpointing: bool) -> float:
         """Peak of activations in GiB."""
-        return (self.footprint.checkpointed if checkpointing else self.footprint.plain) / GIB
+        return (self.kept.checkpointed if checkpointing else self.kept.plain) / GIB
 
     def needs(self) -> Needs:
         """What each stage of the run asks for."""
-        found, footprint, sample = self.found, self.footprint, self.preset.sample
+        found, kept, sample = self.found, self.kept, self.preset.sample
         trained = trainable_encoders(found) if self.preset.network.text_encoder else {}
-        _, _, *sides = footprint.latents
+        _, _, *sides = kept.latents
         area = sides[0] * sides[1]
         side = (sample.size or (*self.preset.dataset.resolution, found.resolution)[0]) // found.vae_scale
         drawn = side**2 if sample.every and sample.prompts else 0
         wide = VALIDATION_DRAWS * self.preset.validate_.probe_images if area * found.latent_channels <= SMALL else 1
-        forward = footprint.forward / area / GIB
+        forward = kept.forward / area / GIB
         at_once = 1 if found.denoiser_config.get("guidance_embeds") else 2  # classifier-free guidance has two passes
         return Needs(
-            num_parameters=footprint.num_parameters,
+            num_parameters=kept.num_parameters,
             bytes_per_parameter=self.itemsize,
             activations=(self.activations(False), self.activations(True)),
             trained=self.lora() + self.state() + self.resident,
@@ -107,7 +115,7 @@ class Memory:
             validate=wide * forward * area,
             sample=at_once * forward * drawn,
             saved=self.state(),
-            resident=(footprint.other_weights + AWAY * footprint.block_weights) * self.itemsize / GIB,
+            resident=(kept.other_weights + AWAY * kept.block_weights) * self.itemsize / GIB,
         )
 
     def vae_pass(self, maps: float, latents: int) -> tuple[float, float]:
@@ -131,7 +139,7 @@ class Memory:
 
     def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
         """Name and GiB of everything that a step holds in the GPU."""
-        weights = weights_gib(self.footprint.num_parameters, self.itemsize, chosen.quantize)
+        weights = weights_gib(self.kept.num_parameters, self.itemsize, chosen.quantize)
         activations = self.activations(chosen.gradient_checkpointing)
         rows = [
             ("CUDA itself", CONTEXT_GIB),
@@ -147,7 +155,7 @@ class Memory:
 
     def savings(self, chosen: MemoryPlan, least: float = 0.01) -> tuple[tuple[str, float], ...]:
         """What a switch would save, beginning with the one that saves most; those below `least` GiB are left out."""
-        count, batch = self.footprint.num_parameters, self.preset.train.micro_batch_size
+        count, batch = self.kept.num_parameters, self.preset.train.micro_batch_size
         activations = self.activations(chosen.gradient_checkpointing) * SPARE
         base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize)
         rows = [("model.quantize: nf4", base - weights_gib(count, self.itemsize, "nf4"))]
@@ -174,7 +182,7 @@ def disk_parts(
         preset: the run.
         found: its model.
         memory: its numbers.
-        num_latents: encoded pictures, mirrored ones too.
+        num_latents: encoded pictures, flipped ones too.
         largest: H * W of the largest of them.
         num_texts: captions in all their variants.
         tokens: of each.

@@ -229,7 +229,7 @@ def _lint(preset: Preset, result: Preflight, scans: Scans, progress: Progress | 
     report = lint_scans(preset, result.found, scans, Options(progress=progress))
     errors = [finding for finding in report.findings if finding.severity == "error"]
     if errors:
-        hints = [finding.hint or "mend it, or take it out of the folder" for finding in errors[:SHOWN]]
+        hints = [finding.hint or "fix it, or take it out of the folder" for finding in errors[:SHOWN]]
         problems = [
             Problem(f"{finding.file} {finding.message}", hint if hint not in hints[place + 1 :] else None)
             for place, (finding, hint) in enumerate(zip(errors, hints, strict=False))

@@ -1,4 +1,4 @@
-"""The training loop: forward, backward, feel the loss, step, tell, decide.
+"""The training loop: forward, backward, observe the loss, step, tell, decide.
 
 Shape letters: B samples of a micro-batch, C latent channels, H W latent height and width.
 """

@@ -13,8 +13,8 @@ the lowest one for 100 steps (EmoSens: where its own stop lies 100 steps back). 
 EmoSens of those before its own stop, for the others of all steps: they are given the best stop that the validation can
 tell. "of the gain" is the distance to the best AdamW row of the task, as a share of what that gained over the base:
 above zero is better. "regret" is the distance to the lowest held-out loss of the row's own steps, as a share of
-what that gained; "steps" are those of the whole run over the step of that lowest loss. "mirrored" rows hear three
-mirrored training pictures in place of those held out.
+what that gained; "steps" are those of the whole run over the step of that lowest loss. "flipped" rows hear three
+flipped training pictures in place of those held out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Policy:
     optimizer: str = "emosens"
     lr: float | None = None
     gain: str = "fixed"
-    mirrored: bool = False
+    flipped: bool = False
     every: int = 20
 
 
@@ -66,8 +66,8 @@ POLICIES = (
     Policy("gain fixed"),
     *(Policy(f"adamw {rate:g}", "adamw", rate) for rate in (3e-4, 1e-3, 3e-3)),
     Policy("prodigy 1", "prodigy", 1.0),
-    Policy("gain auto, mirrored", gain="auto", mirrored=True, every=20),
-    Policy("gain fixed, mirrored", mirrored=True, every=30),
+    Policy("gain auto, flipped", gain="auto", flipped=True, every=20),
+    Policy("gain fixed, flipped", flipped=True, every=30),
 )
 
 
@@ -90,9 +90,9 @@ class Watched(StopRule):
 class Keeping:
     """A validation that keeps the weights it was taken with."""
 
-    def __init__(self, place: Place, state: TrainState, mirrored: bool) -> None:
+    def __init__(self, place: Place, state: TrainState, flipped: bool) -> None:
         self.place, self.state = place, state
-        self.inner = place.run.validation.mirrored if mirrored else place.run.validation.held
+        self.inner = place.run.validation.flipped if flipped else place.run.validation.held
         self.losses: dict[int, float] = {}
         self.weights: dict[int, dict[str, Tensor]] = {}
 
@@ -139,15 +139,15 @@ class Place:
         run.model.adapter.load_state(self.first)
         optimizer = build.build_optimizer_of(preset, run.model.adapter.parameters())
         state = TrainState()
-        rule = Watched(held_out=not policy.mirrored, gain=Gain() if policy.gain == "auto" else None)
+        rule = Watched(held_out=not policy.flipped, gain=Gain() if policy.gain == "auto" else None)
         rule.own_stop = own
-        validation: Any = Keeping(self, state, policy.mirrored)
+        validation: Any = Keeping(self, state, policy.flipped)
 
         parts = Parts(
             family=run.model.family, objective=run.model.objective, adapter=run.model.adapter, optimizer=optimizer,
             data=run.data, stop_rule=rule, loss_baseline=run.loss_baseline, validation=validation,
             notify=lambda event: None, save=lambda state: None, sample=lambda step: None, record=lambda *row: None,
-            interrupted=lambda: False, plain_validation=run.plain_validation if policy.mirrored else None,
+            interrupted=lambda: False, plain_validation=run.plain_validation if policy.flipped else None,
         )  # fmt: skip
         fit(parts, Limits(STEPS, 1, 1.0, self.seed, policy.every, 10**9, 0), state)
         row: dict[str, Any] = {"task": self.name, "seed": self.seed, "policy": policy.name, "base": self.base}

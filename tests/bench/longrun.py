@@ -1,7 +1,7 @@
 """Long runs with everything recorded, so that stop rules can be tried on them afterwards.
 
 One cell is a task, a micro-batch size, a seed and an optimizer. The product's own loop trains without an end; every
-`EVERY` steps 3 held-out pictures and 3 mirrored training pictures are validated and the adapter is kept.
+`EVERY` steps 3 held-out pictures and 3 flipped training pictures are validated and the adapter is kept.
 The true held-out loss of any kept step is measured when it is asked for. Cells lie in a work folder and are reused.
 """
 
@@ -164,7 +164,7 @@ class Record:
     ready: list[bool] = field(default_factory=list)
     pulse: list[float] = field(default_factory=list)
     held: dict[str, float] = field(default_factory=dict)  # validation on held-out pictures, by step
-    mirrored: dict[str, float] = field(default_factory=dict)  # validation on mirrored training pictures
+    flipped: dict[str, float] = field(default_factory=dict)  # validation on flipped training pictures
     plain: dict[str, float] = field(default_factory=dict)  # validation on the same as they are, where it was asked for
     true: dict[str, float] = field(default_factory=dict)  # held-out loss, right captions
     wrong: dict[str, float] = field(default_factory=dict)  # the same with wrong captions
@@ -176,13 +176,13 @@ class BothValidations:
     """Looks like a validation to the loop; takes two and keeps the adapter."""
 
     def __init__(
-        self, held: Validation, mirrored: Validation, record: Record, state: TrainState, keep: Callable[[int], None]
+        self, held: Validation, flipped: Validation, record: Record, state: TrainState, keep: Callable[[int], None]
     ):
-        self.held, self.mirrored, self.record, self.state, self.keep = held, mirrored, record, state, keep
+        self.held, self.flipped, self.record, self.state, self.keep = held, flipped, record, state, keep
 
     def loss(self, progress: object = None) -> float:
         step = str(self.state.step)
-        self.record.held[step], self.record.mirrored[step] = self.held.loss(), self.mirrored.loss()
+        self.record.held[step], self.record.flipped[step] = self.held.loss(), self.flipped.loss()
         self.keep(self.state.step)
         return self.record.held[step]
 
@@ -235,9 +235,9 @@ class LongRun:
         settings = build.loader_settings(preset, build.sniffed(preset))
         pictures = read_pictures(preset)
         self.model = build.load_model(preset, lambda event: None)
-        mirror = build.mirrored_ids(preset, pictures)
+        also_flipped = build.flipped_ids(preset, pictures)
         family = self.model.family
-        whole = prepare(family, pictures.all, settings, Cache(), lambda *words: None, mirror=mirror)
+        whole = prepare(family, pictures.all, settings, Cache(), lambda *words: None, also_flipped=also_flipped)
         empty = family.encode_texts([""])
         held = whole.fixed([example.id for example in pictures.held_out])
         self.data = whole.without([example.id for example in pictures.held_out])
@@ -248,9 +248,9 @@ class LongRun:
         def validation(batches: list[Any]) -> Validation:
             return Validation(family, self.model.objective, self.model.adapter, batches, empty, draws=4, seed=cell.seed)
 
-        self.plain_validation = validation(whole.fixed(mirror))
+        self.plain_validation = validation(whole.fixed(also_flipped))
         self.validation = BothValidations(
-            validation(held), validation(whole.fixed(mirror, flip=True)), self.record, self.state, self._keep
+            validation(held), validation(whole.fixed(also_flipped, flip=True)), self.record, self.state, self._keep
         )
 
     def _keep(self, step: int) -> None:
@@ -286,7 +286,7 @@ class LongRun:
     # ------------------------------------------------------------ measured when asked for
 
     def plain(self, step: int) -> float:
-        """Validation loss of the mirrored pictures as they are, with the adapter kept at a step."""
+        """Validation loss of the flipped pictures as they are, with the adapter kept at a step."""
         if str(step) not in self.record.plain:
             if self.plain_validation is None:
                 self._build()

@@ -8,9 +8,9 @@ Each cell is one long run (see longrun.py) whose oracle is its lowest true held-
 (loss of the LoRA that is handed over - oracle) / (base - oracle). Every rule is tried on the same recorded runs: they
 hear only what was known at each step. Cells are kept in the work folder and used again.
 
-"held out" listens to 3 pictures that are not trained on, "mirrored" to 3 training pictures, flipped and as they are;
+"held out" listens to 3 pictures that are not trained on, "flipped" to 3 training pictures, flipped and as they are;
 both as often as the product does when left to itself, so that validations take a tenth of the run: every 20 steps with
-micro-batches of 4 and every 30 with 1; mirrored, every 30 and every 50.
+micro-batches of 4 and every 30 with 1; flipped, every 30 and every 50.
 
 The runs have the published step length (`train.gain: fixed`); gain_trials.py has those that measure it.
 """
@@ -96,7 +96,7 @@ def patient(run: LongRun, wait: int = 100) -> Ended:
 
 RULES: dict[str, Callable[[LongRun], Ended]] = {
     "trusted, held out": lambda run: trusted(run, "held"),
-    "trusted, mirrored": lambda run: trusted(run, "mirrored"),
+    "trusted, flipped": lambda run: trusted(run, "flipped"),
     "first READY of 3.9": ready,
     "quiet signal (3.7.6)": quiet,
     "patience on the training loss": patient,
@@ -105,7 +105,7 @@ RULES: dict[str, Callable[[LongRun], Ended]] = {
     "1,000 steps": lambda run: at_step(run, 1000),
     "the last step": lambda run: Ended(None, run.kept()[-1]),
     "lowest held-out validation, no stop": lambda run: lowest(run, "held"),
-    "lowest mirrored validation, no stop": lambda run: lowest(run, "mirrored"),
+    "lowest flipped validation, no stop": lambda run: lowest(run, "flipped"),
 }
 
 
@@ -186,7 +186,7 @@ def summary(judged: list[Judged]) -> list[str]:
 
 def table(runs: list[LongRun], judged: list[Judged]) -> list[str]:
     """Every cell: oracle, both trusted rules, controls."""
-    heads = "cell | base | oracle @ step | run's steps | held out: stopped, chosen, regret | mirrored |"
+    heads = "cell | base | oracle @ step | run's steps | held out: stopped, chosen, regret | flipped |"
     lines = [f"| {heads} gain kept with wrong captions | drift without trigger |", "|" + " --- |" * 8]
     for run in runs:
         oracle = run.best()
@@ -208,13 +208,13 @@ def plot(runs: list[LongRun], judged: list[Judged]) -> str:
     panels = []
     for run in runs:
         true = sorted((int(step), loss) for step, loss in run.record.true.items())
-        held, mirrored = (
+        held, flipped = (
             sorted((int(step), loss) for step, loss in losses.items())
-            for losses in (run.record.held, run.record.mirrored)
+            for losses in (run.record.held, run.record.flipped)
         )
         one = next(j for j in judged if j.cell == run.cell.name)
         marks = [(float(one.chosen), "handed over")] + ([(float(one.stopped), "stop")] if one.stopped else [])
-        curves = [("held-out loss", true), ("validation, held out", held), ("validation, mirrored", mirrored)]
+        curves = [("held-out loss", true), ("validation, held out", held), ("validation, flipped", flipped)]
         panels.append(Panel(title(run.cell), curves, marks=marks))
     return svg(panels, title="When to stop", panel_height=110)
 

@@ -4,7 +4,7 @@
 
 Writes DIR/STYLE/train and DIR/STYLE/heldout, pictures with captions, for `stop_regret.py` and `lr_free.py --pictures`.
 They are drawn from the Noto Color Emoji font, which has to be installed. A mosaic's grout lies to the right of and
-below its stones: mirrored it is another pattern.
+below its stones: flipped it is another pattern.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ epochs: 10
         " | leave it out: there is no schedule, an emo optimizer sets its own learning rate",
         "p.yaml:14: `train.seed` is not a key of a preset (got `3`) | write `train:` and, indented below it, `seed:`",
         "p.yaml:15: `epochs` is not a key of a preset (got `10`)"
-        " | leave it out: the run ends by itself, and `train.max_steps` is the ceiling",
+        " | leave it out: the run stops automatically, and `train.max_steps` is the ceiling",
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from emotrain.dataset.cache import Cache, content_key, narrow
 from emotrain.dataset.cachedir import clear, default_cache_dir, entry_path, measure
 
-KEY = content_key(picture="a", place=[1, 2], mirrored=False)
+KEY = content_key(picture="a", place=[1, 2], flipped=False)
 TENSORS = {"latents": torch.arange(12.0).view(3, 4), "scale": torch.tensor(0.5)}
 
 
@@ -29,11 +29,11 @@ def test_an_entry_comes_back_as_it_was_put(tmp_path: Path) -> None:
 
 
 def test_keys_follow_every_value_and_no_order() -> None:
-    assert content_key(mirrored=False, place=[1, 2], picture="a") == KEY
+    assert content_key(flipped=False, place=[1, 2], picture="a") == KEY
     others = [
-        content_key(picture="b", place=[1, 2], mirrored=False),
-        content_key(picture="a", place=[2, 1], mirrored=False),
-        content_key(picture="a", place=[1, 2], mirrored=True),
+        content_key(picture="b", place=[1, 2], flipped=False),
+        content_key(picture="a", place=[2, 1], flipped=False),
+        content_key(picture="a", place=[1, 2], flipped=True),
     ]
     assert len({KEY, *others}) == 4
     assert len(KEY) == 64

@@ -72,8 +72,8 @@ def test_pictures_of_a_series_are_no_copies() -> None:
 def test_a_recoloured_or_mirrored_picture_is_no_copy() -> None:
     first = scene(4)
     other = Image.merge("RGB", first.split()[::-1])
-    mirrored = first.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    assert near_duplicates([look_of(image) for image in (first, other, mirrored)]) == []
+    flipped = first.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert near_duplicates([look_of(image) for image in (first, other, flipped)]) == []
 
 
 def test_blank_pictures_are_no_copies_of_each_other() -> None:

@@ -155,7 +155,7 @@ def test_flips_are_half_of_the_samples_and_match_the_mirrored_latents(data: Cach
             for row, name in enumerate(batch.ids):
                 item = items[name]
                 is_plain = torch.equal(batch.latents[row], item.latents)
-                assert is_plain or torch.equal(batch.latents[row], item.mirrored)
+                assert is_plain or torch.equal(batch.latents[row], item.flipped)
                 flips[name, is_plain] += 1
     assert flips["girls/g.png", False] == 0
     turned = sum(count for (name, plain), count in flips.items() if not plain)
@@ -204,12 +204,12 @@ def test_fixed_batches_have_plain_captions_and_no_dropout(data: CachedDataset) -
     assert same(batches[1], data.fixed(["own/p00.png"])[0])
     with pytest.raises(KeyError):
         data.fixed(["own/none.png"])
-    with pytest.raises(ValueError, match="not encoded mirrored"):
+    with pytest.raises(ValueError, match="not encoded flipped"):
         data.fixed(["girls/g.png"], flip=True)
 
 
 def test_pictures_named_in_mirror_can_be_shown_mirrored(found: Any, tiny_family: Any, tmp_path: Path) -> None:
-    data = prepare(tiny_family, found, SETTINGS, Cache(tmp_path / "c"), mirror=["girls/g.png"])
+    data = prepare(tiny_family, found, SETTINGS, Cache(tmp_path / "c"), also_flipped=["girls/g.png"])
     plain, turned = (data.fixed(["girls/g.png"], flip=flip)[0].latents for flip in (False, True))
     assert not torch.equal(plain, turned)
     shown = [b for epoch in range(20) for b in epoch_of(data, epoch) if "girls/g.png" in b.ids]

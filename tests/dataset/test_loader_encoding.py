@@ -26,8 +26,8 @@ def examples(root: Path, **options: Any) -> Any:
 
 
 def load(family: Any, found: Any, cache_dir: Path, **options: Any) -> CachedDataset:
-    mirror = options.pop("mirror", ())
-    return prepare(family, found, LoaderSettings(RULES, **options), Cache(cache_dir), mirror=mirror)
+    also_flipped = options.pop("also_flipped", ())
+    return prepare(family, found, LoaderSettings(RULES, **options), Cache(cache_dir), also_flipped=also_flipped)
 
 
 @pytest.fixture
@@ -155,8 +155,8 @@ def test_latents_are_of_the_placed_picture_and_its_mirror(
     (item,) = data.items
     assert item.latents.shape == (4, 8, 8)
     assert item.latents[0, 0].tolist() == pytest.approx([1, 1, 1, 1, -1, -1, -1, -1], abs=0.15)
-    assert item.mirrored is not None
-    assert torch.allclose(item.mirrored, item.latents.flip(-1), atol=0.05)
+    assert item.flipped is not None
+    assert torch.allclose(item.flipped, item.latents.flip(-1), atol=0.05)
 
 
 def test_progress_names_both_phases(root: Path, tmp_path: Path, tiny_family: Any) -> None:

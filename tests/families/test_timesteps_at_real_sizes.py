@@ -44,7 +44,7 @@ def sampled_sigmas(family: Any, width: int, height: int) -> Tensor:
     text = family.encode_texts(["a cat"])
     pipeline.transformer.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states),)
     pipeline(
-        **family.pipeline_words(text, text, 1.0), width=width, height=height, num_inference_steps=STEPS,
+        **family.pipeline_kwargs(text, text, 1.0), width=width, height=height, num_inference_steps=STEPS,
         output_type="latent", generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return pipeline.scheduler.sigmas[:-1]

@@ -10,7 +10,7 @@ import torch
 
 from emotrain.optim import EmoCats, EmoSens
 from emotrain.optim.registry import EMO
-from emotrain.pulse.signal import NonFiniteLossError, feel, start
+from emotrain.pulse.signal import NonFiniteLossError, observe, start
 
 
 class Scalars:
@@ -144,7 +144,7 @@ def test_accelerate_drives_it_with_accumulation_and_the_state_goes_through_it() 
     assert emo.state_dict()["emotion"]["state"]["step"] == 4
     state = start("3.9")
     for first in range(0, 8, 2):
-        state, reading, _ = feel(state, sum(losses[first : first + 2]) / 2, watch="long")
+        state, reading, _ = observe(state, sum(losses[first : first + 2]) / 2, watch="long")
     assert emo.reading == reading
 
 

@@ -13,7 +13,7 @@ from emotrain.optim import EmoSens, build_optimizer
 from emotrain.optim.registry import EMO, optimizer_names
 from emotrain.pulse.signal import NonFiniteLossError
 
-PARTNERS = OPTIMIZERS[8:]
+STOCK = OPTIMIZERS[8:]
 
 
 def params() -> list[torch.nn.Parameter]:
@@ -76,7 +76,7 @@ def test_every_word_of_an_emo_optimizer_reaches_it(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", PARTNERS)
+@pytest.mark.parametrize("name", STOCK)
 def test_a_comparison_partner_trains_behind_the_same_interface(name: str) -> None:
     skip_without_library(name)
     weights = params()
@@ -90,7 +90,7 @@ def test_a_comparison_partner_trains_behind_the_same_interface(name: str) -> Non
         optimizer.observe(float("nan"))
 
 
-@pytest.mark.parametrize("name", PARTNERS)
+@pytest.mark.parametrize("name", STOCK)
 def test_a_comparison_partner_asks_for_its_learning_rate_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_optimizer(name, params())

@@ -165,8 +165,8 @@ def test_mirrored_pictures_lower_it_where_they_no_longer_gain_by_more_than_memor
 def test_where_mirroring_turns_out_unfair_the_gain_is_judged_by_the_pictures_as_they_are():
     rule = StopRule(held_out=False, gain=Gain(), min_steps=1)
     told = [(1.0, 1.5), (0.9, 1.4), (0.95, 1.4), (0.95, 1.4), (0.95, 1.0), (0.9, 1.0), (0.9, 1.0)]
-    for place, (mirrored, plain) in enumerate(told):
-        rule.update_validation(10 * place, mirrored, plain)
+    for place, (flipped, plain) in enumerate(told):
+        rule.update_validation(10 * place, flipped, plain)
     assert rule.unfair
     assert len(gain_of(rule).reductions) == 2
     assert (gain_of(rule).mark, gain_of(rule).vain) == (1.0, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emotrain.pulse.signal import emo_drive, feel, start
+from emotrain.pulse.signal import emo_drive, observe, start
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TRACES = sorted(path for path in GOLDEN.glob("emo*.npz"))
@@ -21,7 +21,7 @@ def test_scalars_match_the_trace_to_1e_12_and_stop_signals_exactly(path: Path) -
     trace, losses = np.load(path), np.load(GOLDEN / f"inputs-{scenario}.npz")["loss"]
     state, readings, signals = start(generation), [], []
     for loss in losses:
-        state, reading, ready = feel(
+        state, reading, ready = observe(
             state,
             float(loss),
             scope=1e-3 if generation == "3.6" else 1.0,
@@ -90,6 +90,6 @@ def test_the_published_sdxl_run_is_first_ready_near_step_318() -> None:
     state = start("3.9")
     lit = []
     for step, loss, _pulse, _ready in rows:
-        state, _, ready = feel(state, loss, watch="long")
+        state, _, ready = observe(state, loss, watch="long")
         lit += [step] if ready else []
     assert abs(lit[0] - 318) <= 3

@@ -15,9 +15,9 @@ from emotrain.pulse.signal import (
     GENERATIONS,
     NonFiniteLossError,
     canonical_generation,
-    feel,
-    listen,
+    observe,
     start,
+    update_averages,
 )
 from emotrain.pulse.state import state_from_dict, state_to_dict
 
@@ -31,7 +31,7 @@ scopes = st.floats(1e-3, 100.0)
 def run(generation: str, series: list[float], **words):
     state, readings = start(generation), []
     for loss in series:
-        state, reading, _ = feel(state, loss, **words)
+        state, reading, _ = observe(state, loss, **words)
         readings.append(reading)
     return state, readings
 
@@ -91,8 +91,8 @@ def test_scaling_by_any_factor_leaves_both_candidates_of_the_scalar_unchanged(
 ) -> None:
     plain = scaled = None
     for loss in series:
-        plain, scalar, _ = listen(plain, loss, "intent")
-        scaled, scaled_scalar, _ = listen(scaled, loss * factor, "intent")
+        plain, scalar, _ = update_averages(plain, loss, "intent")
+        scaled, scaled_scalar, _ = update_averages(scaled, loss * factor, "intent")
         diff = plain.long - plain.short
         candidates = (math.tanh(diff / plain.long), math.tanh(diff / plain.medium))
         assert min(abs(scaled_scalar - c) for c in candidates) < 1e-9
@@ -106,8 +106,8 @@ def test_a_state_goes_through_json_at_any_step(head: list[float], tail: list[flo
     again = state_from_dict(json.loads(json.dumps(state_to_dict(state))))
     assert again == state
     for loss in tail:
-        state, reading, ready = feel(state, loss)
-        again, reading_again, ready_again = feel(again, loss)
+        state, reading, ready = observe(state, loss)
+        again, reading_again, ready_again = observe(again, loss)
         assert (reading_again, ready_again) == (reading, ready)
 
 
@@ -115,7 +115,7 @@ def test_listen_hears_what_feel_hears() -> None:
     series = [1.0, 0.8, 0.9, 0.5, 2.0]
     averages = None
     for loss, reading in zip(series, run("3.9", series)[1], strict=True):
-        averages, scalar, trust = listen(averages, loss)
+        averages, scalar, trust = update_averages(averages, loss)
         assert (scalar, trust) == (reading.scalar, reading.trust)
     assert averages.short == reading.short
 
@@ -138,7 +138,7 @@ def test_a_non_finite_loss_is_refused_before_the_averages_are_touched(loss: floa
     state, _ = run("3.9", [1.0, 0.9])
     before = replace(state)
     with pytest.raises(NonFiniteLossError, match="the loss is"):
-        feel(state, loss)
+        observe(state, loss)
     assert state == before
     assert issubclass(NonFiniteLossError, DivergedError)
 
@@ -150,7 +150,7 @@ def test_the_signal_of_3_9_goes_out_again_and_the_windowed_ones_latch() -> None:
         state, _ = run(generation, quiet)
         assert state.ready
         for loss in burst:
-            state, _, _ = feel(state, loss)
+            state, _, _ = observe(state, loss)
         signals[generation] = state.ready
     assert signals == {"3.9": False, "3.7.6": True}
 
@@ -168,18 +168,18 @@ def test_3_7_means_3_7_6_and_unknown_generations_are_named() -> None:
 
 def test_an_unknown_sensor_is_refused() -> None:
     with pytest.raises(ValueError, match="faithful, intent, got 'loud'"):
-        listen(None, 1.0, "loud")  # type: ignore[arg-type]
+        update_averages(None, 1.0, "loud")  # type: ignore[arg-type]
 
 
 @given(st.floats(1e-3, 1e3), losses, generations)
 def test_an_emotion_begun_at_a_loss_has_heard_but_not_felt_it(base: float, series: list[float], kind: str) -> None:
     begun, first = start(kind, base), start(kind)
     assert replace(begun, averages=None) == first
-    state, reading, _ = feel(begun, series[0])
-    told = feel(feel(first, base)[0], series[0])[0]
+    state, reading, _ = observe(begun, series[0])
+    told = observe(observe(first, base)[0], series[0])[0]
     assert state.step == 1
     assert state.averages == told.averages
-    assert reading.scalar == listen(begun.averages, series[0])[1]
+    assert reading.scalar == update_averages(begun.averages, series[0])[1]
 
 
 def test_an_emotion_does_not_begin_at_a_loss_that_is_not_finite() -> None:

@@ -11,7 +11,7 @@ from emotrain.pulse.stopping import DENSE, HOPE, WINDOW, StopRule
 
 
 def play(rule: StopRule, curve, *, every: int = 10, max_steps: int = 2000, ready=lambda step: False, plain=None):
-    """Steps until the rule ends the run; `curve(step)` is the validation loss, `plain(step)` the mirrored one."""
+    """Steps until the rule ends the run; `curve(step)` is the validation loss, `plain(step)` the flipped one."""
     rule.update_validation(0, curve(0), plain and plain(0))
     for step in range(1, max_steps + 1):
         rule.update_step(ready(step))
@@ -177,14 +177,14 @@ def test_a_slow_fall_that_mirrored_pictures_share_counts():
 
 
 def test_where_mirroring_is_not_fair_the_pictures_are_heard_as_they_are():
-    def mirrored(step):  # light from the left: mirrored it comes from the right
+    def flipped(step):  # light from the left: flipped it comes from the right
         return 1.5 - 0.3 * min(step / 50, 1) + 0.2 * max(step - 50, 0) / 900
 
     def plain(step):
         return 1.5 - 0.8 * min(step / 50, 1) - 0.2 * min(max(step / 50 - 1, 0), 1)
 
     rule = StopRule(held_out=False)
-    stopped, sentence = play(rule, mirrored, plain=plain)
+    stopped, sentence = play(rule, flipped, plain=plain)
     assert rule.unfair
     assert rule.best_step == 100
     assert (rule.base_loss, rule.best_loss) == (1.5, pytest.approx(0.5))
@@ -198,8 +198,8 @@ def test_where_mirroring_is_not_fair_the_pictures_are_heard_as_they_are():
 def test_mirrored_pictures_that_lag_behind_but_still_fall_are_heard_on():
     rule = StopRule(held_out=False)
     told = [(1.0, 1.0), (0.99, 0.95), (0.8, 0.7), (0.6, 0.55), (0.6, 0.5), (0.65, 0.4), (0.7, 0.3)]
-    for place, (mirrored, plain) in enumerate(told):
-        rule.update_validation(50 * place, mirrored, plain)
+    for place, (flipped, plain) in enumerate(told):
+        rule.update_validation(50 * place, flipped, plain)
     assert not rule.unfair
     assert rule.best_step == 150
 

@@ -19,7 +19,7 @@ VARIANTS = [(family, name) for family, info in FAMILIES.items() for name in info
 
 def test_the_count_on_meta_is_that_of_real_tensors() -> None:
     unet = maker.build_unet().requires_grad_(False)
-    counted = measure("sd15", dict(unet.config), latents=(2, 8, 16, 16), num_tokens=32, low=None, adapter_words=WORDS)
+    counted = measure("sd15", dict(unet.config), latents=(2, 8, 16, 16), num_tokens=32, low=None, adapter_kwargs=WORDS)
     add_adapter(unet, family="sd15", **WORDS)
     noisy, text = torch.randn(2, 8, 16, 16), torch.randn(2, 32, 128)
     times = torch.tensor([10, 500])
@@ -29,7 +29,7 @@ def test_the_count_on_meta_is_that_of_real_tensors() -> None:
 
 def test_checkpointing_keeps_less_and_a_block_is_part_of_the_whole() -> None:
     config = configs("sd15")["denoiser"]["sd15"]
-    counted = measure("sd15", config, latents=(1, 4, 64, 64), num_tokens=77, low=torch.bfloat16, adapter_words=WORDS)
+    counted = measure("sd15", config, latents=(1, 4, 64, 64), num_tokens=77, low=torch.bfloat16, adapter_kwargs=WORDS)
     assert 0 < counted.block < counted.saved
     assert counted.checkpointed < 0.4 * counted.plain
     assert 0.7 < counted.saved / 2**30 < 1.2  # autocast's float32 norms and peft's float32 inputs would make it 1.3
@@ -39,7 +39,7 @@ def test_memory_grows_with_the_batch_and_halves_with_half_the_precision() -> Non
     config = dict(maker.build_flux().config)
 
     def saved(batch: int, low: torch.dtype | None) -> int:
-        words: Any = {"num_tokens": 24, "low": low, "adapter_words": WORDS}
+        words: Any = {"num_tokens": 24, "low": low, "adapter_kwargs": WORDS}
         return measure("flux", config, latents=(batch, 8, 32, 32), **words).saved
 
     assert saved(2, None) == pytest.approx(2 * saved(1, None), rel=0.02)

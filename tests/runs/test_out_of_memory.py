@@ -190,13 +190,13 @@ def test_the_cheapest_switch_that_is_enough_is_chosen_else_several(wanted: float
 def test_every_switch_of_the_plan_has_a_price(place: Path) -> None:
     from emotrain.families.memory import MemoryPlan
     from emotrain.runs.build import sniffed
-    from emotrain.runs.plan import footprint_of
+    from emotrain.runs.plan import activation_memory_of
     from emotrain.runs.plan_memory import Memory
 
     one = preset(place, "train.micro_batch_size=8")
     found = sniffed(one)
-    footprint = footprint_of(one, found, (8, 64, 64), torch.bfloat16)
-    memory = Memory(one, found, footprint, 2, None)
+    activation_memory = activation_memory_of(one, found, (8, 64, 64), torch.bfloat16)
+    memory = Memory(one, found, activation_memory, 2, None)
     rows = memory.savings(MemoryPlan("none", False, False, 0.0, None, ""))
     assert rows
     assert {name for name, _ in rows} <= set(out_of_memory.COSTS)

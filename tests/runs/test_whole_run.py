@@ -152,7 +152,7 @@ def draw_fresh(model: str, lora: Path | None, prompt: str):
     if lora is not None:
         pipeline.load_lora_weights(str(lora))
     family = load_family(f"builtin:{model}")
-    words = family.pipeline_words(family.encode_texts([prompt]), family.encode_texts([""]), None)
+    words = family.pipeline_kwargs(family.encode_texts([prompt]), family.encode_texts([""]), None)
     generator = torch.Generator().manual_seed(42)
     out = pipeline(**words, width=64, height=64, num_inference_steps=2, generator=generator)
     return out.images[0].convert("RGB")
@@ -280,8 +280,8 @@ def test_where_nothing_is_held_out_pictures_are_validationd_mirrored_and_as_they
     train("quickstart", tmp_path, "validate.fraction=0", "sample.every=0", name="all")
     train("quickstart", tmp_path, "sample.every=0", name="held")
     assert [step for step, *_ in observed_loss] == [0, 2, 4] * 2
-    for _, mirrored, plain in observed_loss[:3]:
-        assert 0.3 < plain < mirrored < 0.9  # the base knows these shapes as they are
+    for _, flipped, plain in observed_loss[:3]:
+        assert 0.3 < plain < flipped < 0.9  # the base knows these shapes as they are
     assert [plain for *_, plain in observed_loss[3:]] == [None] * 3
 
 

@@ -156,12 +156,12 @@ def test_once_mirroring_is_unfair_only_the_pictures_as_they_are_are_measured_and
         return type("P", (), {"loss": lambda s, progress: next(left), "drift": lambda s: 0.0})()
 
     recorder, state = Recorder(), TrainState()
-    mirrored, plain = (
+    flipped, plain = (
         validation([1.0, 0.9, 0.95]),
         validation([1.0, 0.5, 0.4, 0.3]),
-    )  # the fourth mirrored one would not be there
+    )  # the fourth flipped one would not be there
     parts = make_parts(recorder, stop_rule=StopRule(held_out=False), plain_validation=plain)
-    fit(replace(parts, validation=mirrored), limits(), state)
+    fit(replace(parts, validation=flipped), limits(), state)
     assert [event.loss for event in recorder.of(ValidationEnd)] == [1.0, 0.9, 0.4, 0.3]
     assert (state.best_step, state.best_loss) == (6, 0.3)
     assert [notice.message for notice in recorder.of(Notice)] == [UNFAIR_SENTENCE]

@@ -29,8 +29,8 @@ class Anima(QwenVae):
         conditioner = self.part("text_encoder_2")
         assert conditioner is not None
         device = next(part.encoder.parameters()).device
-        words = {"max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
-        read, said = part.tokenizer(text, **words), conditioner.tokenizer(text, **words)
+        kwargs = {"max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
+        read, said = part.tokenizer(text, **kwargs), conditioner.tokenizer(text, **kwargs)
         ids, mask = read.input_ids.long().to(device), read.attention_mask.to(device)
         if ids.shape[-1] == 0:  # the empty text has no token
             ids, mask = ids.new_zeros(1, 1), mask.new_zeros(1, 1)

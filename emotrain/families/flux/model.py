@@ -91,26 +91,26 @@ class Flux(LoadedFamily):
         from diffusers import FluxPipeline
 
         built = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_words("text_encoder", "text_encoder_2")
+        built |= self.encoder_kwargs("text_encoder", "text_encoder_2")
         return FluxPipeline(**{**built, **parts})
 
-    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """dev: guidance goes into its embedding. Others: true classifier-free guidance, where any is asked for."""
-        words: dict[str, Any] = {
+        kwargs: dict[str, Any] = {
             "prompt_embeds": text["prompt_embeds"],
             "pooled_prompt_embeds": text["pooled_prompt_embeds"],
             "max_sequence_length": text["prompt_embeds"].shape[1],
         }
         if self.denoiser.config.guidance_embeds:
             return {
-                **words,
+                **kwargs,
                 "guidance_scale": FLUX.guidance if guidance is None else guidance,
             }
         scale = usual_true_guidance(self.variant) if guidance is None else guidance
         if scale > 1.0:
-            words["negative_prompt_embeds"] = negative["prompt_embeds"]
-            words["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]
-        return {**words, "guidance_scale": 0.0, "true_cfg_scale": max(scale, 1.0)}
+            kwargs["negative_prompt_embeds"] = negative["prompt_embeds"]
+            kwargs["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]
+        return {**kwargs, "guidance_scale": 0.0, "true_cfg_scale": max(scale, 1.0)}
 
     def unpack_sampled(self, latents: Tensor, width: int, height: int) -> Tensor:
         """[B, H/2 * W/2, 4C] -> [B, C, H, W]."""

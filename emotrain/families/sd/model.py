@@ -43,10 +43,10 @@ class StableDiffusion(LoadedFamily):
 
         built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
         built |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        built |= {"requires_safety_checker": False, **self.encoder_words("text_encoder")}
+        built |= {"requires_safety_checker": False, **self.encoder_kwargs("text_encoder")}
         return StableDiffusionPipeline(**{**built, **parts})
 
-    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Classifier-free guidance."""
         return {
             "prompt_embeds": text["prompt_embeds"],

@@ -73,10 +73,10 @@ class StableDiffusion3(LoadedFamily):
         from diffusers import StableDiffusion3Pipeline
 
         built = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_words("text_encoder", "text_encoder_2", "text_encoder_3")
+        built |= self.encoder_kwargs("text_encoder", "text_encoder_2", "text_encoder_3")
         return StableDiffusion3Pipeline(**{**built, **parts})
 
-    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Classifier-free guidance."""
         return {
             "prompt_embeds": text["prompt_embeds"],

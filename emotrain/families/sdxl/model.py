@@ -71,11 +71,11 @@ class StableDiffusionXL(LoadedFamily):
         from diffusers import StableDiffusionXLPipeline
 
         built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_words("text_encoder", "text_encoder_2")
+        built |= self.encoder_kwargs("text_encoder", "text_encoder_2")
         built |= {"add_watermarker": False, "force_zeros_for_empty_prompt": self.force_zeros}
         return StableDiffusionXLPipeline(**{**built, **parts})
 
-    def pipeline_words(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """Classifier-free guidance."""
         return {
             "prompt_embeds": text["prompt_embeds"],

@@ -15,14 +15,14 @@ from emotrain.errors import ConfigError
 from emotrain.optim.lion import Lion
 from emotrain.optim.state import WrongStateError, reading_from_dict
 from emotrain.pulse.reading import Reading
-from emotrain.pulse.signal import Sensor, feel, start
+from emotrain.pulse.signal import Sensor, observe, start
 from emotrain.pulse.state import state_from_dict, state_to_dict
 
 _INSTALL = "pip install emotrain[optimizers]"
 Betas = tuple[float, float] | None
 
 
-class Partner:
+class StockOptimizer:
     """An optimizer that is not emo, told the loss for the display only.
 
     `reading` comes from the sensors of 3.9, its pulse is the learning rate in use; `should_stop` is always False.
@@ -30,7 +30,7 @@ class Partner:
     Args:
         name: in the registry.
         inner: the optimizer.
-        sensor: see `emotrain.pulse.signal.listen`.
+        sensor: see `emotrain.pulse.signal.update_averages`.
     """
 
     def __init__(self, name: str, inner: torch.optim.Optimizer, sensor: Sensor = "faithful") -> None:
@@ -56,7 +56,7 @@ class Partner:
         Raises:
             NonFiniteLossError: it is NaN or infinite.
         """
-        self._emotion, reading, _ = feel(self._emotion, _plain(loss), sensor=self.sensor)
+        self._emotion, reading, _ = observe(self._emotion, _plain(loss), sensor=self.sensor)
         self.reading = replace(reading, pulse=self._lr())
         return self.reading
 
@@ -187,7 +187,7 @@ def schedulefree(params: Any, *, lr: float, eps: float, betas: Betas, weight_dec
     return optimizer
 
 
-PARTNERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+STOCK: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": adamw,
     "lion": lion,
     "prodigy": prodigy,
