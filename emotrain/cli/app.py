@@ -83,7 +83,7 @@ def root(
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version"),
     ] = False,
 ) -> None:
-    """Train LoRAs for text-to-image models: no learning rate, no schedule, an end by itself.
+    """Train LoRAs for text-to-image models: no learning rate, no schedule, an automatic stop.
 
     Start here: `emotrain run quickstart`
     """
