@@ -8,7 +8,6 @@ too small for that gets a smaller bucket of its own, its size rounded down to th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 Size = tuple[int, int]  # width, height in pixels
@@ -147,11 +146,3 @@ def _place(width: int, height: int, bucket: Size, resolution: int) -> Placement:
         scale=scale,
         resolution=resolution,
     )
-
-
-def crop_summary(placements: Sequence[Placement]) -> dict[Size, tuple[int, float]]:
-    """Per bucket: how many pictures it holds, and the mean share that is cut off."""
-    groups: dict[Size, list[float]] = {}
-    for placement in placements:
-        groups.setdefault(placement.size, []).append(placement.crop_share)
-    return {size: (len(shares), sum(shares) / len(shares)) for size, shares in sorted(groups.items())}

@@ -221,7 +221,6 @@ class FamilySpec:
         resolution: of the public model.
         latent_channels: of the VAE.
         vae_scale: pixels per latent.
-        layer_width_max: the narrower side of the widest layer: the largest rank that adds something.
         guidance: of samples.
         text_encoders: in the order of the pipeline.
         variants: public models by name; the first is meant where nothing is said.
@@ -248,7 +247,6 @@ class FamilySpec:
     model_class: str
     resolution: int
     latent_channels: int
-    layer_width_max: int
     guidance: float
     text_encoders: tuple[TextEncoder, ...]
     variants: Mapping[str, Variant]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, get_type_hints
@@ -185,7 +185,6 @@ class RunEnd(Record):
     resume_command: str | None = None
     all_command: str | None = None  # trains on the held-out pictures too, for the number of steps that was found
     session_steps: int = 0  # of this process: `seconds` is its time
-    metrics: dict[str, float] = field(default_factory=dict)
     report: Path | None = None  # the page of the run
 
 

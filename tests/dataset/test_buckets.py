@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emotrain.dataset.buckets import BucketRules, assign, crop_summary, make_buckets, place
+from emotrain.dataset.buckets import BucketRules, assign, make_buckets, place
 
 SDXL = BucketRules((1024,), 64)
 SIDES = st.integers(8, 6000)
@@ -86,7 +86,6 @@ def test_the_crop_is_centred_and_its_share_is_what_is_cut_off() -> None:
     placed = assign(600, 2000, SDXL)
     assert (placed.resize_w, placed.resize_h, placed.crop_left, placed.crop_top) == (512, 1707, 0, 85)
     assert placed.crop_share == pytest.approx(1 - 1536 / 1707)
-    assert crop_summary([placed, placed]) == {(512, 1536): (2, pytest.approx(1 - 1536 / 1707))}
 
 
 def test_a_picture_is_trained_at_every_resolution_it_fills() -> None:

@@ -72,7 +72,6 @@ ANIMA = FamilySpec(
     model_class="Anima",
     resolution=1024,
     latent_channels=16,
-    layer_width_max=2048,
     guidance=4.0,
     text_encoders=(
         TextEncoder(

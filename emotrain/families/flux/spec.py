@@ -91,7 +91,6 @@ FLUX = FamilySpec(
     model_class="Flux",
     resolution=1024,
     latent_channels=16,
-    layer_width_max=3072,
     guidance=3.5,
     text_encoders=(
         TextEncoder(

@@ -96,7 +96,6 @@ FLUX2 = FamilySpec(
     model_class="Flux2",
     resolution=1024,
     latent_channels=128,
-    layer_width_max=6144,
     guidance=4.0,
     text_encoders=(
         TextEncoder(

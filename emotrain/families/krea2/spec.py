@@ -63,7 +63,6 @@ KREA2 = FamilySpec(
     model_class="Krea2",
     resolution=1024,
     latent_channels=16,
-    layer_width_max=6144,
     guidance=5.5,
     text_encoders=(
         TextEncoder(

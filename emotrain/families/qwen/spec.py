@@ -57,7 +57,6 @@ QWEN = FamilySpec(
     model_class="QwenImage",
     resolution=1024,
     latent_channels=16,
-    layer_width_max=3072,
     guidance=4.0,
     text_encoders=(
         TextEncoder(

@@ -33,7 +33,6 @@ SD15 = FamilySpec(
     model_class="StableDiffusion",
     resolution=512,
     latent_channels=4,
-    layer_width_max=1280,
     guidance=5.0,
     text_encoders=(
         TextEncoder(
@@ -64,7 +63,6 @@ SD21 = FamilySpec(
     model_class="StableDiffusion",
     resolution=768,
     latent_channels=4,
-    layer_width_max=1280,
     guidance=5.0,
     text_encoders=(
         TextEncoder(

@@ -67,7 +67,6 @@ SD3 = FamilySpec(
     model_class="StableDiffusion3",
     resolution=1024,
     latent_channels=16,
-    layer_width_max=2432,
     guidance=5.0,
     text_encoders=(
         TextEncoder(

@@ -15,7 +15,6 @@ SDXL = FamilySpec(
     model_class="StableDiffusionXL",
     resolution=1024,
     latent_channels=4,
-    layer_width_max=1280,
     guidance=6.0,
     text_encoders=(
         TextEncoder(

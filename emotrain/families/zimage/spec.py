@@ -60,7 +60,6 @@ ZIMAGE = FamilySpec(
     model_class="ZImage",
     resolution=1024,
     latent_channels=16,
-    layer_width_max=3840,
     guidance=4.0,
     text_encoders=(
         TextEncoder(
