@@ -120,7 +120,7 @@ def test_the_gradient_counts_less_and_the_loss_that_is_observed_does_not() -> No
     assert not torch.allclose(first, whole)
 
 
-@pytest.mark.parametrize("mode", ["weigh", "leave_out"])
+@pytest.mark.parametrize("mode", ["weigh", pytest.param("leave_out", marks=pytest.mark.slow)])
 def test_a_run_that_acts_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """Killed between an action and the next look at the pictures, and between two of its draws."""
     from emotrain.config.load import load_preset
