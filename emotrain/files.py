@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -183,6 +184,27 @@ def disguise(start: bytes) -> tuple[str, str] | None:
         return None
     heads = start.lower(), start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return next(((what, hint) for mark, what, hint in _DISGUISES if any(h.startswith(mark) for h in heads)), None)
+
+
+# ------------------------------------------------------------ text that is safe to show
+
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+_JOINERS = "\u200c\u200d\ufe0f"  # zero-width joiners, which emoji and some scripts need
+
+
+def clean(text: str) -> str:
+    """Text that a terminal, a log or a page can show: line breaks and tabs become spaces.
+
+    Control, escape, direction and private characters become U+FFFD.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter in _JOINERS or unicodedata.category(letter) not in _INVISIBLE
+        else (" " if letter in "\n\r\t" else "\N{REPLACEMENT CHARACTER}")
+        for letter in text
+    )
 
 
 # ------------------------------------------------------------ written so that a power cut cannot take it back

@@ -11,27 +11,13 @@ import json
 import math
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from emotrain.errors import EmotrainError, Problem
+from emotrain.files import clean as clean
 
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-_JOINERS = "\u200c\u200d\ufe0f"  # zero-width joiners, which emoji and some scripts need
 SCHEMA_VERSION = 1
-
-
-def clean(text: str) -> str:
-    """Text without control, escape and direction characters; line breaks become spaces."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        letter
-        if letter in _JOINERS or unicodedata.category(letter) not in _INVISIBLE
-        else (" " if letter in "\n\r\t" else "\N{REPLACEMENT CHARACTER}")
-        for letter in text
-    )
 
 
 def result(text: str) -> None:
@@ -118,11 +104,9 @@ def _width(text: str) -> int:
     """Columns on a terminal: wide East Asian letters and emoji take two."""
     if text.isascii():
         return len(text)
-    return sum(
-        0 if unicodedata.combining(letter) or letter in _JOINERS
-        else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-        for letter in text
-    )  # fmt: skip
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def _is_number(text: str) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import replace
 from pathlib import Path
 
+from emotrain.config.guess import likely
 from emotrain.errors import ConfigError, ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Prediction, Sniffed, sniff_folder, sniff_hub
@@ -36,9 +36,8 @@ def resolve_base(base: str) -> str | Path:
     if base.startswith("builtin:"):
         name = base.removeprefix("builtin:")
         if name not in BUILTIN:
-            near = difflib.get_close_matches(name, BUILTIN, 1)
-            known = " and ".join(f"`builtin:{b}`" for b in BUILTIN)
-            hint = f"did you mean `builtin:{near[0]}`?" if near else f"there are {known}"
+            known = [f"builtin:{one}" for one in BUILTIN]
+            hint = likely(base, known) or f"there are {' and '.join(f'`{one}`' for one in known)}"
             raise ConfigError(f"`{base}` is not a built-in model", hint)
         folder = ASSETS / name
         if not (folder / "model_index.json").is_file():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, cast
 
+from emotrain.config.guess import likely
 from emotrain.errors import ConfigError
 from emotrain.optim.base import EmoOptimizer
 from emotrain.optim.emoairy import EmoAiry, EmoFact
@@ -47,12 +47,8 @@ def build_optimizer(name: str, params: Any, *, lr: float | None = None, **option
         except (TypeError, ValueError) as error:
             raise ConfigError(f"train.optimizer `{name}`: {error}") from error
     if name not in STOCK:
-        close = difflib.get_close_matches(name, optimizer_names(), n=1)
-        known = ", ".join(optimizer_names())
-        raise ConfigError(
-            f"train.optimizer is `{name}`, which is not an optimizer",
-            f"did you mean `{close[0]}`?" if close else f"known: {known}",
-        )
+        hint = likely(name, optimizer_names()) or f"known: {', '.join(optimizer_names())}"
+        raise ConfigError(f"train.optimizer is `{name}`, which is not an optimizer", hint)
     if lr is None:
         raise ConfigError(
             f"train.lr is missing: `{name}` needs a learning rate",

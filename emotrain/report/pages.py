@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import unicodedata
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from emotrain.files import clean
+
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 LONGEST = 4000  # characters of one text: no caption fills a page
-_HIDDEN = ("Cc", "Cs", "Co", "Cn", "Zl", "Zp")
-_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 
 
 def shown(value: object) -> object:
@@ -28,13 +27,7 @@ def shown(value: object) -> object:
     """
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    text = value if len(value) <= LONGEST else value[:LONGEST] + "…"
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        " " if c in "\t\n\r" else "\ufffd" if unicodedata.category(c) in _HIDDEN or c in _DIRECTIONS else c
-        for c in text
-    )
+    return clean(value if len(value) <= LONGEST else value[:LONGEST] + "…")
 
 
 def data_url(jpeg: bytes) -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from emotrain import __version__
 from emotrain.config.dump import dump_values
+from emotrain.config.guess import likely
 from emotrain.config.names import check_run_name
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError, ResourceError
 from emotrain.files import (
@@ -261,8 +261,7 @@ def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
         if is_regular(path / INFO):
             return RunFolder(path.absolute() if path.name in ("", "..") else path)
     names = [run.name for run in list_runs(runs_dir)]
-    close = difflib.get_close_matches(str(path_or_name), names, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else "`emotrain runs list` lists them"
+    hint = likely(str(path_or_name), names) or "`emotrain runs list` lists them"
     raise CheckpointError(f"no run `{path_or_name}` here or in {runs_dir}", hint)
 
 

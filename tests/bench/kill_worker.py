@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 import power_cut
 import torch
+from filelock import Timeout
 from kill_line import Succession, wait
 from torch import Tensor
 
 from emotrain.config.load import load
 from emotrain.errors import EmotrainError
 from emotrain.lora.file import read_lora
-from emotrain.runs import start, training
+from emotrain.runs import lock, start, training
 from emotrain.runs.folder import RunFolder, open_run
 from emotrain.runs.loaded import Loaded
 from emotrain.runs.loaded import load as load_parts
@@ -77,6 +79,25 @@ class Restless:
 
     def close(self) -> None:
         pass
+
+
+class ForkableLock:
+    """The system's lock without filelock's guard against forks: a succession goes on in copies of the process."""
+
+    def __init__(self, path: Path, **settings: Any) -> None:
+        self.path, self.descriptor = path, -1
+
+    def acquire(self) -> None:
+        """As `FileLock` does, and its file stays too."""
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Timeout(str(self.path)) from None
+
+    def release(self) -> None:
+        """Give it back."""
+        os.close(self.descriptor)
 
 
 def write_digest(out: Path) -> None:
@@ -225,6 +246,7 @@ def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
         save = preset.save.model_copy(update={"every": plan.save_every, "keep_last": 10_000})
         preset = preset.model_copy(update={"save": save})
     loaded = replace(case.loaded, preset=preset)
+    lock.FileLock = ForkableLock  # type: ignore[misc, assignment]
     start.load = lambda preset, notify: loaded  # type: ignore[assignment]
     write_digest(plan.out or case.out)
     watching = (Restless(case.trail),)
