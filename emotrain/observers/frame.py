@@ -115,7 +115,7 @@ def _full(board: Board, console: Console, options: ConsoleOptions, height: int) 
 
 def _grid() -> Table:
     """Labels, and values that go on in the next line where they are long."""
-    table = Table.grid(padding=(0, 1), expand=True)
+    table = Table.grid(padding=(0, 1, 0, 0), expand=True)
     table.add_column(style="label", width=LABEL - 1, no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
     return table
@@ -123,7 +123,7 @@ def _grid() -> Table:
 
 def _header(board: Board) -> Table:
     """Name at the left; optimizer, device and time at the right."""
-    table = Table.grid(padding=(0, 1), expand=True)
+    table = Table.grid(padding=(0, 1, 0, 0), expand=True)
     table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column(no_wrap=True, overflow="ellipsis", justify="right")
     start = board.start
@@ -140,7 +140,7 @@ def _progress(board: Board) -> Table:
     where = f"of at most {board.max_steps}" if early == late == board.max_steps else f"of {early} to {late}"
     if early == late != board.max_steps:
         where = f"of {late}"
-    table = Table.grid(padding=(0, 1), expand=True)
+    table = Table.grid(padding=(0, 1, 0, 0), expand=True)
     table.add_column(no_wrap=True)
     table.add_column(ratio=1)
     table.add_column(no_wrap=True, justify="right")
@@ -262,7 +262,7 @@ def _emotion_plot(board: Board, label: str, name: str, *, axis: bool = False) ->
 
 def _emotion_table(board: Board, rows: int = 1) -> Table:
     """The emotion's values, a row or two each."""
-    table = Table.grid(padding=(0, 1), expand=True)
+    table = Table.grid(padding=(0, 1, 0, 0), expand=True)
     table.add_column(no_wrap=True, width=2 * LABEL - 2)
     table.add_column(ratio=1)
     for label, name in EMOTION:

@@ -34,7 +34,7 @@ from emotrain.observers.tensorboard import TensorBoard
 from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.pulse.stopping import StopRule
-from emotrain.runs.finish import PictureLosses
+from emotrain.runs.logs import PictureLosses
 from emotrain.train.events import RunStart
 from emotrain.train.loop import Limits, Parts, tell, train_step
 from emotrain.train.losses import LossBaseline
