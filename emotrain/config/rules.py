@@ -33,7 +33,7 @@ def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
         Problems, and notes on settings without effect.
     """
     problems = [*_optimizer(root), *_small_lr(root), *_buckets(root), *_builtin_names(root), *_prompts(root)]
-    problems += [*_path_variables(root), *_shares(root)]
+    problems += [*_path_variables(root), *_shares(root), *_class(root)]
     return problems, [
         *_no_effect(root),
         *_gain_without_effect(root),
@@ -187,6 +187,21 @@ def _shares(root: Node) -> list[Problem]:
         what = f"dataset.balance has no share for {', '.join(missing)}"
         problems.append(Problem(f"{balance.where}: {what}", "every folder needs one; `equal` gives all the same"))
     return problems
+
+
+def _class(root: Node) -> list[Problem]:
+    """The class is what is kept apart from the trigger: it needs one, and cannot hold it."""
+    word, trigger = leaf(root, "dataset.class"), leaf(root, "dataset.trigger")
+    if word is None or not isinstance(word.value, str):
+        return []
+    own = str(trigger.value).strip() if trigger is not None and trigger.value is not None else ""
+    if not own:
+        what = f"dataset.class is `{word.value}` without a dataset.trigger, which alone tells the two apart"
+        return [Problem(f"{word.where}: {what}", "give the LoRA a word of its own: `trigger: mika_ch`")]
+    if not re.search(rf"(?<!\w){re.escape(own)}(?!\w)", word.value, re.IGNORECASE):
+        return []
+    what = f"dataset.class is `{word.value}`, which holds the trigger `{own}`: what is to be learned would be kept off"
+    return [Problem(f"{word.where}: {what}", "name what the model knows already: `class: woman`")]
 
 
 def _repeats_without_effect(root: Node) -> list[str]:

@@ -105,10 +105,16 @@ class DatasetSection(Section):
     resolution: tuple[Pixels, ...] = Field((), description="one or several, in pixels (default: the model's)")
     buckets: Buckets = Buckets()
     captions: Captions = Captions()
+    class_: Text | None = Field(
+        None,
+        alias="class",
+        description="a word such as `woman`: what the model makes of it without the trigger is kept as it was, without"
+        " pictures; half of the steps take one more forward and backward pass",
+    )
     suspects: Literal["report", "weigh", "leave_out"] = Field(
         "report",
-        description="pictures whose captions suit them no better than others': name them at the end; or, from when it"
-        " shows, count them a tenth, or leave them out (both show memorised pictures a quarter as often)",
+        description="pictures whose captions do not suit them: name them at the end; or, from when it shows clearly,"
+        " count them a tenth, or leave them out (both show memorised pictures a quarter as often)",
     )
     background: Str = Field("white", description="behind transparent pictures: a colour name or #rrggbb")
     shard: Shard | None = Field(None, description='"1/2": this machine\'s part of the data set')

@@ -77,6 +77,8 @@ def prepare(
     rows: Mapping[str, Tensors] = {}
     if settings.encode_texts:
         every = {"", *(text for several in texts.values() for text in several)}
+        if settings.class_word is not None:
+            every |= {settings.class_text(example) for example in chosen}
         rows = encode_texts(family, every, cache=cache, progress=progress, limit=settings.text_memory)
     return CachedDataset(items, texts, rows, settings)
 
@@ -197,6 +199,18 @@ class CachedDataset:
             for group in groups.values()
         ]
 
+    def class_texts(self, ids: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        """Captions with the class word in the trigger's place, and their embeddings, float32, a row each.
+
+        {} where texts are not encoded ahead.
+
+        Raises:
+            KeyError: an id that is not in the data set.
+        """
+        known = {example.id: example for example in self.examples}
+        texts = tuple(self.settings.class_text(known[name]) for name in ids)
+        return texts, self._embeds(texts)
+
     def without(self, ids: Iterable[str]) -> CachedDataset:
         """The data set less these pictures; tensors are shared.
 
@@ -238,12 +252,15 @@ class CachedDataset:
             self._plans[epoch] = [batch for _, batch in sorted(batches)]
         return self._plans[epoch]
 
+    def _embeds(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if not self._rows:
+            return {}
+        rows = [self._rows[text] for text in texts]
+        return {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+
     def _collate(self, samples: Sequence[tuple[Item, str, bool]], epoch: int) -> Batch:
         latents = torch.stack([_side(item, flipped) for item, _, flipped in samples])
-        text: dict[str, Tensor] = {}
-        if self._rows:
-            rows = [self._rows[said] for _, said, _ in samples]
-            text = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+        text = self._embeds([said for _, said, _ in samples])
         masks = None
         if any(item.mask is not None for item, _, _ in samples):
             masks = torch.stack([_mask(item, flipped) for item, _, flipped in samples])

@@ -213,9 +213,10 @@ def _sampling_error(halves: Sequence[Mapping[str, list[float]]], seen: Sequence[
     return float(max(np.median(errors), 1e-3)) if errors else 1.0
 
 
-def suspected(contrasts: Sequence[PictureContrast]) -> frozenset[str]:
-    """Pictures whose captions suit them no better than those of others; none where the model does not hear captions."""
-    return (_suspects(contrast_scores(contrasts)) if len(contrasts) >= COMPARED else None) or frozenset()
+def caption_scores(contrasts: Sequence[PictureContrast]) -> dict[str, float]:
+    """The contrast of every caption; none where too few were compared, or the model does not hear captions."""
+    scores = contrast_scores(contrasts) if len(contrasts) >= COMPARED else {}
+    return scores if scores and float(np.median(list(scores.values()))) <= HEARS else {}
 
 
 def _suspects(z_contrast: Mapping[str, float]) -> frozenset[str] | None:

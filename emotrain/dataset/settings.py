@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from emotrain.config.schema import DatasetSection
 from emotrain.dataset.buckets import BucketRules
-from emotrain.dataset.captions import variants
+from emotrain.dataset.captions import plain, variants
 from emotrain.dataset.examples import Example
 from emotrain.errors import ConfigError
 
@@ -28,6 +29,7 @@ class LoaderSettings:
     prefix: str = ""
     suffix: str = ""
     shard: str | None = None
+    class_word: str | None = None
     text_memory: int = 4 * 2**30  # bytes of text embeddings held in memory; the rest stays in the cache
     encode_texts: bool = True  # False where the text encoders are trained
 
@@ -47,6 +49,14 @@ class LoaderSettings:
             count=self.variants,
             seed=self.seed,
         )
+
+    def class_text(self, example: Example) -> str:
+        """The plain caption with the class word in the trigger's place: what the LoRA must leave alone."""
+        if self.class_word is None or example.prior:
+            return self.texts(example)[0]
+        own = re.escape((self.trigger or "").strip())
+        without = re.sub(rf"(?<!\w){own}(?!\w)", self.class_word, example.captions[0], flags=re.IGNORECASE)
+        return plain(without, trigger=self.class_word, prefix=self.prefix, suffix=self.suffix)
 
 
 def settings_from(
@@ -91,5 +101,6 @@ def settings_from(
         prefix=words.prefix,
         suffix=words.suffix,
         shard=section.shard,
+        class_word=section.class_,
         encode_texts=encode_texts,
     )

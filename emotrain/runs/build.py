@@ -36,6 +36,7 @@ from emotrain.runs.data import Pictures
 from emotrain.runs.draw import Sampler
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.losses import LossBaseline, expected_by_bins, noise_like, sample_losses, timesteps_at, uniforms
+from emotrain.train.preservation import Preservation
 from emotrain.train.validation import Validation
 
 Notify = Callable[[Event], None]
@@ -248,6 +249,12 @@ def build_validation(preset: Preset, model: Model, data: Data, batches: list[Bat
         draws=VALIDATION_DRAWS,
         seed=preset.train.seed,
     )
+
+
+def build_preservation(preset: Preset, model: Model, data: Data) -> Preservation | None:
+    """What keeps `dataset.class` as it was, where the preset names one."""
+    wanted = preset.dataset.class_ is not None
+    return Preservation(model.family, model.adapter, data.train.class_texts) if wanted else None
 
 
 @torch.no_grad()

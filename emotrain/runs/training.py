@@ -136,6 +136,7 @@ def loop_parts(
         sample=lambda step: outputs.sample(step, state.best_step),
         record=outputs.record,
         watch=outputs.watch,
+        preservation=build.build_preservation(preset, model, data),
         interrupted=lambda: bool(signals),
     )
 

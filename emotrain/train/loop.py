@@ -23,6 +23,7 @@ from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.train.events import Event, Notice, Phase, StepEnd, ValidationEnd
 from emotrain.train.losses import LossBaseline, noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.memory import OutOfMemory, with_memory
+from emotrain.train.preservation import Preservation
 from emotrain.train.state import LIMIT, TrainState, describe
 from emotrain.train.validation import Validation
 
@@ -76,6 +77,7 @@ class Parts:
     record: Callable[[int, Sequence[Sample]], None]
     interrupted: Callable[[], bool]
     plain_validation: Validation | None = None  # the flipped pictures of `validation`, unflipped
+    preservation: Preservation | None = None
     watch: Callable[[TrainState], None] | None = None  # looks at single pictures before step 1 and after validations
 
 
@@ -156,6 +158,12 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
             counted = weighted * send([torch.tensor([counts.get(name, 1.0) for name in batch.ids])], each.device)[0]
         (counted.sum() / total * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
         parts.adapter.collect_gradients()
+        if i == 0 and parts.preservation is not None:
+            noisy = parts.objective.add_noise(batch.latents, parts.objective.noise(batch.latents, noise), timesteps)
+            kept = parts.preservation.loss(state.step, batch, noisy, timesteps)
+            if kept is not None:
+                (kept * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
+                parts.adapter.collect_gradients()
         losses.append(torch.stack([each.detach(), weighted.detach()]))
         positions += parts.objective.position(timesteps).tolist()
         seen += len(batch.ids)

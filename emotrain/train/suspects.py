@@ -1,8 +1,8 @@
 """What a run does about pictures that hold it back: found out as it goes, undone where the evidence goes.
 
-The verdicts are those of the ranking. A picture whose caption suits it no better than others' do counts a tenth, or is
-left out; one whose loss fell far below the others' is shown a quarter as often. Whoever is not shown makes room for
-another picture of its folder and size, so that batches and epochs stay as they are.
+A picture whose caption suits it clearly worse than those of others counts a tenth, or is left out; one whose loss fell
+far below the others' is shown a quarter as often. Whoever is not shown makes room for another picture of its folder and
+size, so that batches and epochs stay as they are.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from emotrain.dataset.contrasts import PictureContrast
-from emotrain.dataset.ranking import LossRecord, rank, suspected
+from emotrain.dataset.ranking import LossRecord, caption_scores, rank
 
 Mode = Literal["weigh", "leave_out"]
 Kind = Literal["weigh", "leave_out", "seldom"]
+CLEAR = 0.5  # contrast from where something is done: half of the wrong captions have it, hardly a right one
+GONE = 0.0  # and below which it is undone
 LESS = 0.1  # of the gradient of a picture that may teach the wrong thing
 SELDOM = 0.25  # of the showings of a memorised one
 REMEMBERED = 20_000  # losses of single samples that are ranked
@@ -25,8 +27,8 @@ WORDS: dict[Kind, str] = {
     "seldom": "is shown a quarter as often",
 }
 REASONS: dict[Kind, str] = {
-    "weigh": "its caption suits it no better than those of others",
-    "leave_out": "its caption suits it no better than those of others",
+    "weigh": "its caption suits it worse than those of others",
+    "leave_out": "its caption suits it worse than those of others",
     "seldom": "its loss fell far below the others': it is memorised",
 }
 
@@ -86,7 +88,9 @@ class Suspects:
         if not self.losses and not self.contrasts:
             return []
         contrasts = list(self.contrasts.values())
-        wanted: dict[str, Kind] = dict.fromkeys(suspected(contrasts), mode)
+        acted = {one.id for one in self.active() if one.kind == mode}
+        worse = {name: score >= (GONE if name in acted else CLEAR) for name, score in caption_scores(contrasts).items()}
+        wanted: dict[str, Kind] = {name: mode for name, is_worse in worse.items() if is_worse}
         for score in rank(self.losses, contrasts):
             if score.verdict == "memorised":
                 wanted.setdefault(score.id, "seldom")

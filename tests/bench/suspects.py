@@ -65,6 +65,7 @@ def measure(bench: Bench, preset: str, seed: int, share: float, kind: str, mode:
         f"train.seed={seed}", "stop.mode=off", "sample.every=0", f"save.every={STEPS}", "log.tensorboard=false",
     )  # fmt: skip
     done = run(load_preset(preset, words, "cell"), runs_dir=work / "runs", observers=[])
+    assert done.end.stop_reason == "max_steps", "a run that was stopped is no cell"
     if bench.adapter is None:
         bench.load(done.folder.lora_path)
     bench.adapter.load_state(read_lora(done.folder.lora_path).state)

@@ -124,6 +124,7 @@ def test_the_gradient_counts_less_and_the_loss_that_is_observed_does_not() -> No
 def test_a_run_that_acts_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """Killed between an action and the next look at the pictures, and between two of its draws."""
     from emotrain.config.load import load_preset
+    from emotrain.dataset.scan import resolve_folder
     from emotrain.runs import contrast as watching
     from emotrain.runs import start
     from emotrain.runs.folder import RunFolder
@@ -131,9 +132,14 @@ def test_a_run_that_acts_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest
 
     torch.set_num_threads(1)
     monkeypatch.setattr(watching, "SHARE", 0.5)
+    shutil.copytree(resolve_folder("builtin:example"), tmp_path / "own")
+    captions = sorted((tmp_path / "own").glob("*.txt"))[:6]
+    texts = [path.read_text(encoding="utf-8") for path in captions]
+    for path, text in zip(captions, [*texts[1:], texts[0]], strict=True):
+        path.write_text(text, encoding="utf-8")
     words = (
-        "sample.every=0", "log.tensorboard=false", "validate.every=4", "train.max_steps=12", "save.every=6",
-        "stop.mode=off", f"dataset.suspects={mode}",
+        f"dataset.folders=[{{path: {tmp_path / 'own'}}}]", "sample.every=0", "log.tensorboard=false", "save.every=6",
+        "validate.every=4", "train.max_steps=12", "stop.mode=off", f"dataset.suspects={mode}",
     )  # fmt: skip
     preset = load_preset("quickstart", words, "one")
     whole = start.run(preset, runs_dir=tmp_path / "a", observers=()).folder
@@ -145,7 +151,9 @@ def test_a_run_that_acts_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     first, second = (CheckpointStore(run.checkpoints_dir).load(12)[0] for run in (whole, other))
     assert first.documents["state"]["suspects"] == second.documents["state"]["suspects"]
     assert first.documents["state"]["suspects"]["contrasts"]
-    assert first.documents["state"]["suspects"]["actions"], "the test needs a picture that is acted on"
+    acted = {one["id"].removeprefix("own/") for one in first.documents["state"]["suspects"]["actions"]}
+    assert acted
+    assert acted <= {f"{path.stem}.png" for path in captions}
     assert all(
         torch.equal(tensor, second.tensors[stem][key])
         for stem, tensors in first.tensors.items()
