@@ -16,7 +16,7 @@ from emotrain.dataset.ranking import LossRecord, caption_scores, rank
 
 Mode = Literal["weigh", "leave_out"]
 Kind = Literal["weigh", "leave_out", "seldom"]
-CLEAR = 0.5  # contrast from where something is done: half of the wrong captions have it, hardly a right one
+CLEAR = 0.5  # contrast from where something is done: a part of the wrong captions have it, hardly a right one
 GONE = 0.0  # and below which it is undone
 LESS = 0.1  # of the gradient of a picture that may teach the wrong thing
 SELDOM = 0.25  # of the showings of a memorised one
