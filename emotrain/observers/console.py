@@ -177,7 +177,7 @@ class ConsoleLines:
                     f"best {number(event.best_loss)} at step {event.best_step}"
                 )
                 if event.forecast:
-                    self._line(f"end: {event.forecast}")
+                    self._line(f"stop: {event.forecast}")
             case SamplesDrawn():
                 self._line(f"samples at step {event.step}: {short_path(event.sheet)}")
             case Saved():

@@ -41,6 +41,7 @@ STYLES = {  # of the 16 colours that every terminal has, those that are readable
 MAX_WIDTH, MAX_HEIGHT = 240, 64
 WIDE = 110  # columns from which on the emotion's curves stand beside the loss
 MIN_WIDTH, MIN_HEIGHT = 50, 21  # below: no chart, and what matters most comes first
+MIN_CHART = 4  # rows
 SHORT_PHASE_S = 1.0
 LABEL = 11
 EMOTION = (("loss", "loss"), ("scalar", "scalar"), ("trust", "trust"), ("emoPulse", "pulse"))
@@ -70,7 +71,7 @@ def _waiting(board: Board) -> Group:
     """Before the first step: what is being done, and what is known about the run."""
     parts: list[RenderableType] = [_header(board), board.phases.make_tasks_table(board.phases.tasks)]
     if board.notices:
-        parts.append(_notices(board, 3))
+        parts.append(_notices(board, 3, also_notes=True))
     return Group(*parts, "", _facts(board))
 
 
@@ -90,8 +91,11 @@ def _full(board: Board, console: Console, options: ConsoleOptions, height: int) 
     question_rows = len(console.render_lines(questions, options))
     room = height - 3 - question_rows
     emotion_rows = 0 if wide else len(EMOTION) * (2 if height >= 42 else 1)
-    notices = _notices(board, 5 if height >= 30 else 2)
-    notice_rows = min(len(console.render_lines(notices, options)), max(1, room - emotion_rows - 6))
+    for most in (5, 3, 2, 1):  # as many as there is room for whole; the chart keeps a few rows
+        notices = _notices(board, most, also_notes=height >= 30)
+        notice_rows = len(console.render_lines(notices, options))
+        if notice_rows <= room - emotion_rows - MIN_CHART:
+            break
     body, chart, emotion = Layout(name="body"), Layout(_loss_plot(board)), Layout()
     if wide:
         chart.ratio, emotion.ratio = 2, 1
@@ -107,7 +111,7 @@ def _full(board: Board, console: Console, options: ConsoleOptions, height: int) 
         Layout(_progress(board), size=1),
         Layout(Group(*_phase(board)), size=1),
         Layout(questions, size=question_rows),
-        Layout(notices, size=notice_rows),
+        Layout(notices, size=max(1, min(notice_rows, room - emotion_rows))),
         body,
     )
     return frame
@@ -176,7 +180,7 @@ def _add_questions(table: Table, board: Board) -> None:
     table.add_row("stop", Text(end))
     left = " to ".join(dict.fromkeys(duration(seconds) for seconds in board.pace.remaining_s() or (math.nan,)))
     table.add_row("time", Text(f"{left} left, {speed(board.pace.step_s)}"))
-    memory = f"{last.memory_gib:.2f} GiB at most" if last.memory_gib > 0.0 else "not known"
+    memory = f"{last.memory_gib:.2f} GiB peak" if last.memory_gib > 0.0 else "not known"
     skipped = f", {last.skipped} steps skipped: not finite" if last.skipped else ""
     gradient = f"  gradient norm {number(last.grad_norm, digits=3)}"
     table.add_row("memory", Text.assemble(memory, (gradient, "label"), (skipped, "warning")))
@@ -210,11 +214,11 @@ def _add_files(table: Table, board: Board) -> None:
         table.add_row("run", Text(clean(short_path(board.start.run_dir))))
 
 
-def _notices(board: Board, most: int) -> Table:
-    """What is wrong: the last warnings, and what else was said where there is room."""
+def _notices(board: Board, most: int, *, also_notes: bool = False) -> Table:
+    """What is wrong: the last warnings, with notes among them or, without warnings, notes alone."""
     table = _grid()
     warnings = [notice for notice in board.notices if notice[0] == "warning"]
-    shown = (list(board.notices) if most > 2 else warnings or list(board.notices))[-most:]
+    shown = (list(board.notices) if also_notes else warnings or list(board.notices))[-most:]
     for level, message in shown:
         label = Text("warning", style="warning") if level == "warning" else Text("note", style="label")
         table.add_row(label, Text(message))
@@ -349,4 +353,4 @@ def _print_whole(console: Console, label: str, value: str, style: str = "") -> N
 def print_notices(console: Console, board: Board) -> None:
     """The notices alone: of a run that never came to a step."""
     if board.notices:
-        console.print(_notices(board, MAX_NOTICES))
+        console.print(_notices(board, MAX_NOTICES, also_notes=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -219,14 +220,8 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Font, most: in
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int, font: Font) -> int:
     """How many leading characters fit, at least one."""
-    low, high = 1, len(text)
-    while low < high:
-        half = (low + high + 1) // 2
-        if draw.textlength(text[:half], font=font) <= width:
-            low = half
-        else:
-            high = half - 1
-    return low
+    lengths = (draw.textlength(text[:length], font=font) for length in range(1, len(text) + 1))
+    return max(1, sum(1 for _ in takewhile(lambda length: length <= width, lengths)))
 
 
 def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: Font) -> str:

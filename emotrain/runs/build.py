@@ -150,7 +150,7 @@ def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: Loa
             pictures.all,
             settings,
             cache,
-            lambda name, done, total: notify(Phase(name, done, total)),
+            lambda name, done, total: notify(Phase(f"encoding {name}", done, total)),
             also_flipped=flipped,
         )
         empty = model.family.encode_texts([""]) if settings.encode_texts else {}
