@@ -79,9 +79,6 @@ class Family(Protocol):
     def text_identity(self) -> str:
         """A digest that changes when encode_texts would give other embeddings."""
 
-    def pipeline(self, **parts: Any) -> Any:
-        """A diffusers pipeline around the live modules, for samples; freed encoders are None in it."""
-
 
 @dataclass(frozen=True)
 class DrawRequest:

@@ -164,15 +164,6 @@ class LoadedFamily(ABC):
         """The text encoder `name`, or None where it is absent or freed."""
         return next((part for part in self.text_encoders if part.name == name), None)
 
-    def encoder_kwargs(self, *names: str) -> dict[str, Any]:
-        """Encoders and tokenizers as a pipeline takes them; None for those that are not there."""
-        kwargs: dict[str, Any] = {}
-        for name in names:
-            part = self.part(name)
-            kwargs[name] = part.encoder if part else None
-            kwargs[name.replace("text_encoder", "tokenizer")] = part.tokenizer if part else None
-        return kwargs
-
     # ------------------------------------------------------------ the denoiser
 
     @staticmethod
@@ -261,6 +252,27 @@ class LoadedFamily(ABC):
     # ------------------------------------------------------------ samples
 
     @abstractmethod
+    def draw(self, request: DrawRequest, text: TextEmbeds, negative: TextEmbeds) -> Tensor:
+        """Scaled latents [1, C, H, W] of a sample; embeddings are on the device."""
+
+    def fresh_scheduler(self) -> Any:
+        """A scheduler of the model's own kind that no one else uses."""
+        return type(self.scheduler).from_config(self.scheduler.config)
+
+
+class PipelineFamily(LoadedFamily):
+    """A model whose samples the stock pipeline draws."""
+
+    def encoder_kwargs(self) -> dict[str, Any]:
+        """Encoders and tokenizers as a pipeline takes them; None for those that are not there."""
+        kwargs: dict[str, Any] = {}
+        for encoder in FAMILIES[self.name].text_encoders:
+            part = self.part(encoder.name)
+            kwargs[encoder.name] = part.encoder if part else None
+            kwargs[encoder.tokenizer_name] = part.tokenizer if part else None
+        return kwargs
+
+    @abstractmethod
     def pipeline(self, **parts: Any) -> Any:
         """A diffusers pipeline around the live modules; freed encoders are None in it."""
 
@@ -284,10 +296,6 @@ class LoadedFamily(ABC):
     def unpack_sampled(self, latents: Tensor, width: int, height: int) -> Tensor:
         """Latents as the pipeline returns them -> scaled latents [B, C, H, W]; `width` and `height` in pixels."""
         return latents
-
-    def fresh_scheduler(self) -> Any:
-        """A scheduler of the model's own kind that no one else uses."""
-        return type(self.scheduler).from_config(self.scheduler.config)
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

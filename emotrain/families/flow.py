@@ -47,14 +47,6 @@ class FlowFamily(LoadedFamily):
         """What the stock pipeline shifts its sigmas by where the scheduler's shift is dynamic."""
         return mu_for(num_tokens, scheduler_config)
 
-    def pipeline(self, **parts: Any) -> Any:
-        """None: `draw` does without a pipeline."""
-        return None
-
-    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
-        """Nothing: `draw` does without a pipeline."""
-        return {}
-
     def draw(self, request: DrawRequest, text: TextEmbeds, negative: TextEmbeds) -> Tensor:
         """Scaled latents [1, C, H, W] by Euler steps along the flow, with classifier-free guidance (arXiv:2207.12598).
 

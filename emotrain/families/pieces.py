@@ -84,9 +84,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     }
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
     for encoder in info.text_encoders:
-        pieces[encoder.name], pieces[encoder.name.replace("text_encoder", "tokenizer")] = load_encoder(
-            where, index, encoder, dtype, revision
-        )
+        pieces[encoder.name], pieces[encoder.tokenizer_name] = load_encoder(where, index, encoder, dtype, revision)
     return pieces
 
 
@@ -119,7 +117,7 @@ def load_encoder(
     """One text encoder and its tokenizer; (None, None) where the model was saved without it."""
     import transformers
 
-    name, tokenizer_name = spec.name, spec.name.replace("text_encoder", "tokenizer")
+    name, tokenizer_name = spec.name, spec.tokenizer_name
     if (index.get(name) or [None])[0] is None:
         return None, None
     kind = known_class(where, name, index, ENCODERS[spec.kind])
@@ -167,7 +165,7 @@ def text_parts(found: Sniffed, pieces: dict[str, Any]) -> list[TextEncoderPart]:
     """The text encoders that are there, with how many tokens each takes."""
     parts = []
     for spec in FAMILIES[found.family].text_encoders:
-        encoder, tokenizer = pieces[spec.name], pieces[spec.name.replace("text_encoder", "tokenizer")]
+        encoder, tokenizer = pieces[spec.name], pieces[spec.tokenizer_name]
         if encoder is not None:
             limit = min(int(tokenizer.model_max_length), spec.max_tokens)
             parts.append(TextEncoderPart(spec.name, encoder, tokenizer, limit))

@@ -61,7 +61,7 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
         own_tensors = {key: tensors.pop(key) for key in list(tensors) if own_name(key).startswith(adapter.prefixes)}
         pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)
     for part in spec.text_encoders:
-        pieces[part.name.replace("text_encoder", "tokenizer")] = _tokenizer(found, part, given.tokenizer)
+        pieces[part.tokenizer_name] = _tokenizer(found, part, given.tokenizer)
     return {**pieces, "denoiser": _denoiser(found, dtype, tensors)}
 
 
@@ -157,7 +157,7 @@ def _tokenizer(found: Sniffed, encoder: TextEncoder, given: str | None) -> Any:
 
     path = Path(found.path)
     kind = getattr(transformers, encoder.tokenizer_class)
-    name = encoder.name.replace("text_encoder", "tokenizer")
+    name = encoder.tokenizer_name
     named = None if given is None else Path(given) / name if (Path(given) / name).is_dir() else Path(given)
     folder = None if named is None or (name != "tokenizer" and named == Path(str(given))) else str(named)
     with tempfile.TemporaryDirectory(prefix="emotrain-") as temporary:

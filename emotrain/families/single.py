@@ -98,8 +98,7 @@ def _load(
     else:
         vae = _vae_of(path, folder)
     given: dict[str, Any] = {"vae": vae, info.denoiser: pieces["denoiser"]}
-    for name in (encoder.name for encoder in info.text_encoders):
-        tokenizer = name.replace("text_encoder", "tokenizer")
+    for name, tokenizer in ((encoder.name, encoder.tokenizer_name) for encoder in info.text_encoders):
         if name in lacking:
             given[name] = given[tokenizer] = None
         elif name in absent:
@@ -111,8 +110,7 @@ def _load(
         ),
     )  # fmt: skip
     pieces |= {"vae": vae, "scheduler": pipeline.scheduler}
-    for name in (encoder.name for encoder in info.text_encoders):
-        tokenizer = name.replace("text_encoder", "tokenizer")
+    for name, tokenizer in ((encoder.name, encoder.tokenizer_name) for encoder in info.text_encoders):
         encoder = getattr(pipeline, name)
         pieces[name], pieces[tokenizer] = encoder, getattr(pipeline, tokenizer)
         if type(encoder).__name__.startswith("T5"):  # its word embeddings have two names, and files hold one
@@ -239,10 +237,10 @@ def _index(found: Sniffed, texts: dict[str, Any], skip: set[str]) -> dict[str, A
         index |= {"requires_safety_checker": False}
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     for name, (kind, _) in texts.items():
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        known = ["transformers", info.encoder(name).tokenizer_class]
+        encoder = info.encoder(name)
+        known = ["transformers", encoder.tokenizer_class]
         index[name] = [None, None] if name in skip else ["transformers", kind]
-        index[tokenizer] = [None, None] if name in skip else known
+        index[encoder.tokenizer_name] = [None, None] if name in skip else known
     return index
 
 
@@ -258,7 +256,7 @@ def copy_tokenizer(encoder: TextEncoder, beside: Path, folder: Path, model: Path
     Raises:
         ModelError: it is in neither, and the hub cannot be reached.
     """
-    name = encoder.name.replace("text_encoder", "tokenizer")
+    name = encoder.tokenizer_name
     if (beside / name).is_dir():
         shutil.copytree(beside / name, folder / name)
     else:

@@ -50,6 +50,11 @@ class TextEncoder:
     optional: bool = False
     chat_template: bool = False
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Its tokenizer's name in a diffusers folder: tokenizer, tokenizer_2, ..."""
+        return self.name.replace("text_encoder", "tokenizer")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -133,6 +138,23 @@ class NameTable:
         number = numbers[0] if numbers else ""
         swaps = self.swaps is not None and self.swaps.fullmatch(original) is not None
         return Group(original.replace("{i}", number), tuple(p.replace("{i}", number) for p in parts), swaps)
+
+
+def double_blocks(first: str, second: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Rows of FLUX's blocks of two streams; `first` and `second` are diffusers' names of the feed-forward's layers."""
+    block = "transformer_blocks.{i}"
+    rows = []
+    for theirs, qkv, out, mlp in (
+        ("img", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
+        ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context"),
+    ):
+        rows += [
+            (f"double_blocks.{{i}}.{theirs}_attn.qkv", tuple(f"{block}.attn.{name}" for name in qkv)),
+            (f"double_blocks.{{i}}.{theirs}_attn.proj", (f"{block}.attn.{out}",)),
+            (f"double_blocks.{{i}}.{theirs}_mlp.0", (f"{block}.{mlp}.{first}",)),
+            (f"double_blocks.{{i}}.{theirs}_mlp.2", (f"{block}.{mlp}.{second}",)),
+        ]
+    return tuple(rows)
 
 
 @cache

@@ -31,7 +31,7 @@ def trainable_encoders(found: Sniffed) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def _limit(found: Sniffed, encoder: TextEncoder) -> int:
     """Tokens of one encoder: the pipeline's, or less where a folder's tokenizer says less."""
-    path = Path(found.path) / encoder.name.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
+    path = Path(found.path) / encoder.tokenizer_name / "tokenizer_config.json"
     said = read_json(path).get("model_max_length") if found.kind == "folder" and path.is_file() else None
     return min(int(said), encoder.max_tokens) if isinstance(said, int | float) and said >= 1 else encoder.max_tokens
 

@@ -71,7 +71,7 @@ def write_folder(folder: Path, variant: str, dtype: torch.dtype, device: torch.d
     for encoder in spec.text_encoders:
         kind, config = public["text_encoders"][encoder.name]
         _encoder(kind, how(encoder.name, config), dtype, device).save_pretrained(folder / encoder.name)
-        tokenizer = encoder.name.replace("text_encoder", "tokenizer")
+        tokenizer = encoder.tokenizer_name
         _tokenizer(folder / tokenizer, encoder.kind, encoder.max_tokens)
         index |= {encoder.name: ["transformers", kind], tokenizer: ["transformers", encoder.tokenizer_class]}
     (folder / "model_index.json").write_text(json.dumps(index))

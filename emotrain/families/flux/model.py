@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.common import SMALL_MODEL_GUIDANCE, LoadedFamily, ids_of
+from emotrain.families.common import SMALL_MODEL_GUIDANCE, PipelineFamily, ids_of
 from emotrain.families.flux.spec import FLUX
 
 TRAINING_GUIDANCE = 1.0  # the dev model is distilled; at 1.0 its own prediction is the least bent
@@ -38,7 +38,7 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-class Flux(LoadedFamily):
+class Flux(PipelineFamily):
     """FLUX.1-dev (guidance embedding), FLUX.1-schnell, and small ones of the same build."""
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
@@ -91,7 +91,7 @@ class Flux(LoadedFamily):
         from diffusers import FluxPipeline
 
         built = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_kwargs("text_encoder", "text_encoder_2")
+        built |= self.encoder_kwargs()
         return FluxPipeline(**{**built, **parts})
 
     def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:

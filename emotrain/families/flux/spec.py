@@ -18,6 +18,7 @@ from emotrain.families.spec import (
     Shapes,
     TextEncoder,
     Variant,
+    double_blocks,
 )
 
 T5_TOKENS = 512  # what the stock pipeline pads to
@@ -49,20 +50,12 @@ def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
 
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
-_QKV, _ADD_QKV = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 NAMES = NameTable(
     rows=(
-        ("double_blocks.{i}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.{n}" for n in _QKV)),
-        ("double_blocks.{i}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.{n}" for n in _ADD_QKV)),
-        ("double_blocks.{i}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
-        ("double_blocks.{i}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
-        ("double_blocks.{i}.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
-        ("double_blocks.{i}.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
-        ("double_blocks.{i}.txt_mlp.0", (f"{_DOUBLE}.ff_context.net.0.proj",)),
-        ("double_blocks.{i}.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
+        *double_blocks("net.0.proj", "net.2"),
         ("double_blocks.{i}.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
         ("double_blocks.{i}.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
-        ("single_blocks.{i}.linear1", (*(f"{_SINGLE}.attn.{n}" for n in _QKV), f"{_SINGLE}.proj_mlp")),
+        ("single_blocks.{i}.linear1", (*(f"{_SINGLE}.attn.to_{n}" for n in "qkv"), f"{_SINGLE}.proj_mlp")),
         ("single_blocks.{i}.linear2", (f"{_SINGLE}.proj_out",)),
         ("single_blocks.{i}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
         ("img_in", ("x_embedder",)),

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import (
+    FamilySpec,
+    FileFacts,
+    LoraFacts,
+    NameTable,
+    Shapes,
+    TextEncoder,
+    Variant,
+    double_blocks,
+)
 
 MAX_TOKENS = 512
 _WIDTHS = {3072: "klein-4b", 4096: "klein-9b"}
@@ -56,18 +65,10 @@ def _recognise(shapes: Shapes) -> bool:
     return False
 
 
-_DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
-_QKV, _ADD_QKV = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+_SINGLE = "single_transformer_blocks.{i}"
 NAMES = NameTable(
     rows=(
-        ("double_blocks.{i}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.{n}" for n in _QKV)),
-        ("double_blocks.{i}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.{n}" for n in _ADD_QKV)),
-        ("double_blocks.{i}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
-        ("double_blocks.{i}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
-        ("double_blocks.{i}.img_mlp.0", (f"{_DOUBLE}.ff.linear_in",)),
-        ("double_blocks.{i}.img_mlp.2", (f"{_DOUBLE}.ff.linear_out",)),
-        ("double_blocks.{i}.txt_mlp.0", (f"{_DOUBLE}.ff_context.linear_in",)),
-        ("double_blocks.{i}.txt_mlp.2", (f"{_DOUBLE}.ff_context.linear_out",)),
+        *double_blocks("linear_in", "linear_out"),
         ("single_blocks.{i}.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",)),
         ("single_blocks.{i}.linear2", (f"{_SINGLE}.attn.to_out",)),
         ("img_in", ("x_embedder",)),

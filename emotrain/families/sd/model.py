@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.common import SMALL_MODEL_GUIDANCE, LoadedFamily, ids_of
+from emotrain.families.common import SMALL_MODEL_GUIDANCE, PipelineFamily, ids_of
 from emotrain.families.sd.spec import SD15
 
 
-class StableDiffusion(LoadedFamily):
+class StableDiffusion(PipelineFamily):
     """sd15 and sd21; they differ in sizes and in what is predicted only."""
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
@@ -43,7 +43,7 @@ class StableDiffusion(LoadedFamily):
 
         built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
         built |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        built |= {"requires_safety_checker": False, **self.encoder_kwargs("text_encoder")}
+        built |= {"requires_safety_checker": False, **self.encoder_kwargs()}
         return StableDiffusionPipeline(**{**built, **parts})
 
     def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:

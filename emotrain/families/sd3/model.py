@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.common import LoadedFamily, ids_of
+from emotrain.families.common import PipelineFamily, ids_of
 from emotrain.families.sd3.spec import SD3, T5_TOKENS
 
 
-class StableDiffusion3(LoadedFamily):
+class StableDiffusion3(PipelineFamily):
     """SD3 medium, SD3.5 medium and large. The T5 may be absent; its tokens are then zeros."""
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
@@ -73,7 +73,7 @@ class StableDiffusion3(LoadedFamily):
         from diffusers import StableDiffusion3Pipeline
 
         built = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_kwargs("text_encoder", "text_encoder_2", "text_encoder_3")
+        built |= self.encoder_kwargs()
         return StableDiffusion3Pipeline(**{**built, **parts})
 
     def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.common import LoadedFamily, ids_of
+from emotrain.families.common import PipelineFamily, ids_of
 from emotrain.families.sdxl.spec import SDXL
 
 
@@ -18,7 +18,7 @@ def time_ids(conditioning: Conditioning) -> Tensor:
     return torch.cat(sizes, dim=1)
 
 
-class StableDiffusionXL(LoadedFamily):
+class StableDiffusionXL(PipelineFamily):
     """SDXL and its many children, epsilon or v."""
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
@@ -56,7 +56,7 @@ class StableDiffusionXL(LoadedFamily):
         latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
         added = {
             "text_embeds": text["pooled_prompt_embeds"],
-            "time_ids": time_ids(conditioning).to(self.device, self.dtype),
+            "time_ids": time_ids(conditioning).to(self.device, torch.float32),  # bf16 makes 1368 of 1365
         }
         output: Tensor = self.denoiser(
             latents,
@@ -71,7 +71,7 @@ class StableDiffusionXL(LoadedFamily):
         from diffusers import StableDiffusionXLPipeline
 
         built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_kwargs("text_encoder", "text_encoder_2")
+        built |= self.encoder_kwargs()
         built |= {"add_watermarker": False, "force_zeros_for_empty_prompt": self.force_zeros}
         return StableDiffusionXLPipeline(**{**built, **parts})
 
