@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from stock import VARIANTS, build, latents_of, listen, oracle, overheard, text_of
 
-from emotrain.batch import Conditioning
+from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
 from emotrain.families import load_family
+from emotrain.families.base import DrawRequest
+from emotrain.train.losses import sample_losses, timesteps_at
 
 CLEAN = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(5))
 NOISE = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(6))
@@ -92,3 +95,32 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(kind: str, request: pyt
     with torch.no_grad():
         ours = family.predict(latents, times, text, Conditioning(zeros, zeros, zeros))
     assert torch.allclose(ours, output, atol=1e-5)
+
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+MODELS = [(variant, {}) for variant in VARIANTS] + [("sdxl", ZERO_SNR)]
+
+
+@pytest.mark.parametrize(("variant", "scheduler"), MODELS)
+def test_a_denoiser_that_knows_the_picture_learns_nothing_and_draws_it(variant: str, scheduler: dict[str, Any]) -> None:
+    """Of every public model: encoded by us, its loss is 0 at all noise levels, and both samplers end at the picture."""
+    family = build(variant, weights=False, **scheduler)
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clean, text = family.encode_images(pixels), text_of(family)
+    answer = oracle(family, clean, text)
+    sizes = Conditioning(*[torch.tensor([[64, 96]])] * 3)
+    batch = Batch(clean, text, sizes, torch.ones(1), None, ("a",), 0, ("a cat",))
+    objective = build_objective(family.prediction, family.scheduler_config)
+    noise = latents_of(family, 96, 64)
+    with torch.no_grad(), overheard(family.denoiser, answer):
+        for place in (0.1, 0.5, 0.9):
+            at = timesteps_at(family, objective, torch.tensor([place]), clean)
+            assert float(sample_losses(family, objective, batch, noise, at)) < 1e-6
+            wrong = Batch(clean + 0.1, text, sizes, torch.ones(1), None, ("a",), 0, ("a cat",))
+            assert float(sample_losses(family, objective, wrong, noise, at)) > 1e-4  # the oracle does not know this one
+        request = DrawRequest(text=text, negative=text, width=96, height=64, seed=3, steps=4, guidance=1.0)
+        ours = family.draw(request, text, text)
+    theirs = listen(family, noise, text, answer, steps=4, stand=False)
+    expected = family.decode_latents(clean)
+    for drawn in (family.decode_latents(ours), theirs.pixels):
+        torch.testing.assert_close(drawn.clamp(-1, 1), expected.clamp(-1, 1), atol=1e-4, rtol=0)
