@@ -1,10 +1,15 @@
 """Does `dataset.class` halve the drift without the trigger, and what does it cost?
 
-    python tests/bench/class_preservation.py [--presets quickstart quickstart-flux] [--seeds 0 1 2] [--report FILE]
+    python tests/bench/class_preservation.py [--presets quickstart quickstart-flux] [--triggers face inkmoji]
+        [--seeds 0 1 2] [--report FILE]
 
-Each preset as it is shipped, 200 steps, with and without a class; of the LoRA that is handed over: the loss of the 72
-held-out pictures with the trigger, and the mean squared change of the prediction for their captions without it, at
-fixed noise. Each cell is kept in --work.
+Each preset on its own pictures, their captions without a trigger but for the one named, 200 steps, with and without
+`class: picture`. Of the LoRA that is handed over, on the 72 held-out pictures: the loss with the trigger, and the mean
+squared change of the prediction for the captions without it, at fixed noise. Each cell is kept in --work.
+
+The built-in models were taught to ignore words before a caption that they do not know: "inkmoji, rocket" is to tiny-sd
+nearly what "picture, rocket" is (their embeddings are 12 % apart, as "rocket" and "cactus" are 86 %). A trigger that
+the model hears is a word such as "face".
 """
 
 from __future__ import annotations
@@ -12,35 +17,78 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from heldout import Bench
 
 from emotrain.config.load import load_preset
+from emotrain.config.schema import Folder
+from emotrain.dataset.loader import prepare
+from emotrain.dataset.scan import resolve_folder, scan
 from emotrain.lora.file import read_lora
+from emotrain.runs import build
 from emotrain.runs.start import run
+from emotrain.train.losses import predict
+from emotrain.train.validation import Validation
 
 STEPS = 200
 WORD = "picture"
 
 
-def measure(bench: Bench, preset: str, seed: int, word: str | None) -> dict[str, float]:
+def lay_out(work: Path) -> tuple[Path, Path]:
+    """The pictures to train on and those held out, with captions that hold no trigger."""
+    folders = work / "example", work / "example-heldout"
+    for folder in folders:
+        folder.mkdir()
+        for path in resolve_folder(f"builtin:{folder.name}").glob("*.png"):
+            shutil.copy(path, folder)
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8").removeprefix("inkmoji, ")
+            (folder / f"{path.stem}.txt").write_text(caption, encoding="utf-8")
+    return folders
+
+
+@torch.no_grad()
+def measure(preset: str, trigger: str, seed: int, word: str | None, work: Path) -> dict[str, float]:
     """Train one cell and judge what it hands over."""
-    with tempfile.TemporaryDirectory() as work:
-        words = (
-            f"dataset.class={word or 'null'}", f"train.max_steps={STEPS}", f"train.seed={seed}", "stop.mode=off",
-            "sample.every=0", f"save.every={STEPS}", "log.tensorboard=false",
-        )  # fmt: skip
-        done = run(load_preset(preset, words, "cell"), runs_dir=Path(work), observers=[])
-        assert done.end.stop_reason == "max_steps", "a run that was stopped is no cell"
-        if bench.adapter is None:
-            bench.load(done.folder.lora_path)
-        bench.adapter.load_state(read_lora(done.folder.lora_path).state)
-    return {"loss": float(bench.losses(draws=4).mean()), "drift": bench.drift(), "step": float(done.end.best_step or 0)}
+    own, held = lay_out(work)
+    words = (
+        f"dataset.folders=[{{path: {own}}}]", f"dataset.trigger={trigger}", f"dataset.class={word or 'null'}",
+        f"train.max_steps={STEPS}", f"train.seed={seed}", "stop.mode=off", "sample.every=0", f"save.every={STEPS}",
+        "log.tensorboard=false",
+    )  # fmt: skip
+    loaded = load_preset(preset, words, "cell")
+    with torch.enable_grad():
+        done = run(loaded, runs_dir=work / "runs", observers=[])
+    assert done.end.stop_reason == "max_steps", "a run that was stopped is no cell"
+    model = build.load_model(loaded, lambda event: None)
+    settings = replace(build.loader_settings(loaded, build.sniffed(loaded)), class_word=None, dropout=0.0)
+    examples = scan((Folder(path=str(held)),)).examples
+    called, plain = (
+        prepare(model.family, examples, replace(settings, trigger=one)).fixed([example.id for example in examples])
+        for one in (trigger, None)
+    )
+    model.family.place_denoiser()
+    model.adapter.load_state(read_lora(done.folder.lora_path).state)
+    judge = Validation(model.family, model.objective, model.adapter, called, {}, draws=4, seed=5)
+    changes = []
+    for batch, noise, timesteps in Validation(
+        model.family, model.objective, model.adapter, plain, {}, draws=1, seed=6
+    ).parts:
+        noisy = model.objective.add_noise(batch.latents, noise, timesteps)
+        on, _ = predict(model.family, batch, noisy, timesteps)
+        with model.adapter.off():
+            off, _ = predict(model.family, batch, noisy, timesteps)
+        changes.append((on - off).pow(2).flatten())
+    return {
+        "loss": judge.loss(),
+        "drift": float(torch.cat(changes).mean()),
+        "step": float(done.end.best_step or 0),
+    }
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -48,7 +96,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
     lines = ["| class | held-out loss | drift without the trigger | best step |", "| --- | --- | --- | --- |"]
     for name, entries in rows.items():
         loss, drift, step = (np.mean([one[key] for one in entries]) for key in ("loss", "drift", "step"))
-        lines.append(f"| {name} | {loss:.4f} | {drift:.5f} | {step:.0f} |")
+        lines.append(f"| {name} | {loss:.4f} | {drift:.4f} | {step:.0f} |")
     without, kept = rows.values()
     for key, word in (("loss", "Held-out loss"), ("drift", "Drift")):
         before, after = (np.array([one[key] for one in entries]) for entries in (without, kept))
@@ -57,18 +105,17 @@ def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
     return lines
 
 
-def cells(preset: str, seeds: Sequence[int], kept: Path) -> dict[str, list[dict[str, float]]]:
+def cells(preset: str, trigger: str, seeds: Sequence[int], kept: Path) -> dict[str, list[dict[str, float]]]:
     """Both rows of a preset, one entry a seed; what is kept is not measured again."""
-    bench: Bench | None = None
     rows: dict[str, list[dict[str, float]]] = {"none": [], f"`{WORD}`": []}
     for seed in seeds:
         for name, word in zip(rows, (None, WORD), strict=True):
-            path = kept / f"{preset}-{seed}-{word}.json"
+            path = kept / f"{preset}-{trigger}-{seed}-{word}.json"
             if not path.is_file():
-                bench = bench or Bench("tiny-flux" if "flux" in preset else "tiny-sd")
-                path.write_text(json.dumps(measure(bench, preset, seed, word)), "utf-8")
+                with tempfile.TemporaryDirectory() as work:
+                    path.write_text(json.dumps(measure(preset, trigger, seed, word, Path(work))), "utf-8")
             rows[name].append(json.loads(path.read_text("utf-8")))
-            print(preset, seed, word, rows[name][-1], flush=True)
+            print(preset, trigger, seed, word, rows[name][-1], flush=True)
     return rows
 
 
@@ -76,6 +123,7 @@ def main() -> None:
     """Train what is not kept yet, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["quickstart", "quickstart-flux"])
+    parser.add_argument("--triggers", nargs="+", default=["face", "inkmoji"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "emotrain-class")
     parser.add_argument("--report", type=Path)
@@ -83,18 +131,13 @@ def main() -> None:
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    machine = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread; seeds {args.seeds}."
-    lines = [
-        "# Preserving a class without pictures",
-        "",
-        "`python tests/bench/class_preservation.py`",
-        "",
-        about,
-        "",
-        machine,
-    ]
+    machine = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread."
+    command = "`python tests/bench/class_preservation.py`"
+    lines = ["# Preserving a class without pictures", "", command, "", about, "", machine]
     for preset in args.presets:
-        lines += ["", f"## {preset}", "", *table(cells(preset, args.seeds, args.work))]
+        for trigger in args.triggers:
+            found = cells(preset, trigger, args.seeds, args.work)
+            lines += ["", f"## {preset}, trigger `{trigger}`, seeds {args.seeds}", "", *table(found)]
     print("\n".join(lines))
     if args.report:
         args.report.write_text("\n".join(lines) + "\n", encoding="utf-8")
