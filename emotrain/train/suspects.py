@@ -22,9 +22,9 @@ LESS = 0.1  # of the gradient of a picture that may teach the wrong thing
 SELDOM = 0.25  # of the showings of a memorised one
 REMEMBERED = 20_000  # losses of single samples that are ranked
 WORDS: dict[Kind, str] = {
-    "weigh": "counts a tenth",
-    "leave_out": "is left out",
-    "seldom": "is shown a quarter as often",
+    "weigh": "counting a tenth",
+    "leave_out": "left out",
+    "seldom": "shown a quarter as often",
 }
 REASONS: dict[Kind, str] = {
     "weigh": "its caption suits it worse than those of others",
@@ -51,7 +51,7 @@ class Action:
         return cls(name, kind, step, undone if isinstance(undone, int) else None)
 
     def describe(self) -> str:
-        """Such as `counts a tenth since step 30`."""
+        """Such as `counting a tenth since step 30`."""
         when = f"since step {self.step}" if self.undone is None else f"from step {self.step} to {self.undone}"
         return f"{WORDS[self.kind]} {when}"
 
@@ -132,7 +132,7 @@ def describe(changed: Sequence[Action]) -> list[str]:
         begun = [one.id for one in changed if one.kind == kind and one.undone is None]
         ended = [one.id for one in changed if one.kind == kind and one.undone is not None]
         lines += [f"{_named(begun)}: {WORDS[kind]} from now on, {REASONS[kind]}"] if begun else []
-        lines += [f"{_named(ended)}: no longer {WORDS[kind]}, the evidence is gone"] if ended else []
+        lines += [f"{_named(ended)}: as before again (not {WORDS[kind]}), the evidence is gone"] if ended else []
     return lines
 
 

@@ -96,8 +96,8 @@ def test_the_state_comes_back_from_json_and_decides_alike() -> None:
 def test_changes_are_told_in_a_line_a_kind() -> None:
     lines = describe([Action("a", "weigh", 5), Action("b", "weigh", 5), Action("c", "seldom", 2, undone=5)])
     assert len(lines) == 2
-    assert lines[0].startswith("a, b: counts a tenth from now on")
-    assert lines[1] == "c: no longer is shown a quarter as often, the evidence is gone"
+    assert lines[0].startswith("a, b: counting a tenth from now on")
+    assert lines[1] == "c: as before again (not shown a quarter as often), the evidence is gone"
 
 
 def test_the_gradient_counts_less_and_the_loss_that_is_observed_does_not() -> None:
@@ -161,5 +161,5 @@ def test_a_run_that_acts_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     )
     assert whole.info()["picture_actions"] == other.info()["picture_actions"]
     page = (other.path / "report.html").read_text(encoding="utf-8")
-    words_on_page = "counts a tenth" if mode == "weigh" else "is left out"
+    words_on_page = "counting a tenth" if mode == "weigh" else "left out"
     assert words_on_page in page
