@@ -180,7 +180,9 @@ def _add_questions(table: Table, board: Board) -> None:
     table.add_row("stop", Text(end))
     left = " to ".join(dict.fromkeys(duration(seconds) for seconds in board.pace.remaining_s() or (math.nan,)))
     table.add_row("time", Text(f"{left} left, {speed(board.pace.step_s)}"))
+    total = board.start.device_memory_gib if board.start is not None else 0.0
     memory = f"{last.memory_gib:.2f} GiB peak" if last.memory_gib > 0.0 else "not known"
+    memory += f" of {total:.1f}" if total else ""
     skipped = f", {last.skipped} steps skipped: not finite" if last.skipped else ""
     gradient = f"  gradient norm {number(last.grad_norm, digits=3)}"
     table.add_row("memory", Text.assemble(memory, (gradient, "label"), (skipped, "warning")))

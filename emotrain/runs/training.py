@@ -20,7 +20,7 @@ from emotrain.runs.out_of_memory import run_with_advice
 from emotrain.train import rng
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Phase, RunStart, Saved
-from emotrain.train.loop import Limits, Outcome, Parts, Sample, fit
+from emotrain.train.loop import Limits, Outcome, Parts, Sample, device_memory_gib, fit
 from emotrain.train.losses import LossBaseline
 from emotrain.train.signals import StopSignals
 from emotrain.train.state import TrainState, capture
@@ -173,6 +173,7 @@ def start_event(loaded: Loaded, folder: RunFolder, start_step: int) -> RunStart:
         num_modules=model.adapter.num_modules,
         num_parameters=sum(p.numel() for p in model.adapter.parameters()),
         device=str(model.family.device),
+        device_memory_gib=device_memory_gib(model.family.device),
         facts=(
             ("model", f"{Path(preset.model.base).name}, {loaded.found.describe()}"),
             ("data", f"{data.num_images} pictures, {held_words}"),

@@ -79,6 +79,7 @@ class RunStart(Record):
     num_parameters: int
     device: str
     facts: tuple[tuple[str, str], ...] = ()  # further lines for the head of the dashboard: (label, value)
+    device_memory_gib: float = 0.0  # of a GPU
     schema_version: int = SCHEMA_VERSION
 
 

@@ -352,6 +352,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def device_memory_gib(device: torch.device) -> float:
+    """How much memory a GPU has; 0 on other devices."""
+    return torch.cuda.mem_get_info(device)[1] / 2**30 if device.type == "cuda" else 0.0
+
+
 def tell(
     parts: Parts,
     limits: Limits,

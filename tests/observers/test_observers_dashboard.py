@@ -44,7 +44,9 @@ FORECAST = "1 of 2 validations without improvement; ends at step 310 to 380 if t
 def a_run(make_start: MakeStart, make_step: MakeStep, text: str, steps: int) -> Iterator[Event]:
     path = Path("runs") / (text.replace("/", "") * 4)
     yield Phase(text)
-    yield make_start(name=text, run_dir=path, device=text, facts=((text, text), ("trigger", text)))
+    yield make_start(
+        name=text, run_dir=path, device=text, device_memory_gib=24.0, facts=((text, text), ("trigger", text))
+    )
     for done in range(4):
         yield Phase(text + "2", done, 3)
     for step in range(1, steps + 1):
@@ -106,7 +108,7 @@ def test_what_the_user_asks_comes_first_and_the_emotion_has_a_third(
     shown = " ".join(" ".join(frame).split())
     wanted = (
         "mika", "step 12", "epoch 1.5", "0.6000 at step 10, best 0.6000 at 5 (-60%), base model 1.5000",
-        FORECAST, "5.00 it/s", "left", "1.25 GiB", "2 steps skipped", "sheet.png", "warning mika", "◆",
+        FORECAST, "5.00 it/s", "left", "1.25 GiB peak of 24.0", "2 steps skipped", "sheet.png", "warning mika", "◆",
     )  # fmt: skip
     for word in wanted:
         assert word in shown, word
