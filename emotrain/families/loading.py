@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 
 from emotrain.errors import ConfigError, ResourceError
+from emotrain.families.blocks import checkpoint_blocks
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.memory import GIB, MemoryPlan, encoders_that_fit, require_backend
 from emotrain.families.pieces import load_pieces, load_vae, text_parts
@@ -122,7 +123,7 @@ def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
     A text encoder that does not fit, such as a T5 of 9 GiB on a small card, works on the CPU.
     """
     if plan.gradient_checkpointing:
-        family.denoiser.enable_gradient_checkpointing()
+        checkpoint_blocks(family.denoiser)
     assert family.vae is not None
     family.vae.to(family.device)
     family.tile_vae(plan.tile_encode)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,7 +22,8 @@ from emotrain.families.transfer import send
 from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.train.events import Event, Notice, Phase, StepEnd, ValidationEnd
-from emotrain.train.losses import LossBaseline, noise_like, sample_losses, timesteps_at, uniforms
+from emotrain.train.graphs import Graphs
+from emotrain.train.losses import LossBaseline, inputs, losses_there, noise_like, timesteps_at, uniforms
 from emotrain.train.memory import OutOfMemory, with_memory
 from emotrain.train.preservation import Preservation
 from emotrain.train.state import LIMIT, TrainState, describe
@@ -76,6 +78,7 @@ class Parts:
     sample: Callable[[int], None]
     record: Callable[[int, Sequence[Sample]], None]
     interrupted: Callable[[], bool]
+    graphs: Graphs | None = None  # of the passes, on a GPU where they can be recorded
     plain_validation: Validation | None = None  # the flipped pictures of `validation`, unflipped
     preservation: Preservation | None = None
     watch: Callable[[TrainState], None] | None = None  # looks at single pictures before step 1 and after validations
@@ -151,12 +154,15 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
         u = uniforms(limits.seed, seen, len(batch.ids))
         timesteps = timesteps_at(parts.family, parts.objective, u, batch.latents)
         noise = noise_like(batch.latents, limits.seed, first + i)
-        each = sample_losses(parts.family, parts.objective, batch, noise, timesteps)
-        weighted = each * send([batch.weights], each.device)[0]
-        counted = weighted
+        tensors = [batch.weights, *inputs(parts.objective, batch, noise, timesteps)]
         if counts:  # the gradient alone: what is shown and observed stays the mean over all pictures
-            counted = weighted * send([torch.tensor([counts.get(name, 1.0) for name in batch.ids])], each.device)[0]
-        (counted.sum() / total * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
+            tensors.insert(0, torch.tensor([counts.get(name, 1.0) for name in batch.ids]))
+        work = partial(backward, parts, batch, total, bool(counts))
+        if parts.graphs is None:
+            losses.append(work(send(tensors, parts.family.device)))
+        else:
+            masks = [value.numpy().tobytes() for value in batch.text.values() if not value.is_floating_point()]
+            losses.append(parts.graphs.run((total, bool(counts), *masks), tensors, work))
         parts.adapter.collect_gradients()
         if i == 0 and parts.preservation is not None:
             noisy = parts.objective.add_noise(batch.latents, parts.objective.noise(batch.latents, noise), timesteps)
@@ -164,13 +170,31 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
             if kept is not None:
                 (kept * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
                 parts.adapter.collect_gradients()
-        losses.append(torch.stack([each.detach(), weighted.detach()]))
         positions += parts.objective.position(timesteps).tolist()
         seen += len(batch.ids)
     parts.adapter.unscale_gradients()
     ids = [name for batch in batches for name in batch.ids]
     captioned = [bool(text) for batch in batches for text in batch.texts or batch.ids]
     return Gathered(torch.cat(losses, dim=1), positions, ids, captioned)
+
+
+def backward(parts: Parts, batch: Batch, total: int, counted: bool, there: Sequence[Tensor]) -> Tensor:
+    """Forward and backward pass of a micro-batch: losses and weighted losses, float32 [2, B] on the device.
+
+    Args:
+        parts: of the run.
+        batch: its masks and texts; its numbers are in `there`.
+        total: samples of the whole step.
+        counted: whether `there` begins with what each sample counts in the gradient.
+        there: that, the data set's weights, and what `losses.inputs` gave, on the device.
+    """
+    count = [there[0]] if counted else []
+    weights, *numbers = there[len(count) :]
+    each = losses_there(parts.family, batch, numbers)
+    weighted = each * weights
+    gradient_of = weighted * count[0] if count else weighted
+    (gradient_of.sum() / total * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
+    return torch.stack([each.detach(), weighted.detach()])
 
 
 def clip(gradients: Sequence[Tensor], bound: float) -> Tensor:
@@ -250,6 +274,8 @@ def recover(parts: Parts, state: TrainState) -> bool:
 
 def run_sample(parts: Parts, step: int) -> None:
     """Draw the samples with the weights that the optimizer means."""
+    if parts.graphs is not None:
+        parts.graphs.drop()  # a picture takes memory, and drawing it much longer than recording them again
     with parts.optimizer.eval_mode():
         parts.sample(step)
 

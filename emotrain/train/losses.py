@@ -67,41 +67,50 @@ def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) 
     return {key: value[[unique.index(text) for text in texts]] for key, value in fresh.items()}
 
 
-def predict(
-    family: Family, batch: Batch, noisy: Tensor, timesteps: Tensor, *more: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The denoiser's output for a batch, and `more` tensors on its device; all of it goes there in one copy.
+def inputs(objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[Tensor]:
+    """What `losses_there` takes, still on the CPU.
 
-    Args:
-        family: the model.
-        batch: texts and sizes.
-        noisy: latents with noise, on the CPU [B, C, H, W].
-        timesteps: [B].
-        more: whatever else the loss needs there.
-    """
-    sizes = batch.conditioning
-    numbers = (noisy, timesteps, sizes.original_sizes, sizes.crop_top_lefts, sizes.target_sizes, *more)
-    there = send([*numbers, *batch.text.values()], family.device)
-    noisy, timesteps, original, crop, target = there[:5]
-    rest, text = there[5 : len(numbers)], dict(zip(batch.text, there[len(numbers) :], strict=True))
-    known = Conditioning(original, crop, target)
-    return family.predict(noisy, timesteps, text_of(family, batch.texts, text), known).float(), rest
-
-
-def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B].
-
-    Latents and noise are mixed on the CPU, where they are: that costs less than sending both and the coefficients.
+    Latents and noise are mixed here, where they are: that costs less than sending both and the coefficients.
     """
     noise = objective.noise(batch.latents, noise)
     noisy = objective.add_noise(batch.latents, noise, timesteps)
     target, weight = objective.target(batch.latents, noise, timesteps), objective.weight(timesteps)
-    masks = [] if batch.masks is None else [batch.masks]
-    prediction, (target, weight, *masks) = predict(family, batch, noisy, timesteps, target, weight, *masks)
+    return [*_asked(batch, noisy, timesteps), target, weight, *([] if batch.masks is None else [batch.masks])]
+
+
+def _asked(batch: Batch, noisy: Tensor, timesteps: Tensor) -> list[Tensor]:
+    """What the denoiser is given; the numbers of `batch.text` come last, its masks stay on the CPU to be counted."""
+    sizes = batch.conditioning
+    numbers = [value for value in batch.text.values() if value.is_floating_point()]
+    return [noisy, timesteps, sizes.original_sizes, sizes.crop_top_lefts, sizes.target_sizes, *numbers]
+
+
+def _predicted(family: Family, batch: Batch, there: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The denoiser's output for `_asked` on the device, and what came after that."""
+    noisy, timesteps, original, crop, target, *rest = there
+    keys = [key for key, value in batch.text.items() if value.is_floating_point()]
+    text = {**batch.text, **dict(zip(keys, rest, strict=False))}
+    told = text_of(family, batch.texts, text)
+    return family.predict(noisy, timesteps, told, Conditioning(original, crop, target)).float(), rest[len(keys) :]
+
+
+def predict(family: Family, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The denoiser's output for a batch, float32 [B, C, H, W]; `noisy` and `timesteps` [B] are on the CPU."""
+    return _predicted(family, batch, send(_asked(batch, noisy, timesteps), family.device))[0]
+
+
+def losses_there(family: Family, batch: Batch, there: Sequence[Tensor]) -> Tensor:
+    """See `sample_losses`; `there` is what `inputs` gave, on the device."""
+    prediction, (target, weight, *masks) = _predicted(family, batch, there)
     error = (prediction - target).pow(2)
     for mask in masks:
         error = error * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
     return error.mean(dim=(1, 2, 3)) * weight
+
+
+def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
+    return losses_there(family, batch, send(inputs(objective, batch, noise, timesteps), family.device))
 
 
 BINS = 20

@@ -135,7 +135,7 @@ class Validation:
             count = len(piece.ids)
             empty = {key: value.expand(count, *value.shape[1:]) for key, value in self.empty_text.items()}
             noisy = self.objective.add_noise(piece.latents, own_noise, own_timesteps)
-            found.append(predict(self.family, replace(piece, text=empty, texts=("",) * count), noisy, own_timesteps)[0])
+            found.append(predict(self.family, replace(piece, text=empty, texts=("",) * count), noisy, own_timesteps))
         return found
 
     def _pieces(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[tuple[Batch, Tensor, Tensor]]:

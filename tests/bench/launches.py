@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from emotrain.families.blocks import checkpoint_blocks
 from emotrain.lora.adapter import add_adapter
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
@@ -204,7 +205,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
         )
         adapter.use_half_precision(torch.bfloat16)
         if args.checkpointing:
-            family.denoiser.enable_gradient_checkpointing()
+            checkpoint_blocks(family.denoiser)
         optimizer = Averaged(build_optimizer("emosens", adapter.parameters(), lr=None, notify=False))
         parts = real_size.loop_parts(family, adapter, optimizer, args.size)
         phases(meter, optimizer)

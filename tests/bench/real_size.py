@@ -24,6 +24,7 @@ from PIL import Image
 
 from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
+from emotrain.families.blocks import checkpoint_blocks
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.loading import DTYPES, family_class
 from emotrain.families.registry import FAMILIES, configs, family_of_variant
@@ -119,7 +120,7 @@ def main() -> None:
         family.denoiser, rank=args.rank, alpha=args.rank, targets="attn-mlp", family=family.name, seed=0
     )
     if args.checkpointing:
-        family.denoiser.enable_gradient_checkpointing()
+        checkpoint_blocks(family.denoiser)
     expected = FAMILIES[family.name].variants[args.model].modules["attn-mlp"]
     assert adapter.num_modules == expected, f"{adapter.num_modules} modules instead of {expected}"
     adapter.use_half_precision(dtype)

@@ -1,4 +1,4 @@
-"""The repeated blocks of a denoiser through `torch.compile`, while it trains.
+"""The repeated blocks of a denoiser while it trains: computed again in the backward pass, or compiled.
 
 A model's blocks of one kind share one compiled form: compiling takes as long for 70 of them as for one. Passes without
 gradients (validations, samples) stay as they are: each would ask for a form of its own.
@@ -7,12 +7,23 @@ gradients (validations, samples) stay as they are: each would ask for a form of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 FORMS = 64  # compiled forms of one kind of block: widths of a UNet's levels, with and without gradients, sizes
+
+
+def checkpoint_blocks(denoiser: Any) -> None:
+    """Keep of each block its inputs alone (gradient checkpointing).
+
+    Nothing in a frozen model draws random numbers, so their state is not kept for the second pass: asking for it cannot
+    be recorded in a CUDA graph.
+    """
+    denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
 def compile_blocks(model: nn.Module, kinds: Sequence[str], backend: str = "inductor") -> Callable[[], None]:

@@ -1,0 +1,97 @@
+"""CUDA graphs of forward and backward passes: recorded once for each shape, then started by one launch.
+
+A step of a LoRA is thousands of small kernels, and a host that starts them one by one is slower than a fast GPU. A
+replayed graph does the same kernels in the same order on the same addresses: its numbers are those of passes without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.families.transfer import Unpack, fill, layout
+from emotrain.families.transfer import send as send_to
+
+WARM_UP = 1  # passes of a shape before it is recorded: libraries choose and load their kernels in it
+MOST = 32  # graphs kept: each holds its launches, all share one pool for what they compute
+Work = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass
+class _Recorded:
+    """A pass: where its inputs lie on the device, what starts it, and where its result will be."""
+
+    inputs: Tensor
+    unpack: Unpack
+    replay: Callable[[], None]
+    result: Tensor
+
+
+class Graphs:
+    """The recorded passes of one run.
+
+    Args:
+        device: a CUDA device.
+        notify: gets one line where recording does not work; the run then goes on without.
+    """
+
+    def __init__(self, device: torch.device, notify: Callable[[str], None]) -> None:
+        self.device, self.notify, self.works = device, notify, True
+        self._seen: dict[Hashable, int] = {}
+        self._recorded: dict[Hashable, _Recorded] = {}
+        self._pool: Any = None
+
+    def run(self, key: Hashable, tensors: Sequence[Tensor], work: Work) -> Tensor:
+        """What `work` gives for the CPU's `tensors`, sent to the device.
+
+        Args:
+            key: everything besides the values of `tensors` that `work` depends on.
+            tensors: inputs, on the CPU.
+            work: a pass without a wait for the device or a random draw; its result lives there.
+        """
+        key = (key, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
+        recorded = self._recorded.get(key)
+        if recorded is None and self.works and self._seen.get(key, 0) >= WARM_UP and len(self._recorded) < MOST:
+            recorded = self._record(key, tensors, work)
+        if recorded is None:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            return work(send_to(tensors, self.device))
+        packed = torch.empty(recorded.inputs.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        fill(packed, recorded.unpack, tensors)
+        recorded.inputs.copy_(packed, non_blocking=True)
+        recorded.replay()
+        return recorded.result.clone()
+
+    def drop(self) -> None:
+        """Give their memory back; they are recorded again when they are next needed."""
+        self._recorded, self._pool = {}, None
+
+    def _record(self, key: Hashable, tensors: Sequence[Tensor], work: Work) -> _Recorded | None:
+        size, unpack = layout(tensors)
+        inputs = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        try:
+            replay, result = self.capture(lambda: work(unpack(inputs)))
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # an operation that cannot be recorded, or no room
+            self.works = False
+            self.drop()
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.notify(f"steps are not recorded as CUDA graphs, which is slower: {first}")
+            return None
+        self._recorded[key] = _Recorded(inputs, unpack, replay, result)
+        return self._recorded[key]
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record `work` without doing it: what does it, and where its result will be."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+        return graph.replay, result

@@ -1,0 +1,103 @@
+"""Recorded passes: which are recorded, what they are given, and that nothing depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from emotrain.train.graphs import MOST, Graphs
+
+
+class Recorder(Graphs):
+    """Stands for CUDA: a recorded pass runs again on the tensors that it was recorded with."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.captures = 0
+        super().__init__(torch.device("cpu"), self.lines.append)
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """As CUDA: nothing is computed while recording."""
+        self.captures += 1
+        result = torch.zeros(2)
+
+        def replay() -> None:
+            result.copy_(work())
+
+        return replay, result
+
+
+def double(there: list[Tensor]) -> Tensor:
+    """Some work."""
+    return there[0] * 2 + there[1]
+
+
+def inputs(number: float, size: int = 2) -> list[Tensor]:
+    """Two tensors of different kinds."""
+    return [torch.full((size,), number), torch.full((2,), int(number))]
+
+
+def test_a_shape_is_recorded_when_it_comes_again_and_gives_the_same() -> None:
+    graphs = Recorder()
+    for number in range(1, 6):
+        assert graphs.run("key", inputs(number), double).tolist() == [number * 3.0] * 2
+    assert graphs.captures == 1
+
+
+def test_results_do_not_change_when_the_next_pass_is_run() -> None:
+    graphs = Recorder()
+    found = [graphs.run("key", inputs(number), double) for number in range(1, 5)]
+    assert [one[0].item() for one in found] == [3.0, 6.0, 9.0, 12.0]
+
+
+def test_another_key_is_another_recording() -> None:
+    graphs = Recorder()
+    for key in ("a", "b", "a", "b", "a"):
+        assert (
+            graphs.run(key, inputs(1), lambda there, key=key: double(there) + (key == "b")).tolist()
+            == [3.0 + (key == "b")] * 2
+        )
+    assert graphs.captures == 2
+
+
+def test_another_shape_is_another_recording() -> None:
+    graphs = Recorder()
+    for size in (1, 2, 1, 2):
+        graphs.run("key", inputs(1, size), double)
+    assert graphs.captures == 2
+
+
+def test_dropped_ones_are_recorded_again_at_once() -> None:
+    graphs = Recorder()
+    for _ in range(2):
+        graphs.run("key", inputs(1), double)
+    graphs.drop()
+    assert graphs.run("key", inputs(4), double).tolist() == [12.0] * 2
+    assert graphs.captures == 2
+
+
+def test_no_more_are_kept_than_there_may_be() -> None:
+    graphs = Recorder()
+    for key in range(MOST + 3):
+        for _ in range(2):
+            assert graphs.run(key, inputs(1), double).tolist() == [3.0] * 2
+    assert graphs.captures == MOST
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted\nwhen recording"), torch.OutOfMemoryError("no room")]
+)
+def test_where_recording_fails_the_run_goes_on_without(error: Exception) -> None:
+    graphs = Recorder()
+
+    def fail(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        raise error
+
+    graphs.capture = fail  # type: ignore[method-assign]
+    for number in range(1, 5):
+        assert graphs.run("key", inputs(number), double).tolist() == [number * 3.0] * 2
+    assert len(graphs.lines) == 1
+    assert "\n" not in graphs.lines[0]
