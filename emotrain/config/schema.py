@@ -226,6 +226,11 @@ class TrainSection(Section):
         "auto",
         description="on a GPU only kernels that add up in a fixed order, a little slower; auto: in verify-resume",
     )
+    cuda_graphs: Bool = Field(
+        False,
+        description="on a GPU: start the passes of a step by one launch; for cards that wait for the host. New: each is"
+        " held beside the pass it stands for before it is used",
+    )
     seed: Seed = Field(
         42, description="the same seed on the same machine gives the same bytes; on a GPU with `deterministic: true`"
     )

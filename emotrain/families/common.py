@@ -88,6 +88,10 @@ class LoadedFamily(ABC):
         self.latent_scale = float(getattr(config, "scaling_factor", None) or 1.0)
         self.latent_shift = float(getattr(config, "shift_factor", None) or 0.0)
         self._identities: dict[str, str] = {}
+        if self.device.type == "cuda":
+            # cuDNN's backward pass of attention, torch 2.11's choice on Hopper cards, fails on FLUX's shapes or gives
+            # NaN (seen on an H100; pytorch issue 196678 is another such case). torch has kernels of its own.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         for module in (self.denoiser, parts.vae, *(part.encoder for part in self.text_encoders)):
             module.requires_grad_(False)
             module.eval()

@@ -1,7 +1,7 @@
 """Fitting a run into a GPU: what each of its stages takes, and which means of saving to choose, in one sentence.
 
 Everything here is arithmetic on what was counted on the meta device (`runs.activation_memory`); `emotrain plan` shows
-it and `emotrain run` loads the model by it. No GPU was at hand to measure what the means save.
+it and `emotrain run` loads the model by it.
 """
 
 from __future__ import annotations

@@ -72,6 +72,12 @@ class Adapter:
         """The copies of the weights in the base's dtype, and the buffers of the same size for their gradients."""
         return [tensor for half in self._halves for tensor in (half.low, half.grads)]
 
+    @property
+    def half_gradients(self) -> list[Tensor]:
+        """The buffers that a backward pass adds to; empty where some weights get their gradients from autograd."""
+        held = sum(len(half.parameters) for half in self._halves)
+        return [half.grads for half in self._halves] if held == len(self.parameters()) else []
+
     def collect_gradients(self) -> None:
         """After each backward pass: bring the gradients into the parameters' `grad`, still times `loss_scale`."""
         for half in self._halves:

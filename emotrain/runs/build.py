@@ -35,6 +35,7 @@ from emotrain.runs.adapters import build_adapter
 from emotrain.runs.data import Pictures
 from emotrain.runs.draw import Sampler
 from emotrain.train.events import Event, Notice, Phase
+from emotrain.train.graphs import Graphs
 from emotrain.train.losses import LossBaseline, expected_by_bins, noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.preservation import Preservation
 from emotrain.train.validation import Validation
@@ -203,6 +204,25 @@ def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> Opti
         lr = (lr or 1.0) * gain.START
     optimizer = build_optimizer(settings.name, params, lr=lr, **kwargs)
     return Averaged(optimizer) if preset.train.ema and settings.name != "schedulefree" else optimizer
+
+
+def build_graphs(preset: Preset, family: LoadedFamily, adapter: Adapter, notify: Notify) -> Graphs | None:
+    """What records the passes of a step, where the preset asks for it and it can be had; says why not."""
+    if not preset.train.cuda_graphs:
+        return None
+    memory = family.memory
+    whys = {
+        f"this run is on the {family.device.type}": family.device.type != "cuda",
+        "text encoders are trained": bool(family.trained_encoders),
+        "blocks wait in the computer's memory": memory is not None and memory.offload,
+        "int8 layers wait for the host": memory is not None and memory.quantize == "int8",
+        "some layers of the LoRA are not linear ones in half precision": not adapter.half_gradients,
+    }
+    for why, holds in whys.items():
+        if holds:
+            notify(Notice(f"steps are not recorded as CUDA graphs: {why}", level="info"))
+            return None
+    return Graphs(family.device, lambda: adapter.half_gradients, lambda line: notify(Notice(line)))
 
 
 def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:

@@ -137,6 +137,7 @@ def loop_parts(
         record=outputs.record,
         watch=outputs.watch,
         preservation=build.build_preservation(preset, model, data),
+        graphs=build.build_graphs(preset, model.family, model.adapter, outputs.observers.notify),
         interrupted=lambda: bool(signals),
     )
 

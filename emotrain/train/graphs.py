@@ -17,6 +17,7 @@ from emotrain.families.transfer import Unpack, fill, layout
 from emotrain.families.transfer import send as send_to
 
 WARM_UP = 1  # passes of a shape before it is recorded: libraries choose and load their kernels in it
+NEAR = 0.02  # relative difference of losses and gradients of one pass done twice: kernels add in no fixed order
 MOST = 32  # graphs kept: each holds its launches, all share one pool for what they compute
 Work = Callable[[Sequence[Tensor]], Tensor]
 
@@ -36,11 +37,15 @@ class Graphs:
 
     Args:
         device: a CUDA device.
+        gradients: the buffers that a pass adds to; they are zero before each.
         notify: gets one line where recording does not work; the run then goes on without.
     """
 
-    def __init__(self, device: torch.device, notify: Callable[[str], None]) -> None:
-        self.device, self.notify, self.works = device, notify, True
+    def __init__(
+        self, device: torch.device, gradients: Callable[[], Sequence[Tensor]], notify: Callable[[str], None]
+    ) -> None:
+        self.device, self.gradients, self.notify, self.works = device, gradients, notify, True
+        self._checked: set[Hashable] = set()
         self._seen: dict[Hashable, int] = {}
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: Any = None
@@ -60,11 +65,35 @@ class Graphs:
         if recorded is None:
             self._seen[key] = self._seen.get(key, 0) + 1
             return work(send_to(tensors, self.device))
+        if key not in self._checked:
+            self._checked.add(key)
+            return self._checked_result(recorded, tensors, work)
+        return self._play(recorded, tensors)
+
+    def _play(self, recorded: _Recorded, tensors: Sequence[Tensor]) -> Tensor:
         packed = torch.empty(recorded.inputs.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         fill(packed, recorded.unpack, tensors)
         recorded.inputs.copy_(packed, non_blocking=True)
         recorded.replay()
         return recorded.result.clone()
+
+    def _checked_result(self, recorded: _Recorded, tensors: Sequence[Tensor], work: Work) -> Tensor:
+        """The result of a pass as it is, whose numbers the recorded one must have too: else no more are recorded."""
+        result = work(send_to(tensors, self.device))
+        made = [gradient.clone() for gradient in self.gradients()]
+        torch._foreach_zero_(list(self.gradients()))
+        played = self._play(recorded, tensors)
+        pairs = [(result, played), *zip(made, self.gradients(), strict=True)]
+        worst = max(float((one - other).float().norm() / one.float().norm().clamp(min=1e-12)) for one, other in pairs)
+        torch._foreach_copy_(list(self.gradients()), made)
+        if not worst <= NEAR:
+            self._give_up(f"the first one differs by {worst:.1%} from the pass that it recorded")
+        return result
+
+    def _give_up(self, why: str) -> None:
+        self.works = False
+        self.drop()
+        self.notify(f"steps are not recorded as CUDA graphs: {why}")
 
     def drop(self) -> None:
         """Give their memory back; they are recorded again when they are next needed."""
@@ -79,10 +108,7 @@ class Graphs:
             RuntimeError,
             MemoryError,
         ) as error:  # an operation that cannot be recorded, or no room
-            self.works = False
-            self.drop()
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.notify(f"steps are not recorded as CUDA graphs, which is slower: {first}")
+            self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
             return None
         self._recorded[key] = _Recorded(inputs, unpack, replay, result)
         return self._recorded[key]

@@ -51,6 +51,6 @@ class Preservation:
         texts, embeds = self.texts_of(batch.ids)
         said = replace(batch, text=embeds, texts=texts)
         with torch.no_grad(), self.adapter.off():
-            target, _ = predict(self.family, said, noisy, timesteps)
-        prediction, _ = predict(self.family, said, noisy, timesteps)
+            target = predict(self.family, said, noisy, timesteps)
+        prediction = predict(self.family, said, noisy, timesteps)
         return WEIGHT * (prediction - target).pow(2).mean()

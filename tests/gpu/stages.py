@@ -32,7 +32,7 @@ import torch
 
 from emotrain.cli.app import main as emotrain_main
 from emotrain.families import load_family
-from emotrain.families.blocks import checkpoint_blocks, compile_blocks
+from emotrain.families.blocks import checkpoint_blocks
 from emotrain.families.common import LoadedFamily
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.registry import FAMILIES, family_of_variant
@@ -115,7 +115,15 @@ def blocking(work: Callable[[], Any]) -> int:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+
+def compile_blocks(model: torch.nn.Module, kinds: Sequence[str]) -> None:
+    """Let blocks of these classes be compiled at their next pass with gradients: one form serves all of a kind."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.modules():
+        if type(block).__name__ in kinds:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 
 class Trainer:
@@ -142,7 +150,7 @@ class Trainer:
             compile_blocks(family.denoiser, compiled)
         optimizer = Averaged(build_optimizer("emosens", self.adapter.parameters(), lr=None, notify=False))
         self.said: list[str] = []
-        self.graphs = Graphs(CUDA, self.said.append) if recorded else None
+        self.graphs = Graphs(CUDA, lambda: self.adapter.half_gradients, self.said.append) if recorded else None
         self.parts = replace(real_size.loop_parts(family, self.adapter, optimizer, size), graphs=self.graphs)
         self.state, self.limits = TrainState(), Limits(1000, 1, 1.0, 0, 10, 10, 0)
 

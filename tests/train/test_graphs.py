@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ class Recorder(Graphs):
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.captures = 0
-        super().__init__(torch.device("cpu"), self.lines.append)
+        self.gradient = torch.zeros(2)
+        super().__init__(torch.device("cpu"), lambda: [self.gradient], self.lines.append)
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """As CUDA: nothing is computed while recording."""
@@ -30,7 +31,7 @@ class Recorder(Graphs):
         return replay, result
 
 
-def double(there: list[Tensor]) -> Tensor:
+def double(there: Sequence[Tensor]) -> Tensor:
     """Some work."""
     return there[0] * 2 + there[1]
 
@@ -101,3 +102,46 @@ def test_where_recording_fails_the_run_goes_on_without(error: Exception) -> None
         assert graphs.run("key", inputs(number), double).tolist() == [number * 3.0] * 2
     assert len(graphs.lines) == 1
     assert "\n" not in graphs.lines[0]
+
+
+def test_the_first_replay_of_a_key_is_held_beside_the_pass_itself() -> None:
+    graphs = Recorder()
+
+    def work(there: Sequence[Tensor]) -> Tensor:
+        graphs.gradient += there[0]
+        return double(there)
+
+    for number in range(1, 5):
+        graphs.gradient.zero_()
+        assert graphs.run("key", inputs(number), work).tolist() == [number * 3.0] * 2
+        assert graphs.gradient.tolist() == [float(number)] * 2
+    assert graphs.lines == []
+
+
+@pytest.mark.parametrize("wrong", ["result", "gradient"])
+def test_a_recording_that_gives_other_numbers_is_not_used(wrong: str) -> None:
+    graphs = Recorder()
+    recording = False
+
+    def work(there: Sequence[Tensor]) -> Tensor:
+        graphs.gradient += there[0] * (1.1 if recording and wrong == "gradient" else 1.0)
+        return double(there) * (1.1 if recording and wrong == "result" else 1.0)
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = torch.zeros(2)
+
+        def replay() -> None:
+            nonlocal recording
+            recording = True
+            result.copy_(work())
+            recording = False
+
+        return replay, result
+
+    graphs.capture = capture  # type: ignore[method-assign]
+    for number in range(1, 5):
+        graphs.gradient.zero_()
+        assert graphs.run("key", inputs(number), work).tolist() == [number * 3.0] * 2
+        assert graphs.gradient.tolist() == [float(number)] * 2
+    assert "differs by 10.0%" in graphs.lines[0]
+    assert len(graphs.lines) == 1
