@@ -219,8 +219,10 @@ def _show(found: dict[str, Any]) -> None:
         ("rank", counted(found["ranks"])),
         ("alpha", counted(found["alphas"])),
         ("strength", counted(found["strengths"])),
+        ("LoKr, w1", counted(found["lokr_w1"])),
         ("sha256", found["sha256"]),
     ]
+    rows = [(label, value) for label, value in rows if value]
     for parent in found["parents"]:
         if isinstance(parent, dict):
             rows.append((f"parent ({parent.get('kind')})", f"{parent.get('sha256')} x {parent.get('weight')}"))

@@ -69,7 +69,7 @@ def _show(made: Plan) -> None:
     model = f"{FAMILIES[found.family].title}{named}, {found.prediction}"
     data = f"{work.pictures} pictures and {work.held_out} held out, {work.samples} samples an epoch"
     steps = f"{work.steps_per_epoch:g} an epoch; at most {made.max_steps}"
-    modules = f"rank {made.rank} on {made.num_modules} modules{texts}"
+    modules = f"{made.network} on {made.num_modules} modules{texts}"
     output.table(
         [
             ("model", f"{model}, {_millions(made.num_parameters)} parameters in {made.dtype}"),

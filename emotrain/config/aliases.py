@@ -78,6 +78,7 @@ INSIDE = {
         "linear_alpha": "network.alpha",
         "conv_dim": "network.conv_rank",
         "conv": "network.conv_rank",
+        "lokr_factor": "network.factor",
         "target_modules": "network.targets",
         "train_text_encoder": "network.text_encoder",
     },

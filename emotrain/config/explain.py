@@ -41,7 +41,11 @@ REASONS = {
         "runs go to ./runs: `emotrain run ... --runs-dir DIR`",
     ),
     "cache_dir": "leave it out: the cache has its own place, `emotrain cache info` says where",
-    **dict.fromkeys(("network_module", "network_type"), "leave it out: it is a LoRA; `network` has rank and alpha"),
+    **dict.fromkeys(
+        ("network_module", "network_type"),
+        "leave it out: it is a LoRA with rank and alpha; `network: {type: lokr, factor: 8}` makes it a LoKr",
+    ),
+    **dict.fromkeys(("lokr_full_rank", "full_matrix", "decompose_both"), "leave it out: a LoKr's factors are whole"),
     **dict.fromkeys(("enable_bucket", "enable_buckets"), "leave it out: pictures always keep their shape, in buckets"),
     "bucket_no_upscale": "leave it out: pictures are not enlarged unless `dataset.buckets.upscale: true`",
     **dict.fromkeys(

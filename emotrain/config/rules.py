@@ -23,6 +23,7 @@ _USUAL_LR = {
 }
 RATE_OF_ITS_OWN = ("emonavi", "emofact", "emolynx")  # generation 3.6: `lr` is the rate itself, 1e-3
 SMALL_LR = 0.1
+_RANK_WORDS = ("rank", "alpha", "conv_rank", "rank_pattern")
 _EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
 
 
@@ -37,6 +38,7 @@ def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
     return problems, [
         *_no_effect(root),
         *_gain_without_effect(root),
+        *_network_without_effect(root),
         *_bare_trigger(root),
         *_foreign_prompt_words(root),
         *_repeats_without_effect(root),
@@ -244,6 +246,19 @@ def _gain_without_effect(root: Node) -> list[str]:
     if generation is not None and generation.value == "3.7.0":
         return [f"{gain.where}: train.gain has no effect on generation 3.7.0, whose steps have a length of their own"]
     return []
+
+
+def _network_without_effect(root: Node) -> list[str]:
+    """Words of the other kind of network, beside the word that says which it is."""
+    kind, words = leaf(root, "network.type"), as_mapping(leaf(root, "network"))
+    if kind is None or kind.value not in ("lora", "lokr"):
+        return []
+    without = _RANK_WORDS if kind.value == "lokr" else ("factor",)
+    return [
+        f"{words[word].where}: network.{word} has no effect on a {'LoKr' if kind.value == 'lokr' else 'LoRA'}"
+        for word in without
+        if word in words and words[word].source == kind.source
+    ]
 
 
 def _bare_trigger(root: Node) -> list[str]:

@@ -123,16 +123,21 @@ class DatasetSection(Section):
 class NetworkSection(Section):
     """The LoRA."""
 
-    type: Literal["lora"] = Field("lora", description="the only kind so far")
-    rank: PositiveInt = Field(16, description="rank r of the update matrices")
-    alpha: PositiveFloat | None = Field(None, description="strength is alpha / rank (default: rank)")
+    type: Literal["lora", "lokr"] = Field(
+        "lora", description="lokr: a Kronecker product in place of two thin matrices; `factor` says how small it is"
+    )
+    factor: Annotated[PositiveInt, Field(le=4096)] = Field(
+        8, description="lokr: rows and columns of the small factor, at most; a larger one makes a smaller file"
+    )
+    rank: PositiveInt = Field(16, description="lora: rank r of the update matrices")
+    alpha: PositiveFloat | None = Field(None, description="lora: strength is alpha / rank (default: rank)")
     targets: Literal["attn", "attn-mlp", "all"] | tuple[Pattern, ...] = Field(
         "attn-mlp", description="a named set, or regular expressions of module names"
     )
     rank_pattern: dict[Pattern, PositiveInt] = Field(
-        {}, description="rank of the modules whose name matches a regular expression"
+        {}, description="lora: rank of the modules whose name matches a regular expression"
     )
-    conv_rank: Count = Field(0, description="rank of the 3x3 convolutions where the targets hold them; 0 = rank")
+    conv_rank: Count = Field(0, description="lora: rank of the 3x3 convolutions where the targets hold them; 0 = rank")
     text_encoder: Bool = Field(False, description="train the CLIP text encoders too: captions are encoded at each step")
 
 
@@ -297,9 +302,6 @@ class LogSection(Section):
 
     tensorboard: Bool = Field(True, description="write event files for TensorBoard")
     every: PositiveInt = Field(10, description="steps between two plain lines")
-    notify: Text | None = Field(
-        None, description="a command of your shell, run when the run has ended, with the result as JSON on its stdin"
-    )
 
 
 class Preset(Section):
@@ -320,7 +322,3 @@ class Preset(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings under the preset's own keys."""
         return self.model_dump(mode="json", by_alias=True)
-
-    def to_share(self) -> dict[str, Any]:
-        """As `to_dict`, for files that people give away: without the command of `log.notify` and what it may hold."""
-        return self.model_copy(update={"log": self.log.model_copy(update={"notify": None})}).to_dict()

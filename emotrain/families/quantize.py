@@ -80,7 +80,11 @@ def quantize_linears(model: nn.Module, kind: str, device: torch.device) -> int:
     """
     places = [place for place in base_linears(model) if min(place[2].weight.shape) >= SMALLEST]
     for parent, name, layer in places:
-        setattr(parent, name, _quantized(layer, kind, device))
+        made = _quantized(layer, kind, device)
+        for child, module in layer.named_children():  # a LoKr hangs on its layer by a hook
+            made.add_module(child, module.to(device))
+        made._forward_hooks.update(layer._forward_hooks)
+        setattr(parent, name, made)
     return len(places)
 
 

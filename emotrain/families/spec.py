@@ -95,6 +95,10 @@ class OriginalNames(Protocol):
     def words(self) -> tuple[str, ...]:
         """Segments of paths that hold an underscore: kohya writes dots as underscores."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether an original module may be several of diffusers'."""
+
     def to_original(self, path: str) -> Group | None:
         """The original module that a diffusers path belongs to; None where there is none."""
 
@@ -118,6 +122,11 @@ class NameTable:
         """Every segment of the table's paths that holds an underscore."""
         paths = [path for original, parts in self.rows for path in (original, *parts)]
         return tuple(sorted({word for path in paths for word in path.split(".") if "_" in word}))
+
+    @property
+    def joins(self) -> bool:
+        """Whether an original module may be several of diffusers'."""
+        return any(len(parts) > 1 for _, parts in self.rows)
 
     def to_original(self, path: str) -> Group | None:
         """The original module that a diffusers path belongs to; None where there is none."""
@@ -181,6 +190,7 @@ class LoraFacts:
         loader: diffusers' mixin that reads such files.
         loader_alphas: whether that returns alphas: always, where asked, or never (it folds them in).
         unread_layouts: layouts that diffusers cannot read for this family, or not with every target.
+        lokr_layouts: layouts in which diffusers reads a LoKr of this family.
         kohya_originals: kohya's files use the original's names (else diffusers').
         comfyui_originals: `diffusion_model.` files use the original's names (else diffusers').
         kohya_text: prefix of the first text encoder in kohya's files.
@@ -199,11 +209,17 @@ class LoraFacts:
     recognise: Callable[[Shapes], bool] = never
     loader_alphas: Literal["always", "asked", "never"] = "never"
     unread_layouts: tuple[str, ...] = ()
+    lokr_layouts: tuple[str, ...] = ()
     kohya_originals: bool = True
     comfyui_originals: bool = True
     kohya_text: str = "lora_te1"
     implementation: str = ""
     stated: tuple[str, ...] = ()
+
+    def joins(self, layout: str) -> bool:
+        """Whether one module of a layout is several of ours, such as q, k and v."""
+        originals = {"kohya": self.kohya_originals, "comfyui": self.comfyui_originals}.get(layout, False)
+        return originals and self.originals.joins
 
 
 def nothing_to_check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:

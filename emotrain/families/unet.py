@@ -64,6 +64,8 @@ class SgmNames:
         "emb_layers", "skip_connection", "time_embed", "label_emb",
     )  # fmt: skip
 
+    joins = False
+
     def to_original(self, path: str) -> Group | None:
         """The SGM module of a diffusers path; None where there is none."""
         name = to_sgm(path)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from emotrain.errors import ModelError
 from emotrain.lora import names
 from emotrain.lora import targets as rules
-from emotrain.lora.half import HalfLora
-from emotrain.lora.inject import activate, fitted, initialise, install, set_weights
+from emotrain.lora.half import HalfLora, HalfWeights
+from emotrain.lora.inject import activate, fitted, fitted_krons, initialise, install, set_weights
+from emotrain.lora.kron import Kron
+from emotrain.lora.lokr import HalfLokr, Lokr, attach, empty
 
 STACK = "stack"
 FP16_LOSS_SCALE = 4096.0  # float16 ends at 6e-8: without it 7 to 19 % of a real model's LoRA gradients become zero
@@ -27,7 +29,7 @@ class Adapter:
     """A LoRA that lives on a model. Its weights are float32 whatever the model's dtype is.
 
     Args:
-        layers: path in the model -> peft layer that holds this adapter.
+        layers: path in the model -> peft layer that holds this adapter (a LoKr in a `LokrAdapter`).
         name: the adapter's name within peft.
         part: unet, transformer, text_encoder or text_encoder_2: the prefix in files.
         family: sd15, sd21, sdxl, sd3 or flux.
@@ -38,23 +40,24 @@ class Adapter:
 
     def __init__(
         self,
-        layers: Mapping[str, LoraLayer],
+        layers: Mapping[str, Any],
         *,
         name: str,
         part: str,
         family: str,
         rank: int,
         alpha: float,
-        models: Sequence[tuple[nn.Module, Mapping[str, LoraLayer]]] = (),
+        models: Sequence[tuple[nn.Module, Mapping[str, Any]]] = (),
     ) -> None:
         self.name = name
         self.part = part
         self.family = family
         self.rank = rank
         self.alpha = alpha
+        self.factor: int | None = None  # a LoKr's
         self._layers = dict(layers)
         self._models = tuple(models)
-        self._halves: list[HalfLora] = []
+        self._halves: list[HalfWeights] = []
         self.loss_scale = 1.0  # of the loss before the backward pass; above 1 in float16
 
     def use_half_precision(self, dtype: torch.dtype) -> None:
@@ -64,8 +67,16 @@ class Adapter:
         """
         if dtype == torch.float32:
             return
-        self._halves = [HalfLora(model, layers, self.name, dtype) for model, layers in self._models]
+        self._halves = self._halved(dtype)
         self.loss_scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+
+    def _halved(self, dtype: torch.dtype) -> list[HalfWeights]:
+        return [HalfLora(model, layers, self.name, dtype) for model, layers in self._models]
+
+    @property
+    def title(self) -> str:
+        """What it is, in words."""
+        return f"rank {self.rank}"
 
     @property
     def half_weights(self) -> list[Tensor]:
@@ -184,6 +195,56 @@ class Adapter:
                 activate(layer, active[path], trained=self.name)
 
 
+class LokrAdapter(Adapter):
+    """A LoKr that lives on a model: as `Adapter`, with "<module path>.lokr_w1" and "...lokr_w2" for weights.
+
+    Its strength is 1: `ranks` are empty, and every alpha is 1.
+
+    Args:
+        layers: path in the model -> LoKr.
+        factor: rows and columns of w1 that were asked for; single modules may have fewer.
+        kwargs: as those of `Adapter`.
+    """
+
+    def __init__(self, layers: Mapping[str, Lokr], *, factor: int, **kwargs: Any) -> None:
+        super().__init__(layers, rank=0, alpha=1.0, **kwargs)
+        self.factor = factor
+
+    def _halved(self, dtype: torch.dtype) -> list[HalfWeights]:
+        return [HalfLokr(model, layers, dtype) for model, layers in self._models]
+
+    @property
+    def title(self) -> str:
+        """What it is, in words."""
+        return f"LoKr with factor {self.factor}"
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield ("<module path>.lokr_w1" or "...lokr_w2", parameter), in a fixed order."""
+        for path, lokr in self._layers.items():
+            yield path + names.W1, lokr.w1.weight
+            yield path + names.W2, lokr.w2.weight
+
+    def ranks(self) -> dict[str, int]:
+        """None: a LoKr has no rank."""
+        return {}
+
+    def alphas(self) -> dict[str, float]:
+        """Module path -> 1."""
+        return dict.fromkeys(self._layers, 1.0)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Run the model without this adapter; frozen ones underneath stay on."""
+        active = {path: lokr.active for path, lokr in self._layers.items()}
+        try:
+            for lokr in self._layers.values():
+                lokr.active = False
+            yield
+        finally:
+            for path, lokr in self._layers.items():
+                lokr.active = active[path]
+
+
 def join(denoiser: Adapter, texts: Sequence[Adapter]) -> Adapter:
     """The LoRA of a denoiser and those of its text encoders as one: trained, switched and saved together.
 
@@ -194,10 +255,12 @@ def join(denoiser: Adapter, texts: Sequence[Adapter]) -> Adapter:
     for adapter in texts:
         layers.update({names.canonical(path, adapter.part): layer for path, layer in adapter._layers.items()})
     models = [*denoiser._models, *(model for adapter in texts for model in adapter._models)]
-    return Adapter(
-        layers, name=denoiser.name, part=denoiser.part, family=denoiser.family, rank=denoiser.rank,
-        alpha=denoiser.alpha, models=models,
-    )  # fmt: skip
+    kwargs: dict[str, Any] = {
+        "name": denoiser.name, "part": denoiser.part, "family": denoiser.family, "models": models
+    }  # fmt: skip
+    if isinstance(denoiser, LokrAdapter):
+        return LokrAdapter(layers, factor=denoiser.factor or 1, **kwargs)
+    return Adapter(layers, rank=denoiser.rank, alpha=denoiser.alpha, **kwargs)
 
 
 def add_adapter(
@@ -208,6 +271,7 @@ def add_adapter(
     targets: rules.Targets,
     conv_rank: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
+    factor: int | None = None,
     family: str,
     seed: int,
     name: str = "default",
@@ -217,7 +281,7 @@ def add_adapter(
 
     A starts as peft's does (uniform with bound 1/sqrt(fan_in)) from a generator of its own, B at zero, so that
     the model's output is unchanged. Modules of another rank get an alpha in proportion: the strength
-    alpha / rank is everywhere the same.
+    alpha / rank is everywhere the same. With a `factor` it is a LoKr, for which ranks and alpha mean nothing.
 
     Raises:
         ConfigError: targets that match nothing, or a rank that the layers cannot hold.
@@ -226,6 +290,11 @@ def add_adapter(
     kind = family if part in ("unet", "transformer") else "clip"
     alpha = float(rank) if alpha is None else float(alpha)
     paths = rules.select(denoiser, targets, kind)
+    if factor is not None:
+        generator = torch.Generator().manual_seed(seed)
+        held = rules.layers(denoiser)
+        krons = {path: empty(rules.whole_shape(held[path]), factor, generator) for path in paths}
+        return _lokr(denoiser, krons, name=name, part=part, family=family, factor=factor)
     ranks = rules.ranks_of(denoiser, paths, rank=rank, conv_rank=conv_rank, rank_pattern=dict(rank_pattern or {}))
     alphas = {path: alpha * r / rank for path, r in ranks.items()}
     layers = install(denoiser, ranks, alphas, name)
@@ -245,7 +314,7 @@ def adapter_like(
     name: str = "default",
     part: str | None = None,
 ) -> Adapter:
-    """Put the LoRA of a file on a model, trainable: its modules, ranks, alphas and weights.
+    """Put the LoRA or LoKr of a file on a model, trainable: its modules, ranks, alphas and weights.
 
     Args:
         denoiser: the model, or a text encoder with `part`.
@@ -259,6 +328,11 @@ def adapter_like(
         ModelError: a module that the model does not have, or a shape that does not fit.
     """
     part = part or rules.part_of(family)
+    krons = fitted_krons(denoiser, state, part)
+    if krons:
+        factors = [max(kron.w1.shape) for kron in krons.values()]
+        factor = max(sorted(set(factors)), key=factors.count)
+        return _lokr(denoiser, krons, name=name, part=part, family=family, factor=factor)
     ranks, own_alphas, weights = fitted(denoiser, state, alphas, part)
     layers = install(denoiser, ranks, own_alphas, name)
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -267,6 +341,14 @@ def adapter_like(
         set_weights(layer, name, *weights[path])
     models = [(denoiser, layers)]
     return Adapter(layers, name=name, part=part, family=family, rank=rank, alpha=alpha, models=models)
+
+
+def _lokr(
+    model: nn.Module, krons: Mapping[str, Kron], *, name: str, part: str, family: str, factor: int
+) -> LokrAdapter:
+    held = rules.layers(model)
+    lokrs = attach(held, krons, name, trained=True)
+    return LokrAdapter(lokrs, factor=factor, name=name, part=part, family=family, models=[(model, lokrs)])
 
 
 def stack_frozen(
@@ -278,7 +360,7 @@ def stack_frozen(
     """Apply earlier LoRAs to the base and freeze them: sum over k of weight_k (alpha_k / rank_k) B_k A_k, exactly.
 
     Several LoRAs on one module become one of the ranks' sum (A stacked in rows, B in columns), so the result does
-    not depend on their order. Call it once, before `add_adapter`.
+    not depend on their order. LoKrs stay what they are, one after the other. Call it once, before `add_adapter`.
 
     Args:
         denoiser: the model, or a text encoder.
@@ -296,6 +378,7 @@ def stack_frozen(
         raise ValueError("stack_frozen was already called on this model")
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
+    krons: list[tuple[str, Kron]] = []
     for state, alphas, weight in loras:
         if not math.isfinite(weight):
             raise ModelError(f"a stacked LoRA's weight is {weight}")
@@ -304,14 +387,20 @@ def stack_frozen(
             raise ModelError(f"a stacked LoRA has no weights for this {part}")
         if weight == 0.0 or not own:
             continue
+        for path, kron in fitted_krons(denoiser, own, part).items():
+            krons.append((path, Kron(kron.w1, kron.w2 * weight)))
         ranks, own_alphas, weights = fitted(denoiser, own, alphas, part)
         for path, (down, up) in weights.items():
             downs.setdefault(path, []).append(down)
             ups.setdefault(path, []).append(up * (weight * own_alphas[path] / ranks[path]))
+    held = rules.layers(denoiser)
+    for number, (path, kron) in enumerate(krons):
+        attach(held, {path: kron}, f"{STACK}_{number}", trained=False)
+    touched = tuple(dict.fromkeys((*downs, *(path for path, _ in krons))))
     if not downs:
-        return ()
+        return touched
     total = {path: sum(d.shape[0] for d in parts) for path, parts in downs.items()}
     layers = install(denoiser, total, {path: float(r) for path, r in total.items()}, STACK, trained=False)
     for path, layer in layers.items():
         set_weights(layer, STACK, torch.cat(downs[path]), torch.cat(ups[path], dim=1))
-    return tuple(layers)
+    return touched

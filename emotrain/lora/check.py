@@ -14,6 +14,7 @@ import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils.peft_utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -21,7 +22,9 @@ from emotrain.errors import ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.lora import names
 from emotrain.lora.file import LoraFile, canonical, read_lora
-from emotrain.lora.formats import pairs
+from emotrain.lora.formats import updates
+from emotrain.lora.fused import Pair
+from emotrain.lora.kron import Kron, krons
 from emotrain.lora.targets import part_of
 
 # of ||seen - live|| / ||live||: the rounding of A and of B, with room for subnormal numbers
@@ -61,18 +64,30 @@ def compare(path: Path, how: str, live: Weights, seen: Weights, dtype: str) -> N
     Raises:
         ModelError: modules are missing or too many, or one differs by more than the dtype's rounding.
     """
-    ours, theirs = pairs(*live), pairs(*seen)
-    theirs = {name: pair for name, pair in theirs.items() if name in ours or pair.up.any()}
+    ours, theirs = updates(*live), updates(*seen)
+    theirs = {name: update for name, update in theirs.items() if name in ours or _does_something(update)}
     if ours.keys() != theirs.keys():
         odd = sorted(ours.keys() ^ theirs.keys())
         raise ModelError(f"{path}: {how}, {len(odd)} of {len(ours)} modules are missing or too many, first `{odd[0]}`")
-    for name, pair in ours.items():
-        other = theirs[name]
-        size, error = distance((pair.down, pair.up * pair.strength), (other.down, other.up * other.strength))
+    for name, update in ours.items():
+        size, error = _difference(update, theirs[name])
         if error > _TOLERANCE.get(dtype, 1e-5) * size + 1e-12:
             raise ModelError(
                 f"{path}: {how}, `{name}` differs from the trained weights by {error / max(size, 1e-30):.1e}"
             )
+
+
+def _does_something(update: Pair | Kron) -> bool:
+    return bool((update.up if isinstance(update, Pair) else update.w2).any())
+
+
+def _difference(update: Pair | Kron, other: Pair | Kron) -> tuple[float, float]:
+    """Norm of an update, and of its difference to another of its kind."""
+    if isinstance(update, Pair) and isinstance(other, Pair):
+        return distance((update.down, update.up * update.strength), (other.down, other.up * other.strength))
+    if isinstance(update, Kron) and isinstance(other, Kron):
+        return update.norm, update.distance(other)
+    return 0.0, float("inf")
 
 
 def distance(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -91,7 +106,8 @@ def read_as_diffusers(path: Path, lora: LoraFile) -> Weights | None:
     Raises:
         ModelError: diffusers refuses the file.
     """
-    if lora.format in FAMILIES[lora.family].lora.unread_layouts:
+    facts = FAMILIES[lora.family].lora
+    if lora.format in facts.unread_layouts or (krons(lora.state) and lora.format not in facts.lokr_layouts):
         return None
     if lora.family == "flux" and lora.format == "kohya" and not _has_real_width(lora):
         return None  # its converter knows the real width only
@@ -125,7 +141,8 @@ def _part(
     if part != part_of(lora.family):
         return _text_part(part, state, alphas, metadata)
     own, _ = lora.of_part(part)
-    model = _StandIn(names.modules(own), part)
+    shapes = {path: (up.shape[0], *down.shape[1:]) for path, (down, up) in names.modules(own).items()}
+    model = _StandIn({**shapes, **{path: kron.shape for path, kron in krons(own).items()}}, part)
     PeftAdapterMixin.load_lora_adapter(
         model,
         state,
@@ -138,6 +155,11 @@ def _part(
     seen: dict[str, Tensor] = {}
     strengths: dict[str, float] = {}
     for path, layer in model.named_modules():
+        if isinstance(layer, LoKrLayer) and "check" in layer.lokr_w1:
+            name = names.canonical(path, part)
+            seen[name + names.W1] = layer.lokr_w1["check"].detach() * float(layer.scaling["check"])
+            seen[name + names.W2] = layer.lokr_w2["check"].detach()
+            strengths[name] = 1.0
         if isinstance(layer, LoraLayer) and "check" in layer.lora_A:
             name = names.canonical(path, part)
             seen[name + names.DOWN] = layer.lora_A["check"].weight.detach()
@@ -168,28 +190,27 @@ def _text_part(
 
 
 class _StandIn(nn.Module, PeftAdapterMixin):  # type: ignore[misc]
-    """A model that has the paths and shapes of a LoRA's modules and no weights."""
+    """A model that has the paths and shapes (out, in, ...) of a LoRA's modules and no weights."""
 
-    def __init__(self, modules: Mapping[str, tuple[Tensor, Tensor]], part: str) -> None:
+    def __init__(self, modules: Mapping[str, tuple[int, ...]], part: str) -> None:
         super().__init__()
         with torch.device("meta"):
-            for path, (down, up) in modules.items():
+            for path, shape in modules.items():
                 holder: nn.Module = self
                 *parents, last = path.removeprefix(f"{part}.").split(".")
                 for name in parents:
                     if name not in holder._modules:
                         holder.add_module(name, nn.Module())
                     holder = holder._modules[name]  # type: ignore[assignment]
-                holder.add_module(last, _layer(down, up))
+                holder.add_module(last, _layer(shape))
 
 
-def _layer(down: Tensor, up: Tensor) -> nn.Module:
+def _layer(shape: tuple[int, ...]) -> nn.Module:
     layer: nn.Module
-    if down.ndim == 4:
-        layer = nn.Conv2d(down.shape[1], up.shape[0], tuple(down.shape[2:]), bias=False)  # type: ignore[arg-type]
+    if len(shape) == 4:
+        layer = nn.Conv2d(shape[1], shape[0], shape[2:], bias=False)
     else:
-        layer = nn.Linear(down.shape[1], up.shape[0], bias=False)
-    shape = layer.weight.shape
+        layer = nn.Linear(shape[1], shape[0], bias=False)
     nothing = torch.zeros((), device="cpu").expand(shape)  # peft moves the LoRA to the device of this
     layer.weight = nn.Parameter(nothing, requires_grad=False)
     return layer
@@ -199,7 +220,7 @@ def _has_real_width(lora: LoraFile) -> bool:
     return all(
         lora.state[name + names.DOWN].shape[1] == 3072
         for name in lora.alphas
-        if name.endswith((".attn.to_q", ".proj_mlp"))
+        if name.endswith((".attn.to_q", ".proj_mlp")) and name + names.DOWN in lora.state
     )
 
 

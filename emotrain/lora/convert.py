@@ -33,7 +33,7 @@ class Written:
 
 
 def convert(path: Path, to: Layout, out: Path, *, overwrite: bool = False) -> Written:
-    """Bring a LoRA of any known dialect to kohya's or diffusers' layout, with the update of every module unchanged.
+    """Bring a LoRA or LoKr of any known dialect to another layout, with the update of every module unchanged.
 
     The file keeps its dtype where that holds every number exactly, else it becomes float32.
 

@@ -1,7 +1,8 @@
 """Reading anyone's LoRA: recognise dialect and family from the names, and bring all to the canonical layout.
 
 Known: kohya, diffusers (three generations), ComfyUI (`diffusion_model.`), OneTrainer (`lora_transformer_`), raw peft.
-What cannot be applied exactly (LoHa, LoKr, Tucker, DoRA and others) is refused by its name, never dropped.
+LoKrs come in the same dialects. What cannot be applied exactly (LoHa, Tucker, DoRA and others) is refused by its name,
+never dropped.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from emotrain.families.spec import Group
 from emotrain.lora import names
 from emotrain.lora.formats import halves_swap
 from emotrain.lora.fused import Pair, split, swap_halves
+from emotrain.lora.kron import Kron, from_file
 from emotrain.lora.origin import Place, detect_family, peft_alpha
 from emotrain.lora.originals import dotted
 from emotrain.lora.targets import part_of
 
 _REFUSED = (
     (r"\.hada_w", "a LoHa"),
-    (r"\.lokr_", "a LoKr"),
     (r"\.lora_mid\.", "a LoCon with Tucker decomposition (lora_mid)"),
     (r"\.dora_scale$|\.lora_magnitude_vector", "a DoRA"),
     (r"\.oft_|\.boft_|oft_blocks", "an OFT"),
@@ -52,6 +53,7 @@ _ROLES = (
     (".lora.up.weight", "up"),
     ("_lora.down.weight", "down"),
     ("_lora.up.weight", "up"),
+    *((f".lokr_{factor}", factor) for factor in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
     (".alpha", "alpha"),
 )
 # prefix, part ("" is the denoiser), dialect, whether dots are underscores
@@ -70,6 +72,7 @@ _PREFIXES = (
     ("text_encoder.", "text_encoder", "diffusers", False),
     ("text_encoder_2.", "text_encoder_2", "diffusers", False),
 )
+_WIDE = re.compile(r"\.conv[12]?$|^unet\.conv_(?:in|out)$")
 _OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -106,25 +109,29 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
     if not halves:
         some = next(iter(tensors), "nothing")
         raise ModelError(f"no LoRA weights in it: {len(tensors)} tensors, none of a known name, such as `{some}`")
-    family = detect_family(halves, metadata)
+    krons = _krons(halves, alphas)
+    family = detect_family({**halves, **{place: _widths(kron) for place, kron in krons.items()}}, metadata)
     state: dict[str, Tensor] = {}
     own_alphas: dict[str, float] = {}
     notes: list[str] = []
     missing = 0
     for place, found in halves.items():
-        down, up = found.get("down"), found.get("up")
-        if down is None or up is None:
-            raise ModelError(f"`{place.stem}` has only one half: {'up' if down is None else 'down'} is there alone")
-        alpha, stated = _alpha(place, alphas.pop(place, None), down, metadata)
-        missing += not stated and place.dialect != "diffusers" and "emotrain.family" not in metadata
         group = _group(place, family)
+        parts: Mapping[str, Pair | Kron] = {}
+        if place in krons:
+            parts = {} if group is None else _kron_parts(group, krons[place])
+        else:
+            down, up = _both(place, found)
+            alpha, stated = _alpha(place, alphas.pop(place, None), down, metadata)
+            missing += not stated and place.dialect != "diffusers" and "emotrain.family" not in metadata
+            parts = {} if group is None else _unfused(group, _checked(place, down, up, alpha))
         if group is None:
             unknown += [place.stem + suffix for suffix in place.suffixes(tensors)]
-            continue
-        for path, pair in _unfused(group, _checked(place, down, up, alpha)).items():
-            if path + names.DOWN in state:
+        for path, part in parts.items():
+            if path in own_alphas:
                 raise ModelError(f"two sets of weights for `{path}`")
-            state[path + names.DOWN], state[path + names.UP], own_alphas[path] = pair.down, pair.up, pair.alpha
+            state |= part.named(path)
+            own_alphas[path] = part.alpha
     unknown += [f"{place.stem}.alpha" for place in alphas]
     if missing:
         notes.append(f"{missing} modules have no alpha: taken as their rank")
@@ -210,10 +217,14 @@ def _alpha(place: Place, value: Tensor | None, down: Tensor, metadata: Mapping[s
     if value is None:
         stated = peft_alpha(metadata, place, int(down.shape[0])) if place.dialect == "diffusers" else None
         return (float(down.shape[0]), False) if stated is None else (stated, True)
-    alpha = float(value.to(torch.float32).flatten()[0]) if value.numel() == 1 else float("nan")
+    alpha = _number(value)
     if not 0.0 < alpha < float("inf"):
         raise ModelError(f"alpha of `{place.stem}` is {alpha}")
     return alpha, True
+
+
+def _number(value: Tensor) -> float:
+    return float(value.to(torch.float32).flatten()[0]) if value.numel() == 1 else float("nan")
 
 
 def _checked(place: Place, down: Tensor, up: Tensor, alpha: float) -> Pair:
@@ -223,15 +234,82 @@ def _checked(place: Place, down: Tensor, up: Tensor, alpha: float) -> Pair:
 
 def _unfused(group: Group, pair: Pair) -> dict[str, Pair]:
     if len(group.parts) == 1:
-        if group.swaps and halves_swap(group.name, pair.down, pair.up):
+        if group.swaps and halves_swap(group.name, pair.down.shape[1], pair.up.shape[0]):
             pair = Pair(pair.down, swap_halves(pair.up), pair.alpha)
         return {group.parts[0]: pair}
-    rows, width = int(pair.up.shape[0]), int(pair.down.shape[1])
+    parts = zip(group.parts, split(pair, _rows(group, pair.up.shape[0], pair.down.shape[1])), strict=True)
+    return {path: part for path, part in parts if part is not None}
+
+
+def _rows(group: Group, rows: int, width: int) -> list[int]:
+    """Output rows of each part of a joined layer."""
     widths = [rows // 3] * 3 if len(group.parts) == 3 else [width, width, width, rows - 3 * width]
     if min(widths) <= 0:
         raise ModelError(f"`{group.name}` has {rows} output rows for an input of {width}")
-    parts = zip(group.parts, split(pair, widths), strict=True)
-    return {path: part for path, part in parts if part is not None}
+    return widths
+
+
+def _both(place: Place, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    down, up = found.get("down"), found.get("up")
+    if down is None or up is None:
+        raise ModelError(f"`{place.stem}` has only one half: {'up' if down is None else 'down'} is there alone")
+    return down, up
+
+
+def _krons(halves: Mapping[Place, Mapping[str, Tensor]], alphas: dict[Place, Tensor]) -> dict[Place, Kron]:
+    """The LoKrs of a file; their alphas are taken out of `alphas`."""
+    made = {}
+    for place, found in halves.items():
+        kinds = {"LoRA" if role in ("down", "up") else "LoKr" for role in found}
+        if len(kinds) > 1:
+            raise ModelError(f"`{place.stem}` is a LoRA and a LoKr at once")
+        if kinds == {"LoKr"}:
+            alpha = alphas.pop(place, None)
+            made[place] = from_file(place.stem, found, None if alpha is None else _number(alpha))
+    return made
+
+
+def _kron_alpha(value: Tensor | None) -> float | None:
+    return (
+        None if value is None else float(value.to(torch.float32).flatten()[0]) if value.numel() == 1 else float("nan")
+    )
+
+
+def _widths(kron: Kron) -> dict[str, Tensor]:
+    """A LoRA of the LoKr's widths, without numbers: by these families are told apart."""
+    out, inner, *kernel = kron.shape
+    return {
+        "down": torch.empty((1, inner, *kernel), device="meta"),
+        "up": torch.empty((out, 1, *(1 for _ in kernel)), device="meta"),
+    }
+
+
+def _kron_parts(group: Group, kron: Kron) -> dict[str, Kron]:
+    """The LoKrs of a place: of a joined layer those of its parts, where the cuts do not go through a block.
+
+    Raises:
+        ModelError: they do.
+    """
+    out, inner, *_ = kron.shape
+    if len(group.parts) == 1:
+        swapped = kron.halves_swapped() if group.swaps and halves_swap(group.name, inner, out) else kron
+        parts = None if swapped is None else [swapped]
+    else:
+        parts = kron.rows(_rows(group, out, inner))
+    if parts is None:
+        raise ModelError(
+            f"`{group.name}` is a LoKr across {len(group.parts)} layers of the model, which cannot be taken apart",
+            "use a LoKr or LoRA that was trained on the layers of diffusers",
+        )
+    return {path: _as_convolution(path, part) for path, part in zip(group.parts, parts, strict=True)}
+
+
+def _as_convolution(path: str, kron: Kron) -> Kron:
+    """With the kernel of a 3x3 convolution, which a w2 of two factors comes without."""
+    b, inputs = kron.w2.shape[:2]
+    if kron.w2.ndim == 4 or not _WIDE.search(path) or inputs % 9:
+        return kron
+    return Kron(kron.w1, kron.w2.reshape(b, inputs // 9, 3, 3))
 
 
 def _refuse_unmatched(unknown: list[str], matched: int, family: str, allow_partial: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,9 @@ class LoraFile:
 
     Attributes:
         path: where it was.
-        state: "<part>.<diffusers path>.lora_A.weight" [rank, in, ...], ".lora_B.weight" [out, rank, ...].
-        alphas: "<part>.<diffusers path>" -> alpha; strength is alpha / rank.
+        state: "<part>.<diffusers path>.lora_A.weight" [rank, in, ...], ".lora_B.weight" [out, rank, ...]; of a LoKr
+            ".lokr_w1" and ".lokr_w2".
+        alphas: "<part>.<diffusers path>" -> alpha; strength is alpha / rank, and 1 of a LoKr.
         family: sd15, sd21, sdxl, sd3 or flux.
         format: kohya, diffusers, comfyui, onetrainer, lycoris or peft.
         dtype: of the stored weights: fp16, bf16, fp32, fp64, fp8, or "mixed".
@@ -57,6 +59,21 @@ class LoraFile:
             return None
         words = ", ".join(f"`{word}`" for word in self.embeddings[:10])
         return f"{self.path} holds embeddings of {words} too, which are left out"
+
+    @property
+    def is_lokr(self) -> bool:
+        """Whether LoKrs are in it."""
+        return any(key.endswith(names.W1) for key in self.state)
+
+    def refuse_mixture(self) -> None:
+        """Raise a ModelError where LoKrs and LoRAs are in it: one adapter is trained, of one kind."""
+        products = sum(key.endswith(names.W1) for key in self.state)
+        if 0 < products < len(self.alphas):
+            raise ModelError(
+                f"{self.path}: {products} of its {len(self.alphas)} modules are LoKr and the others LoRA, which cannot "
+                "be trained on together",
+                "stack it under a new LoRA, or merge it into one",
+            )
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -158,8 +175,9 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
         for key in bundled:
             del tensors[key]
         wide = {key: value.to(torch.float32) for key, value in tensors.items()}
-        bad = next((key for key, value in wide.items() if not torch.isfinite(value).all()), None)
-        if bad is not None and not bad.endswith(".alpha"):
+        weights = ((key, value) for key, value in wide.items() if not key.endswith(".alpha"))
+        bad = next((key for key, value in weights if not torch.isfinite(value).all()), None)
+        if bad is not None:
             raise ModelError(f"`{bad}` has numbers that are not finite")
         parsed = parse(wide, metadata, allow_partial=allow_partial)
     except ModelError as error:
@@ -173,14 +191,19 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
 
 
 def _balanced(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Shift powers of two from A to B where B is so small that float16 would lose it; B A stays exactly the same."""
+    """Shift powers of two from A to B where B is so small that float16 would lose it; B A stays exactly the same.
+
+    The same from w1 to w2 of a LoKr.
+    """
     balanced = dict(state)
-    for path, (down, up) in names.modules(state).items():
-        high_down, high_up = float(down.abs().max()), float(up.abs().max())
-        if 0.0 < high_up < 2.0**-9 < high_down:
-            shift = round(0.5 * float(torch.log2(torch.tensor(high_down / high_up))))
-            balanced[path + names.DOWN] = down * 2.0**-shift
-            balanced[path + names.UP] = up * 2.0**shift
+    for first, second in ((names.DOWN, names.UP), (names.W1, names.W2)):
+        for path in [key.removesuffix(first) for key in state if key.endswith(first)]:
+            large, small = state[path + first], state[path + second]
+            high, low = float(large.abs().max()), float(small.abs().max())
+            if 0.0 < low < 2.0**-9 < high:
+                shift = round(0.5 * math.log2(high / low))
+                balanced[path + first] = large * 2.0**-shift
+                balanced[path + second] = small * 2.0**shift
     return balanced
 
 

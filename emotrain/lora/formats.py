@@ -6,7 +6,7 @@ kohya-layout file of SD3; each family's default is the one that all of them read
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from emotrain.families.registry import FAMILIES
 from emotrain.families.spec import Group
 from emotrain.lora import names
 from emotrain.lora.fused import Pair, fuse, swap_halves
+from emotrain.lora.kron import Kron, krons
 
 Layout = Literal["kohya", "diffusers", "comfyui"]
 LAYOUTS: tuple[Layout, ...] = ("kohya", "diffusers", "comfyui")
@@ -56,13 +57,22 @@ def pairs(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str,
     return found
 
 
+def updates(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Pair | Kron]:
+    """Canonical module path -> its LoRA or LoKr.
+
+    Raises:
+        ModelError: as `pairs` and `krons`.
+    """
+    return {**pairs(state, alphas), **krons(state)}
+
+
 def to_diffusers(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
     """Canonical names, alpha / rank multiplied into B: readers that know no alpha apply it at its trained strength."""
     tensors: dict[str, Tensor] = {}
     for path, pair in pairs(state, alphas).items():
-        pair = pair.folded()
-        tensors[path + names.DOWN] = pair.down
-        tensors[path + names.UP] = pair.up
+        tensors |= pair.folded().named(path)
+    for path, kron in krons(state).items():
+        tensors |= kron.named(path)
     return tensors
 
 
@@ -73,13 +83,19 @@ def to_comfyui(state: Mapping[str, Tensor], alphas: Mapping[str, float], family:
         ModelError: a module that the layout has no name for, or a text encoder's; nothing is left out silently.
     """
     tensors: dict[str, Tensor] = {}
-    for (part, group), pair in _grouped(pairs(state, alphas), family, FAMILIES[family].lora.comfyui_originals).items():
-        if part not in ("unet", "transformer"):
-            raise ModelError(f"the comfyui layout has no name for `{group.name}` of the {part}", "save it as kohya")
-        pair = pair.folded()
-        tensors[f"diffusion_model.{group.name}{names.DOWN}"] = pair.down
-        tensors[f"diffusion_model.{group.name}{names.UP}"] = pair.up
+    originals = FAMILIES[family].lora.comfyui_originals
+    for part, name, kron in _named(krons(state), family, originals):
+        _refuse_text_in_comfyui(part, name)
+        tensors |= kron.named(f"diffusion_model.{name}")
+    for (part, group), pair in _grouped(pairs(state, alphas), family, originals).items():
+        _refuse_text_in_comfyui(part, group.name)
+        tensors |= pair.folded().named(f"diffusion_model.{group.name}")
     return tensors
+
+
+def _refuse_text_in_comfyui(part: str, name: str) -> None:
+    if part not in ("unet", "transformer"):
+        raise ModelError(f"the comfyui layout has no name for `{name}` of the {part}", "save it as kohya")
 
 
 def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float], family: str) -> dict[str, Tensor]:
@@ -93,13 +109,38 @@ def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float], family: s
     """
     own = _one_alpha_per_part(pairs(state, alphas)) if FAMILIES[family].denoiser == "unet" else pairs(state, alphas)
     tensors: dict[str, Tensor] = {}
-    for (part, group), pair in _grouped(own, family, FAMILIES[family].lora.kohya_originals).items():
-        prefix = "lora_unet" if part in ("unet", "transformer") else _text_prefix(part, family)
-        stem = f"{prefix}_{group.name.replace('.', '_')}"
+    originals = FAMILIES[family].lora.kohya_originals
+    for part, name, kron in _named(krons(state), family, originals):
+        stem = _kohya_stem(part, name, family)
+        tensors |= {**kron.named(stem), f"{stem}.alpha": torch.tensor(1.0)}
+    for (part, group), pair in _grouped(own, family, originals).items():
+        stem = _kohya_stem(part, group.name, family)
         tensors[f"{stem}.lora_down.weight"] = pair.down
         tensors[f"{stem}.lora_up.weight"] = pair.up
         tensors[f"{stem}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
     return tensors
+
+
+def _named(own: Mapping[str, Kron], family: str, originals: bool) -> Iterator[tuple[str, str, Kron]]:
+    """(part, name, LoKr), as `_grouped` for LoRAs.
+
+    Raises:
+        ModelError: a module that the original joins with others: LoKrs side by side are none.
+    """
+    for path, kron in own.items():
+        part = str(names.part_of_key(path))
+        local = path.removeprefix(f"{part}.")
+        if part not in ("unet", "transformer") or not originals:
+            yield part, local, kron
+            continue
+        group = FAMILIES[family].lora.originals.to_original(local)
+        if group is None or len(group.parts) > 1:
+            why = "no name for" if group is None else "one layer where diffusers has several, and no LoKr fits it:"
+            raise ModelError(f"the original {family} has {why} `{local}`", "save it as diffusers")
+        swapped = kron.halves_swapped() if group.swaps and halves_swap(group.name, *kron.shape[1::-1]) else kron
+        if swapped is None:
+            raise ModelError(f"`{local}` has its halves the other way round in the original", "save it as diffusers")
+        yield part, group.name, swapped
 
 
 def _grouped(own: Mapping[str, Pair], family: str, originals: bool) -> dict[tuple[str, Group], Pair]:
@@ -127,7 +168,7 @@ def _joined(group: Group, members: list[Pair | None]) -> Pair:
     if len(members) == 1:
         (pair,) = members
         assert pair is not None
-        swaps = group.swaps and halves_swap(group.name, pair.down, pair.up)
+        swaps = group.swaps and halves_swap(group.name, pair.down.shape[1], pair.up.shape[0])
         return Pair(pair.down, swap_halves(pair.up), pair.alpha) if swaps else pair
     known = next(pair for pair in members if pair is not None)
     width = known.down.shape[1]
@@ -137,9 +178,14 @@ def _joined(group: Group, members: list[Pair | None]) -> Pair:
     return fuse(members, [width, width, width, 4 * width if mlp is None else mlp.up.shape[0]])
 
 
-def halves_swap(name: str, down: Tensor, up: Tensor) -> bool:
+def halves_swap(name: str, inputs: int, outputs: int) -> bool:
     """Whether this modulation is a final one (2 x width: shift and scale alone), whose halves are swapped."""
-    return name.startswith("final_layer") or up.shape[0] == 2 * down.shape[1]
+    return name.startswith("final_layer") or outputs == 2 * inputs
+
+
+def _kohya_stem(part: str, name: str, family: str) -> str:
+    prefix = "lora_unet" if part in ("unet", "transformer") else _text_prefix(part, family)
+    return f"{prefix}_{name.replace('.', '_')}"
 
 
 def _text_prefix(part: str, family: str) -> str:

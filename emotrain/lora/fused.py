@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emotrain.errors import ModelError
+from emotrain.lora import names
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Pair:
     def strength(self) -> float:
         """Factor in front of B A."""
         return self.alpha / self.rank
+
+    def named(self, path: str) -> dict[str, Tensor]:
+        """The weights under the canonical names of a module."""
+        return {path + names.DOWN: self.down, path + names.UP: self.up}
 
     def folded(self) -> Pair:
         """The same update with strength 1: alpha / rank multiplied into B."""

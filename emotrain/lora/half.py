@@ -20,42 +20,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class HalfLora:
-    """The trained weights of an adapter in one float32 buffer, and what the half-precision forward needs of them.
+class HalfWeights:
+    """Trained weights in one float32 buffer, with a copy and a buffer of gradients in the base's dtype.
 
     The parameters become views of the buffer; their values, names and gradients' meaning stay as they are.
 
     Args:
-        model: what the layers are in; its forward pass brings the copy up to date first.
-        layers: path -> peft layer; the linear ones among them get the forward of this module.
-        name: the trained adapter's name within peft.
+        model: what the weights are in; its forward pass brings the copy up to date first.
+        holders: modules whose `weight` is trained.
         dtype: of the base's arithmetic, bfloat16 or float16.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtype: torch.dtype) -> None:
-        linear = [layer for layer in layers.values() if isinstance(layer.get_base_layer(), nn.Linear)]
-        holders = [holder for layer in linear for holder in (layer.lora_A[name], layer.lora_B[name])]
+    def __init__(self, model: nn.Module, holders: Sequence[Any], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.master = torch.cat([holder.weight.detach().reshape(-1) for holder in holders])
+        flat = [holder.weight.detach().reshape(-1) for holder in holders]
+        self.master = torch.cat(flat) if flat else torch.zeros(0)  # convolutions alone have none here
+        self.gradient = torch.zeros_like(self.master[:0])
         self.low, self.grads = self.master.to(dtype), torch.zeros_like(self.master, dtype=dtype)
         self.parameters: list[nn.Parameter] = []
         shapes = [holder.weight.shape for holder in holders]
-        self._low, pieces = _views(self.low, shapes), _views(self.grads, shapes)
+        self._low = _views(self.low, shapes)
+        self.pieces = list(zip(self._low, _views(self.grads, shapes), strict=True))  # (copy, gradients) of each holder
         for holder, view in zip(holders, _views(self.master, shapes), strict=True):
             holder.weight = nn.Parameter(view, holder.weight.requires_grad)
             self.parameters.append(holder.weight)
-        for index, layer in enumerate(linear):
-            down, up = zip(self._low[2 * index : 2 * index + 2], pieces[2 * index : 2 * index + 2], strict=True)
-            layer.forward = MethodType(_forward(self, name, down, up), layer)
-        for layer in layers.values():
-            _freeze_in(dtype, layer, name)
-            if layer not in linear:
-                layer.forward = MethodType(_plain_forward, layer)
         model.register_forward_pre_hook(lambda *_: self.refresh())
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the half-precision copy up to date."""
+        if not self.parameters:
+            return
         shown = self.parameters[0].untyped_storage()._cdata
         if shown == self.master.untyped_storage()._cdata:
             self.low.copy_(self.master)
@@ -65,6 +60,8 @@ class HalfLora:
     @torch.no_grad()
     def collect(self) -> None:
         """Add what the backward pass summed to the parameters' float32 gradients."""
+        if not self.parameters:
+            return
         if self.parameters[0].grad is None:
             self.gradient = torch.zeros_like(self.master)
             views = _views(self.gradient, [parameter.shape for parameter in self.parameters])
@@ -72,6 +69,27 @@ class HalfLora:
                 parameter.grad = view
         self.gradient.add_(self.grads)
         self.grads.zero_()
+
+
+class HalfLora(HalfWeights):
+    """The trained weights of a LoRA, and the half-precision forward of its layers.
+
+    Args:
+        model: what the layers are in.
+        layers: path -> peft layer; the linear ones among them get the forward of this module.
+        name: the trained adapter's name within peft.
+        dtype: of the base's arithmetic, bfloat16 or float16.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtype: torch.dtype) -> None:
+        linear = [layer for layer in layers.values() if isinstance(layer.get_base_layer(), nn.Linear)]
+        super().__init__(model, [half[name] for layer in linear for half in (layer.lora_A, layer.lora_B)], dtype)
+        for index, layer in enumerate(linear):
+            layer.forward = MethodType(_forward(self, name, *self.pieces[2 * index : 2 * index + 2]), layer)
+        for layer in layers.values():
+            _freeze_in(dtype, layer, name)
+            if layer not in linear:
+                layer.forward = MethodType(_plain_forward, layer)
 
 
 def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -99,9 +117,9 @@ def _forward(lora: HalfLora, name: str, down: tuple[Tensor, Tensor], up: tuple[T
             return _with_frozen(layer, x, base(x), [key for key in active if key in layer.lora_A])
         frozen = [key for key in active if key != name and key in layer.lora_A]
         weights = (layer.lora_A[name].weight, *down, *up, layer.scaling[name])
-        if type(base) is nn.Linear and not base._forward_pre_hooks:
+        if type(base) is nn.Linear and not base._forward_pre_hooks and not base._forward_hooks:
             y: Tensor = _Linear.apply(x, base.weight, base.bias, *weights)  # type: ignore[no-untyped-call]
-        else:  # a quantised base, or one that is away from the device between its turns
+        else:  # a quantised base, one that is away from the device between its turns, or one with a frozen LoKr
             y = base(x) + _Delta.apply(x, *weights)  # type: ignore[no-untyped-call]
         return _with_frozen(layer, x, y, frozen)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from emotrain.errors import ConfigError, ModelError
 from emotrain.lora import names, targets
+from emotrain.lora.kron import Kron, krons
 
 
 def install(
@@ -103,20 +104,12 @@ def fitted(
         ModelError: a module that the model does not have, or a shape that does not fit.
     """
     held = targets.layers(model)
-    own = {names.local(names.canonical(path, part), part): path for path in held}
     modules = names.modules({names.local(key, part): value for key, value in state.items()})
+    own = _own_paths(held, modules, part)
     strengths = {names.local(key, part): value for key, value in alphas.items()}
-    unknown = [path for path in modules if path not in own]
-    if unknown:
-        raise ModelError(
-            f"{len(unknown)} of the LoRA's {len(modules)} modules are not in this {part}, first `{unknown[0]}`",
-            "was it made for another model?",
-        )
     ranks, own_alphas, weights = {}, {}, {}
     for path, (down, up) in modules.items():
-        layer = held[own[path]]
-        out, inner = targets.shape_of(layer)
-        kernel = tuple(layer.kernel_size) if isinstance(layer, nn.Conv2d) else ()
+        out, inner, *kernel = targets.whole_shape(held[own[path]])
         down, up = names.as_layer(down, up, is_conv=bool(kernel))
         if down.shape[1:] != (inner, *kernel) or up.shape[0] != out:
             raise ModelError(
@@ -127,3 +120,44 @@ def fitted(
         own_alphas[own[path]] = float(strengths.get(path, down.shape[0]))
         weights[own[path]] = (down.to(torch.float32), up.to(torch.float32))
     return ranks, own_alphas, weights
+
+
+def fitted_krons(model: nn.Module, state: Mapping[str, Tensor], part: str) -> dict[str, Kron]:
+    """The LoKrs of a file under the model's own paths; its LoRA keys are passed over.
+
+    Raises:
+        ModelError: a module that the model does not have, or a shape that does not fit.
+    """
+    held = targets.layers(model)
+    modules = krons({names.local(key, part): value for key, value in state.items()})
+    own = _own_paths(held, modules, part)
+    found = {}
+    for path, kron in modules.items():
+        shape = targets.whole_shape(held[own[path]])
+        numbers = kron.w1.numel() * kron.w2.numel()
+        inputs = kron.w1.shape[1] * math.prod(kron.w2.shape[1:])
+        if numbers != math.prod(shape) or kron.shape[0] != shape[0] or inputs != math.prod(shape[1:]):
+            raise ModelError(
+                f"`{path}` is a LoKr of {tuple(kron.w1.shape)} and {tuple(kron.w2.shape)}; the model's layer is "
+                + " x ".join(map(str, shape)),
+                "was it made for another model?",
+            )
+        w2 = kron.w2.reshape(kron.w2.shape[0], shape[1] // kron.w1.shape[1], *shape[2:])
+        found[own[path]] = Kron(kron.w1.to(torch.float32), w2.to(torch.float32))
+    return found
+
+
+def _own_paths(held: Mapping[str, nn.Module], modules: Mapping[str, object], part: str) -> dict[str, str]:
+    """A file's paths -> the model's.
+
+    Raises:
+        ModelError: a module that the model does not have.
+    """
+    own = {names.local(names.canonical(path, part), part): path for path in held}
+    unknown = [path for path in modules if path not in own]
+    if unknown:
+        raise ModelError(
+            f"{len(unknown)} of the LoRA's {len(modules)} modules are not in this {part}, first `{unknown[0]}`",
+            "was it made for another model?",
+        )
+    return own

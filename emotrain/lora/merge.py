@@ -1,12 +1,14 @@
 """Several LoRAs as one: exact by concatenation, or brought to a rank by SVD with its error said.
 
 sum_k w_k s_k B_k A_k = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...], s = alpha / rank.
+
+A LoKr has nearly the rank of its layer: it enters as its nearest LoRA, and the error counts what that leaves out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,16 @@ from torch import Tensor
 from emotrain.errors import ConfigError, ModelError
 from emotrain.lora import names
 from emotrain.lora.formats import pairs
+from emotrain.lora.kron import Kron, krons
 
 if TYPE_CHECKING:
     from emotrain.lora.file import LoraFile
+
+
+CANDIDATES = 4  # of a LoKr's nearest LoRA so many times the rank that is asked for enter a sum
+
+Pair = tuple[Tensor, Tensor]  # A, B
+Rest = tuple[Kron, Tensor, Tensor]  # a LoKr, and A and B of the LoRA that enters in its place
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -
         rank: bring each module down to this rank (Eckart and Young: the nearest of that rank).
 
     Raises:
-        ConfigError: no LoRA, a weight that is not finite, or a rank below 1.
+        ConfigError: no LoRA, a weight that is not finite, a rank below 1, or a LoKr and no rank.
         ModelError: LoRAs for different families, or one module with different shapes.
     """
     if not loras:
@@ -63,23 +72,32 @@ def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -
     first = loras[0][0]
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
-    convolutions = {
-        key.rpartition(".lora_")[0] for lora, _ in loras for key, one in lora.state.items() if one.ndim == 4
-    }
+    rests: dict[str, list[Rest]] = {}
+    convolutions = set(names.module_names(k for lora, _ in loras for k, value in lora.state.items() if value.ndim == 4))
     for lora, weight in loras:
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of {lora.path} is {weight}")
         if lora.family != first.family:
             raise ModelError(f"{first.path} is a LoRA for {first.family}, {lora.path} is one for {lora.family}")
-        for path, pair in pairs(lora.state, lora.alphas).items():
-            down, up = names.as_layer(pair.down, pair.up, is_conv=path in convolutions)
+        products = krons(lora.state)
+        if products and rank is None:
+            raise ConfigError(
+                f"{lora.path} is a LoKr, and no LoRA is exactly the same",
+                "give a rank for the nearest one: `--rank 32`; its error is said",
+            )
+        own = {path: (pair.down, pair.up * pair.strength) for path, pair in pairs(lora.state, lora.alphas).items()}
+        for path, kron in products.items():
+            own[path] = down, up = kron.nearest(CANDIDATES * (rank or 1))
+            rests.setdefault(path, []).append((Kron(kron.w1, kron.w2 * weight), down, up * weight))
+        for path, (down, up) in own.items():
+            down, up = names.as_layer(down, up, is_conv=path in convolutions)
             known = downs.get(path)
             if known and (known[0].shape[1:], ups[path][0].shape[0]) != (down.shape[1:], up.shape[0]):
                 raise ModelError(f"{lora.path}: `{path}` has another shape than in {first.path}")
             downs.setdefault(path, []).append(down)
-            ups.setdefault(path, []).append(up * (weight * pair.strength))
+            ups.setdefault(path, []).append(up * weight)
     exact = {path: (torch.cat(downs[path]), torch.cat(ups[path], dim=1)) for path in downs}
-    return _as_merged(exact, first.family) if rank is None else _reduced(exact, first.family, rank)
+    return _as_merged(exact, first.family) if rank is None else _reduced(exact, first.family, rank, rests)
 
 
 def resize(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
@@ -111,18 +129,35 @@ def resize(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, 
     )
 
 
-def _reduced(exact: dict[str, tuple[Tensor, Tensor]], family: str, rank: int) -> Merged:
+def _reduced(
+    exact: dict[str, tuple[Tensor, Tensor]], family: str, rank: int, rests: Mapping[str, Sequence[Rest]]
+) -> Merged:
     whole, lost = 0.0, 0.0
     worst = ("", 0.0)
     reduced = {}
     for path, (down, up) in exact.items():
         small_down, small_up, size, error = resize(down, up, rank)
+        if path in rests:
+            size, error = _with_rests((down, up), (small_down, small_up), rests[path])
         reduced[path] = (small_down, small_up)
         whole, lost = whole + size**2, lost + error**2
         if size > 0.0 and error / size > worst[1]:
             worst = (path, error / size)
     error = math.sqrt(lost / whole) if whole else 0.0
     return _as_merged(reduced, family, error, worst)
+
+
+def _with_rests(exact: Pair, reduced: Pair, rests: Sequence[Rest]) -> tuple[float, float]:
+    """||X|| and ||X - B A||, X being the whole update with all that the LoKrs' nearest LoRAs leave out."""
+    whole = _product(exact)
+    for kron, down, up in rests:
+        whole += kron.dense().flatten(1) - _product((down, up))
+    return float(whole.norm()), float((whole - _product(reduced)).norm())
+
+
+def _product(pair: Pair) -> Tensor:
+    down, up = pair
+    return up.flatten(1) @ down.flatten(1)
 
 
 def _as_merged(

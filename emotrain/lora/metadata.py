@@ -34,6 +34,7 @@ class About:
         title: for people; the name where empty.
         rank: of the LoRA.
         alpha: of the LoRA; strength is alpha / rank.
+        factor: of a LoKr.
         network_args: further settings, such as targets and conv_rank.
         base_name: the base model's file or folder name.
         base_sha256: of the base model's file.
@@ -74,6 +75,7 @@ class About:
     title: str = ""
     rank: int | None = None
     alpha: float | None = None
+    factor: int | None = None
     network_args: Mapping[str, Any] = field(default_factory=dict)
     base_name: str = ""
     base_sha256: str = ""
@@ -156,10 +158,13 @@ def _kohya(about: About) -> dict[str, Any]:
     batch, accumulation = about.micro_batch_size, about.gradient_accumulation_steps
     total = None if batch is None else batch * (accumulation or 1)
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if about.factor is None else "lycoris.kohya",
         "ss_network_dim": about.rank,
         "ss_network_alpha": about.alpha,
-        "ss_network_args": dict(about.network_args),
+        "ss_network_args": {
+            **about.network_args,
+            **({} if about.factor is None else {"algo": "lokr", "factor": str(about.factor), "full_matrix": "True"}),
+        },
         "ss_base_model_version": FAMILIES[about.family].lora.base_version,
         "ss_v2": about.family == "sd21",
         "ss_output_name": about.name,

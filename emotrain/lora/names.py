@@ -1,5 +1,7 @@
 """Canonical names: "<part>.<path in diffusers>.lora_A.weight", whatever a library calls its modules at run time.
 
+A LoKr has ".lokr_w1" and ".lokr_w2" in place of the two halves.
+
 Parts are unet, transformer, text_encoder, text_encoder_2 and text_encoder_3. CLIP paths always carry `text_model.`,
 as files do everywhere: transformers 5 dropped it from `CLIPTextModel` and kept it in `CLIPTextModelWithProjection`.
 """
@@ -15,6 +17,8 @@ from emotrain.errors import ModelError
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
+W1 = ".lokr_w1"
+W2 = ".lokr_w2"
 
 
 def canonical(key: str, part: str) -> str:
@@ -47,17 +51,21 @@ def part_of_key(key: str) -> str | None:
 
 def module_names(keys: Iterable[str]) -> tuple[str, ...]:
     """Module paths of the keys, in their order, each once."""
-    return tuple(dict.fromkeys(key.removesuffix(DOWN).removesuffix(UP) for key in keys))
+    return tuple(dict.fromkeys(_module_of(key) for key in keys))
+
+
+def _module_of(key: str) -> str:
+    return key.removesuffix(DOWN).removesuffix(UP).removesuffix(W1).removesuffix(W2)
 
 
 def modules(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (A [rank, in, ...], B [out, rank, ...]).
+    """Module path -> (A [rank, in, ...], B [out, rank, ...]) of the LoRAs; keys of LoKrs are passed over.
 
     Raises:
         ModelError: an A without its B (or the reverse), ranks that differ between them, or a key of another kind.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for path in module_names(state):
+    for path in module_names(key for key in state if not key.endswith((W1, W2))):
         down, up = state.get(path + DOWN), state.get(path + UP)
         if down is None or up is None:
             if path in state:

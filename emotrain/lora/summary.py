@@ -12,6 +12,7 @@ from emotrain.lora import names
 from emotrain.lora.check import norm_of
 from emotrain.lora.file import LoraFile
 from emotrain.lora.formats import pairs
+from emotrain.lora.kron import krons
 
 _BLOCK = re.compile(
     r"(?:down_blocks|up_blocks)\.\d+\.\w+\.\d+|mid_block|(?:single_)?transformer_blocks\.\d+"
@@ -25,12 +26,14 @@ def summarise(lora: LoraFile) -> dict[str, Any]:
     `blocks` holds the Frobenius norm of the update (alpha / rank B A, all modules of a block
     together), so that an untrained or a runaway block shows.
     """
-    own = pairs(lora.state, lora.alphas)
+    own, products = pairs(lora.state, lora.alphas), krons(lora.state)
     ranks = Counter(pair.rank for pair in own.values())
+    factors = Counter("{} x {}".format(*kron.w1.shape) for kron in products.values())
+    norms = {path: float(norm_of(pair.down, pair.up)) * pair.strength for path, pair in own.items()}
+    norms |= {path: kron.norm for path, kron in products.items()}
     squares: dict[str, float] = {}
     silent = 0
-    for path, pair in own.items():
-        size = float(norm_of(pair.down, pair.up)) * pair.strength
+    for path, size in norms.items():
         silent += size == 0.0
         block = _block(path)
         squares[block] = squares.get(block, 0.0) + size**2
@@ -41,10 +44,12 @@ def summarise(lora: LoraFile) -> dict[str, Any]:
         "format": lora.format,
         "family": lora.family,
         "dtype": lora.dtype,
-        "modules": len(own),
-        "parts": dict(Counter(path.split(".", 1)[0] for path in own)),
-        "parameters": sum(pair.down.numel() + pair.up.numel() for pair in own.values()),
+        "network": "lora" if not products else "lokr" if not own else "lora and lokr",
+        "modules": len(norms),
+        "parts": dict(Counter(path.split(".", 1)[0] for path in norms)),
+        "parameters": sum(value.numel() for value in lora.state.values()),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "lokr_w1": dict(sorted(factors.items())),
         "alphas": _counted(pair.alpha for pair in own.values()),
         "strengths": _counted(pair.strength for pair in own.values()),
         "zero_modules": silent,

@@ -128,6 +128,11 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
+def whole_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(out, in) of a Linear, (out, in, kh, kw) of a Conv2d."""
+    return (*shape_of(layer), *(layer.kernel_size if isinstance(layer, nn.Conv2d) else ()))
+
+
 def part_of(family: str) -> str:
     """`unet` or `transformer`: what the denoiser of a family is called in files."""
     if family not in FAMILIES:

@@ -28,7 +28,7 @@ from emotrain.families.loading import family_class
 from emotrain.families.registry import FAMILIES
 from emotrain.families.texts import CLIP_TOKENS
 from emotrain.lora.adapter import Adapter, add_adapter
-from emotrain.runs.adapters import TEXT_TARGETS
+from emotrain.runs.adapters import text_kwargs
 
 # what diffusers computes again with gradient checkpointing
 BLOCKS = frozenset(block for spec in FAMILIES.values() for block in spec.blocks)
@@ -232,7 +232,7 @@ def measure(
         latents: B, C, H, W of the largest bucket.
         num_tokens: text tokens of the model.
         low: dtype of the base (bf16, fp16); None is float32 throughout.
-        adapter_kwargs: arguments of `lora.adapter.add_adapter`.
+        adapter_kwargs: as `adapters.adapter_kwargs` gives them.
         encoders: text encoders that are trained too: name -> (class, config).
 
     Raises:
@@ -241,7 +241,7 @@ def measure(
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
     blocks = block_weights(model)
-    adapter = add_adapter(model, family=family, **adapter_kwargs)
+    adapter = add_adapter(model, family=family, seed=0, **adapter_kwargs)
     adapter.use_half_precision(low or torch.float32)
     run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
     saved, block = count_saved(model, run, adapter.half_weights)
@@ -269,8 +269,7 @@ def measure_texts(
             model: nn.Module = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
         model = nn.Module.to(model, low or torch.float32).requires_grad_(False).eval()
         parameters += sum(p.numel() for p in model.parameters())
-        own = {"rank": kwargs["rank"], "alpha": kwargs["alpha"], "targets": TEXT_TARGETS, "seed": 0}
-        adapter = add_adapter(model, family=family, part=name, **own)
+        adapter = add_adapter(model, family=family, part=name, seed=0, **text_kwargs(kwargs))
         adapter.use_half_precision(low or torch.float32)
         tokens = min(int(config.get("max_position_embeddings", CLIP_TOKENS)), CLIP_TOKENS)
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from emotrain.config.schema import Preset
 from emotrain.errors import ConfigError, ModelError
 from emotrain.families.common import LoadedFamily
@@ -23,8 +26,9 @@ def build_adapter(preset: Preset, family: LoadedFamily, earlier: LoraFile | None
     names = family.train_encoders() if preset.network.text_encoder else ()
     if earlier is not None:
         refuse_lost_parts(earlier, family, names)
+        earlier.refuse_mixture()
     denoiser = _of_denoiser(preset, family, earlier)
-    texts = [_of_encoder(preset, family, name, index, earlier) for index, name in enumerate(names)]
+    texts = [_of_encoder(preset, family, name, index, earlier, denoiser) for index, name in enumerate(names)]
     return join(denoiser, texts) if texts else denoiser
 
 
@@ -51,35 +55,39 @@ def refuse_lost_parts(earlier: LoraFile, family: LoadedFamily, names: tuple[str,
 
 
 def _of_denoiser(preset: Preset, family: LoadedFamily, earlier: LoraFile | None) -> Adapter:
-    network, part = preset.network, part_of(family.name)
     if earlier is not None:
-        return adapter_like(family.denoiser, *earlier.of_part(part), family=family.name)
-    return add_adapter(
-        family.denoiser,
-        rank=network.rank,
-        alpha=network.alpha,
-        targets=network.targets,
-        conv_rank=network.conv_rank,
-        rank_pattern=network.rank_pattern,
-        family=family.name,
-        seed=preset.train.seed,
-    )
+        return adapter_like(family.denoiser, *earlier.of_part(part_of(family.name)), family=family.name)
+    kwargs = adapter_kwargs(preset)
+    return add_adapter(family.denoiser, family=family.name, seed=preset.train.seed, **kwargs)
 
 
-def _of_encoder(preset: Preset, family: LoadedFamily, name: str, index: int, earlier: LoraFile | None) -> Adapter:
+def adapter_kwargs(preset: Preset) -> dict[str, Any]:
+    """What the preset says of the denoiser's LoRA or LoKr, for `add_adapter`."""
+    network = preset.network
+    return {
+        "rank": network.rank,
+        "alpha": network.alpha,
+        "targets": network.targets,
+        "conv_rank": network.conv_rank,
+        "rank_pattern": network.rank_pattern,
+        "factor": network.factor if network.type == "lokr" else None,
+    }
+
+
+def text_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a CLIP text encoder's."""
+    return {"rank": kwargs["rank"], "alpha": kwargs["alpha"], "factor": kwargs.get("factor"), "targets": TEXT_TARGETS}
+
+
+def _of_encoder(
+    preset: Preset, family: LoadedFamily, name: str, index: int, earlier: LoraFile | None, denoiser: Adapter
+) -> Adapter:
     held = family.part(name)
     assert held is not None
     if earlier is not None and name in earlier.parts:
         return adapter_like(held.encoder, *earlier.of_part(name), family=family.name, part=name)
-    return add_adapter(
-        held.encoder,
-        rank=preset.network.rank,
-        alpha=preset.network.alpha,
-        targets=TEXT_TARGETS,
-        family=family.name,
-        seed=preset.train.seed + 1 + index,
-        part=name,
-    )
+    kwargs = text_kwargs({**adapter_kwargs(preset), "factor": denoiser.factor})  # one kind for all of a file
+    return add_adapter(held.encoder, family=family.name, seed=preset.train.seed + 1 + index, part=name, **kwargs)
 
 
 def check_modules(found: Sniffed, targets: str | tuple[str, ...], num_modules: int) -> None:

@@ -67,9 +67,7 @@ def _names_of(model: nn.Module, target_set: str, kind: str, part: str) -> dict[s
     held = targets.layers(model)
     state: dict[str, Tensor] = {}
     for path in targets.select(model, target_set, kind):
-        layer = held[path]
-        out, inner = targets.shape_of(layer)
-        kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) else ()
+        out, inner, *kernel = targets.whole_shape(held[path])
         name = names.canonical(path, part)
         state[name + names.DOWN] = torch.zeros((1, inner, *kernel))
         state[name + names.UP] = torch.zeros((out, 1, *(1 for _ in kernel)))

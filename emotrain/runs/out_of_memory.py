@@ -31,6 +31,7 @@ COSTS = {
     "model.memory: 8gb": "what does not fit waits in the computer's memory; slower",
     "network.text_encoder: false": "the text encoders are not trained",
     "half the rank": "less can be learned",
+    "twice the factor": "less can be learned",
     "a resolution three quarters as large": "less detail",
 }
 GPU_ALONE = ("model.quantize: int8", "model.quantize: nf4", "model.memory: 8gb")

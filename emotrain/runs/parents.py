@@ -80,6 +80,8 @@ def _is_dir(path: Path) -> bool:
 def continued(file: LoraFile) -> str:
     """What a LoRA that is continued brings with it, in words."""
     ranks = sorted({int(value.shape[0]) for key, value in file.state.items() if key.endswith("lora_A.weight")})
+    if not ranks:
+        return f"LoKr, {len(file.alphas)} modules, as {file.path.name} has them"
     alphas = sorted({round(float(alpha), 4) for alpha in file.alphas.values()})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     alpha = f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} to {alphas[-1]:g}"

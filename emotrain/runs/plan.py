@@ -23,7 +23,7 @@ from emotrain.families.sniff_file import public_model
 from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
 from emotrain.runs.activation_memory import ActivationMemory, measure
-from emotrain.runs.adapters import check_modules, check_text_modules
+from emotrain.runs.adapters import adapter_kwargs, check_modules, check_text_modules
 from emotrain.runs.build import loader_settings, sniffed
 from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.plan_memory import Memory, disk_parts
@@ -57,7 +57,9 @@ class Plan:
     num_trained: int
     num_parameters: int
     text_modules: int
-    rank: int
+    network: str
+    rank: int | None
+    factor: int | None
     dtype: str
     device: str
     batch: int
@@ -119,7 +121,9 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
         num_trained=memory.trained,
         num_parameters=activation_memory.num_parameters,
         text_modules=sum(n for _, n in activation_memory.text.modules),
-        rank=network.rank,
+        network=activation_memory.adapter.title,
+        rank=network.rank if network.type == "lora" else None,
+        factor=activation_memory.adapter.factor,
         dtype=str(low).removeprefix("torch."),
         device=device.type,
         batch=preset.train.micro_batch_size,
@@ -186,7 +190,6 @@ def activation_memory_of(
     preset: Preset, found: Sniffed, batch: tuple[int, int, int], low: torch.dtype
 ) -> ActivationMemory:
     """What a step keeps; `batch` is the number of pictures, and the height and width of their latents."""
-    network = preset.network
     count = partial(
         measure,
         found.family,
@@ -194,15 +197,8 @@ def activation_memory_of(
         latents=(batch[0], found.latent_channels, *batch[1:]),
         num_tokens=num_text_tokens(found),
         low=None if low == torch.float32 else low,
-        adapter_kwargs={
-            "rank": network.rank,
-            "alpha": network.alpha,
-            "targets": network.targets,
-            "conv_rank": network.conv_rank,
-            "rank_pattern": network.rank_pattern,
-            "seed": 0,
-        },
-        encoders=trainable_encoders(found) if network.text_encoder else {},
+        adapter_kwargs=adapter_kwargs(preset),
+        encoders=trainable_encoders(found) if preset.network.text_encoder else {},
     )
     is_public = found.variant != "custom"
     return count() if is_public else guard(str(found.path), FAMILIES[found.family].denoiser, count)
@@ -252,7 +248,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "parameters": plan.num_parameters,
         },
         "network": {
-            "rank": plan.rank, "modules": plan.num_modules, "parameters": plan.num_trained,
+            "rank": plan.rank, "factor": plan.factor, "modules": plan.num_modules, "parameters": plan.num_trained,
             "text_encoder_modules": plan.text_modules,
         },
         "data": {

@@ -39,8 +39,8 @@ QUANTIZERS = frozenset({"int8", "nf4"})
 
 
 def state_bytes_per_number(preset: Preset) -> float:
-    """Bytes of optimizer state for each trained number, measured on a small LoRA pair."""
-    rank = preset.network.rank
+    """Bytes of optimizer state for each trained number, measured on a small pair of weights."""
+    rank = 16
     parameters = [nn.Parameter(torch.randn(s, generator=torch.Generator())) for s in ((rank, 640), (640, rank))]
     optimizer = build_optimizer_of(preset, parameters)
     for parameter in parameters:
@@ -166,7 +166,10 @@ class Memory:
         if batch > 1:
             rows.append(("train.micro_batch_size: 1", activations * (1 - 1 / batch)))
         rows.append(("a resolution three quarters as large", activations * (1 - 0.75**2)))
-        rows.append(("half the rank", (self.lora() + self.state()) / 2))
+        if self.preset.network.type == "lora":
+            rows.append(("half the rank", (self.lora() + self.state()) / 2))
+        else:
+            rows.append(("twice the factor", (self.lora() + self.state()) * 3 / 4))
         if self.preset.network.text_encoder:
             rows.append(("network.text_encoder: false", self.resident))
         useful = [(name, gib) for name, gib in rows if gib >= least]

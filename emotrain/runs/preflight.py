@@ -77,7 +77,7 @@ def preflight(
     at: Where = where or (lambda key: "preset")
     _look_at_model(preset, result, at)
     if result.found is not None:
-        steps = (_check_ranks, _check_sizes)
+        steps = (_check_network, _check_sizes)
         for step in steps:
             problems = step(preset, result.found, at)
             if problems:
@@ -118,8 +118,10 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
     result.facts.append(("model", f"{model.base}: {title}{variant}, {found.prediction}, {size}"))
 
 
-def _check_ranks(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
+def _check_network(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
     network, most = preset.network, found.max_rank
+    if network.type == "lokr":
+        return _check_lokr(preset, found, at)
     reason = f"more than the {most} that the widest layer of the model has"
     hint = "8 to 64 is usual"
     problems = []
@@ -132,6 +134,18 @@ def _check_ranks(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
             message = f"{at('network.rank_pattern')}: the rank of `{pattern}` is {rank}, {reason}"
             problems.append(Problem(message, hint))
     return problems
+
+
+def _check_lokr(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
+    """Refuse a layout that has q, k and v as one layer: three LoKrs are none of all three."""
+    facts, format = FAMILIES[found.family].lora, preset.save.format
+    if format == "auto" or not facts.joins(format):
+        return []
+    message = (
+        f"{at('save.format')}: save.format is `{format}`, which has several layers of the model as one: "
+        "no LoKr fits that"
+    )
+    return [Problem(message, f"write `format: {facts.layout}`, or leave it out")]
 
 
 def _check_sizes(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
@@ -198,6 +212,9 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
                 result.warnings.append(line)
             if result.found is not None:
                 require_family(file.family, result.found.family, str(file.path))
+                if key == "start_from.continue" and file.is_lokr:
+                    file.refuse_mixture()
+                    result.failures += [ConfigError(p.message, p.hint) for p in _check_lokr(preset, result.found, at)]
         except EmotrainError as error:
             result.failures.append(type(error)(f"{at(key)}: {error.message}", error.hint))
             continue
@@ -289,13 +306,14 @@ def _describe(preset: Preset, result: Preflight) -> None:
     alpha = network.alpha if network.alpha is not None else network.rank
     texts = " and the CLIP text encoders" if network.text_encoder else ""
     if preset.start_from.continue_ is None:
-        result.facts.append(("network", f"LoRA of rank {network.rank}, alpha {alpha:g}, on {targets}{texts}"))
+        kind = f"LoRA of rank {network.rank}, alpha {alpha:g}"
+        if network.type == "lokr":
+            kind = f"LoKr with factor {network.factor}"
+        result.facts.append(("network", f"{kind}, on {targets}{texts}"))
     lr = "automatic LR" if train.lr is None else f"lr {train.lr:g}"
     stop = {"trusted": "automatic stop", "signal": "stop at the optimizer's signal", "off": "no automatic stop"}
     name = OPTIMIZER_TITLES.get(train.optimizer.name, train.optimizer.name)
     result.facts.append(("optimizer", f"{name}, {lr}, {stop[preset.stop.mode]}"))
-    if preset.log.notify is not None:
-        result.facts.append(("at the end", f"runs `{preset.log.notify}`"))
     if preset.dataset.trigger is None and any("[trigger]" in p for p in preset.sample.prompts):
         result.warnings.append("sample.prompts use [trigger], but dataset.trigger is not set")
     if is_builtin(preset.model.base):

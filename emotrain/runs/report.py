@@ -219,7 +219,7 @@ def _preset(folder: RunFolder, missing: list[str]) -> Preset | None:
 def _settings(info: Mapping[str, Any], preset: Preset | None, missing: list[str]) -> Settings:
     if preset is None:
         return Settings()
-    own = dict(flat(preset.to_share()))
+    own = dict(flat(preset.to_dict()))
     least = {"model": {"base": preset.model.base}, "dataset": {"folders": preset.dataset.folders}}
     name, base = "the defaults", Preset.model_validate(least)
     extends = info.get("extends")
@@ -339,7 +339,7 @@ def _lora(folder: RunFolder, info: Mapping[str, Any], preset: Preset | None, mis
         missing.append(f"the LoRA: {_line(error)}")
         return None
     words = header.metadata
-    modules = sum(name.endswith(("lora_down.weight", "lora_A.weight")) for name in header.shapes)
+    modules = sum(name.endswith(("lora_down.weight", "lora_A.weight", "lokr_w1")) for name in header.shapes)
     kinds = sorted({kind for name, kind in header.dtypes.items() if not name.endswith("alpha")})
     facts = [
         ("for", words.get("modelspec.architecture", "")),

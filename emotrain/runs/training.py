@@ -178,7 +178,7 @@ def start_event(loaded: Loaded, folder: RunFolder, start_step: int) -> RunStart:
         facts=(
             ("model", f"{Path(preset.model.base).name}, {loaded.found.describe()}"),
             ("data", f"{data.num_images} pictures, {held_words}"),
-            ("LoRA", f"rank {model.adapter.rank}, {describe_modules(model.adapter.num_modules_by_part())}"),
+            ("LoRA", f"{model.adapter.title}, {describe_modules(model.adapter.num_modules_by_part())}"),
             *([("step", "length measured by the validation")] if loaded.stop_rule.gain else []),
             *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
         ),

@@ -160,7 +160,6 @@ def test_peft_settings_in_the_metadata_scale_each_module_by_its_own() -> None:
     ("suffix", "name"),
     [
         ("hada_w1_a", "LoHa"),
-        ("lokr_w1", "LoKr"),
         ("lora_mid.weight", "Tucker"),
         ("dora_scale", "DoRA"),
         ("lora_magnitude_vector", "DoRA"),

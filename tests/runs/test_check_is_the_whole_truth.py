@@ -16,12 +16,12 @@ BASE = """
 model: {model}
 dataset: {{folders: [{folder}], resolution: 64, buckets: {{step: 8, min: 64, max: 64}}}}
 trigger: inkmoji
-network: {{rank: 2}}
+network: {{{rank}}}
 train: {{max_steps: 2, micro_batch_size: 2}}
 sample: {{every: 0, at_start: false}}
 {more}
 """
-GOOD = {"model": "builtin:tiny-sd", "folder": "{path: builtin:example}", "more": ""}
+GOOD = {"model": "builtin:tiny-sd", "folder": "{path: builtin:example}", "rank": "rank: 2", "more": ""}
 CASES: dict[str, tuple[dict[str, str], int]] = {
     "no model": ({"model": "./none.safetensors"}, 4),
     "a text file as model": ({"model": "./words.safetensors"}, 4),
@@ -40,6 +40,12 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
     "another family": ({"model": "{base: builtin:tiny-sd, family: sdxl}"}, 2),
     "a prediction it does not have": ({"model": "{base: builtin:tiny-sd, prediction: flow}"}, 2),
     "a rank too large": ({"more": "network: {rank: 4000}"}, 2),
+    "a LoKr in a layout that joins q, k and v": (
+        {"model": "builtin:tiny-flux", "rank": "type: lokr", "more": "save: {format: kohya}"},
+        2,
+    ),
+    "LoKr and LoRA in one file to continue": ({"more": "start_from: {continue: ./mixture.safetensors}"}, 4),
+    "a LoKr with a factor missing": ({"more": "start_from: {stack: [./half.safetensors]}"}, 4),
 }
 
 
@@ -58,6 +64,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     name = "transformer.transformer_blocks.0.attn.to_q"
     lora = {f"{name}.lora_A.weight": torch.zeros(2, 3072), f"{name}.lora_B.weight": torch.zeros(3072, 2)}
     save_file(lora, tmp_path / "flux-lora.safetensors")
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    half = {f"{stem}.lokr_w1": torch.ones(2, 2)}
+    save_file(half, tmp_path / "half.safetensors")
+    other = stem.replace("proj_in", "proj_out")
+    mixture = {**half, f"{stem}.lokr_w2": torch.ones(64, 64)}
+    mixture |= {f"{other}.lora_down.weight": torch.ones(2, 128), f"{other}.lora_up.weight": torch.ones(128, 2)}
+    save_file(mixture, tmp_path / "mixture.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -169,9 +169,15 @@ def _network(words: Values, out: Import) -> None:
         else:
             out.leave(word, value, "this model has no convolutions to adapt")
 
+    def factor(out: Import, word: str, value: Any) -> None:
+        if isinstance(value, int) and value > 0 and words.get("type") == "lokr":
+            out.take(word, value, "network.factor")
+        else:
+            out.num_off += 1
+
     special = {
         "type": kind_of_adapter("lora"), "conv": conv, "pretrained_lora_path": Import.continues, "lokr_full_rank": SKIP,
-        "lokr_factor": SKIP, "network_kwargs": _network_kwargs,
+        "lokr_factor": factor, "network_kwargs": _network_kwargs,
         "conv_alpha": because("one strength for all layers: network.alpha / rank"),
     }  # fmt: skip
     places = {word: place for word, place in INSIDE["network"].items() if place in ("network.rank", "network.alpha")}

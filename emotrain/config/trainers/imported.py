@@ -390,6 +390,10 @@ def kind_of_adapter(*plain: str) -> Special:
     def tell(out: Import, word: str, value: Any) -> None:
         if value in plain:
             out.leave(word, value, "it is a LoRA")
+        elif value == "lycoris.kohya":
+            out.leave(word, value, "its network_args say which kind")
+        elif str(value).lower() == "lokr":
+            out.take(word, value, "network.type", "lokr")
         else:
             out.lack(word, value, "a plain LoRA is trained in its place")
 

@@ -213,6 +213,8 @@ def _network_args(out: Import, word: str, value: Any) -> None:
             out.leave(f"{word}: {key}", text, "one strength for all layers: network.alpha / network.rank")
         elif key == "algo":
             _KIND(out, f"{word}: {key}", text)
+        elif key == "factor" and str(text).isdigit() and int(text):
+            out.take(f"{word}: {key}", text, "network.factor", int(text))
         else:
             out.lack(f"{word}: {key}", text)
 

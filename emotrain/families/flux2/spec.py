@@ -141,6 +141,7 @@ FLUX2 = FamilySpec(
         layout="diffusers",
         loader="Flux2LoraLoaderMixin",
         unread_layouts=("kohya", "comfyui"),
+        lokr_layouts=("diffusers",),
         base_version="flux2",
         implementation="https://github.com/black-forest-labs/flux2",
         stated=("flux2", "flux-2", "flux.2", "klein"),

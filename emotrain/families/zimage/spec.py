@@ -98,6 +98,7 @@ ZIMAGE = FamilySpec(
         comfyui_originals=False,
         loader="ZImageLoraLoaderMixin",
         unread_layouts=("kohya",),
+        lokr_layouts=("comfyui", "diffusers"),
         base_version="zimage",
         stated=("zimage", "z-image", "z_image"),
     ),
