@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The models are tiny: a second thread gives nothing, and where cores are busy the two wait for each other for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Models are many objects and few circles: a fifth of the time went into looking for circles.
 gc.set_threshold(50_000, 20, 20)
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=60)
