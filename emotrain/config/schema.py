@@ -284,6 +284,9 @@ class SampleSection(Section):
         description="one picture each, or a file with one a line; [trigger] is replaced, and --n --w --h --d --l --s"
         " give negative prompt, width, height, seed, guidance and steps",
     )
+    strengths: tuple[Annotated[float, Field(gt=0.0, le=4.0)], ...] = Field(
+        (), description="after the run also draw with the LoRA file at these strengths, such as [0.6, 0.8]"
+    )
 
 
 class SaveSection(Section):

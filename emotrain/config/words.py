@@ -24,7 +24,7 @@ from emotrain.errors import Problem
 QUIET = {*(("dataset", word) for word in ONE_FOLDER), ("dataset", "folder")}
 # A word in place of the whole section.
 SHORTHAND = {"model": "base", "stop": "mode"}
-LISTS = (("dataset", "resolution"), ("dataset", "folders"), ("sample", "prompts"),
+LISTS = (("dataset", "resolution"), ("dataset", "folders"), ("sample", "prompts"), ("sample", "strengths"),
          ("start_from", "stack"))  # fmt: skip
 SECTIONS = {field.alias or name for name, field in Preset.model_fields.items()} - {"name"}
 

@@ -42,6 +42,7 @@ def make_sheet(
     columns: Mapping[int, Sequence[Path]],
     prompts: Sequence[str],
     *,
+    strengths: Mapping[str, Sequence[Path]] | None = None,
     lora: Sequence[Path] = (),
     best_step: int | None = None,
     max_columns: int = MAX_COLUMNS,
@@ -56,6 +57,7 @@ def make_sheet(
     Args:
         columns: for each step the paths of its pictures, in the order of `prompts`.
         prompts: the row labels.
+        strengths: label -> pictures of the LoRA file at other strengths: columns before its own.
         lora: pictures of the LoRA file itself, if there are any: the last column, whatever `max_columns` says.
         best_step: column to mark.
         max_columns: widest sheet, at least 2.
@@ -70,7 +72,7 @@ def make_sheet(
         raise ValueError("a sheet needs at least one step, or the LoRA's pictures, and one prompt")
     steps = choose_steps(sorted(columns), max_columns, best_step)
     shown = [(f"step {step}" + (" (best)" if step == best_step else ""), columns[step]) for step in steps]
-    shown += [(LORA, lora)] if lora else []
+    shown += [*(strengths or {}).items(), *([(LORA, lora)] if lora else [])]
     cell_w, cell_h = _cell_size([path for _, paths in shown for path in paths])
     width = LABEL_WIDTH + len(shown) * (cell_w + GAP) + GAP
     height = HEADER + len(prompts) * (cell_h + GAP) + GAP
@@ -93,11 +95,12 @@ def save_sheet(
     columns: Mapping[int, Sequence[Path]],
     prompts: Sequence[str],
     *,
+    strengths: Mapping[str, Sequence[Path]] | None = None,
     lora: Sequence[Path] = (),
     best_step: int | None = None,
 ) -> Path:
     """Draw the sheet and put it at `path` (PNG) in one move: nobody sees half of it."""
-    sheet = make_sheet(columns, prompts, lora=lora, best_step=best_step)
+    sheet = make_sheet(columns, prompts, strengths=strengths, lora=lora, best_step=best_step)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -55,6 +55,7 @@ class Sampler:
         self.prompts, self.negatives = tuple(p.text for p in prompts), tuple(p.negative for p in prompts)
         self.folder = Path()
         self._fresh: list[Path] = []  # not yet brought to the disk
+        self._strengths: dict[float, list[Path]] = {}  # pictures of the LoRA file at other strengths than 1
         step = family.vae_scale * 2
         self.requests = [
             DrawRequest(
@@ -99,16 +100,33 @@ class Sampler:
         if self._draw_all(paths, step, LORA):
             self.sheet(None, best_step, paths)
 
+    def draw_strength(self, step: int, strength: float) -> None:
+        """Draw all prompts with the LoRA file's weights times a strength, which the model must hold."""
+        numbers = range(1, len(self.prompts) + 1)
+        paths = [self.folder / f"strength-{strength:.2f}-{number}.png" for number in numbers]
+        if self._draw_all(paths, step, f"strength {strength:g}", strength):
+            self._strengths[strength] = paths
+
+    def forget_lora(self) -> None:
+        """Remove the pictures of an earlier LoRA file.
+
+        Raises:
+            OSError: they cannot be removed.
+        """
+        self._strengths = {}
+        for path in (*self.lora_paths(), *self.folder.glob("strength-*.png")):
+            path.unlink(missing_ok=True)
+
     def lora_paths(self) -> list[Path]:
         """Where the pictures of the LoRA file lie."""
         return [self.folder / f"lora-{number}.png" for number in range(1, len(self.prompts) + 1)]
 
-    def _draw_all(self, paths: Sequence[Path], step: int, what: str) -> bool:
+    def _draw_all(self, paths: Sequence[Path], step: int, what: str, strength: float = 1.0) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for number, (request, path) in enumerate(zip(self.requests, paths, strict=True), 1):
                 self.notify(Phase("drawing samples", number - 1, len(paths)))
-                with_memory("while drawing samples", partial(self._draw_one, request, number, step, path))
+                with_memory("while drawing samples", partial(self._draw_one, request, number, step, path, strength))
             self._fresh += paths
             self.notify(Phase("drawing samples", len(paths), len(paths)))
             return True
@@ -128,22 +146,24 @@ class Sampler:
             negative = self._negative(said, text_of(self.family, [said], request.negative))
         return replace(request, text=text, negative=negative)
 
-    def _draw_one(self, request: DrawRequest, number: int, step: int, path: Path) -> None:
+    def _draw_one(self, request: DrawRequest, number: int, step: int, path: Path, strength: float) -> None:
         info = PngInfo()
-        for key, text in self.describe(number, step).items():
+        for key, text in self.describe(number, step, strength).items():
             info.add_itxt(key, text)
         draw_sample(self.family, self._told(request, number)).save(path, pnginfo=info)
 
-    def describe(self, number: int, step: int) -> dict[str, str]:
+    def describe(self, number: int, step: int, strength: float = 1.0) -> dict[str, str]:
         """What a picture's file says of itself: `parameters` as A1111 writes and reads it, and `emotrain` in JSON."""
         request, prompt, negative = self.requests[number - 1], self.prompts[number - 1], self.negatives[number - 1]
         size = f"{request.width}x{request.height}"
         guidance = "" if request.guidance is None else f", CFG scale: {request.guidance:g}"
         lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
-        lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}, LoRA step: {step}")
+        of = f"LoRA step: {step}" + (f", LoRA strength: {strength:g}" if strength != 1.0 else "")
+        lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}, {of}")
         own = {
             "prompt": prompt, "negative": negative, "seed": request.seed, "steps": request.steps,
             "guidance": request.guidance, "width": request.width, "height": request.height, "step": step,
+            "strength": strength,
         }  # fmt: skip
         return {"parameters": "\n".join(lines), "emotrain": json.dumps(own)}
 
@@ -172,7 +192,8 @@ class Sampler:
                 columns[step] = [self.path(step, number) for number in range(1, len(self.prompts) + 1)]
         path = self.folder / "sheet.png"
         try:
-            save_sheet(path, columns, self.prompts, lora=lora, best_step=best_step)
+            strengths = {f"strength {strength:g}": paths for strength, paths in self._strengths.items()} if lora else {}
+            save_sheet(path, columns, self.prompts, strengths=strengths, lora=lora, best_step=best_step)
         except OSError as error:
             self.notify(Notice(f"{path.name} was not written: {error.strerror}"))
             return None

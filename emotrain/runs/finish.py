@@ -132,7 +132,7 @@ def write_lora(loaded: Loaded, path: Path, weights: dict[str, Tensor], metadata:
 
 
 def draw_written(loaded: Loaded, state: TrainState, lora: Path | None, reason: StopReason, notify: Notify) -> None:
-    """The sheet's last column: what the LoRA file draws, read back as its users read it.
+    """The sheet's last columns: what the LoRA file draws, read back as its users read it, and at other strengths.
 
     Left out where the run was interrupted or diverged; pictures of an earlier file go in any case.
     """
@@ -140,20 +140,25 @@ def draw_written(loaded: Loaded, state: TrainState, lora: Path | None, reason: S
     if sampler is None:
         return
     try:
-        for path in sampler.lora_paths():
-            path.unlink(missing_ok=True)
+        sampler.forget_lora()
     except OSError as error:
         notify(Notice(f"pictures of an earlier LoRA file stay in {sampler.folder}: {error.strerror}"))
         return
     if lora is None or reason not in WHOLE:
         return
     live = adapter.state()
+    step = state.step if state.best_step is None else state.best_step
     try:
-        adapter.load_state(read_lora(lora).state)
+        written = read_lora(lora).state
+        adapter.load_state(written)
     except ModelError as error:  # a layout that joins modules may give them other ranks
         notify(Notice(f"the sheet has no column of {lora.name}: {error.message}"))
         return
-    sampler.draw_lora(state.step if state.best_step is None else state.best_step, state.best_step)
+    for strength in sorted({*loaded.preset.sample.strengths} - {1.0}):
+        adapter.load_state({name: value * (strength if "lora_B" in name else 1.0) for name, value in written.items()})
+        sampler.draw_strength(step, strength)
+    adapter.load_state(written)
+    sampler.draw_lora(step, state.best_step)
     adapter.load_state(live)
     sync([sampler], notify)
 

@@ -39,6 +39,7 @@ SAMPLE_SIDE, PICTURE_SIDE = 384, 112  # pixels of the pictures on the page
 MOST_SAMPLES = 240  # pictures: with more, evenly spaced steps are shown
 TINY = 128  # pixels: smaller samples are enlarged without smoothing
 _SAMPLE = re.compile(r"step-(\d{1,12})-(\d{1,4})\.png")
+_STRENGTH = re.compile(r"strength-(\d{1,2}\.\d{2})-\d{1,4}\.png")
 
 
 def write_at_end(folder: RunFolder, examples: Sequence[Example], notify: Callable[[Event], None]) -> Path | None:
@@ -287,21 +288,25 @@ def _gallery(folder: RunFolder, preset: Preset | None, best: int | None, status:
     drawn = {(int(found[1]), int(found[2])): name for name in names if (found := _SAMPLE.fullmatch(name))}
     own = [name for name in names if re.fullmatch(r"lora-\d{1,4}\.png", name)]
     own = own if status in ("signal", "max_steps") else []
+    strengths = sorted({found[1] for name in names if own and (found := _STRENGTH.fullmatch(name))}, key=float)
     numbers = sorted({number for _, number in drawn} | {int(name[5:-4]) for name in own})
     if not numbers:
         return Gallery()
-    most = max(2, MOST_SAMPLES // len(numbers) - bool(own))
+    most = max(2, MOST_SAMPLES // len(numbers) - bool(own) - len(strengths))
     steps = choose_steps(sorted({step for step, _ in drawn}), most, best)
     if brief:
         steps = [] if own else [best] if best in steps else steps[-1:]
+        strengths = []
     rows, sides = [], []
     for number in numbers:
         files = [folder.samples_dir / drawn.get((step, number), "-") for step in steps]
+        files += [folder.samples_dir / f"strength-{strength}-{number}.png" for strength in strengths]
         files += [folder.samples_dir / f"lora-{number}.png"] if own else []
         row, side = _prompt_row(files, preset, number)
         rows.append(row)
         sides.append(side)
-    labels = [f"step {step}" + (" (best)" if step == best else "") for step in steps] + ([LORA] if own else [])
+    labels = [f"step {step}" + (" (best)" if step == best else "") for step in steps]
+    labels += [*(f"strength {float(strength):g}" for strength in strengths), *([LORA] if own else [])]
     return Gallery(tuple(labels), tuple(rows), lora=bool(own), pixelated=max(sides) <= TINY)
 
 

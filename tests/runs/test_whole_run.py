@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from emotrain.cli.app import main
 from emotrain.config.load import load_preset
@@ -104,13 +105,33 @@ def test_the_sheets_last_column_is_drawn_from_the_file(tmp_path, monkeypatch, pr
     assert width == LABEL_WIDTH + 3 * (128 + GAP) + GAP
 
 
+def test_samples_at_other_strengths_are_what_stock_draws_at_them(tmp_path):
+    folder = train("quickstart", tmp_path, "sample.strengths=[0.5, 1.0, 2]").folder
+    names = sorted(path.name for path in folder.samples_dir.glob("strength-*.png"))
+    assert {name[:13] for name in names} == {"strength-0.50", "strength-2.00"}
+    for strength in (0.5, 2.0):
+        path = folder.samples_dir / f"strength-{strength:.2f}-1.png"
+        own = np.asarray(read_picture(path), int)
+        stock = np.asarray(draw_fresh("tiny-sd", folder.lora_path, "inkmoji, rocket", strength), int)
+        assert np.abs(own - stock).max() <= 1
+        assert np.abs(own - np.asarray(read_picture(folder.samples_dir / "lora-1.png"), int)).max() > 1
+        with Image.open(path) as picture:
+            assert f"LoRA strength: {strength:g}" in picture.info["parameters"]
+    width, _ = read_picture(folder.samples_dir / "sheet.png").size
+    assert width == LABEL_WIDTH + 5 * (128 + GAP) + GAP
+    page = (folder.path / "report.html").read_text()
+    assert page.index("strength 0.5") < page.index("strength 2") < page.index("<figcaption>lora.safetensors")
+
+
 def test_pictures_of_an_earlier_lora_file_do_not_outlive_it(tmp_path):
     folder = train("quickstart", tmp_path).folder
     (folder.samples_dir / "lora-1.png").write_bytes(b"of an earlier file")
+    (folder.samples_dir / "strength-0.80-1.png").write_bytes(b"of an earlier file")
     loaded = load(load_preset(folder.preset_path), lambda event: None)
     loaded.sampler.folder = folder.samples_dir
     finish.draw_written(loaded, TrainState(), folder.lora_path, StopReason.INTERRUPTED, lambda event: None)
     assert not (folder.samples_dir / "lora-1.png").exists()
+    assert not (folder.samples_dir / "strength-0.80-1.png").exists()
 
 
 def test_trained_text_encoders_are_part_of_the_file(tmp_path):
@@ -135,12 +156,11 @@ def test_trained_text_encoders_are_part_of_the_file(tmp_path):
 
 
 def read_picture(path: Path):
-    from PIL import Image
 
     return Image.open(path).convert("RGB")
 
 
-def draw_fresh(model: str, lora: Path | None, prompt: str):
+def draw_fresh(model: str, lora: Path | None, prompt: str, strength: float = 1.0):
     """As a user of diffusers would: from_pretrained, load_lora_weights, a prompt."""
     from diffusers import DiffusionPipeline
 
@@ -150,7 +170,8 @@ def draw_fresh(model: str, lora: Path | None, prompt: str):
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
-        pipeline.load_lora_weights(str(lora))
+        pipeline.load_lora_weights(str(lora), adapter_name="own")
+        pipeline.set_adapters("own", strength)
     family = load_family(f"builtin:{model}")
     words = family.pipeline_kwargs(family.encode_texts([prompt]), family.encode_texts([""]), None)
     generator = torch.Generator().manual_seed(42)
