@@ -236,7 +236,10 @@ def _work(pictures: Pictures, settings: LoaderSettings, preset: Preset) -> Work:
 
 
 def _num_texts(examples: tuple[Example, ...], settings: LoaderSettings) -> int:
-    return len({"", *(text for example in examples for text in settings.texts(example))})
+    texts = {"", *(text for example in examples for text in settings.texts(example))}
+    if settings.class_word is not None:
+        texts |= {settings.class_text(example) for example in examples}
+    return len(texts)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

@@ -232,6 +232,8 @@ def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) 
         if len(preset.dataset.folders) > 1:
             shares = folder_shares(pictures.train, preset.dataset.folders)
             result.facts.append(("balance", ", ".join(share.describe() for share in shares)))
+        if (word := preset.dataset.class_) is not None:
+            result.facts.append(("class", f"`{word}` is kept near to what it was, in half of the steps"))
         if scans.held_out is not None:
             result.facts.append(("validate", require_pictures(scans.held_out).totals()))
         if result.found is not None and not result.failures:

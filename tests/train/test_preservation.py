@@ -22,6 +22,7 @@ from emotrain.dataset.examples import Example
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.runs import start
 from emotrain.runs.folder import RunFolder
+from emotrain.runs.plan import make_plan
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.loop import accumulate
 from emotrain.train.preservation import EVERY, WEIGHT, Preservation
@@ -134,6 +135,9 @@ def test_a_class_that_holds_the_trigger_is_refused(tmp_path: Path, capsys: pytes
     assert "p.yaml:2: dataset.class is `an Inkmoji picture`, which holds the trigger" in capsys.readouterr().err
     path.write_text(text % "picture", encoding="utf-8")
     assert main(["check", str(path)]) == 0
+    assert "`picture` is kept near to what it was" in capsys.readouterr().out
+    without = make_plan(load_preset(path, ["dataset.class=null"], "x")).work.texts
+    assert make_plan(load_preset(path, (), "x")).work.texts == without + 32
     path.write_text(text % '" "', encoding="utf-8")
     assert main(["check", str(path)]) == 2
     path.write_text((text % "picture").replace("trigger: inkmoji, ", ""), encoding="utf-8")
