@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,10 @@ from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.single import check_complete, copy_tokenizer, unscaled, write_json
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
-from emotrain.families.spec import TextEncoder
+from emotrain.families.spec import Shapes, TextEncoder
+from emotrain.families.understood import SCALES, scaled_layers
+
+Stored = TypeVar("Stored")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
     own = beside / "scheduler" / "scheduler_config.json"
     words = read_json(own) if own.is_file() else found.scheduler_config
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)
-    text = _text_encoder(found, dtype, Path(given.text_encoder) if given.text_encoder else beside / encoder.name)
+    text = _text_encoder(found, dtype, refuse_other_encoder(found, given.text_encoder))
     tensors = unscaled(path, dtype) or load_file(path)
     pieces = {"vae": vae, "scheduler": scheduler, encoder.name: text}
     for adapter in adapters:
@@ -95,6 +99,59 @@ def _denoiser(found: Sniffed, dtype: torch.dtype, source: dict[str, Tensor]) -> 
     return denoiser
 
 
+def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
+    """Refuse a text encoder that the model does not take, by its header and configs alone; else its file or folder.
+
+    Args:
+        found: the model.
+        given: `model.text_encoder`; None: the one beside the model.
+
+    Raises:
+        ModelError: of another size or kind, or with other tensors.
+    """
+    import transformers
+
+    spec = FAMILIES[found.family]
+    encoder = spec.text_encoders[0]
+    path = Path(given) if given else companion(Path(found.path)) / encoder.name
+    kind, words = encoder_configs(found.family, found.variant)[encoder.name]
+    inner = path / encoder.name
+    folder = (inner if inner.is_dir() else path) if path.is_dir() else companion(path)
+    if path.is_dir() or (folder / "config.json").is_file():
+        words = read_json(folder / "config.json")
+    _refuse_other_width(path, found, encoder, words)
+    if not path.is_dir():
+        model_class = getattr(transformers, kind)
+        header = read_header(path)
+        with torch.device("meta"):
+            model = guard(str(path), "", lambda: model_class(model_class.config_class(**words)))
+        stored = _own_names(kind, header.shapes, scaled=bool(scaled_layers(header)))
+        _refuse_other_tensors(path, stored, {k: tuple(v.shape) for k, v in model.state_dict().items()}, spec.title)
+    return path
+
+
+def _refuse_other_width(path: Path, found: Sniffed, encoder: TextEncoder, words: dict[str, Any]) -> None:
+    """Refuse a text encoder whose tokens are wider or narrower than the denoiser takes them."""
+    inner = words.get("text_config")
+    width = (inner if isinstance(inner, dict) else words).get("hidden_size")
+    key, layers = encoder.width
+    wanted = found.denoiser_config.get(key)
+    if isinstance(width, int) and isinstance(wanted, int) and width * layers != wanted:
+        raise ModelError(
+            f"model.text_encoder `{path}` is of another size than {FAMILIES[found.family].title} takes: its tokens are "
+            f"{width} wide instead of {wanted // layers}",
+            "give the text encoder that was made for this model",
+        )
+
+
+def _own_names(kind: str, tensors: Mapping[str, Stored], scaled: bool) -> dict[str, Stored]:
+    """A language model's tensors by transformers' names, without head and eyes, nor scales where it has some."""
+    named = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
+    unused = ("lm_head.", "logit_scale", *(("visual.",) if "VL" in kind else ()))
+    applied = (*SCALES, "scaled_fp8") if scaled else ()
+    return {key: value for key, value in named.items() if not key.startswith(unused) and not key.endswith(applied)}
+
+
 def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
     """A language model without its head, from a file (ComfyUI's, transformers') or a folder of transformers."""
     import transformers
@@ -110,25 +167,22 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
     beside = companion(path) / "config.json"
     config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
     tensors = unscaled(path, dtype) or load_file(path)
-    own_names = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
-    unused = ("lm_head.", "logit_scale", *(("visual.",) if "VL" in kind else ()))
-    own_names = {key: value for key, value in own_names.items() if not key.startswith(unused)}
+    state = _own_names(kind, tensors, scaled=False)
     with torch.device("meta"):
         model = model_class(config)
-    _refuse_other_tensors(path, own_names, model.state_dict(), FAMILIES[found.family].title)
-    model.load_state_dict({key: value.to(dtype) for key, value in own_names.items()}, assign=True)
+    model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return _without_meta(model)
 
 
-def _refuse_other_tensors(path: Path, own: dict[str, Tensor], wanted: dict[str, Tensor], title: str) -> None:
+def _refuse_other_tensors(path: Path, own: Shapes, wanted: Shapes, title: str) -> None:
     lacking = sorted(wanted.keys() - own.keys())
     odd = sorted(own.keys() - wanted.keys())
-    other = [key for key in wanted.keys() & own.keys() if own[key].shape != wanted[key].shape]
+    other = [key for key in wanted.keys() & own.keys() if own[key] != wanted[key]]
     if other:
         key = sorted(other)[0]
         raise ModelError(
-            f"model.text_encoder `{path}` is of another size than {title} takes: `{key}` is {tuple(own[key].shape)} "
-            f"instead of {tuple(wanted[key].shape)}",
+            f"model.text_encoder `{path}` is of another size than {title} takes: `{key}` is {own[key]} "
+            f"instead of {wanted[key]}",
             "give the text encoder that was made for this model",
         )
     if lacking or odd:

@@ -36,6 +36,7 @@ class TextEncoder:
         lora_modules: modules that a LoRA on the public one has; 0 where it is never trained.
         optional: the model works without it.
         chat_template: captions go through the tokenizer's chat template.
+        width: of what the denoiser takes: a key of its config, and how many of the encoder's layers stand side by side.
     """
 
     name: str
@@ -49,6 +50,7 @@ class TextEncoder:
     lora_modules: int = 0
     optional: bool = False
     chat_template: bool = False
+    width: tuple[str, int] = ("", 1)
 
     @property
     def tokenizer_name(self) -> str:

@@ -118,6 +118,26 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
     result.facts.append(("model", f"{model.base}: {title}{variant}, {found.prediction}, {size}"))
 
 
+def _look_at_encoder(preset: Preset, found: Sniffed, result: Preflight, at: Where) -> None:
+    """Whether the text encoder's file or folder is what the model takes; its weights are not read."""
+    separate = FAMILIES[found.family].separate_files and found.kind == "file"
+    for key in ("text_encoder", "tokenizer"):
+        if getattr(preset.model, key) is not None and not separate:
+            message = (
+                f"{at(f'model.{key}')}: model.{key} is not read: `{preset.model.base}` is no model whose parts are "
+                "separate files"
+            )
+            result.failures.append(ConfigError(message, "leave it out"))
+    if not separate:
+        return
+    from emotrain.families.separate import refuse_other_encoder  # needs torch, which costs seconds
+
+    try:
+        refuse_other_encoder(found, preset.model.text_encoder)
+    except ModelError as error:
+        result.failures.append(error)
+
+
 def _check_network(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
     network, most = preset.network, found.max_rank
     if network.type == "lokr":
@@ -197,6 +217,8 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
                 read_header(Path(part))
             except ModelError as error:
                 result.failures.append(error)
+    if result.found is not None and not result.failures:
+        _look_at_encoder(preset, result.found, result, at)
     wanted = [(f"start_from.stack.{index}.path", item.path) for index, item in enumerate(preset.start_from.stack)]
     wanted += [("start_from.continue", start)] if start is not None else []
     if not wanted:

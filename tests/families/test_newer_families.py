@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from newer_models import pipeline_of, separate_files, text_model
 from safetensors.torch import load_file, save_file
 
 from emotrain.batch import Conditioning
+from emotrain.cli.app import main
 from emotrain.diffusion import shift_for
 from emotrain.errors import ModelError
 from emotrain.families import load_family
@@ -264,8 +266,11 @@ def test_what_is_missing_is_named_with_its_key(model: tuple[str, Any, Path], tmp
     assert "model.text_encoder" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("harm", ["smaller", "lacking", "other"])
-def test_a_text_encoder_of_another_kind_is_refused(model: tuple[str, Any, Path], harm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["smaller", "lacking", "other", "narrow", "words"])
+def test_a_text_encoder_of_another_kind_is_refused(
+    model: tuple[str, Any, Path], harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `check` too, from header and config alone, in the same words."""
     kind, pipeline, _ = model
     files = separate_files(kind, pipeline, tmp_path / "comfy")
     tensors = load_file(files["text_encoder"])
@@ -276,18 +281,30 @@ def test_a_text_encoder_of_another_kind_is_refused(model: tuple[str, Any, Path],
     else:
         tensors["model.layers.99.norm.weight"] = torch.ones(8)
     save_file(tensors, files["text_encoder"])
-    with pytest.raises(ModelError, match="model.text_encoder"):
+    if harm == "narrow":  # a whole and sound one, of another width
+        config = json.loads((tmp_path / "comfy" / "text_encoder" / "config.json").read_text())
+        (tmp_path / "comfy" / "text_encoder" / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
+    if harm == "words":
+        files["text_encoder"].write_text("these are words")
+    with pytest.raises(ModelError) as refused:
         load_family(
             str(files["denoiser"]), device="cpu", vae=str(files["vae"]), text_encoder=str(files["text_encoder"]),
             tokenizer=str(files["tokenizer"]),
         )  # fmt: skip
+    assert "text_encoder" in refused.value.message
+    (tmp_path / "p.yaml").write_text(
+        f"model: {{base: {files['denoiser']}, vae: {files['vae']}, text_encoder: {files['text_encoder']}}}\n"
+        "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
+    )
+    for command in ("check", "run"):
+        assert main([command, str(tmp_path / "p.yaml"), "--runs-dir", str(tmp_path / "runs")]) == 4
+        assert f"error: {refused.value.message}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_whole_run_and_one_that_continues_its_lora(
     model: tuple[str, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emotrain.cli.app import main
     from emotrain.lora.file import read_lora
 
     kind, _, folder = model

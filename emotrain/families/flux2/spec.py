@@ -101,7 +101,7 @@ FLUX2 = FamilySpec(
     text_encoders=(
         TextEncoder(
             "text_encoder", "llm", 4_022_468_096, ("black-forest-labs/FLUX.2-klein-base-4B", "tokenizer"),
-            "Qwen2Tokenizer", max_tokens=MAX_TOKENS, chat_template=True,
+            "Qwen2Tokenizer", max_tokens=MAX_TOKENS, chat_template=True, width=("joint_attention_dim", 3),
         ),
     ),
     variants={

@@ -67,7 +67,7 @@ KREA2 = FamilySpec(
     text_encoders=(
         TextEncoder(
             "text_encoder", "llm", 4_022_468_096, ("krea/Krea-2-Raw", "tokenizer"), "Qwen2Tokenizer",
-            max_tokens=MAX_TOKENS,
+            max_tokens=MAX_TOKENS, width=("text_hidden_dim", 1),
         ),
     ),
     variants={

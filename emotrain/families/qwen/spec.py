@@ -61,7 +61,7 @@ QWEN = FamilySpec(
     text_encoders=(
         TextEncoder(
             "text_encoder", "llm", 7_070_619_136, ("Qwen/Qwen-Image", "tokenizer"), "Qwen2Tokenizer",
-            max_tokens=MAX_TOKENS,
+            max_tokens=MAX_TOKENS, width=("joint_attention_dim", 1),
         ),
     ),
     variants={

@@ -64,7 +64,7 @@ ZIMAGE = FamilySpec(
     text_encoders=(
         TextEncoder(
             "text_encoder", "llm", 4_022_468_096, ("Tongyi-MAI/Z-Image-Turbo", "tokenizer"), "Qwen2Tokenizer",
-            max_tokens=MAX_TOKENS, chat_template=True,
+            max_tokens=MAX_TOKENS, chat_template=True, width=("cap_feat_dim", 1),
         ),
     ),
     variants={
