@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
+import struct
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,29 @@ def test_60_000_spaces_in_a_caption_take_no_time() -> None:
     start = time.process_time()
     assert fill_trigger("a" + " " * 60_000 + "b", None).startswith("a  ")
     assert time.process_time() - start < 1
+
+
+def of_many_pieces(format: str, count: int) -> bytes:
+    """A picture of 64 pixels with so many empty chunks or comments before its first pixel."""
+    stream = io.BytesIO()
+    Image.new("P" if format == "GIF" else "RGB", (64, 64)).save(stream, format)
+    data = stream.getvalue()
+    if format == "GIF":
+        begin = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 0x80 else 0)
+        return data[:begin] + b"\x21\xfe\x01a\0" * count + data[begin:]
+    chunk = struct.pack(">I", 0) + b"aaAa" + struct.pack(">I", zlib.crc32(b"aaAa"))
+    return data[:33] + chunk * count + data[33:]
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_a_picture_gets_no_more_time_than_its_size_takes(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock counts a tenth of a second a look: the limit is the processor's time, which tests do not wait for."""
+    clock = itertools.count()
+    monkeypatch.setattr("emotrain.dataset.images.time.thread_time", lambda: next(clock) / 10)
+    assert decode_picture(of_many_pieces(format, 0), path="a").image.size == (64, 64)
+    for read in (read_header, decode_picture):
+        with pytest.raises(FileProblem, match="takes far longer to read"):
+            read(of_many_pieces(format, 100), path="a")
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_and_a_common_one_read() -> None:

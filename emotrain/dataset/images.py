@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ MAX_ASPECT = 32.0  # longest side over shortest
 MIN_SIDE = 8  # pixels
 USUAL_SCANS = 20  # of a progressive JPEG; more are allowed while all of them together stay quick
 MAX_SCANNED = 500_000_000  # pixels: each scan passes over the whole picture
+SECONDS, SECONDS_PER_MEGAPIXEL = 3.0, 0.15  # of a processor, for the header, and to decode; good files take a tenth
 MODES = frozenset(
     (
         "1",
@@ -102,6 +104,31 @@ class Picture:
     alpha: Image.Image | None
     header: Header
     notes: tuple[Note, ...]
+
+
+class _Bounded(io.BytesIO):
+    """A picture's bytes, which can be read for so long: decoders come back for more all the time.
+
+    The thread's own processor time counts, so that a busy machine does not condemn a good picture.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.allow(0)
+
+    def allow(self, pixels: int) -> None:
+        """Begin anew, with the time that so many pixels take."""
+        self._end = time.thread_time() + SECONDS + SECONDS_PER_MEGAPIXEL * pixels / 1e6
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As `BytesIO.read`, while there is time."""
+        if time.thread_time() > self._end:
+            raise _TooSlow
+        return super().read(size)
+
+
+class _TooSlow(Exception):
+    """A picture that takes far longer than its size."""
 
 
 def parse_background(background: str) -> tuple[int, int, int]:
@@ -177,12 +204,17 @@ def decode_picture(data: bytes, *, background: str = "white", path: str | Path) 
     with _opened(data, path) as image:
         header = _guarded_header(image, data, path)
         try:
+            source = getattr(image, "fp", None)
+            if isinstance(source, _Bounded):  # not where Pillow has read it whole
+                source.allow(header.width * header.height)
             image.load()
             upright = _upright(image, header.format, data)
             notes: list[Note] = []
             rgb, alpha = split_alpha(upright, image.info, notes)
         except FileProblem:
             raise
+        except _TooSlow as error:
+            raise _too_slow(path) from error
         except Exception as error:  # OSError, ValueError, SyntaxError, struct.error ...
             raise FileProblem("damaged", path, f"is truncated or damaged ({_first_line(error)})", FIX) from error
     if alpha is not None:
@@ -200,7 +232,9 @@ def _opened(data: bytes, path: str | Path) -> Image.Image:
     try:
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            return Image.open(_Bounded(data), formats=FORMATS)
+    except _TooSlow as error:
+        raise _too_slow(path) from error
     except UnidentifiedImageError as error:
         raise FileProblem("not-a-picture", path, _what_it_is(data), "emotrain reads " + ", ".join(FORMATS)) from error
     except Image.DecompressionBombError as error:
@@ -208,6 +242,10 @@ def _opened(data: bytes, path: str | Path) -> Image.Image:
         raise FileProblem("too-many-pixels", path, reason, "make it smaller") from error
     except Exception as error:
         raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", FIX) from error
+
+
+def _too_slow(path: str | Path) -> FileProblem:
+    return FileProblem("too-slow", path, "takes far longer to read than a picture of its size", FIX)
 
 
 def _what_it_is(data: bytes) -> str:
@@ -226,6 +264,8 @@ def _guarded_header(image: Image.Image, data: bytes, path: str | Path) -> Header
         return _header(image, data, path)
     except FileProblem:
         raise
+    except _TooSlow as error:
+        raise _too_slow(path) from error
     except Exception as error:  # a second frame or a chunk that lies
         raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", FIX) from error
 

@@ -37,7 +37,7 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
     "a LoRA of another family": ({"more": "start_from: {stack: [./flux-lora.safetensors]}"}, 4),
     "a text file as VAE": ({"model": "{base: builtin:tiny-sd, vae: ./words.safetensors}"}, 4),
     "a VAE that is not there": ({"model": "{base: builtin:tiny-sd, vae: ./none}"}, 4),
-    "a text encoder that is not read": ({"model": "{base: builtin:tiny-sd, text_encoder: ./words.safetensors}"}, 2),
+    "a text encoder that is not read": ({"model": "{base: builtin:tiny-sd, text_encoder: ./one}"}, 2),
     "a tokenizer that is not read": ({"model": "{base: builtin:tiny-sd, tokenizer: ./one}"}, 2),
     "another family": ({"model": "{base: builtin:tiny-sd, family: sdxl}"}, 2),
     "a prediction it does not have": ({"model": "{base: builtin:tiny-sd, prediction: flow}"}, 2),
