@@ -9,6 +9,7 @@ ONE_FOLDER = ("path", "repeats", "flip", "mask", "prior", "caption")
 # Where a foreign word at the top level belongs.
 TOP = {
     "base_model": "model.base",
+    "clip_skip": "model.clip_skip",
     "pretrained_model_name_or_path": "model.base",
     "vae": "model.vae",
     "mixed_precision": "model.dtype",

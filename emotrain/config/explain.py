@@ -63,7 +63,6 @@ REASONS = {
         ("v_parameterization", "zero_terminal_snr", "is_v_pred", "v_pred", "prediction_type"),
         "write `model.prediction: v` where the model does not say so itself; `emotrain check` shows what was found",
     ),
-    "clip_skip": "leave it out: SD 1.x and 2.x use the last layer of CLIP, SDXL the last but one, as they were trained",
     "max_token_length": "leave it out: captions end where the text encoder does; `emotrain lint` names long ones",
     **dict.fromkeys(("unet_lr", "text_encoder_lr"), "there is one rate, `train.lr`, and an emo optimizer needs none"),
     **dict.fromkeys(("fp8_base", "fp8_base_unet", "quantize_base"), "write `model.quantize: fp8`"),

@@ -50,6 +50,11 @@ class ModelSection(Section):
     prediction: Literal["auto", "epsilon", "v", "flow"] = Field(
         "auto", description="what the denoiser predicts; set it where the files do not say it or say it wrongly"
     )
+    clip_skip: Auto | Annotated[PositiveInt, Field(le=32)] = Field(
+        "auto",
+        description="SD and SDXL: the layer of CLIP that prompts are taken from, as A1111 counts: 1 the last (SD's),"
+        " 2 the last but one (SDXL's)",
+    )
     memory: Literal["auto", "24gb", "16gb", "12gb", "8gb"] = Field("auto", description="to fit in")
 
 

@@ -26,6 +26,7 @@ def load_family(
     device: str = "auto",
     gradient_checkpointing: bool | str = "auto",
     prediction: str = "auto",
+    clip_skip: int | str = "auto",
 ) -> LoadedFamily:
     """Load a model, frozen, ready for a LoRA.
 
@@ -43,6 +44,7 @@ def load_family(
         device: auto | cuda | mps | cpu.
         gradient_checkpointing: whether activations are computed again in the backward pass; auto is not.
         prediction: auto | epsilon | v | flow, where the files do not say it or say it wrongly.
+        clip_skip: which layer of CLIP the prompt is taken from: 1 is the last; auto is the family's own.
 
     Returns:
         The family; `placement` says in one sentence what was decided about memory.
@@ -57,5 +59,5 @@ def load_family(
     return load(
         base, family=family, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, revision=revision, dtype=dtype,
         quantize=quantize, plan=plan, device=device, gradient_checkpointing=gradient_checkpointing,
-        prediction=prediction,
+        prediction=prediction, clip_skip=clip_skip,
     )  # fmt: skip

@@ -79,6 +79,7 @@ class LoadedFamily(ABC):
         self.device = parts.device
         self.dtype = parts.dtype
         self.force_zeros = parts.force_zeros
+        self.clip_skip = FAMILIES[parts.name].clip_skip
         self.memory = parts.memory
         self.placement = parts.memory.sentence if parts.memory else ""
         self._placed = False  # see `place_denoiser`
@@ -246,6 +247,8 @@ class LoadedFamily(ABC):
         """A digest that changes when `encode_texts` would give other embeddings."""
         if "text" not in self._identities:
             digest = hashlib.sha256(self.name.encode())
+            if self.clip_skip != FAMILIES[self.name].clip_skip:
+                digest.update(f"clip skip {self.clip_skip}".encode())
             for part in self.text_encoders:
                 vocabulary = sorted(part.tokenizer.get_vocab().items())
                 extra = [part.name, part.max_tokens, config_values(part.encoder.config), vocabulary]

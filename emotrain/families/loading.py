@@ -80,6 +80,7 @@ def load(
     device: str,
     gradient_checkpointing: bool | str,
     prediction: str = "auto",
+    clip_skip: int | str = "auto",
 ) -> LoadedFamily:
     """See `emotrain.families.load_family`."""
     where = choose_device(device)
@@ -108,6 +109,8 @@ def load(
         force_zeros=pieces.get("force_zeros", True),
     )
     built = family_class(found.family)(parts)
+    if isinstance(clip_skip, int):
+        built.clip_skip = clip_skip
     _place(built, plan)
     return built
 

@@ -262,6 +262,7 @@ class FamilySpec:
         latent_channels: of the VAE.
         vae_scale: pixels per latent.
         guidance: of samples.
+        clip_skip: which layer of CLIP, counted from the last as 1, the prompt is taken from; 0 where none is chosen.
         text_encoders: in the order of the pipeline.
         variants: public models by name; the first is meant where nothing is said.
         lora: how LoRA files look.
@@ -297,6 +298,7 @@ class FamilySpec:
     bucket_step: int = 64
     vae_class: str = "AutoencoderKL"
     flow: bool = False
+    clip_skip: int = 0
     packed_channels: int = 1
     patch: int = 1
     vae_patch: int = 1

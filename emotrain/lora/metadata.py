@@ -51,6 +51,7 @@ class About:
         epochs: passes over the pictures, whole or not.
         micro_batch_size: pictures at once.
         gradient_accumulation_steps: micro-batches per step.
+        clip_skip: which layer of CLIP the prompts were taken from, counted as A1111 does.
         seed: of the run.
         optimizer: its name.
         lr: the learning rate.
@@ -92,6 +93,7 @@ class About:
     epochs: float | None = None
     micro_batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
+    clip_skip: int | None = None
     seed: int | None = None
     optimizer: str = ""
     lr: float | None = None
@@ -185,6 +187,7 @@ def _kohya(about: About) -> dict[str, Any]:
         "ss_total_batch_size": total,
         "ss_gradient_accumulation_steps": accumulation,
         "ss_resolution": f"({sizes[0]}, {sizes[1]})" if sizes else None,
+        "ss_clip_skip": about.clip_skip,
         "ss_seed": about.seed,
         "ss_mixed_precision": {"fp32": "no"}.get(about.dtype, about.dtype),
         "ss_cache_latents": True,

@@ -101,6 +101,7 @@ def load_model(
         quantize=model.quantize,
         plan=plan,
         prediction=model.prediction,
+        clip_skip=model.clip_skip,
         gradient_checkpointing=preset.train.gradient_checkpointing,
     )
     base_digest = digest_module(family.denoiser, config_values(family.denoiser.config))

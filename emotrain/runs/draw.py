@@ -158,8 +158,9 @@ class Sampler:
         size = f"{request.width}x{request.height}"
         guidance = "" if request.guidance is None else f", CFG scale: {request.guidance:g}"
         lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
+        skip = f", Clip skip: {self.family.clip_skip}" if self.family.clip_skip > 1 else ""
         of = f"LoRA step: {step}" + (f", LoRA strength: {strength:g}" if strength != 1.0 else "")
-        lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}, {of}")
+        lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}{skip}, {of}")
         own = {
             "prompt": prompt, "negative": negative, "seed": request.seed, "steps": request.steps,
             "guidance": request.guidance, "width": request.width, "height": request.height, "step": step,

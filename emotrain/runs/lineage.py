@@ -25,7 +25,7 @@ RESULTS = (
 LOSSES = ("best_loss", "base_loss")
 VALIDATED = (  # keys of the preset that a validation loss depends on, the run's weights apart
     "validate.folder", "validate.fraction", "validate.probe_images", "dataset.resolution", "dataset.buckets.",
-    "dataset.captions.", "dataset.trigger", "dataset.background", "train.seed", "train.loss.",
+    "dataset.captions.", "dataset.trigger", "dataset.background", "model.clip_skip", "train.seed", "train.loss.",
 )  # fmt: skip
 TAIL = 8192  # bytes of a log's end that hold its last line
 _VERBS = {"continue": "continues", "stack": "on top of"}

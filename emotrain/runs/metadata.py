@@ -55,6 +55,7 @@ def lora_metadata(loaded: Loaded, state: TrainState, step: int, outcome: Outcome
             base_name=Path(preset.model.base).name,
             base_sha256=loaded.model.base_digest,
             prediction=loaded.found.prediction,
+            clip_skip=loaded.model.family.clip_skip or None,
             trigger=preset.dataset.trigger,
             tag_frequency=tag_frequency(examples),
             folders={name: (max(e.repeats for e in group), len(group)) for name, group in by_folder(examples).items()},

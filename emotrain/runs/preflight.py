@@ -18,7 +18,7 @@ from emotrain.dataset.balance import folder_shares
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
-from emotrain.families.headers import read_header
+from emotrain.families.headers import read_header, read_json
 from emotrain.families.memory import BACKENDS
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
@@ -27,6 +27,7 @@ from emotrain.runs.folder import refuse_place
 from emotrain.runs.lint import Options, lint_scans
 
 Where = Callable[[str], str]
+CLIP_LAYERS = 12  # of CLIP-L
 SHOWN = 20  # errors of the data that are told one by one
 OPTIMIZER_TITLES = {
     "emosens": "EmoSens", "emoairy": "EmoAiry", "emocats": "EmoCats", "emonavi": "EmoNavi", "emofact": "EmoFact",
@@ -77,7 +78,7 @@ def preflight(
     at: Where = where or (lambda key: "preset")
     _look_at_model(preset, result, at)
     if result.found is not None:
-        steps = (_check_network, _check_sizes)
+        steps = (_check_network, _check_sizes, _check_clip_skip)
         for step in steps:
             problems = step(preset, result.found, at)
             if problems:
@@ -166,6 +167,26 @@ def _check_lokr(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
         "no LoKr fits that"
     )
     return [Problem(message, f"write `format: {facts.layout}`, or leave it out")]
+
+
+def _check_clip_skip(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
+    """Refuse a layer of CLIP that the model has not, or that its family never takes."""
+    skip, own = preset.model.clip_skip, FAMILIES[found.family].clip_skip
+    if skip == "auto":
+        return []
+    words = f"{at('model.clip_skip')}: model.clip_skip is {skip}"
+    if not own:
+        title = FAMILIES[found.family].title
+        return [Problem(f"{words}, and {title} takes no layer of CLIP before the last", "leave it out")]
+    if skip < own:
+        hint = f"write {own}, which is what it does by itself, or leave it out"
+        return [Problem(f"{words}, and {FAMILIES[found.family].title} never takes a later one than {own}", hint)]
+    config = Path(found.path) / "text_encoder" / "config.json"
+    is_there = found.kind == "folder" and config.is_file()
+    layers = read_json(config).get("num_hidden_layers") if is_there else CLIP_LAYERS
+    if isinstance(layers, int) and skip > layers:
+        return [Problem(f"{words}, and its text encoder has {layers} layers", "1 or 2 is usual")]
+    return []
 
 
 def _check_sizes(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:

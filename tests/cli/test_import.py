@@ -91,7 +91,7 @@ KOHYA = {
     "network_module": ("left out", "it is a LoRA"),
     "cache_latents": ("left out", "always cached"),
     "xformers": ("left out", "fused"),
-    "clip_skip": ("left out", "as they were trained"),
+    "clip_skip": ("taken", "model.clip_skip"),
     "huber_c": ("no equivalent", ""),
 }
 GUI = {

@@ -33,7 +33,6 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
         ("bucket_no_upscale: true", "buckets.upscale"),
         ("enable_bucket: true", "keep their shape"),
         ("reg_data_dir: ./reg", "prior"),
-        ("clip_skip: 2", "last but one"),
         ("unet_lr: 1e-4", "train.lr"),
         ("optimizer_args: [a=1]", "under the optimizer"),
         ("fp8_base: true", "model.quantize: fp8"),

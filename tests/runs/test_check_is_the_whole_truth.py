@@ -41,6 +41,8 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
     "a tokenizer that is not read": ({"model": "{base: builtin:tiny-sd, tokenizer: ./one}"}, 2),
     "another family": ({"model": "{base: builtin:tiny-sd, family: sdxl}"}, 2),
     "a prediction it does not have": ({"model": "{base: builtin:tiny-sd, prediction: flow}"}, 2),
+    "a layer of CLIP that is not there": ({"model": "{base: builtin:tiny-sd, clip_skip: 9}"}, 2),
+    "a layer of CLIP of a model that takes none": ({"model": "{base: builtin:tiny-flux, clip_skip: 2}"}, 2),
     "a rank too large": ({"more": "network: {rank: 4000}"}, 2),
     "a LoKr in a layout that joins q, k and v": (
         {"model": "builtin:tiny-flux", "rank": "type: lokr", "more": "save: {format: kohya}"},

@@ -92,7 +92,7 @@ def read(words: Values, out: Import) -> None:
         "text_encoder_lr": switch("network.text_encoder"),
         "sample_prompts": _sample_prompts,
         "resolution": _resolution, "max_resolution": _resolution,
-        "network_weights": Import.continues,
+        "network_weights": Import.continues, "clip_skip": _clip_skip,
         "base_weights": lambda out, word, value: _base_weights(out, word, value, flat),
         **dict.fromkeys(("dataset_config", "optimizer_type", "optimizer", "optimizer_args", "learning_rate",
                          "base_weights_multiplier",
@@ -203,6 +203,16 @@ def _conv(out: Import, word: str, value: Any) -> None:
     else:
         out.take(word, value, "network.conv_rank")
         out.take(word, value, "network.targets", "all")
+
+
+def _clip_skip(out: Import, word: str, value: Any) -> None:
+    """SD 1.x and 2.x alone, of which no word tells: SDXL takes the last layer but one whatever kohya is told."""
+    if is_off(value) or value == 1:
+        out.num_off += 1
+    elif out.kind is None:
+        out.take(word, value, "model.clip_skip")
+    else:
+        out.leave(word, value, "SDXL takes the last layer of CLIP but one by itself; newer models choose none")
 
 
 def _network_args(out: Import, word: str, value: Any) -> None:

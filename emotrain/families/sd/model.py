@@ -16,10 +16,14 @@ class StableDiffusion(PipelineFamily):
     """sd15 and sd21; they differ in sizes and in what is predicted only."""
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
-        """prompt_embeds [B, S, D]: CLIP's last hidden state, normalised (no layer is skipped)."""
+        """prompt_embeds [B, S, D]: the state after CLIP's last layer, or an earlier one (`clip_skip`), normalised."""
         part = self.text_encoders[0]
         ids = ids_of(part, texts)
-        return {"prompt_embeds": part.encoder(ids)[0]}
+        if self.clip_skip == 1:
+            return {"prompt_embeds": part.encoder(ids)[0]}
+        states = part.encoder(ids, output_hidden_states=True).hidden_states
+        norm: Any = getattr(part.encoder, "text_model", part.encoder).final_layer_norm
+        return {"prompt_embeds": norm(states[-self.clip_skip])}
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> TextEmbeds:

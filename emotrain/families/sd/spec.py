@@ -34,6 +34,7 @@ SD15 = FamilySpec(
     resolution=512,
     latent_channels=4,
     guidance=5.0,
+    clip_skip=1,
     text_encoders=(
         TextEncoder(
             "text_encoder", "clip", 123_060_480, (CLIP_TOKENIZERS, "tokenizer"),
@@ -64,6 +65,7 @@ SD21 = FamilySpec(
     resolution=768,
     latent_channels=4,
     guidance=5.0,
+    clip_skip=1,
     text_encoders=(
         TextEncoder(
             "text_encoder", "clip", 340_387_840, (CLIP_TOKENIZERS, "tokenizer_2"),

@@ -22,11 +22,11 @@ class StableDiffusionXL(PipelineFamily):
     """SDXL and its many children, epsilon or v."""
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
-        """prompt_embeds [B, S, D + D']: both penultimate layers; pooled of the second encoder."""
+        """prompt_embeds [B, S, D + D']: both penultimate layers, or `clip_skip`'s; pooled of the second encoder."""
         hidden, pooled = [], None
         for part in self.text_encoders:
             output = part.encoder(ids_of(part, texts), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
+            hidden.append(output.hidden_states[-self.clip_skip])
             pooled = output[0]
         assert pooled is not None
         return {"prompt_embeds": torch.cat(hidden, dim=-1), "pooled_prompt_embeds": pooled}

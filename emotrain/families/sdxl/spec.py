@@ -16,6 +16,7 @@ SDXL = FamilySpec(
     resolution=1024,
     latent_channels=4,
     guidance=6.0,
+    clip_skip=2,
     text_encoders=(
         TextEncoder(
             "text_encoder", "clip", 123_060_480, (CLIP_TOKENIZERS, "tokenizer"),
