@@ -13,6 +13,7 @@ from torch import Tensor
 from emotrain.errors import ExitCode, ModelError, UnwritableWeightsError
 from emotrain.lora.check import self_check
 from emotrain.lora.file import read_lora, save_lora
+from emotrain.lora.names import UP, W1
 from emotrain.runs import contrast, report
 from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.loaded import Loaded
@@ -155,7 +156,9 @@ def draw_written(loaded: Loaded, state: TrainState, lora: Path | None, reason: S
         notify(Notice(f"the sheet has no column of {lora.name}: {error.message}"))
         return
     for strength in sorted({*loaded.preset.sample.strengths} - {1.0}):
-        adapter.load_state({name: value * (strength if "lora_B" in name else 1.0) for name, value in written.items()})
+        adapter.load_state(  # the update is a product of two: one of them carries the strength
+            {name: value * strength if name.endswith((UP, W1)) else value for name, value in written.items()}
+        )
         sampler.draw_strength(step, strength)
     adapter.load_state(written)
     sampler.draw_lora(step, state.best_step)

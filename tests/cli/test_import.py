@@ -137,6 +137,7 @@ AI_TOOLKIT = {
     "train.optimizer": ("left out", "EmoSens takes its place"),
     "train.lr": ("left out", "it is 1.0"),
     "train.optimizer_params: weight_decay": ("left out", "belongs to"),
+    "train.diff_output_preservation_class": ("taken", "dataset.class"),
     "train.skip_first_sample": ("taken", "sample.at_start: false"),
     "sample.prompts": ("taken", "sample.prompts"),
     "sample.sample_every": ("taken", "sample.every"),
@@ -383,3 +384,22 @@ def test_a_variant_is_found_by_the_name_of_its_file(kind: str, file: str, extend
         f"dataset = 'diffusion_pipe_dataset.toml'\n[model]\ntype = '{kind}'\ndiffusion_model = '{file}'\n"
     )
     assert f"extends: {extends}\n" in imported("v.toml").text
+
+
+@pytest.mark.parametrize(
+    ("config", "before", "after"),
+    [
+        ("kohya_emo.toml", 'network_module = "networks.lora"',
+         'network_module = "lycoris.kohya"\nnetwork_args = ["algo=lokr", "factor=16"]'),
+        ("kohya_gui.json", '"LoRA_type": "Standard"', '"LoRA_type": "LyCORIS/LoKr", "factor": 16'),
+        ("ai_toolkit.yaml", "type: lora", "type: lokr\n        lokr_factor: 16"),
+        ("onetrainer.json", '"lora_rank": 24', '"peft_type": "LOKR", "lokr_decompose_factor": 16'),
+        ("diffusion_pipe.toml", "[adapter]\ntype = 'lora'", "[adapter]\ntype = 'lokr'\ndecompose_factor = 16"),
+    ],
+)  # fmt: skip
+def test_a_lokr_stays_one_with_its_factor(config: str, before: str, after: str, here: Path) -> None:
+    text = Path(config).read_text()
+    assert before in text
+    Path(config).write_text(text.replace(before, after))
+    preset = load(written(here, imported(config))).preset
+    assert (preset.network.type, preset.network.factor) == ("lokr", 16)

@@ -123,6 +123,16 @@ def test_samples_at_other_strengths_are_what_stock_draws_at_them(tmp_path):
     assert page.index("strength 0.5") < page.index("strength 2") < page.index("<figcaption>lora.safetensors")
 
 
+def test_a_lokr_is_drawn_at_other_strengths_too(tmp_path):
+    folder = train("quickstart", tmp_path, "sample.strengths=0.01", "network.type=lokr", "sample.steps=4").folder
+    base, weak, own = (
+        np.asarray(read_picture(folder.samples_dir / name), int)
+        for name in ("step-00000000-1.png", "strength-0.01-1.png", "lora-1.png")
+    )
+    assert np.abs(own - base).max() > 1
+    assert np.abs(weak - base).mean() < 0.1 * np.abs(own - base).mean()
+
+
 def test_pictures_of_an_earlier_lora_file_do_not_outlive_it(tmp_path):
     folder = train("quickstart", tmp_path).folder
     (folder.samples_dir / "lora-1.png").write_bytes(b"of an earlier file")
@@ -156,7 +166,6 @@ def test_trained_text_encoders_are_part_of_the_file(tmp_path):
 
 
 def read_picture(path: Path):
-
     return Image.open(path).convert("RGB")
 
 

@@ -15,6 +15,7 @@ from emotrain.config.trainers.imported import (
     because,
     chosen,
     each,
+    factor,
     is_off,
     items,
     kind_of_adapter,
@@ -169,15 +170,9 @@ def _network(words: Values, out: Import) -> None:
         else:
             out.leave(word, value, "this model has no convolutions to adapt")
 
-    def factor(out: Import, word: str, value: Any) -> None:
-        if isinstance(value, int) and value > 0 and words.get("type") == "lokr":
-            out.take(word, value, "network.factor")
-        else:
-            out.num_off += 1
-
     special = {
         "type": kind_of_adapter("lora"), "conv": conv, "pretrained_lora_path": Import.continues, "lokr_full_rank": SKIP,
-        "lokr_factor": factor, "network_kwargs": _network_kwargs,
+        "lokr_factor": factor if words.get("type") == "lokr" else SKIP, "network_kwargs": _network_kwargs,
         "conv_alpha": because("one strength for all layers: network.alpha / rank"),
     }  # fmt: skip
     places = {word: place for word, place in INSIDE["network"].items() if place in ("network.rank", "network.alpha")}
@@ -196,10 +191,12 @@ def _train(words: Values, out: Import) -> None:
     rate = ("train.lr", words.get("lr"))
     options = ("train.optimizer_params", section(words, "optimizer_params"))
     out.optimizer("train.optimizer", str(words.get("optimizer") or ""), rate, options)
+    preserves = not is_off(words.get("diff_output_preservation"))
     special = {
         **dict.fromkeys(("optimizer", "optimizer_params", "lr", "skip_first_sample", "reg_weight", "train_unet"), SKIP),
         "dtype": chosen("model.dtype", DTYPES),
         "train_text_encoder": switch("network.text_encoder"),
+        "diff_output_preservation": SKIP, "diff_output_preservation_class": _class if preserves else SKIP,
         "ema_config": _ema, "timestep_type": _timesteps,
         "disable_sampling": switch("sample.every", 0),
         "noise_scheduler": because("the model's own"),
@@ -218,6 +215,16 @@ def _ema(out: Import, word: str, value: Any) -> None:
     out.take(word, value, "train.ema", True) if used else out.leave(
         word, value, "the average of the last steps is always taken here"
     )
+
+
+def _class(out: Import, word: str, value: Any) -> None:
+    """The word that is kept as it was; the trigger tells the two apart."""
+    if is_off(value):
+        out.num_off += 1
+    elif "trigger" not in out.values.get("dataset", {}):
+        out.leave(word, value, "dataset.class needs a dataset.trigger")
+    else:
+        out.take(word, value, "dataset.class")
 
 
 def _timesteps(out: Import, word: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from emotrain.config.trainers.imported import (
     because,
     chosen,
     each,
+    factor,
     is_off,
     items,
     kind_of_adapter,
@@ -118,7 +119,7 @@ def _adapter(words: Values, out: Import) -> None:
             out.stack(word, one.get("path"), number(one.get("weight")))
 
     special = {
-        "type": kind_of_adapter("lora"), "dtype": because("the LoRA is trained in float32"),
+        "type": kind_of_adapter("lora"), "decompose_factor": factor, "dtype": because("the LoRA is trained in float32"),
         "init_from_existing": Import.continues, "fuse_adapters": fused,
     }  # fmt: skip
     out.read(words, {"rank": "network.rank", "alpha": "network.alpha"}, special, "adapter.")

@@ -392,12 +392,20 @@ def kind_of_adapter(*plain: str) -> Special:
             out.leave(word, value, "it is a LoRA")
         elif value == "lycoris.kohya":
             out.leave(word, value, "its network_args say which kind")
-        elif str(value).lower() == "lokr":
+        elif str(value).lower().endswith("lokr"):
             out.take(word, value, "network.type", "lokr")
         else:
             out.lack(word, value, "a plain LoRA is trained in its place")
 
     return tell
+
+
+def factor(out: Import, word: str, value: Any) -> None:
+    """The size of a LoKr's small factor; -1, which is the default of all of them, says none."""
+    if isinstance(value, int) and value > 0:
+        out.take(word, value, "network.factor")
+    else:
+        out.num_off += 1
 
 
 def section(words: Any, key: str) -> Values:

@@ -23,6 +23,7 @@ from emotrain.config.trainers.imported import (
     Values,
     chosen,
     each,
+    factor,
     is_off,
     items,
     kind_of_adapter,
@@ -87,6 +88,7 @@ def read(words: Values, out: Import) -> None:
         "v_parameterization": switch("model.prediction", "v"),
         "max_grad_norm": _max_grad_norm,
         "network_module": _KIND, "LoRA_type": _KIND, "conv_alpha": SKIP,
+        "factor": factor if str(flat.get("LoRA_type")).endswith("LoKr") else SKIP,
         "conv_dim": _conv if "LoCon" in str(flat.get("LoRA_type")) else SKIP, "network_args": _network_args,
         "network_train_unet_only": switch("network.text_encoder", False),
         "text_encoder_lr": switch("network.text_encoder"),
@@ -221,6 +223,8 @@ def _network_args(out: Import, word: str, value: Any) -> None:
             _conv(out, f"{word}: {key}", text)
         elif key == "conv_alpha":
             out.leave(f"{word}: {key}", text, "one strength for all layers: network.alpha / network.rank")
+        elif key == "factor":
+            factor(out, f"{word}: {key}", text)
         elif key == "algo":
             _KIND(out, f"{word}: {key}", text)
         elif key == "factor" and str(text).isdigit() and int(text):
