@@ -60,6 +60,9 @@ class Family:
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], conditioning: Any) -> Tensor:
         return self.denoiser(noisy, timesteps, text["prompt_embeds"]).sample
 
+    def num_image_tokens(self, height: int, width: int) -> int:
+        return height * width
+
 
 class Data:
     """One cached picture."""
@@ -104,7 +107,8 @@ class Ours:
 
     def __init__(self, family: Family, adapter: Adapter, data: Data, folder: Path) -> None:
         console = make_console(io.StringIO(), {})
-        self.observers = [Dashboard(console), ConsoleLines(10, stream=io.StringIO()), MetricsLog(folder)]
+        dashboard = Dashboard(console, capture_stderr=False)
+        self.observers = [dashboard, ConsoleLines(10, stream=io.StringIO()), MetricsLog(folder)]
         self.observers.append(TensorBoard(folder / "tensorboard"))
         losses = PictureLosses(folder / "picture_losses.jsonl", 0)
         self.state, self.limits = TrainState(), Limits(10**6, 1, 1.0, 1, 10**6, 10**6, 0)
