@@ -84,6 +84,7 @@ def preflight(
             if problems:
                 first = problems[0]
                 result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
+    _look_at_parts(preset, result, at)
     _look_at_parents(preset, result, at)
     _look_at_data(preset, result, progress)
     result.failures.extend(_missing_packages(preset, at))
@@ -225,9 +226,8 @@ def _nearest(side: int, step: int) -> str:
     return f"the nearest is {above}" if not below else f"the nearest are {below} and {above}"
 
 
-def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
-    """Parts of the model that lie elsewhere, and the earlier LoRAs: there, readable, and of the model's family."""
-    start = preset.start_from.continue_
+def _look_at_parts(preset: Preset, result: Preflight, at: Where) -> None:
+    """Parts of the model that lie elsewhere: there, readable, and the text encoder of the model's size."""
     for key in ("vae", "text_encoder", "tokenizer"):
         part = getattr(preset.model, key)
         if part is not None and Path(part).is_absolute() and not Path(part).exists():
@@ -240,6 +240,11 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
                 result.failures.append(error)
     if result.found is not None and not result.failures:
         _look_at_encoder(preset, result.found, result, at)
+
+
+def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
+    """The earlier LoRAs: there, readable, and of the model's family."""
+    start = preset.start_from.continue_
     wanted = [(f"start_from.stack.{index}.path", item.path) for index, item in enumerate(preset.start_from.stack)]
     wanted += [("start_from.continue", start)] if start is not None else []
     if not wanted:
