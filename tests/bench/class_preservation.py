@@ -8,8 +8,8 @@ Each preset on its own pictures, their captions without a trigger but for the on
 squared change of the prediction for the captions without it, at fixed noise. Each cell is kept in --work.
 
 The built-in models were taught to ignore words before a caption that they do not know: "inkmoji, rocket" is to tiny-sd
-nearly what "picture, rocket" is (their embeddings are 12 % apart, as "rocket" and "cactus" are 86 %). A trigger that
-the model hears is a word such as "face".
+nearly what "picture, rocket" is (their embeddings are 12 % apart, those of two subjects 86 %). A trigger that the
+model hears is a word such as "face".
 """
 
 from __future__ import annotations
