@@ -151,6 +151,7 @@ class StackItem(Section):
 
     path: Text = Field(description="a LoRA file")
     weight: float = Field(1.0, description="how strongly it is applied")
+    sample: Bool = Field(True, description="also in samples; false for a training adapter of a distilled model")
 
 
 class StartFrom(Section):

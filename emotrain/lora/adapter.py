@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from emotrain.errors import ModelError
@@ -22,6 +23,7 @@ from emotrain.lora.kron import Kron
 from emotrain.lora.lokr import HalfLokr, Lokr, attach, empty
 
 STACK = "stack"
+HIDDEN = "hidden"  # the stack that samples are drawn without
 FP16_LOSS_SCALE = 4096.0  # float16 ends at 6e-8: without it 7 to 19 % of a real model's LoRA gradients become zero
 
 
@@ -356,6 +358,7 @@ def stack_frozen(
     loras: Sequence[tuple[Mapping[str, Tensor], Mapping[str, float], float]],
     *,
     part: str,
+    name: str = STACK,
 ) -> tuple[str, ...]:
     """Apply earlier LoRAs to the base and freeze them: sum over k of weight_k (alpha_k / rank_k) B_k A_k, exactly.
 
@@ -366,15 +369,16 @@ def stack_frozen(
         denoiser: the model, or a text encoder.
         loras: (state, alphas, weight) each, names as `read_lora` gives them.
         part: unet, transformer, text_encoder or text_encoder_2; other parts' modules are left out.
+        name: of the stack; the one called HIDDEN is left out by `hidden_off`.
 
     Returns:
         Paths of the modules that got something.
 
     Raises:
         ModelError: a module that the model does not have, a shape that does not fit, or a weight that is not finite.
-        ValueError: called a second time on the same model.
+        ValueError: called a second time on the same model with that name.
     """
-    if STACK in getattr(denoiser, "peft_config", {}):
+    if name in getattr(denoiser, "peft_config", {}):
         raise ValueError("stack_frozen was already called on this model")
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
@@ -395,12 +399,37 @@ def stack_frozen(
             ups.setdefault(path, []).append(up * (weight * own_alphas[path] / ranks[path]))
     held = rules.layers(denoiser)
     for number, (path, kron) in enumerate(krons):
-        attach(held, {path: kron}, f"{STACK}_{number}", trained=False)
+        attach(held, {path: kron}, f"{name}_{number}", trained=False)
     touched = tuple(dict.fromkeys((*downs, *(path for path, _ in krons))))
     if not downs:
         return touched
     total = {path: sum(d.shape[0] for d in parts) for path, parts in downs.items()}
-    layers = install(denoiser, total, {path: float(r) for path, r in total.items()}, STACK, trained=False)
+    layers = install(denoiser, total, {path: float(r) for path, r in total.items()}, name, trained=False)
     for path, layer in layers.items():
-        set_weights(layer, STACK, torch.cat(downs[path]), torch.cat(ups[path], dim=1))
+        set_weights(layer, name, torch.cat(downs[path]), torch.cat(ups[path], dim=1))
     return touched
+
+
+@contextmanager
+def hidden_off(*models: nn.Module) -> Iterator[None]:
+    """Run models without the stack called HIDDEN; everything else on them stays as it is."""
+    layers = [module for model in models for module in model.modules()]
+    scaled = [layer.scaling for layer in layers if isinstance(layer, LoraLayer) and HIDDEN in layer.scaling]
+    before = [scaling[HIDDEN] for scaling in scaled]
+    lokrs = [
+        child
+        for layer in layers
+        for name, child in layer.named_children()
+        if isinstance(child, Lokr) and name.startswith(f"lokr_{HIDDEN}_")
+    ]
+    try:
+        for scaling in scaled:
+            scaling[HIDDEN] = 0.0
+        for lokr in lokrs:
+            lokr.active = False
+        yield
+    finally:
+        for scaling, value in zip(scaled, before, strict=True):
+            scaling[HIDDEN] = value
+        for lokr in lokrs:
+            lokr.active = True

@@ -23,7 +23,7 @@ from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
 from emotrain.families.transfer import send
-from emotrain.lora.adapter import Adapter
+from emotrain.lora.adapter import Adapter, hidden_off
 from emotrain.lora.file import LoraFile
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.protocol import OptimizerLike
@@ -177,15 +177,16 @@ def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sa
     prompts = [parse_prompt(fill_trigger(prompt, preset.dataset.trigger)) for prompt in sample.prompts]
     step = model.family.vae_scale * 2
     side = (sample.size or size) // step * step
-    return Sampler(
-        model.family,
-        prompts,
-        size=(side, side),
-        seed=sample.seed,
-        steps=sample.steps,
-        guidance=None if sample.guidance == "auto" else sample.guidance,
-        notify=notify,
-    )
+    with hidden_off(*(part.encoder for part in model.family.text_encoders)):
+        return Sampler(
+            model.family,
+            prompts,
+            size=(side, side),
+            seed=sample.seed,
+            steps=sample.steps,
+            guidance=None if sample.guidance == "auto" else sample.guidance,
+            notify=notify,
+        )
 
 
 def measures_gain(preset: Preset) -> bool:

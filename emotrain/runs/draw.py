@@ -18,6 +18,7 @@ from emotrain.config.prompts import SamplePrompt
 from emotrain.families.base import DrawRequest
 from emotrain.families.sampling import draw_sample
 from emotrain.files import fsync_file, fsync_folder
+from emotrain.lora.adapter import hidden_off
 from emotrain.observers.sheet import LORA, save_sheet
 from emotrain.train.events import Event, Notice, Phase, SamplesDrawn
 from emotrain.train.losses import text_of
@@ -150,7 +151,9 @@ class Sampler:
         info = PngInfo()
         for key, text in self.describe(number, step, strength).items():
             info.add_itxt(key, text)
-        draw_sample(self.family, self._told(request, number)).save(path, pnginfo=info)
+        with hidden_off(self.family.denoiser, *(part.encoder for part in self.family.text_encoders)):
+            picture = draw_sample(self.family, self._told(request, number))
+        picture.save(path, pnginfo=info)
 
     def describe(self, number: int, step: int, strength: float = 1.0) -> dict[str, str]:
         """What a picture's file says of itself: `parameters` as A1111 writes and reads it, and `emotrain` in JSON."""

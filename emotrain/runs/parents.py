@@ -9,7 +9,7 @@ from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ModelError
 from emotrain.families.common import LoadedFamily
 from emotrain.files import is_regular
-from emotrain.lora.adapter import stack_frozen
+from emotrain.lora.adapter import HIDDEN, STACK, stack_frozen
 from emotrain.lora.file import LoraFile, read_lora
 from emotrain.lora.origin import require_family
 from emotrain.lora.targets import part_of
@@ -21,10 +21,16 @@ def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
     files = [(read_lora(lora_of(item.path)), item.weight) for item in preset.start_from.stack]
     for file, _ in files:
         refuse_misfit(file, family)
-    stack = [(file.state, file.alphas, weight) for file, weight in files]
-    stack_frozen(family.denoiser, stack, part=part_of(family.name))
-    for part in family.text_encoders:
-        stack_frozen(part.encoder, stack, part=part.name)
+    for name, in_samples in ((STACK, True), (HIDDEN, False)):
+        stack = [
+            (file.state, file.alphas, weight)
+            for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
+            if item.sample == in_samples
+        ]
+        if stack:
+            stack_frozen(family.denoiser, stack, part=part_of(family.name), name=name)
+            for part in family.text_encoders:
+                stack_frozen(part.encoder, stack, part=part.name, name=name)
     return [
         {"kind": "stack", **name_of(item.path), "sha256": file.sha256, "weight": weight}
         for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
