@@ -276,7 +276,7 @@ def test_numbers_that_are_not_finite_never_reach_a_file(
 ) -> None:
     from emotrain.train import loop
 
-    plain = loop.sample_losses
+    plain = loop.losses_there
     calls = 0
 
     def poisoned(*args: Any) -> Any:
@@ -284,7 +284,7 @@ def test_numbers_that_are_not_finite_never_reach_a_file(
         calls += 1
         return plain(*args) * (float("nan") if calls > 2 else 1.0)
 
-    monkeypatch.setattr(loop, "sample_losses", poisoned)
+    monkeypatch.setattr(loop, "losses_there", poisoned)
     result, watch = resume(place, half)
     assert result.exit_code == ExitCode.DIVERGED
     assert watch.steps == [5]
