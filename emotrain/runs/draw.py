@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from emotrain.batch import TextEmbeds
 from emotrain.config.prompts import SamplePrompt
 from emotrain.families.base import DrawRequest
 from emotrain.families.sampling import draw_sample
-from emotrain.files import fsync_file, fsync_folder
+from emotrain.files import fsync_file, fsync_folder, replace_file
 from emotrain.lora.adapter import hidden_off
 from emotrain.observers.sheet import LORA, save_sheet
 from emotrain.train.events import Event, Notice, Phase, SamplesDrawn
@@ -153,7 +154,9 @@ class Sampler:
             info.add_itxt(key, text)
         with hidden_off(self.family.denoiser, *(part.encoder for part in self.family.text_encoders)):
             picture = draw_sample(self.family, self._told(request, number))
-        picture.save(path, pnginfo=info)
+        stream = io.BytesIO()
+        picture.save(stream, "PNG", pnginfo=info)
+        replace_file(path, stream.getvalue(), sync=False)  # and not through a link that lies there
 
     def describe(self, number: int, step: int, strength: float = 1.0) -> dict[str, str]:
         """What a picture's file says of itself: `parameters` as A1111 writes and reads it, and `emotrain` in JSON."""

@@ -284,18 +284,28 @@ def refuse_foreign_parts(folder: RunFolder) -> None:
     with os.scandir(folder.path) as listing:
         for part in listing:
             is_folder = part.name in OWN_FOLDERS
-            if part.is_symlink():
-                what = "is a link"
-            elif is_folder != part.is_dir(follow_symlinks=False) and (is_folder or part.name in OWN_FILES):
-                what = f"is no {'folder' if is_folder else 'file'}"
-            elif not part.is_dir(follow_symlinks=False) and not part.is_file(follow_symlinks=False):
-                what = "is no regular file"
-            else:
-                continue
-            raise CheckpointError(
-                f"{folder.path / part.name} {what}, which a run does not make: nothing in this folder is written",
-                "put the file or folder itself there, or start a new run",
-            )
+            _refuse_foreign(part, is_folder, part.name in OWN_FILES)
+            if is_folder:
+                for below, _, _ in os.walk(part.path):
+                    with os.scandir(below) as inside:
+                        for entry in inside:
+                            _refuse_foreign(entry, is_folder=False, is_file=False)
+
+
+def _refuse_foreign(part: os.DirEntry[str], is_folder: bool, is_file: bool) -> None:
+    """Refuse a link, what is no regular file or folder, and what is the other of the two than it should be."""
+    if part.is_symlink():
+        what = "is a link"
+    elif is_folder != part.is_dir(follow_symlinks=False) and (is_folder or is_file):
+        what = f"is no {'folder' if is_folder else 'file'}"
+    elif not part.is_dir(follow_symlinks=False) and not part.is_file(follow_symlinks=False):
+        what = "is no regular file"
+    else:
+        return
+    raise CheckpointError(
+        f"{part.path} {what}, which a run does not make: nothing in this folder is written",
+        "put the file or folder itself there, or start a new run",
+    )
 
 
 def refuse_finished(folder: RunFolder, max_steps: int) -> None:

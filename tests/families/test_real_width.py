@@ -128,7 +128,7 @@ def test_a_prediction_is_the_stock_pipelines(variant: str, size: tuple[int, int]
     for call in listen(family, latents, text, **sizes_of(family)).calls:
         with overheard(family.denoiser) as ours:
             asked(family, latents, text, timesteps_of(family, call.given))
-        difference = (plain(ours[0].output) - plain(call.output)).abs().max()
-        spread = plain(call.output).std()
-        assert spread > 1e-2
-        assert difference <= 1e-5 * max(1.0, float(spread))
+        output, expected = plain(ours[0].output), plain(call.output)
+        assert expected.std() > 1e-2
+        largest = max(1.0, float(expected.abs().max()))  # Z-Image's 1 - sigma is not exact in float32
+        assert float((output - expected).abs().max()) <= 1e-5 * largest

@@ -17,7 +17,7 @@ from emotrain.config.source import parse
 from emotrain.errors import CheckpointError, ConfigError, ExitCode, ResourceError
 from emotrain.files import encode_json
 from emotrain.runs import folder, lock
-from emotrain.runs.folder import RunFolder, create_run, list_runs, open_run, safe_name
+from emotrain.runs.folder import RunFolder, create_run, list_runs, open_run, refuse_foreign_parts, safe_name
 
 PRESET = {"name": "mika", "model": {"base": "builtin:tiny-sd"}, "note": "caf\u00e9: yes"}
 
@@ -283,3 +283,23 @@ def test_of_many_that_start_at_once_one_gets_the_run(again: int, run: RunFolder)
     os.close(hear)
     os.close(say)
     assert sorted(codes) == [0] + 11 * [6]
+
+
+@pytest.mark.parametrize("place", ["samples", "tensorboard", "checkpoints/step-00000002"])
+@pytest.mark.parametrize("kind", ["link", "link to a folder", "pipe"])
+def test_a_run_folder_with_something_foreign_far_inside_is_not_resumed(run: RunFolder, place: str, kind: str) -> None:
+    """A sample or an old checkpoint would be written, or deleted, through it."""
+    below = run.path / place
+    below.mkdir(parents=True)
+    (below / "own.png").write_bytes(b"own")
+    refuse_foreign_parts(run)
+    foreign = below / "step-00000004-1.png"
+    if kind == "pipe":
+        os.mkfifo(foreign)
+    else:
+        theirs = run.path.parent / "theirs"
+        theirs.mkdir() if "folder" in kind else theirs.write_bytes(b"theirs")
+        foreign.symlink_to(theirs)
+    with pytest.raises(CheckpointError, match="which a run does not make") as refused:
+        refuse_foreign_parts(run)
+    assert str(foreign) in refused.value.message
