@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from emotrain.config.schema import Preset
 from emotrain.dataset.balance import balanced
 from emotrain.dataset.examples import Example
 from emotrain.dataset.scan import Scan, require_pictures, resolve_folder, scan
-from emotrain.dataset.split import split_held_out, take_shard
+from emotrain.dataset.split import example_digests, split_held_out, take_shard
 from emotrain.errors import DatasetError
 
 HELD_OUT = ((24, 4), (12, 3))  # from so many pictures on, so many are kept for the validation
@@ -68,9 +69,48 @@ class Pictures:
         return (*self.train, *self.held_out)
 
 
-def read_pictures(preset: Preset) -> Pictures:
-    """Scan the folders, take this machine's shard, set the held-out pictures aside, balance the others."""
-    return pictures_of(preset, scan_preset(preset))
+def read_pictures(preset: Preset, known: Mapping[str, str] | None = None) -> Pictures:
+    """Scan the folders, take this machine's shard, set the held-out pictures aside, balance the others.
+
+    `known` are the digests by id of the run that goes on: folders that were only renamed keep the ids they had.
+    """
+    scans = scan_preset(preset)
+    return pictures_of(preset, scans if known is None else as_known(scans, known))
+
+
+def as_known(scans: Scans, known: Mapping[str, str]) -> Scans:
+    """Scans in which a folder of another name has its old ids, where all that it held is in it as it was.
+
+    Ids begin with the folder's name, and order, validation and logs go by them.
+    """
+    both = [scan for scan in (scans.train, scans.held_out) if scan is not None]
+    now = _by_folder(example_digests(example for scan in both for example in scan.examples))
+    before = _by_folder(known)
+    names = {}
+    for name in now.keys() - before.keys():
+        same = [old for old in before.keys() - now.keys() if before[old].items() <= now[name].items()]
+        if len(same) == 1:
+            names[name] = same[0]
+    if len(set(names.values())) < len(names):  # two folders hold what one held: which of them it was is not known
+        return scans
+
+    def named(scan: Scan) -> Scan:
+        examples = []
+        for example in scan.examples:
+            name, _, rest = example.id.partition("/")
+            examples.append(replace(example, id=f"{names.get(name, name)}/{rest}"))
+        return replace(scan, examples=tuple(examples))
+
+    return Scans(named(scans.train), None if scans.held_out is None else named(scans.held_out))
+
+
+def _by_folder(digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Digests by the first part of their ids, and by the rest."""
+    folders: dict[str, dict[str, str]] = {}
+    for name, digest in digests.items():
+        folder, _, rest = name.partition("/")
+        folders.setdefault(folder, {})[rest] = digest
+    return folders
 
 
 def pictures_of(preset: Preset, scans: Scans) -> Pictures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,8 +113,8 @@ class Beginning:
     checkpoint: Checkpoint | None = None
 
 
-def load(preset: Preset, notify: Callable[[Event], None]) -> Loaded:
-    """Model, pictures, sampler, optimizer and stop rule of a preset.
+def load(preset: Preset, notify: Callable[[Event], None], known: Mapping[str, str] | None = None) -> Loaded:
+    """Model, pictures, sampler, optimizer and stop rule of a preset; `known` as in `read_pictures`.
 
     Raises:
         EmotrainError: with the exit code that belongs to it.
@@ -123,7 +123,7 @@ def load(preset: Preset, notify: Callable[[Event], None]) -> Loaded:
     rng.seed_all(preset.train.seed)
     found = build.sniffed(preset)
     settings = build.loader_settings(preset, found)
-    pictures = read_pictures(preset)
+    pictures = read_pictures(preset, known)
     path = preset.start_from.continue_
     earlier = read_lora(parents.lora_of(path)) if path else None
     if earlier is not None:

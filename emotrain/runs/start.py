@@ -68,10 +68,10 @@ def resume(
         with folder.lock():
             store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
             checkpoint, notices = store.load(step)
-            loaded = load(preset, notify)
+            before = changes.Identity.from_document(checkpoint.documents["identity"])
+            loaded = load(preset, notify, before.examples)
             if (line := changes.library_changes(folder.info().get("libraries") or {}, library_versions())) is not None:
                 notices = [*notices, line]
-            before = changes.Identity.from_document(checkpoint.documents["identity"])
             for line in (*notices, *changes.refuse(before, loaded.identity, allow=allow_config_change)):
                 notify(Notice(line))
             begin = go_back(loaded, checkpoint, before)

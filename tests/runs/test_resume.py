@@ -305,6 +305,22 @@ def test_data_that_only_moved_resumes_and_data_that_changed_does_not(
     assert result.exit_code == 0
 
 
+def test_data_whose_folder_was_renamed_resumes_to_the_same(
+    place: Path, half: RunFolder, straight: RunFolder, tmp_path: Path
+) -> None:
+    """Ids begin with the folder's name; those of the run stay, so that order, validation and logs do."""
+    pictures = load_preset(half.preset_path).dataset.folders[0].path
+    moved = Path(shutil.copytree(pictures, tmp_path / "renamed"))
+    twin = RunFolder(Path(shutil.copytree(half.path, tmp_path / "twin" / half.name)))
+    result, _ = resume(place, half, f"dataset.folders.0.path={moved}")
+    assert result.exit_code == 0
+    assert_same(half, straight)
+    (moved / sorted(path.name for path in moved.glob("*.png"))[0]).unlink()
+    with pytest.raises(CheckpointError) as refused:
+        resume(place, twin, f"dataset.folders.0.path={moved}")
+    assert any("are gone" in problem.message for problem in refused.value.problems)
+
+
 def test_a_rate_that_is_changed_on_purpose_is_the_one_that_trains(half: RunFolder, tmp_path: Path) -> None:
     """A checkpoint brings its parameter groups, and with them the old rate."""
 
