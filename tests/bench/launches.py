@@ -185,7 +185,7 @@ def phases(meter: Meter, optimizer: Averaged) -> None:
 
         setattr(owner, name, call)
 
-    before(loop, "sample_losses", "forward", "backward")
+    before(loop, "losses_there", "forward", "backward")
     before(loop, "clip", "clip")
     before(optimizer, "observe", "optimizer")
     before(optimizer.inner, "step", "optimizer", "average")

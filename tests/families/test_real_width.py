@@ -28,7 +28,7 @@ def asked(family: LoadedFamily, latents: Tensor, text: dict[str, Tensor], timest
     sizes = Conditioning(torch.tensor([ORIGINAL]), torch.tensor([CROP]), target)
     batch = Batch(latents, text, sizes, torch.ones(1), None, ("a",), 0, ("a cat",))
     with torch.no_grad():
-        return predict(family, batch, latents, timesteps)[0]
+        return predict(family, batch, latents, timesteps)
 
 
 def timesteps_of(family: LoadedFamily, given: dict[str, Any]) -> Tensor:
