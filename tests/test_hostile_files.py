@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from emotrain.cli.app import main
+from emotrain.config.load import load_preset
 from emotrain.config.source import resolve_scalar
 from emotrain.dataset.captions import fill_trigger
 from emotrain.dataset.images import decode_picture, read_header
 from emotrain.dataset.lint_tokens import tokenizer_in
 from emotrain.dataset.textfile import FileProblem
-from emotrain.errors import CheckpointError
+from emotrain.errors import CheckpointError, ConfigError
 from emotrain.files import read_regular, strict_json
 from emotrain.runs.folder import RunFolder, create_run
 from emotrain.runs.lock import is_held
@@ -490,3 +496,48 @@ def test_a_closed_stream_is_no_fault(streams: str) -> None:
         f"{sys.executable} -m emotrain presets list {streams}", shell=True, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ------------------------------------------------------------ properties
+
+
+def saved(format: str) -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise((40, 48), 60).convert("P" if format == "GIF" else "RGB").save(stream, format)
+    return stream.getvalue()
+
+
+PICTURES = {format: saved(format) for format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")}
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(hostile.TEXTS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.sampled_from(sorted(PICTURES)),
+    st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), max_size=6),
+    st.floats(0, 1.2),
+)
+def test_damage_to_a_picture_is_a_problem_of_its_file_or_none(
+    format: str, harms: list[tuple[float, bytes]], kept: float
+) -> None:
+    data = bytearray(PICTURES[format])
+    for place, harm in harms:
+        at = int(place * (len(data) - 1))
+        data[at : at + len(harm)] = harm
+    data = data[: int(kept * len(data))]
+    for read in (read_header, decode_picture):
+        with contextlib.suppress(FileProblem):
+            read(bytes(data), path="a")
+
+
+@given(st.sampled_from(["model", "dataset", "train", "network", "stop", "validate", "sample", "save", "log"]), VALUES)
+def test_any_value_of_a_section_is_a_preset_or_its_problem(section: str, value: Any) -> None:
+    words = {"model": "builtin:tiny-sd", "dataset": {"folders": [{"path": "builtin:example"}]}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "p.yaml"
+        path.write_bytes(yaml.safe_dump({**words, section: value}).encode("utf-8", "surrogatepass"))
+        with contextlib.suppress(ConfigError):
+            load_preset(path)
