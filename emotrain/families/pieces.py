@@ -16,7 +16,7 @@ from emotrain.families.headers import read_json
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae
 from emotrain.families.single import load_single_file, load_vae_file
-from emotrain.families.sniff import Sniffed, latent_channels
+from emotrain.families.sniff import Sniffed, refuse_other_vae
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.spec import TextEncoder
 
@@ -152,12 +152,7 @@ def load_vae(vae: str, found: Sniffed) -> Any:
         loaded = load_one(kind, str(path), "vae", None, torch_dtype=torch.float32)
     else:
         loaded = guard(vae, "", lambda: kind.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True))
-    channels = latent_channels(found.family, loaded.config)
-    if channels != found.latent_channels:
-        raise ModelError(
-            f"model.vae `{vae}` has {channels} latent channels, but the model needs {found.latent_channels}",
-            f"use a VAE made for {found.family}, or leave model.vae out",
-        )
+    refuse_other_vae(vae, loaded.config, found)
     return loaded
 
 

@@ -210,6 +210,20 @@ def latent_channels(family: str, vae: dict[str, Any]) -> int:
     return spec.latent_channels if own is None else int(own) * spec.vae_patch**2
 
 
+def refuse_other_vae(vae: str, config: dict[str, Any], found: Sniffed) -> None:
+    """Refuse a VAE whose latents the denoiser does not take.
+
+    Raises:
+        ModelError: of another number of channels.
+    """
+    channels = latent_channels(found.family, config)
+    if channels != found.latent_channels:
+        raise ModelError(
+            f"model.vae `{vae}` has {channels} latent channels, but the model needs {found.latent_channels}",
+            f"use a VAE made for {found.family}, or leave model.vae out",
+        )
+
+
 def _check_inputs(where: Path | str, family: str, denoiser: dict[str, Any], channels: int) -> None:
     """Refuse denoisers that take more than latents (inpainting, edit, fill and control models)."""
     wanted = channels * FAMILIES[family].packed_channels

@@ -20,6 +20,7 @@ from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.memory import BACKENDS
+from emotrain.families.sniff import refuse_other_vae
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Pictures, Scans, pictures_of, scan_preset
@@ -238,6 +239,14 @@ def _look_at_parts(preset: Preset, result: Preflight, at: Where) -> None:
                 read_header(Path(part))
             except ModelError as error:
                 result.failures.append(error)
+    if result.found is not None and not result.failures and preset.model.vae is not None:
+        folder = Path(preset.model.vae)
+        config = next((f for f in (folder / "vae" / "config.json", folder / "config.json") if f.is_file()), None)
+        try:
+            if config is not None:
+                refuse_other_vae(preset.model.vae, read_json(config), result.found)
+        except ModelError as error:
+            result.failures.append(error)
     if result.found is not None and not result.failures:
         _look_at_encoder(preset, result.found, result, at)
 

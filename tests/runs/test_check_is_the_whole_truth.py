@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from emotrain.cli.app import main
+from emotrain.families.table import ASSETS
 
 BASE = """
 model: {model}
@@ -36,6 +38,7 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
     "a text file as LoRA": ({"more": "start_from: {continue: ./words.safetensors}"}, 4),
     "a LoRA of another family": ({"more": "start_from: {stack: [./flux-lora.safetensors]}"}, 4),
     "a text file as VAE": ({"model": "{base: builtin:tiny-sd, vae: ./words.safetensors}"}, 4),
+    "a VAE of other channels": ({"model": "{base: builtin:tiny-sd, vae: ./other}"}, 4),
     "a VAE that is not there": ({"model": "{base: builtin:tiny-sd, vae: ./none}"}, 4),
     "a text encoder that is not read": ({"model": "{base: builtin:tiny-sd, text_encoder: ./one}"}, 2),
     "a tokenizer that is not read": ({"model": "{base: builtin:tiny-sd, tokenizer: ./one}"}, 2),
@@ -59,6 +62,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     for name in ("empty", "one", "zero/0_x", "cut", "black"):
         (tmp_path / name).mkdir(parents=True)
+    shutil.copytree(ASSETS / "tiny-sd" / "vae", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "latent_channels": 3}), encoding="utf-8")
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
     picture.save(tmp_path / "one" / "a.png")
     picture.save(tmp_path / "zero" / "0_x" / "a.png")
