@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from emotrain.batch import TextEmbeds
 from emotrain.config.prompts import SamplePrompt
 from emotrain.families.base import DrawRequest
+from emotrain.families.registry import FAMILIES
 from emotrain.families.sampling import draw_sample
 from emotrain.files import fsync_file, fsync_folder, replace_file
 from emotrain.lora.adapter import hidden_off
@@ -164,7 +165,8 @@ class Sampler:
         size = f"{request.width}x{request.height}"
         guidance = "" if request.guidance is None else f", CFG scale: {request.guidance:g}"
         lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
-        skip = f", Clip skip: {self.family.clip_skip}" if self.family.clip_skip > 1 else ""
+        layer = self.family.clip_skip
+        skip = f", Clip skip: {layer}" if layer != FAMILIES[self.family.name].clip_skip else ""
         of = f"LoRA step: {step}" + (f", LoRA strength: {strength:g}" if strength != 1.0 else "")
         lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}{skip}, {of}")
         own = {
