@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from emotrain.batch import Conditioning, TextEmbeds
+from emotrain.errors import ModelError
 from emotrain.families.base import DrawRequest, TextEncoderPart
 from emotrain.families.memory import TILE, MemoryPlan
 from emotrain.families.offload import offload_blocks
@@ -311,7 +312,11 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:
-    """Token ids int64 [B, S], padded and cut to the encoder's `max_tokens`."""
+    """Token ids int64 [B, S], padded and cut to the encoder's `max_tokens`.
+
+    Raises:
+        ModelError: the tokenizer knows more than the encoder.
+    """
     batch = part.tokenizer(
         texts,
         padding="max_length",
@@ -320,5 +325,12 @@ def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:
         return_tensors="pt",
     )
     ids: Tensor = batch.input_ids
+    encoder: Any = part.encoder
+    known = encoder.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= known:
+        raise ModelError(
+            f"the tokenizer of {part.name} makes token {int(ids.max())}, but the encoder knows {known} tokens",
+            "they are not of one model: download both again",
+        )
     device = next(part.encoder.parameters()).device
     return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)

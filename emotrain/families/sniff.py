@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -132,11 +133,12 @@ SIZES = (
     "patch_size",
 )  # fmt: skip
 LISTS = ("block_out_channels", "dim_mult")
+FACTORS = ("scaling_factor", "shift_factor")  # of a VAE's latents; null stands for none
 MAX_SIZE = 2**20
 
 
 def _refuse_odd_sizes(where: Path | str, part: str, config: dict[str, Any]) -> None:
-    """Refuse a config whose sizes are no whole numbers of a sane size.
+    """Refuse a config whose sizes are no whole numbers of a sane size, or whose factors are no numbers.
 
     Raises:
         ModelError: with the field.
@@ -150,11 +152,18 @@ def _refuse_odd_sizes(where: Path | str, part: str, config: dict[str, Any]) -> N
         several = value if isinstance(value, list) else [value]
         right = all(map(is_size, several)) and bool(several) and len(several) <= 64
         if name in config and not right and (value is not None or name in LISTS):
-            shown = repr(value)[:60]
-            raise ModelError(
-                f"`{where}/{part}/config.json` says {name} is {shown}, which no model has",
-                "the download may be damaged; download it again",
-            )
+            raise _odd(where, part, name, value)
+    for name in FACTORS:
+        value = config.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise _odd(where, part, name, value)
+
+
+def _odd(where: Path | str, part: str, name: str, value: object) -> ModelError:
+    return ModelError(
+        f"`{where}/{part}/config.json` says {name} is {repr(value)[:60]}, which no model has",
+        "the download may be damaged; download it again",
+    )
 
 
 def _from_configs(

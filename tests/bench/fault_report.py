@@ -290,7 +290,7 @@ def c1() -> Answer:
     pics()
     wrong = []
     for words, hint in {
-        "caption_ext: .txt": "captions.extension", "output_dir: x": "runs-dir", "clip_skip: 2": "clip_skip",
+        "caption_ext: .txt": "captions.extension", "output_dir: x": "runs-dir",
         "is_reg: true": "prior", "xformers: true": "xformers", "seed: -1": "seed", "negative_prompt: bad": "--n",
     }.items():  # fmt: skip
         done = emotrain("check", preset(more=words))

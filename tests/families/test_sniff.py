@@ -309,3 +309,23 @@ def test_a_prediction_that_is_insisted_on_reaches_training_and_samples(sd_folder
     assert family.prediction == "v_prediction"
     assert family.scheduler_config["prediction_type"] == "v_prediction"
     assert family.fresh_scheduler().config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
+@pytest.mark.parametrize("value", [{}, "0.18", [0.18], True, float("nan")])
+def test_a_vae_whose_factor_is_no_number_is_refused(sd_folder: Path, tmp_path: Path, name: str, value: object) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sd_folder, folder)
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ModelError, match=f"{name} is" if value == value else "NaN|nan"):
+        sniff(str(folder))
+
+
+def test_a_tokenizer_that_knows_more_than_its_encoder_is_refused(sd_folder: Path) -> None:
+    family = load_family(str(sd_folder), device="cpu")
+    part = family.text_encoders[0]
+    known = part.encoder.get_input_embeddings().num_embeddings
+    part.encoder.get_input_embeddings().num_embeddings = known // 8
+    with pytest.raises(ModelError, match=rf"makes token \d+, but the encoder knows {known // 8} tokens"):
+        family.encode_texts(["red apple and a green pear"])
