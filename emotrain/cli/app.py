@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,11 +151,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.prepare()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when it is imported, and at every product
     words = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in words
-    try:
+
+    def work() -> int:
         code = _run(words)
         sys.stdout.flush()
         return code
+
+    return guarded(work, as_json="--json" in words)
+
+
+def guarded(work: Callable[[], int], *, as_json: bool) -> int:
+    """Do something that returns an exit code; whatever it raises is told, and has one too."""
+    try:
+        return work()
     except EmotrainError as failure:
         return _report(failure, as_json)
     except _UsageError as failure:

@@ -60,6 +60,13 @@ def warning(text: str) -> None:
     _write(sys.stderr, f"{_paint('warning:', '33')} {clean(text)}")
 
 
+def bell() -> None:
+    """Ring the terminal's bell, where there is one: long work has ended."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\a")
+        sys.stderr.flush()
+
+
 def error(problems: Sequence[Problem]) -> None:
     """Problems in the shape `error: ...`, an empty line, `hint: ...`, on stderr."""
     for index, problem in enumerate(problems):

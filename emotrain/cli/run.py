@@ -1,34 +1,138 @@
-"""`emotrain run`: train a LoRA."""
+"""`emotrain run`: train a LoRA, or several, one after another."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import gc
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emotrain.cli import output
+from emotrain.cli.complete import preset_names
 from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunName, RunsDir
+from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem
+
+if TYPE_CHECKING:
+    from emotrain.config.load import LoadedPreset
+
+ENDED_BY_HAND = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 
 
 def run(
-    preset: Annotated[str, typer.Argument(help="A preset file, or the name of a shipped one")],
+    presets: Annotated[
+        list[str],
+        typer.Argument(metavar="PRESET...", help="Preset files, or names of shipped ones", autocompletion=preset_names),
+    ],
     overrides: Overrides = None,
     name: RunName = None,
     runs_dir: RunsDir = RUNS,
     plain: Plain = False,
     as_json: EventsAsJson = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Of several runs, stop at the first that fails")
+    ] = False,
 ) -> None:
     """Train a LoRA.
 
     Reads the preset, checks data and model, trains until the stop rule says that the run is done, and prints the
     path of the LoRA. Ctrl-C saves; the command to go on with is printed.
 
+    Several presets are run one after another. One that fails does not stop the next, Ctrl-C does; the exit code is that
+    of the first failure.
+
     Examples:
       emotrain run quickstart
       emotrain run my.yaml --set network.rank=32 --name second-try
+      emotrain run mika.yaml girls.yaml style.yaml
     """
-    from emotrain.cli.training import show
+    if len(presets) > 1:
+        codes = _queue(_load_all(presets, overrides or (), name), runs_dir, plain, as_json, fail_fast)
+        if failed := [code for code in codes if code]:
+            raise typer.Exit(failed[0])
+        return
     from emotrain.config.load import load
 
-    loaded = load(preset, overrides or (), name)
+    _one(load(presets[0], overrides or (), name), runs_dir, plain, as_json)
+
+
+def _one(loaded: LoadedPreset, runs_dir: Path, plain: bool, as_json: bool) -> None:
+    from emotrain.cli.training import show
+
     with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json) as training:
         training.run(runs_dir, loaded.where, loaded.extends)
+
+
+def _load_all(presets: Sequence[str], overrides: Sequence[str], name: str | None) -> list[LoadedPreset]:
+    """All presets of a queue; what is wrong with any of them is told before the first run starts.
+
+    Raises:
+        ConfigError: with every problem; two runs of one name; or `--name` for several runs.
+    """
+    from emotrain.config.load import load
+
+    if name is not None:
+        raise ConfigError(f"--name is one name, and there are {len(presets)} presets", "each preset has a `name:`")
+    loaded: list[LoadedPreset] = []
+    problems: list[Problem] = []
+    for preset in presets:
+        try:
+            loaded.append(load(preset, overrides))
+        except ConfigError as error:
+            problems += error.problems
+    names = Counter(one.preset.name for one in loaded)
+    problems += [
+        Problem(f"{count} of the runs would be named `{double}`", "give each preset a `name:` of its own")
+        for double, count in names.items()
+        if count > 1
+    ]
+    if problems:
+        raise ConfigError(problems[0].message, problems[0].hint, problems=tuple(problems))
+    return loaded
+
+
+def _queue(loaded: Sequence[LoadedPreset], runs_dir: Path, plain: bool, as_json: bool, fail_fast: bool) -> list[int]:
+    """Run one after another; the exit codes of those that were begun."""
+    from emotrain.cli.app import guarded
+
+    def work(one: LoadedPreset) -> int:
+        try:
+            _one(one, runs_dir, plain, as_json)
+        except typer.Exit as ending:
+            return ending.exit_code
+        return ExitCode.OK
+
+    _warn(loaded, runs_dir)
+    codes: list[int] = []
+    for number, one in enumerate(loaded, 1):
+        output.note(f"run {number} of {len(loaded)}: {one.preset.name}")
+        codes.append(guarded(lambda one=one: work(one), as_json=as_json))  # type: ignore[misc]
+        _free()
+        if codes[-1] in ENDED_BY_HAND or (fail_fast and codes[-1]):
+            break
+    rest = [one.preset.name for one in loaded[len(codes) :]]
+    output.note(
+        f"{codes.count(0)} of {len(loaded)} runs ended well" + (f"; not begun: {', '.join(rest)}" if rest else "")
+    )
+    return codes
+
+
+def _warn(loaded: Sequence[LoadedPreset], runs_dir: Path) -> None:
+    """Say at once what would be refused hours later; a run may wait for what one before it makes."""
+    from emotrain.runs.preflight import preflight
+
+    for one in loaded[1:]:
+        try:
+            preflight(one.preset, one.where, None, runs_dir).raise_first()
+        except EmotrainError as error:
+            output.warning(f"{one.preset.name} would be refused as things are: {error.message}")
+
+
+def _free() -> None:
+    """Give back what a run held, before the next one looks at how much is free."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from emotrain.cli import output
 from emotrain.config.schema import Preset
+from emotrain.errors import EmotrainError
 from emotrain.observers.choose import display_observers
-from emotrain.train.events import Notice, Phase
+from emotrain.train.events import Notice, Phase, RunEnd
 
 if TYPE_CHECKING:
     from emotrain.runs.folder import RunFolder
     from emotrain.runs.preflight import Where
     from emotrain.runs.start import Result
+
+
+NOTIFY_S = 30  # seconds that log.notify may take
 
 
 class Training:
@@ -47,35 +56,81 @@ class Training:
         """Start a new run; what can be found out without torch is found out first."""
         from emotrain.runs.preflight import preflight
 
-        facts = preflight(self.preset, where, self._looking, runs_dir)
-        facts.raise_first()
-        for line in facts.warnings:
-            self.tell(line)
-        self.wait("loading the libraries")
-        from emotrain.runs import start
+        with self._notifying(runs_dir / self.preset.name):
+            facts = preflight(self.preset, where, self._looking, runs_dir)
+            facts.raise_first()
+            for line in facts.warnings:
+                self.tell(line)
+            self.wait("loading the libraries")
+            from emotrain.runs import start
 
-        self._hand_over(start.run(self.preset, runs_dir=runs_dir, observers=self.observers, extends=extends))
+            result = start.run(self.preset, runs_dir=runs_dir, observers=self.observers, extends=extends)
+        self._hand_over(result)
 
     def resume(self, folder: RunFolder, step: int | None, *, allow_config_change: bool) -> None:
         """Go on with a run."""
         self.wait("loading the libraries")
         from emotrain.runs import start
 
-        self._hand_over(
-            start.resume(
+        with self._notifying(folder.path):
+            result = start.resume(
                 folder,
                 self.preset,
                 step=step,
                 allow_config_change=allow_config_change,
                 observers=self.observers,
             )
-        )
+        self._hand_over(result)
+
+    @contextmanager
+    def _notifying(self, run_dir: Path) -> Iterator[None]:
+        """Tell `log.notify` of a run that fails; of one that ends `_hand_over` does."""
+        try:
+            yield
+        except EmotrainError as failure:
+            self._notify(run_dir, failure.exit_code, {"stop_reason": "failed", "sentence": failure.message})
+            raise
+
+    def _notify(self, run_dir: Path, exit_code: int, row: Mapping[str, Any]) -> None:
+        command = self.preset.log.notify
+        if command is None:
+            return
+        told = {"event": RunEnd.kind, "run": self.preset.name, "run_dir": str(run_dir), "exit_code": exit_code, **row}
+        if (why := tell_command(command, json.dumps(told, ensure_ascii=True))) is not None:
+            self.tell(f"log.notify: `{command}` {why}")
 
     def _hand_over(self, result: Result) -> None:
+        output.bell()
+        self._notify(result.folder.path, int(result.exit_code), result.end.row())
         if result.end.lora is not None and not self.as_json:
             output.result(str(result.end.lora))
         if result.exit_code:
             raise typer.Exit(int(result.exit_code))
+
+
+def tell_command(command: str, text: str) -> str | None:
+    """Run a command of the user's shell with `text` on its stdin; why it failed, None where it did not.
+
+    What it prints is not shown unless it fails: stdout is for results.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.communicate(text + "\n", timeout=NOTIFY_S)
+        except subprocess.TimeoutExpired:
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)  # what the shell started, too
+            process.kill()
+            process.wait()
+            return f"took longer than {NOTIFY_S} s, and was ended"
+        if not process.returncode:
+            return None
+        said.seek(0)
+        lines = said.read(4096).decode("utf-8", "replace").strip().splitlines()
+        return f"failed with exit code {process.returncode}" + (f": {lines[-1][:200]}" if lines else "")
 
 
 @contextmanager

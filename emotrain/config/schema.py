@@ -311,6 +311,9 @@ class LogSection(Section):
 
     tensorboard: Bool = Field(True, description="write event files for TensorBoard")
     every: PositiveInt = Field(10, description="steps between two plain lines")
+    notify: Text | None = Field(
+        None, description="a command of your shell, run when the run has ended, with the result as JSON on its stdin"
+    )
 
 
 class Preset(Section):
@@ -331,3 +334,7 @@ class Preset(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings under the preset's own keys."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def to_share(self) -> dict[str, Any]:
+        """As `to_dict`, for files that people give away: without the command of `log.notify` and what it may hold."""
+        return self.model_copy(update={"log": self.log.model_copy(update={"notify": None})}).to_dict()

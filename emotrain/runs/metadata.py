@@ -75,7 +75,7 @@ def lora_metadata(loaded: Loaded, state: TrainState, step: int, outcome: Outcome
             dtype=DTYPES[str(loaded.model.family.dtype)],
             min_snr_gamma=loss.min_snr_gamma,
             noise_offset=loss.noise_offset or None,
-            preset=preset.to_dict(),
+            preset=preset.to_share(),
             dataset_sha256=loaded.dataset_digest,
             parents=[{key: one[key] for key in ("kind", "sha256", "weight")} for one in loaded.model.parents],
             stop_reason=str(outcome.reason),

@@ -373,6 +373,8 @@ def _describe(preset: Preset, result: Preflight) -> None:
     stop = {"trusted": "automatic stop", "signal": "stop at the optimizer's signal", "off": "no automatic stop"}
     name = OPTIMIZER_TITLES.get(train.optimizer.name, train.optimizer.name)
     result.facts.append(("optimizer", f"{name}, {lr}, {stop[preset.stop.mode]}"))
+    if preset.log.notify is not None:
+        result.facts.append(("at the end", f"runs `{preset.log.notify}`"))
     if preset.dataset.trigger is None and any("[trigger]" in p for p in preset.sample.prompts):
         result.warnings.append("sample.prompts use [trigger], but dataset.trigger is not set")
     if is_builtin(preset.model.base):

@@ -220,7 +220,7 @@ def _preset(folder: RunFolder, missing: list[str]) -> Preset | None:
 def _settings(info: Mapping[str, Any], preset: Preset | None, missing: list[str]) -> Settings:
     if preset is None:
         return Settings()
-    own = dict(flat(preset.to_dict()))
+    own = dict(flat(preset.to_share()))
     least = {"model": {"base": preset.model.base}, "dataset": {"folders": preset.dataset.folders}}
     name, base = "the defaults", Preset.model_validate(least)
     extends = info.get("extends")
