@@ -19,9 +19,14 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type == "cpu":
         return list(tensors)
     size, unpack = layout(tensors)
+    return unpack(pack(tensors, size, unpack, device).to(device, non_blocking=True))
+
+
+def pack(tensors: Sequence[Tensor], size: int, unpack: Unpack, device: torch.device) -> Tensor:
+    """The CPU's tensors as bytes, uint8 [size], in memory from which a copy to the device lets the host go on."""
     packed = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     fill(packed, unpack, tensors)
-    return unpack(packed.to(device, non_blocking=True))
+    return packed
 
 
 def layout(tensors: Sequence[Tensor]) -> tuple[int, Unpack]:

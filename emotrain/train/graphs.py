@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.families.transfer import Unpack, fill, layout
-from emotrain.families.transfer import send as send_to
+from emotrain.families.transfer import Unpack, layout, pack, send
 
 WARM_UP = 1  # passes of a shape before it is recorded: libraries choose and load their kernels in it
 NEAR = 0.02  # relative difference of losses and gradients of one pass done twice: kernels add in no fixed order
@@ -64,22 +63,21 @@ class Graphs:
             recorded = self._record(key, tensors, work)
         if recorded is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            return work(send_to(tensors, self.device))
+            return work(send(tensors, self.device))
         if key not in self._checked:
             self._checked.add(key)
             return self._checked_result(recorded, tensors, work)
         return self._play(recorded, tensors)
 
     def _play(self, recorded: _Recorded, tensors: Sequence[Tensor]) -> Tensor:
-        packed = torch.empty(recorded.inputs.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        fill(packed, recorded.unpack, tensors)
+        packed = pack(tensors, recorded.inputs.numel(), recorded.unpack, self.device)
         recorded.inputs.copy_(packed, non_blocking=True)
         recorded.replay()
         return recorded.result.clone()
 
     def _checked_result(self, recorded: _Recorded, tensors: Sequence[Tensor], work: Work) -> Tensor:
         """The result of a pass as it is, whose numbers the recorded one must have too: else no more are recorded."""
-        result = work(send_to(tensors, self.device))
+        result = work(send(tensors, self.device))
         made = [gradient.clone() for gradient in self.gradients()]
         torch._foreach_zero_(list(self.gradients()))
         played = self._play(recorded, tensors)
@@ -104,10 +102,8 @@ class Graphs:
         inputs = torch.zeros(size, dtype=torch.uint8, device=self.device)
         try:
             replay, result = self.capture(lambda: work(unpack(inputs)))
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # an operation that cannot be recorded, or no room
+        except (RuntimeError, MemoryError) as error:
+            # an operation that cannot be recorded, or no room
             self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
             return None
         self._recorded[key] = _Recorded(inputs, unpack, replay, result)
