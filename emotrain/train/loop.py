@@ -154,7 +154,8 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
         u = uniforms(limits.seed, seen, len(batch.ids))
         timesteps = timesteps_at(parts.family, parts.objective, u, batch.latents)
         noise = noise_like(batch.latents, limits.seed, first + i)
-        tensors = [batch.weights, *inputs(parts.objective, batch, noise, timesteps)]
+        noisy, *more = inputs(parts.objective, batch, noise, timesteps)
+        tensors = [batch.weights, noisy, *more]
         if counts:  # the gradient alone: what is shown and observed stays the mean over all pictures
             tensors.insert(0, torch.tensor([counts.get(name, 1.0) for name in batch.ids]))
         work = partial(backward, parts, batch, total, bool(counts))
@@ -165,7 +166,6 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
             losses.append(parts.graphs.run((total, bool(counts), *masks), tensors, work))
         parts.adapter.collect_gradients()
         if i == 0 and parts.preservation is not None:
-            noisy = parts.objective.add_noise(batch.latents, parts.objective.noise(batch.latents, noise), timesteps)
             kept = parts.preservation.loss(state.step, batch, noisy, timesteps)
             if kept is not None:
                 (kept * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]

@@ -68,7 +68,7 @@ def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) 
 
 
 def inputs(objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[Tensor]:
-    """What `losses_there` takes, still on the CPU.
+    """What `losses_there` takes, still on the CPU: latents with noise first.
 
     Latents and noise are mixed here, where they are: that costs less than sending both and the coefficients.
     """
