@@ -12,6 +12,12 @@ from torch import Tensor
 TextEmbeds = dict[str, Tensor]  # "prompt_embeds" [B, S, D]; "pooled_prompt_embeds" [B, D] where the family has them
 
 
+def embeddings_and_masks(text: TextEmbeds) -> tuple[TextEmbeds, TextEmbeds]:
+    """What goes to the device, and the masks, which stay on the CPU: there they are counted without waiting for it."""
+    embeddings = {key: value for key, value in text.items() if value.is_floating_point()}
+    return embeddings, {key: value for key, value in text.items() if key not in embeddings}
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Sizes in pixels that some families take besides the text (SDXL micro-conditioning, arXiv:2307.01952 2.2).

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from emotrain.batch import Batch
+from emotrain.batch import Batch, embeddings_and_masks
 from emotrain.families.transfer import send
 from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
@@ -162,7 +162,7 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
         if parts.graphs is None:
             losses.append(work(send(tensors, parts.family.device)))
         else:
-            masks = [value.numpy().tobytes() for value in batch.text.values() if not value.is_floating_point()]
+            masks = [mask.numpy().tobytes() for mask in embeddings_and_masks(batch.text)[1].values()]
             losses.append(parts.graphs.run((total, bool(counts), *masks), tensors, work))
         parts.adapter.collect_gradients()
         if i == 0 and parts.preservation is not None:

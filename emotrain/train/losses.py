@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emotrain.batch import Batch, Conditioning, TextEmbeds
+from emotrain.batch import Batch, Conditioning, TextEmbeds, embeddings_and_masks
 from emotrain.families.transfer import send
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) 
 
     Fresh ones carry gradients, and are those of the encoders as they are now: with the adapter on or off.
     """
-    known = {  # masks stay on the CPU, where they are counted without waiting for the device
-        key: value.to(family.device) if value.is_floating_point() else value for key, value in cached.items()
-    }
+    embeddings, masks = embeddings_and_masks(dict(cached))
+    known = {key: value.to(family.device) for key, value in embeddings.items()} | masks
     if not family.trained_encoders:
         return known
     if torch.is_grad_enabled():
@@ -79,17 +78,17 @@ def inputs(objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor)
 
 
 def _asked(batch: Batch, noisy: Tensor, timesteps: Tensor) -> list[Tensor]:
-    """What the denoiser is given; the numbers of `batch.text` come last, its masks stay on the CPU to be counted."""
+    """What the denoiser is given; the embeddings of `batch.text` come last."""
     sizes = batch.conditioning
-    numbers = [value for value in batch.text.values() if value.is_floating_point()]
-    return [noisy, timesteps, sizes.original_sizes, sizes.crop_top_lefts, sizes.target_sizes, *numbers]
+    embeddings = embeddings_and_masks(batch.text)[0].values()
+    return [noisy, timesteps, sizes.original_sizes, sizes.crop_top_lefts, sizes.target_sizes, *embeddings]
 
 
 def _predicted(family: Family, batch: Batch, there: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The denoiser's output for `_asked` on the device, and what came after that."""
     noisy, timesteps, original, crop, target, *rest = there
-    keys = [key for key, value in batch.text.items() if value.is_floating_point()]
-    text = {**batch.text, **dict(zip(keys, rest, strict=False))}
+    keys, masks = embeddings_and_masks(batch.text)
+    text = dict(zip(keys, rest, strict=False)) | masks
     told = text_of(family, batch.texts, text)
     return family.predict(noisy, timesteps, told, Conditioning(original, crop, target)).float(), rest[len(keys) :]
 
