@@ -14,7 +14,7 @@ from emotrain.families.base import TextEncoderPart
 from emotrain.families.component import guard, known_class, load_one, refuse_filled_up
 from emotrain.families.headers import read_json
 from emotrain.families.registry import FAMILIES
-from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae
+from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae, without_upper_layers
 from emotrain.families.single import load_single_file, load_vae_file
 from emotrain.families.sniff import Sniffed, refuse_other_vae
 from emotrain.families.sniff_file import refuse_incomplete
@@ -31,6 +31,7 @@ ENCODERS: dict[str, frozenset[str]] = {
             "Qwen3VLModel",
             "Qwen3VLForConditionalGeneration",
             "Qwen2_5_VLForConditionalGeneration",
+            "Mistral3ForConditionalGeneration",
         )
     ),
 }
@@ -38,8 +39,9 @@ TOKENIZERS: dict[str, frozenset[str]] = {
     "adapter": frozenset(),  # such models come as single files alone
     "clip": frozenset(("CLIPTokenizer", "CLIPTokenizerFast")),
     "t5": frozenset(("T5Tokenizer", "T5TokenizerFast")),
-    "llm": frozenset(("Qwen2Tokenizer", "Qwen2TokenizerFast")),
+    "llm": frozenset(("Qwen2Tokenizer", "Qwen2TokenizerFast", "PixtralProcessor")),
 }
+PROCESSORS = {"PixtralProcessor": "PreTrainedTokenizerFast"}  # of pictures and texts: the tokenizer in them
 
 
 def load_pieces(
@@ -83,7 +85,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
         ),
     }
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    for encoder in info.text_encoders:
+    for encoder in info.encoders_of(found.variant):
         pieces[encoder.name], pieces[encoder.tokenizer_name] = load_encoder(where, index, encoder, dtype, revision)
     return pieces
 
@@ -123,7 +125,8 @@ def load_encoder(
     kind = known_class(where, name, index, ENCODERS[spec.kind])
     encoder, info = load_one(getattr(transformers, kind), where, name, revision, dtype=dtype, output_loading_info=True)
     refuse_filled_up(os.path.join(where, name), info)
-    tokenizer_class = getattr(transformers, known_class(where, tokenizer_name, index, TOKENIZERS[spec.kind]))
+    named = known_class(where, tokenizer_name, index, TOKENIZERS[spec.kind])
+    tokenizer_class = getattr(transformers, PROCESSORS.get(named, named))
     tokenizer = guard(
         where,
         tokenizer_name,
@@ -132,7 +135,7 @@ def load_encoder(
         ),
     )
     encoder = encoder.model if "For" in kind else encoder  # the head is not needed, nor the eyes
-    return (encoder.language_model if "VL" in kind else encoder), tokenizer
+    return without_upper_layers(getattr(encoder, "language_model", encoder), spec), tokenizer
 
 
 def load_vae(vae: str, found: Sniffed) -> Any:
@@ -159,7 +162,7 @@ def load_vae(vae: str, found: Sniffed) -> Any:
 def text_parts(found: Sniffed, pieces: dict[str, Any]) -> list[TextEncoderPart]:
     """The text encoders that are there, with how many tokens each takes."""
     parts = []
-    for spec in FAMILIES[found.family].text_encoders:
+    for spec in FAMILIES[found.family].encoders_of(found.variant):
         encoder, tokenizer = pieces[spec.name], pieces[spec.tokenizer_name]
         if encoder is not None:
             limit = min(int(tokenizer.model_max_length), spec.max_tokens)

@@ -52,7 +52,7 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
 
     spec, path = FAMILIES[found.family], Path(found.path)
     beside = companion(path)
-    encoder, *adapters = spec.text_encoders
+    encoder, *adapters = spec.encoders_of(found.variant)
     vae_class = getattr(diffusers, spec.vae_class)
     vae = given.vae or load_one(vae_class, str(beside), "vae", None, torch_dtype=torch.float32)
     own = beside / "scheduler" / "scheduler_config.json"
@@ -64,7 +64,7 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
     for adapter in adapters:
         own_tensors = {key: tensors.pop(key) for key in list(tensors) if own_name(key).startswith(adapter.prefixes)}
         pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)
-    for part in spec.text_encoders:
+    for part in (encoder, *adapters):
         pieces[part.tokenizer_name] = _tokenizer(found, part, given.tokenizer)
     return {**pieces, "denoiser": _denoiser(found, dtype, tensors)}
 
@@ -112,7 +112,7 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
     import transformers
 
     spec = FAMILIES[found.family]
-    encoder = spec.text_encoders[0]
+    encoder = spec.encoders_of(found.variant)[0]
     path = Path(given) if given else companion(Path(found.path)) / encoder.name
     kind, words = encoder_configs(found.family, found.variant)[encoder.name]
     inner = path / encoder.name
@@ -125,7 +125,8 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
         header = read_header(path)
         with torch.device("meta"):
             model = guard(str(path), "", lambda: model_class(model_class.config_class(**words)))
-        stored = _own_names(kind, header.shapes, scaled=bool(scaled_layers(header)))
+        model = without_upper_layers(model, encoder)
+        stored = _own_names(kind, header.shapes, encoder, scaled=bool(scaled_layers(header)))
         _refuse_other_tensors(path, stored, {k: tuple(v.shape) for k, v in model.state_dict().items()}, spec.title)
     return path
 
@@ -144,32 +145,52 @@ def _refuse_other_width(path: Path, found: Sniffed, encoder: TextEncoder, words:
         )
 
 
-def _own_names(kind: str, tensors: Mapping[str, Stored], scaled: bool) -> dict[str, Stored]:
-    """A language model's tensors by transformers' names, without head and eyes, nor scales where it has some."""
+def _own_names(kind: str, tensors: Mapping[str, Stored], encoder: TextEncoder, scaled: bool) -> dict[str, Stored]:
+    """A language model's tensors by transformers' names, without head and eyes, nor scales where it has some.
+
+    What `without_upper_layers` takes from the model, and the tokenizer that ComfyUI keeps among the weights, go too.
+    """
     named = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
-    unused = ("lm_head.", "logit_scale", *(("visual.",) if "VL" in kind else ()))
+    unused = ("lm_head.", "logit_scale", "tekken_model", *(("visual.",) if "VL" in kind else ()))
     applied = (*SCALES, "scaled_fp8") if scaled else ()
-    return {key: value for key, value in named.items() if not key.startswith(unused) and not key.endswith(applied)}
+    kept = {key: value for key, value in named.items() if not key.startswith(unused) and not key.endswith(applied)}
+    if encoder.layers_read:
+        above = re.compile(r"layers\.(\d+)\.")
+        kept = {
+            key: value
+            for key, value in kept.items()
+            if key != "norm.weight" and not ((at := above.match(key)) and int(at[1]) >= encoder.layers_read)
+        }
+    return kept
+
+
+def without_upper_layers(model: Any, encoder: TextEncoder) -> Any:
+    """A language model without the layers above the last one that is read, and without the norm after them."""
+    if encoder.layers_read:
+        model.layers = model.layers[: encoder.layers_read]
+        model.config.num_hidden_layers = len(model.layers)
+        model.norm = torch.nn.Identity()
+    return model
 
 
 def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
     """A language model without its head, from a file (ComfyUI's, transformers') or a folder of transformers."""
     import transformers
 
-    name = FAMILIES[found.family].text_encoders[0].name
-    kind, words = encoder_configs(found.family, found.variant)[name]
+    encoder = FAMILIES[found.family].encoders_of(found.variant)[0]
+    kind, words = encoder_configs(found.family, found.variant)[encoder.name]
     model_class = getattr(transformers, kind)
     if path.is_dir():
-        own = path / name if (path / name).is_dir() else path
+        own = path / encoder.name if (path / encoder.name).is_dir() else path
         model, info = load_one(model_class, str(own), "", None, dtype=dtype, output_loading_info=True)
         refuse_filled_up(str(own), info)
-        return model
+        return without_upper_layers(model, encoder)
     beside = companion(path) / "config.json"
     config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
     tensors = unscaled(path, dtype) or load_file(path)
-    state = _own_names(kind, tensors, scaled=False)
+    state = _own_names(kind, tensors, encoder, scaled=False)
     with torch.device("meta"):
-        model = model_class(config)
+        model = without_upper_layers(model_class(config), encoder)
     model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return _without_meta(model)
 

@@ -37,6 +37,8 @@ class TextEncoder:
         optional: the model works without it.
         chat_template: captions go through the tokenizer's chat template.
         width: of what the denoiser takes: a key of its config, and how many of the encoder's layers stand side by side.
+        layers_read: how many of its layers are read; those above them, and the last norm, are left out of memory, and
+            may be left out of a file. 0: all.
     """
 
     name: str
@@ -51,6 +53,7 @@ class TextEncoder:
     optional: bool = False
     chat_template: bool = False
     width: tuple[str, int] = ("", 1)
+    layers_read: int = 0
 
     @property
     def tokenizer_name(self) -> str:
@@ -67,14 +70,14 @@ class Variant:
         modules: how many modules a LoRA has per named set of targets, counted on the meta device; a test counts again.
         architecture: `modelspec.architecture` of LoRA files.
         repository: on the hub, where its sizes stand for the files.
-        encoder_parameters: of its text encoder, where that is another one than the family's.
+        text_encoders: where they are others than the family's.
     """
 
     parameters: int
     modules: Mapping[str, int]
     architecture: str
     repository: str = ""
-    encoder_parameters: int = 0
+    text_encoders: tuple[TextEncoder, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -313,13 +316,18 @@ class FamilySpec:
 
     @property
     def separate_files(self) -> bool:
-        """Whether the text encoder is a language model, which ComfyUI keeps in a file of its own."""
-        return any(encoder.kind == "llm" for encoder in self.text_encoders)
+        """Whether the text encoder is a large one alone, which ComfyUI keeps in a file of its own."""
+        return all(encoder.kind != "clip" for encoder in self.text_encoders)
 
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest text encoder."""
         return max(encoder.max_tokens for encoder in self.text_encoders)
+
+    def encoders_of(self, variant: str) -> tuple[TextEncoder, ...]:
+        """The text encoders of a public model, or of one of another size ("custom")."""
+        own = self.variants[variant].text_encoders if variant in self.variants else ()
+        return own or self.text_encoders
 
     def encoder(self, name: str) -> TextEncoder:
         """The text encoder of that name."""

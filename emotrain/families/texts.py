@@ -39,9 +39,7 @@ def _limit(found: Sniffed, encoder: TextEncoder) -> int:
 def encoder_parameters(found: Sniffed) -> dict[str, int]:
     """Parameters of each text encoder."""
     if found.variant != "custom" or found.kind != "folder":
-        spec = FAMILIES[found.family]
-        other = spec.variants[found.variant].encoder_parameters if found.variant in spec.variants else 0
-        return {encoder.name: other or encoder.parameters for encoder in spec.text_encoders}
+        return {encoder.name: encoder.parameters for encoder in FAMILIES[found.family].encoders_of(found.variant)}
     counts = {}
     for name in (encoder.name for encoder in FAMILIES[found.family].text_encoders):
         files = sorted((Path(found.path) / name).glob("*.safetensors"))

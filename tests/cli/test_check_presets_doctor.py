@@ -60,6 +60,7 @@ def test_check_passes_on_the_quickstarts(name: str, capsys: Captured) -> None:
         "zimage-turbo",
         "klein-4b",
         "klein-9b",
+        "flux2-dev",
         "krea2",
         "illustrious",
         "noobai-vpred",

@@ -30,6 +30,49 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "[SYSTEM_PROMPT]{{ m['content'][0]['text'] }}[/SYSTEM_PROMPT]{% else %}[INST]{{ m['content'][0]['text'] }}[/INST]"
+    "{% endif %}{% endfor %}"
+)
+
+
+def mistral_tokenizer() -> Any:
+    """A byte tokenizer with Mistral's special tokens and its chat template.
+
+    It stands for the processor that FLUX.2 dev has, which is this and a reader of pictures that asks for torchvision.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
+    )  # fmt: skip
+    special = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    return tokenizer
+
+
+def mistral(width: int) -> Any:
+    """A random Mistral 3 with its head and a small eye."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    torch.manual_seed(16)
+    text = {
+        "model_type": "mistral", "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4,
+    }  # fmt: skip
+    eye = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=eye)).eval()
+
+
 def qwen(width: int, layers: int = 4, **words: Any) -> Any:
     """A random Qwen3 without its head."""
     from transformers import Qwen3Config, Qwen3Model
@@ -89,7 +132,7 @@ def vae_of(kind: str) -> Any:
         "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
         "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64,
     }  # fmt: skip
-    if kind == "flux2":
+    if kind in ("flux2", "flux2-dev"):
         vae = diffusers.AutoencoderKLFlux2(latent_channels=4, **words)
         vae.bn.running_mean.normal_()
         vae.bn.running_var.uniform_(0.5, 2.0)
@@ -105,11 +148,11 @@ def denoiser_of(kind: str) -> Any:
     import diffusers
 
     torch.manual_seed(13)
-    if kind == "flux2":
+    if kind in ("flux2", "flux2-dev"):
         model = diffusers.Flux2Transformer2DModel(
             patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
             num_attention_heads=4, joint_attention_dim=96, timestep_guidance_channels=32, mlp_ratio=3.0,
-            axes_dims_rope=(4, 4, 4, 4), rope_theta=2000, guidance_embeds=False,
+            axes_dims_rope=(4, 4, 4, 4), rope_theta=2000, guidance_embeds=kind == "flux2-dev",
         )  # fmt: skip
     elif kind == "anima":
         model = diffusers.CosmosTransformer3DModel(
@@ -142,7 +185,13 @@ def denoiser_of(kind: str) -> Any:
 
 def pipeline_of(kind: str) -> Any:
     """The stock pipeline of a family around the small parts."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Pipeline,
+        Krea2Pipeline,
+        ZImagePipeline,
+    )
     from transformers import Qwen3ForCausalLM
 
     if kind == "qwen":
@@ -164,13 +213,18 @@ def pipeline_of(kind: str) -> Any:
             scheduler=scheduler, vae=vae_of(kind), text_encoder=qwen_vl(32), tokenizer=qwen_tokenizer(),
             transformer=denoiser_of(kind), text_encoder_select_layers=(1, 2, 3),
         )  # fmt: skip
-    if kind == "flux2":
-        base = qwen(32)
-        encoder = Qwen3ForCausalLM(base.config)
-        encoder.model.load_state_dict(base.state_dict())
+    if kind in ("flux2", "flux2-dev"):
         scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
         )
+        if kind == "flux2-dev":
+            return Flux2Pipeline(
+                scheduler=scheduler, vae=vae_of(kind), text_encoder=mistral(32), tokenizer=mistral_tokenizer(),
+                transformer=denoiser_of(kind),
+            )  # fmt: skip
+        base = qwen(32)
+        encoder = Qwen3ForCausalLM(base.config)
+        encoder.model.load_state_dict(base.state_dict())
         return Flux2KleinPipeline(
             scheduler=scheduler, vae=vae_of(kind), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
             transformer=denoiser_of(kind),

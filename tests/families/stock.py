@@ -26,6 +26,7 @@ FEW = {
     "num_layers": 1, "num_single_layers": 1, "n_layers": 1, "n_refiner_layers": 1, "layers_per_block": 1,
     "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
 }  # fmt: skip
+PIPELINES = {"flux2-dev": "Flux2Pipeline"}  # where a variant has another one than its family
 INITIALISERS = ("kaiming_uniform_", "uniform_", "normal_", "xavier_uniform_", "trunc_normal_")
 
 
@@ -222,7 +223,7 @@ def stock_pipeline(family: LoadedFamily, text: dict[str, Tensor]) -> tuple[Any, 
         "qwen": {"prompt_embeds": embeds, "prompt_embeds_mask": real, "true_cfg_scale": 1.0},
     }.get(family.name, {**text, "guidance_scale": 1.0})
     built = {FAMILIES[family.name].denoiser: family.denoiser, "vae": family.vae, "scheduler": family.fresh_scheduler()}
-    cls = getattr(diffusers, FAMILIES[family.name].pipeline)
+    cls = getattr(diffusers, PIPELINES.get(family.variant, FAMILIES[family.name].pipeline))
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         if name not in built and name != "self" and parameter.default is inspect.Parameter.empty:
             built[name] = None

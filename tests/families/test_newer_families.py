@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,12 @@ from emotrain.families.flux.model import unpack
 from emotrain.families.loading import family_class
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sampling import draw_sample
+from emotrain.families.separate import refuse_other_encoder, without_upper_layers
 from emotrain.families.table import sniff
 
-KINDS = ["zimage", "flux2", "krea2", "qwen"]
+KINDS = ["zimage", "flux2", "flux2-dev", "krea2", "qwen"]
+PROCESSORS = {"flux2-dev": "PixtralProcessor"}  # what the public folder calls its tokenizer
+IN_ONE_FOLDER = ["flux2-dev"]  # small ones of the same build are not read from separate files
 PROMPTS = ["a red apple", "a very much longer caption, of a pear on a table near a window", ""]
 NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
 
@@ -36,7 +42,19 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     pipeline.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("newer") / request.param
     pipeline.save_pretrained(folder)
+    if request.param in PROCESSORS:
+        index = json.loads((folder / "model_index.json").read_text())
+        index["tokenizer"] = ["transformers", PROCESSORS[request.param]]
+        (folder / "model_index.json").write_text(json.dumps(index))
     return request.param, pipeline, folder
+
+
+@pytest.fixture
+def separable(model: tuple[str, Any, Path]) -> tuple[str, Any, Path]:
+    """A model that ComfyUI's separate files can hold too."""
+    if model[0] in IN_ONE_FOLDER:
+        pytest.skip("of the public size alone")
+    return model
 
 
 def stock_embeds(kind: str, pipeline: Any, prompt: str) -> torch.Tensor:
@@ -47,6 +65,10 @@ def stock_embeds(kind: str, pipeline: Any, prompt: str) -> torch.Tensor:
     if kind == "krea2":
         states, mask = pipeline.get_text_hidden_states(prompt, 512, torch.device("cpu"))
         return states[0][mask[0]]
+    if kind == "flux2-dev":
+        return pipeline._get_mistral_3_small_prompt_embeds(
+            pipeline.text_encoder, pipeline.tokenizer, prompt, hidden_states_layers=(1, 2, 3)
+        )[0]
     return pipeline._get_qwen3_prompt_embeds(
         pipeline.text_encoder, pipeline.tokenizer, prompt, hidden_states_layers=(1, 2, 3)
     )[0]
@@ -55,9 +77,9 @@ def stock_embeds(kind: str, pipeline: Any, prompt: str) -> torch.Tensor:
 def test_it_is_recognised(model: tuple[str, Any, Path]) -> None:
     kind, _, folder = model
     found = sniff(folder)
-    assert (found.family, found.prediction, found.variant) == (kind, "flow", "custom")
-    assert found.vae_scale == {"zimage": 8, "flux2": 16, "krea2": 8, "qwen": 8}[kind]
-    assert found.latent_channels == {"zimage": 4, "flux2": 16, "krea2": 4, "qwen": 4}[kind]
+    assert (found.family, found.prediction, found.variant) == (kind.split("-")[0], "flow", "custom")
+    assert found.vae_scale == {"flux2": 16}.get(found.family, 8)
+    assert found.latent_channels == {"flux2": 16}.get(found.family, 4)
 
 
 def test_prompts_are_encoded_as_by_the_stock_pipeline(model: tuple[str, Any, Path]) -> None:
@@ -99,7 +121,7 @@ def test_latents_are_the_stock_vaes_and_come_back(model: tuple[str, Any, Path]) 
 
 
 # The small text encoder has fewer layers than the real one.
-SHALLOW = {"zimage": {}, "krea2": {}, "qwen": {}, "flux2": {"text_encoder_out_layers": (1, 2, 3)}}
+SHALLOW = {kind: {"text_encoder_out_layers": (1, 2, 3)} if kind.startswith("flux2") else {} for kind in KINDS}
 
 
 def capture(pipeline: Any, **words: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -122,7 +144,7 @@ def capture(pipeline: Any, **words: Any) -> tuple[list[dict[str, Any]], Any]:
 
 def no_guidance(kind: str) -> dict[str, Any]:
     """What keeps a stock pipeline from guidance."""
-    return {"true_cfg_scale": 1.0} if kind == "qwen" else {"guidance_scale": 1.0 if kind == "flux2" else 0.0}
+    return {"true_cfg_scale": 1.0} if kind == "qwen" else {"guidance_scale": 1.0 if kind.startswith("flux2") else 0.0}
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
@@ -178,7 +200,7 @@ def test_a_sample_is_the_stock_pipelines_picture(model: tuple[str, Any, Path], g
     if kind == "qwen":
         words |= {"true_cfg_scale": guidance, "negative_prompt": "" if guidance > 1 else None}
     else:
-        words["guidance_scale"] = guidance if kind == "flux2" else guidance - 1.0  # theirs counts from 0
+        words["guidance_scale"] = guidance if kind.startswith("flux2") else guidance - 1.0  # theirs counts from 0
     picture = pipeline(generator=torch.Generator().manual_seed(7), **words).images[0]
     text, negative = family.encode_texts(PROMPTS[:1]), family.encode_texts([""])
     family.free_encoders()  # as during a run
@@ -213,8 +235,8 @@ def test_guidance_is_the_stock_pipelines_to_the_latents(model: tuple[str, Any, P
     assert torch.allclose(ours, unpack(theirs, 12, 8), atol=1e-4)
 
 
-def test_comfyuis_separate_files_are_the_same_model(model: tuple[str, Any, Path], tmp_path: Path) -> None:
-    kind, pipeline, folder = model
+def test_comfyuis_separate_files_are_the_same_model(separable: tuple[str, Any, Path], tmp_path: Path) -> None:
+    kind, pipeline, folder = separable
     files = separate_files(kind, pipeline, tmp_path / "comfy")
     whole = load_family(str(folder), device="cpu")
     found = sniff(files["denoiser"])
@@ -232,8 +254,8 @@ def test_comfyuis_separate_files_are_the_same_model(model: tuple[str, Any, Path]
     assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
 
 
-def test_scaled_fp8_files_are_read_with_their_scales(model: tuple[str, Any, Path], tmp_path: Path) -> None:
-    kind, pipeline, _ = model
+def test_scaled_fp8_files_are_read_with_their_scales(separable: tuple[str, Any, Path], tmp_path: Path) -> None:
+    kind, pipeline, _ = separable
     files = separate_files(kind, pipeline, tmp_path / "comfy")
     for name in ("denoiser", "text_encoder"):
         tensors = load_file(files[name])
@@ -257,8 +279,8 @@ def test_scaled_fp8_files_are_read_with_their_scales(model: tuple[str, Any, Path
                 assert torch.allclose(value, original[key], rtol=0.07, atol=2e-3 * float(original[key].abs().max()))
 
 
-def test_what_is_missing_is_named_with_its_key(model: tuple[str, Any, Path], tmp_path: Path) -> None:
-    kind, pipeline, _ = model
+def test_what_is_missing_is_named_with_its_key(separable: tuple[str, Any, Path], tmp_path: Path) -> None:
+    kind, pipeline, _ = separable
     files = separate_files(kind, pipeline, tmp_path / "comfy")
     with pytest.raises(ModelError, match="does not hold vae and text_encoder") as caught:
         load_family(str(files["denoiser"]), device="cpu")
@@ -268,10 +290,10 @@ def test_what_is_missing_is_named_with_its_key(model: tuple[str, Any, Path], tmp
 
 @pytest.mark.parametrize("harm", ["smaller", "lacking", "other", "narrow", "words"])
 def test_a_text_encoder_of_another_kind_is_refused(
-    model: tuple[str, Any, Path], harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    separable: tuple[str, Any, Path], harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By `check` too, from header and config alone, in the same words."""
-    kind, pipeline, _ = model
+    kind, pipeline, _ = separable
     files = separate_files(kind, pipeline, tmp_path / "comfy")
     tensors = load_file(files["text_encoder"])
     if harm == "smaller":
@@ -318,7 +340,7 @@ def test_a_whole_run_and_one_that_continues_its_lora(
     assert main(["check", "p.yaml"]) == 0
     assert main(["run", "p.yaml", "--plain"]) == 0
     lora = read_lora(tmp_path / "runs" / "p" / "lora.safetensors")
-    assert lora.family == kind
+    assert lora.family == kind.split("-")[0]
     assert list((tmp_path / "runs" / "p" / "samples").glob("step-*-1.png"))
     assert main(["run", "p.yaml", "--plain", "--name", "on", "--set", f"start_from.continue={lora.path}"]) == 0
 
@@ -337,7 +359,7 @@ def test_the_parameters_of_text_encoders_are_those_of_their_configs(family: str,
     import transformers
 
     spec = FAMILIES[family]
-    for encoder in spec.text_encoders:
+    for encoder in spec.encoders_of(variant):
         kind, words = encoder_configs(family, variant)[encoder.name]
         with torch.device("meta"):
             if encoder.kind == "adapter":
@@ -345,8 +367,55 @@ def test_the_parameters_of_text_encoders_are_those_of_their_configs(family: str,
             else:
                 cls = getattr(transformers, kind)
                 model = cls(cls.config_class(**words))
-        known = spec.variants[variant].encoder_parameters or encoder.parameters
-        assert sum(p.numel() for p in model.parameters()) == known
+        assert sum(p.numel() for p in model.parameters()) == encoder.parameters
+
+
+def hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A safetensors file of bf16 tensors of the real sizes, in which only the header takes room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+    return path
+
+
+@pytest.mark.parametrize("layers", [30, 40])
+def test_the_text_encoder_of_flux2_dev_is_whole_with_the_layers_that_are_read(layers: int, tmp_path: Path) -> None:
+    """ComfyUI has it pruned, without a last norm, and with the tokenizer among the weights."""
+    from transformers import MistralConfig, MistralModel
+
+    sign = {"double_stream_modulation_img.lin.weight": (36864, 6144), "img_in.weight": (6144, 128)}
+    blocks = {
+        f"{kind}_blocks.{i}.x.weight": (1,) for kind, count in (("double", 8), ("single", 48)) for i in range(count)
+    }
+    found = sniff(hollow(tmp_path / "flux2_dev.safetensors", {**sign, **blocks}))
+    assert (found.family, found.variant) == ("flux2", "flux2-dev")
+    _, words = encoder_configs("flux2", "flux2-dev")["text_encoder"]
+    with torch.device("meta"):
+        model = MistralModel(MistralConfig(**{**words, "num_hidden_layers": layers}))
+    shapes = {f"model.{key}": tuple(value.shape) for key, value in model.state_dict().items()}
+    if layers == 30:
+        del shapes["model.norm.weight"]
+        shapes["tekken_model"] = (19399895,)
+    path = hollow(tmp_path / "mistral.safetensors", shapes)
+    assert refuse_other_encoder(found, str(path)) == path
+    del shapes["model.layers.29.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match="lacks 1 tensors"):
+        refuse_other_encoder(found, str(hollow(tmp_path / "mistral.safetensors", shapes)))
+
+
+@pytest.mark.parametrize("model", ["flux2-dev"], indirect=True)
+def test_layers_that_are_not_read_change_nothing(model: tuple[str, Any, Path]) -> None:
+    _, _, folder = model
+    family = load_family(str(folder), device="cpu")
+    whole = family.encode_texts(PROMPTS)["prompt_embeds"]
+    part = family.text_encoders[0]
+    without_upper_layers(part.encoder, replace(FAMILIES["flux2"].encoders_of("flux2-dev")[0], layers_read=3))
+    assert len(part.encoder.layers) == 3
+    assert torch.equal(family.encode_texts(PROMPTS)["prompt_embeds"], whole)
 
 
 @pytest.mark.parametrize(

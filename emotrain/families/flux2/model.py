@@ -1,4 +1,4 @@
-"""FLUX.2 klein: a transformer over latents of 2x2 patches, captions by Qwen3.
+"""FLUX.2: a transformer over latents of 2x2 patches; captions by Qwen3 (klein) or by Mistral Small 3 (dev).
 
 Shape letters: B batch, C latent channels (128), H W latent height and width (16 pixels each), S tokens, D width.
 """
@@ -6,16 +6,24 @@ Shape letters: B batch, C latent channels (128), H W latent height and width (16
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.base import TextEncoderPart
+from emotrain.families.base import DrawRequest, TextEncoderPart
 from emotrain.families.flow import FlowFamily, chat_ids, hidden_states
+from emotrain.families.flux2.spec import FLUX2
 
-LAYERS = (9, 18, 27)  # of the text encoder, side by side
+LAYERS, MISTRAL_LAYERS = (9, 18, 27), (10, 20, 30)  # of the text encoder, side by side
+TRAINING_GUIDANCE = 1.0  # dev is distilled; at 1.0 its own prediction is the least bent
+# What stands before every caption of dev.
+SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
 
 
 def patchify(latents: Tensor) -> Tensor:
@@ -40,13 +48,18 @@ def empirical_mu(num_tokens: int, steps: int) -> float:
 
 
 class Flux2(FlowFamily):
-    """klein base 4B and 9B, and small ones of the same build."""
+    """klein base 4B and 9B, dev, and small ones of the same build."""
+
+    guidance = TRAINING_GUIDANCE  # what dev is told
 
     def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
         """[S, 3D]: three layers side by side at all places, padding too: the model attends to it."""
-        ids, mask = chat_ids(part, text, enable_thinking=False)
+        config: Any = part.encoder.config
+        mistral = config.model_type == "mistral"
+        ids, mask = system_ids(part, text) if mistral else chat_ids(part, text, enable_thinking=False)
         states = hidden_states(part, ids, mask)
-        layers = LAYERS if len(states) > LAYERS[-1] else range(1, 4)  # small ones of the same build are not so deep
+        deep = MISTRAL_LAYERS if mistral else LAYERS
+        layers = deep if len(states) > deep[-1] else range(1, 4)  # small ones of the same build are not so deep
         return torch.cat([states[layer][0] for layer in layers], dim=-1)
 
     @torch.no_grad()
@@ -84,16 +97,38 @@ class Flux2(FlowFamily):
         output: Tensor = self.denoiser(
             hidden_states=latents.flatten(2).transpose(1, 2),
             timestep=sigmas.to(self.dtype),
-            guidance=torch.ones_like(sigmas) if self.denoiser.config.guidance_embeds else None,
+            guidance=torch.full_like(sigmas, self.guidance) if self.denoiser.config.guidance_embeds else None,
             encoder_hidden_states=embeds,
             txt_ids=_places(1, 1, embeds.shape[1], latents.device),
             img_ids=_places(height, width, 1, latents.device),
         ).sample
         return output.transpose(1, 2).reshape(latents.shape).float()
 
+    def draw(self, request: DrawRequest, text: TextEmbeds, negative: TextEmbeds) -> Tensor:
+        """As every flow; dev is told the guidance, in place of a second pass without the caption."""
+        if not self.denoiser.config.guidance_embeds:
+            return super().draw(request, text, negative)
+        self.guidance = FLUX2.guidance if request.guidance is None else request.guidance
+        try:
+            return super().draw(replace(request, guidance=1.0), text, negative)
+        finally:
+            self.guidance = TRAINING_GUIDANCE
+
     def mu(self, scheduler_config: Any, num_tokens: int, steps: int) -> float:
         """By tokens and steps."""
         return empirical_mu(num_tokens, steps)
+
+
+def system_ids(part: TextEncoderPart, text: str) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [1, max_tokens] of a message after dev's own instruction; pictures are no part of it."""
+    said = [("system", SYSTEM), ("user", text.replace("[IMG]", ""))]
+    messages = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in said]
+    batch = part.tokenizer.apply_chat_template(
+        [messages], add_generation_prompt=False, tokenize=True, return_dict=True, return_tensors="pt",
+        padding="max_length", truncation=True, max_length=part.max_tokens,
+    )  # fmt: skip
+    device = next(part.encoder.parameters()).device
+    return batch.input_ids.to(device), batch.attention_mask.to(device)
 
 
 def _places(height: int, width: int, tokens: int, device: torch.device) -> Tensor:

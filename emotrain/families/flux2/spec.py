@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,12 @@ from emotrain.families.spec import (
 )
 
 MAX_TOKENS = 512
-_WIDTHS = {3072: "klein-4b", 4096: "klein-9b"}
+_WIDTHS = {3072: "klein-4b", 4096: "klein-9b", 6144: "flux2-dev"}
 
 
 def _variant_of(path: Path, shapes: Shapes) -> str | None:
     sign = shapes.get("double_stream_modulation_img.lin.weight")
-    if sign is None:
-        return None
-    if sign[-1] == 6144:
-        raise ModelError(
-            f"`{path}` is FLUX.2 dev, whose 32 billion parameters and Mistral text encoder emotrain does not train",
-            "train on FLUX.2 klein base, 4B or 9B",
-        )
-    return _WIDTHS.get(sign[-1], "klein-4b")
+    return None if sign is None else _WIDTHS.get(sign[-1], "klein-4b")
 
 
 def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
@@ -46,7 +40,7 @@ def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
     if [width, *counts] != [wanted, int(config["num_layers"]), int(config["num_single_layers"])]:
         raise ModelError(
             f"`{path}` is FLUX.2 of a size that emotrain does not know: {width} wide, {counts[0]} + {counts[1]} blocks",
-            "train on FLUX.2 klein base, 4B or 9B",
+            "train on FLUX.2 klein base, 4B or 9B, or on dev",
         )
 
 
@@ -87,23 +81,28 @@ NAMES = NameTable(
     swaps=re.compile(r"final_layer\.adaLN_modulation\.1"),
 )
 
+_QWEN = TextEncoder(
+    "text_encoder", "llm", 4_022_468_096, ("black-forest-labs/FLUX.2-klein-base-4B", "tokenizer"), "Qwen2Tokenizer",
+    max_tokens=MAX_TOKENS, chat_template=True, width=("joint_attention_dim", 3),
+)  # fmt: skip
+_MISTRAL = TextEncoder(
+    "text_encoder", "llm", 17_343_759_360, ("black-forest-labs/FLUX.2-dev", "tokenizer"), "PreTrainedTokenizerFast",
+    max_tokens=MAX_TOKENS, chat_template=True, width=("joint_attention_dim", 3), layers_read=30,
+)  # fmt: skip
+
 FLUX2 = FamilySpec(
     name="flux2",
     title="FLUX.2",
     folder="flux2",
     pipeline="Flux2KleinPipeline",
+    other_pipelines=("Flux2Pipeline",),
     denoiser="transformer",
     denoiser_class="Flux2Transformer2DModel",
     model_class="Flux2",
     resolution=1024,
     latent_channels=128,
     guidance=4.0,
-    text_encoders=(
-        TextEncoder(
-            "text_encoder", "llm", 4_022_468_096, ("black-forest-labs/FLUX.2-klein-base-4B", "tokenizer"),
-            "Qwen2Tokenizer", max_tokens=MAX_TOKENS, chat_template=True, width=("joint_attention_dim", 3),
-        ),
-    ),
+    text_encoders=(_QWEN,),
     variants={
         "klein-4b": Variant(
             3_875_544_576, {"attn": 80, "attn-mlp": 100, "all": 109}, "flux-2-klein-base-4b",
@@ -111,7 +110,11 @@ FLUX2 = FamilySpec(
         ),
         "klein-9b": Variant(
             9_078_581_248, {"attn": 112, "attn-mlp": 144, "all": 153}, "flux-2-klein-base-9b",
-            "black-forest-labs/FLUX.2-klein-base-9B", encoder_parameters=7_568_405_504,
+            "black-forest-labs/FLUX.2-klein-base-9B", text_encoders=(replace(_QWEN, parameters=7_568_405_504),),
+        ),
+        "flux2-dev": Variant(
+            32_223_281_152, {"attn": 160, "attn-mlp": 192, "all": 203}, "flux-2-dev",
+            "black-forest-labs/FLUX.2-dev", text_encoders=(_MISTRAL,),
         ),
     },
     lora=LoraFacts(
@@ -161,6 +164,6 @@ FLUX2 = FamilySpec(
     flow=True,
     elsewhere={
         "ai-toolkit flux2_klein_4b": "klein-4b", "ai-toolkit flux2_klein_9b": "klein-9b",
-        "onetrainer FLUX_2": "klein-4b", "diffusion-pipe flux2": "klein-4b",
+        "ai-toolkit flux2": "flux2-dev", "onetrainer FLUX_2": "klein-4b", "diffusion-pipe flux2": "klein-4b",
     },
 )  # fmt: skip
