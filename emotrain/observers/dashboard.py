@@ -1,9 +1,15 @@
-"""The live dashboard on a terminal: it takes note of events at once and draws in its own thread."""
+"""The live dashboard on a terminal: it takes note of events at once and draws in its own thread.
+
+Frames are drawn on the alternate screen, which no terminal folds into its scrollback when it is resized. Everything
+that is to stay (lines of libraries, the summary) is written on the main screen.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
+import signal
 import sys
 import threading
 import time
@@ -12,7 +18,6 @@ from typing import TextIO, cast
 
 from rich.console import Console
 from rich.file_proxy import FileProxy
-from rich.live import Live
 from rich.segment import SegmentLines
 from rich.theme import Theme
 
@@ -29,14 +34,17 @@ PATIENCE_S = 2.0  # a stopped terminal (Ctrl-S) may hold up a drawing for ever
 PIECE = 512  # bytes
 BEGIN = "\x1b[?2026h\x1b[?25l\x1b[?7l"  # one update, cursor away, no wrapping
 END = "\x1b[?7h\x1b[?25h\x1b[?2026l"
+HOME, REST_OF_LINE, REST = "\x1b[H", "\x1b[K", "\x1b[J"
+ENTER = "\x1b[?1049h"  # the alternate screen
+LEAVE = f"{HOME}{REST}\x1b[?1049l"  # empty: tmux folds what a resized one still holds into the scrollback
 ASCII = str.maketrans({"✓": "+", "◆": "o", "…": "~", "–": "-", "━": "=", "╸": "=", "╺": "-"})
 
 
 class Terminal:
     """The stream that rich draws on: counts bytes, and goes silent when the terminal is gone.
 
-    Between two frames the terminal is as it was: a process that is killed leaves it sane. The text goes straight to
-    the descriptor, so that a stopped terminal holds no lock of Python's.
+    `show` draws a frame on the alternate screen; `write` is for what stays. The text goes straight to the descriptor,
+    so that a stopped terminal holds no lock of Python's.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -44,7 +52,7 @@ class Terminal:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.sent = 0
         self.closed = False
-        self.live = True  # frames are drawn
+        self._frame = ""  # what the alternate screen shows; empty on the main one
 
     @property
     def unicode(self) -> bool:
@@ -52,17 +60,40 @@ class Terminal:
         return self.encoding.lower().replace("_", "-").startswith("utf")
 
     def write(self, text: str) -> int:
-        """Send a text."""
-        if self.closed or not text:
-            return 0
-        shown = f"{BEGIN}{text}{END}" if self.live else text
+        """Put a text on the main screen; a frame that is shown comes back after it."""
+        if text:
+            self._put(f"{BEGIN}{LEAVE}{END}{text}{BEGIN}{ENTER}{self._frame}{END}" if self._frame else text)
+        return len(text)
+
+    def show(self, frame: str) -> None:
+        """Draw a frame over the last one; it has fewer lines than the terminal."""
+        enter = "" if self._frame else ENTER
+        self._frame = HOME + REST_OF_LINE + frame.replace("\n", f"\n{REST_OF_LINE}") + REST
+        self._put(f"{BEGIN}{enter}{self._frame}{END}")
+
+    def leave(self) -> None:
+        """Back to the main screen, as it was before the first frame."""
+        if self._frame:
+            self._frame = ""
+            self._put(LEAVE)
+
+    def _put(self, text: str) -> None:
+        if self.closed:
+            return
         if not self.unicode:
-            shown = shown.translate(ASCII).encode("ascii", errors="replace").decode("ascii")
+            text = text.translate(ASCII).encode("ascii", errors="replace").decode("ascii")
         try:
-            self._send(shown.encode(self.encoding, errors="replace"))
+            self._send(text.encode(self.encoding, errors="replace"))
         except (OSError, ValueError):  # the terminal is gone
             self.closed = True
-        return len(text)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the process is in the foreground: after Ctrl-Z and `bg` the terminal is the shell's."""
+        try:
+            return os.tcgetpgrp(self.fileno()) in (0, os.getpgrp())
+        except (OSError, ValueError, AttributeError):  # not a terminal of this session, or none that has jobs
+            return True
 
     def _send(self, data: bytes) -> None:
         """In pieces, so that one can see whether a slow terminal still takes something."""
@@ -93,7 +124,7 @@ class Terminal:
 
 
 class StrayLines(FileProxy):
-    """Stands in for stderr while a frame is shown: whole lines go above it, of a progress bar only its last form."""
+    """Stands in for stderr while a frame is shown: whole lines go to the main screen, of a bar its last form."""
 
     def flush(self) -> None:
         """Nothing to do before a line is whole."""
@@ -111,14 +142,14 @@ class Dashboard:
     """Shows a run on one screen.
 
     `handle` only writes figures down. A thread draws up to 4 times a second, as often as it may within 1.5% of one
-    core and 24 kB a second, and at once when the terminal has another size. A terminal that is stopped (Ctrl-S) or
-    gone does not hold up the training. No random numbers are used.
+    core and 24 kB a second, and at once when the terminal has another size; nothing while the process is in the
+    background. A terminal that is stopped (Ctrl-S) or gone does not hold up the training. No random numbers are used.
 
     Args:
         console: the terminal, of `make_console` (default: stderr). Whether it is one is the caller's question.
         clock: seconds of a steady clock.
         thread: draw by itself; otherwise only `refresh` draws.
-        capture_stderr: lines that others write to `sys.stderr` go above the frame meanwhile.
+        capture_stderr: lines that others write to `sys.stderr` go to the main screen meanwhile.
     """
 
     def __init__(
@@ -134,13 +165,6 @@ class Dashboard:
         self._board = Board(clock)
         self._lock = threading.RLock()
         self._size = self._console.size
-        self._live = Live(
-            console=self._console,
-            auto_refresh=False,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            vertical_overflow="crop",
-        )
         self._closed = False
         self._changed = True
         self._stack = contextlib.ExitStack()
@@ -148,7 +172,7 @@ class Dashboard:
             stray = StrayLines(self._console, sys.stderr)
             self._stack.callback(stray.release)
             self._stack.enter_context(contextlib.redirect_stderr(cast(TextIO, stray)))
-        self._live.start()
+        self._answer_signals()
         self._thread: threading.Thread | None = None
         if thread:
             self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
@@ -164,28 +188,40 @@ class Dashboard:
         """A first Ctrl-C has come; may be called in a signal's handler."""
         self._board.stopping = self._changed = True
 
+    def quit(self) -> None:
+        """Give the terminal back, where it takes anything (not after Ctrl-S); may be called in a signal's handler."""
+        with contextlib.suppress(OSError, ValueError):
+            if os.name == "nt" or select.select([], [self._terminal.fileno()], [], 0.0)[1]:
+                self._terminal.leave()
+
     def refresh(self) -> None:
         """Draw a frame now."""
         self._changed = False
-        if self._console.size != self._size:
-            self._clear()
+        self._size = self._console.size
+        self._terminal.show(self._picture())
+
+    def _picture(self) -> str:
         with self._lock:
             lines = compose(self._board, self._console)
-        lines.append([])  # where the cursor waits: what is typed (^C) finds room there
-        self._live.update(SegmentLines(lines, new_lines=True), refresh=True)
+        with self._console.capture() as picture:
+            self._console.print(SegmentLines(lines, new_lines=True))
+        return picture.get()
 
-    def _clear(self) -> None:
-        """Begin anew on an empty screen: a terminal of another size has folded and moved the last frame's lines."""
-        self._size = self._console.size
-        self._take_away()
-        self._terminal.write("\x1b[H\x1b[J")
-        self._live.transient, self._live.vertical_overflow = False, "crop"
-        self._live.start()
+    def _answer_signals(self) -> None:
+        """Give the terminal back at Ctrl-Z and SIGTERM; after `fg` the next frame takes it again."""
 
-    def _take_away(self) -> None:
-        self._live.update("")
-        self._live.transient = True
-        self._live.stop()
+        def handle(number: int, frame: object) -> None:
+            self.quit()
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number if number == signal.SIGTERM else signal.SIGSTOP)
+
+        for name in ("SIGTSTP", "SIGTERM"):
+            number = getattr(signal, name, None)
+            main = threading.current_thread() is threading.main_thread()
+            if number is not None and main and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, handle)
+                self._stack.callback(signal.signal, number, signal.SIG_DFL)
 
     def close(self) -> None:
         """Stop drawing and leave the summary; without an end the last frame; before step 1 the notices."""
@@ -202,15 +238,12 @@ class Dashboard:
                 self._stack.pop_all()
                 return
         self._stack.close()
+        self._terminal.leave()
         board = self._board
-        if board.end is None and board.last is not None:
-            self.refresh()
-            self._live.stop()
-            return
-        self._take_away()
-        self._terminal.live = False
         if board.end is not None:
             print_summary(self._console, board, board.end)
+        elif board.last is not None:
+            self._terminal.write(self._picture())
         else:
             print_notices(self._console, board)
 
@@ -220,7 +253,7 @@ class Dashboard:
         while not self._closed:
             now = time.monotonic()
             news = self._changed or now >= last + IDLE_S
-            if self._console.size != self._size or (news and now >= due):
+            if (self._console.size != self._size or (news and now >= due)) and self._terminal.ours:
                 began, sent = time.thread_time(), self._terminal.sent
                 self.refresh()
                 cost, sent = time.thread_time() - began, self._terminal.sent - sent

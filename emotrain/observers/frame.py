@@ -7,6 +7,7 @@ emotion's values have at most a third of the room. No sentence is cut: long ones
 from __future__ import annotations
 
 import math
+import re
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.layout import Layout
@@ -20,21 +21,21 @@ from emotrain.observers.curve import Plot, Points, Scale, Source, scale_for
 from emotrain.observers.text import clean, duration, number, short_path, speed
 from emotrain.train.events import RunEnd, ValidationEnd
 
-STYLES = {  # of the 16 colours that every terminal has, those that are readable on dark and on light
+STYLES = {  # of the 256 colours, those of middling brightness: readable on a dark terminal and on a light one
     "title": "bold",
     "label": "dim",
-    "loss": "cyan",
-    "validation": "bold magenta",
-    "scalar": "green",
-    "trust": "bright_blue",
-    "pulse": "yellow",
-    "good": "bold green",
-    "warning": "bold yellow",
-    "bad": "bold red",
+    "loss": "color(31)",  # cyan
+    "validation": "bold color(133)",  # magenta
+    "scalar": "color(28)",  # green
+    "trust": "color(63)",  # blue
+    "pulse": "color(130)",  # brown
+    "good": "bold color(28)",
+    "warning": "not dim bold color(166)",  # orange
+    "bad": "bold color(196)",  # red
     "bar.back": "dim",
-    "bar.complete": "green",
-    "bar.finished": "green",
-    "bar.pulse": "green",
+    "bar.complete": "color(28)",
+    "bar.finished": "color(28)",
+    "bar.pulse": "color(28)",
     "progress.elapsed": "default",
     "progress.remaining": "dim",
 }
@@ -315,7 +316,7 @@ def print_summary(console: Console, board: Board, end: RunEnd) -> None:
         _print_whole(console, "samples", short_path(board.samples.sheet))
     if board.start is not None:
         _print_whole(console, "run", short_path(board.start.run_dir))
-    console.print(_summary_table(board, end))
+    _print_rows(console, _summary_table(board, end))
     if end.lora is not None:
         _print_whole(console, "diffusers", f"pipeline.load_lora_weights({str(end.lora)!r})")
     if end.resume_command:
@@ -347,6 +348,13 @@ def _summary_table(board: Board, end: RunEnd) -> Table:
     return table
 
 
+def _print_rows(console: Console, table: Table) -> None:
+    """A table without the blanks at its right: a terminal that is narrowed later would fold them into empty lines."""
+    with console.capture() as rows:
+        console.print(table)
+    console.file.write(re.sub(r" +((\x1b\[0m)?)$", r"\1", rows.get(), flags=re.MULTILINE))
+
+
 def _print_whole(console: Console, label: str, value: str, style: str = "") -> None:
     text = Text.assemble((f"{label:<{LABEL}}" if label else "", "label"), (clean(value), style))
     console.print(text, soft_wrap=True)
@@ -355,4 +363,4 @@ def _print_whole(console: Console, label: str, value: str, style: str = "") -> N
 def print_notices(console: Console, board: Board) -> None:
     """The notices alone: of a run that never came to a step."""
     if board.notices:
-        console.print(_notices(board, MAX_NOTICES, also_notes=True))
+        _print_rows(console, _notices(board, MAX_NOTICES, also_notes=True))

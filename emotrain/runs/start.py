@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from emotrain.config.schema import Preset
@@ -34,7 +34,7 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extend
             raise name_taken(target)
         loaded, begin = load(preset, watching.notify), Beginning(TrainState())
         out_of_memory.try_largest(loaded, begin.state, watching.notify)  # nothing to save yet: a signal ends it here
-        with StopSignals(say_stopping(observers)) as signals:
+        with stop_signals(observers) as signals:
             folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **loaded.facts())
             with folder.lock():
                 trained = train(loaded, begin, folder, watching, signals)
@@ -43,9 +43,10 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extend
         watching.close()
 
 
-def say_stopping(observers: Sequence[Observer]) -> Callable[[str], None]:
-    """How a first Ctrl-C is answered: by the display where it has a place for that, else on stderr."""
-    return next((observer.stopping for observer in observers if isinstance(observer, Dashboard)), tell_stopping)
+def stop_signals(observers: Sequence[Observer]) -> StopSignals:
+    """A first Ctrl-C is answered by the display where it has a place for that, else on stderr."""
+    display = next((observer for observer in observers if isinstance(observer, Dashboard)), None)
+    return StopSignals(tell_stopping) if display is None else StopSignals(display.stopping, display.quit)
 
 
 def resume(
@@ -79,7 +80,7 @@ def resume(
             out_of_memory.try_largest(loaded, begin.state, notify)
             for line in store.drop_after(checkpoint.step) if step is not None else ():
                 notify(Notice(line, level="info"))
-            with StopSignals(say_stopping(observers)) as signals:
+            with stop_signals(observers) as signals:
                 folder.update_info(finished=None, stop_reason=None)
                 folder.write_preset(preset.to_dict())
                 trained = train(loaded, begin, folder, watching, signals)

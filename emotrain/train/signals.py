@@ -31,7 +31,7 @@ class StopSignals:
 
     Args:
         on_first: called in the handler with the first signal's name, to say that a save is coming.
-        on_quit: called in the handler before the process ends at once, to show the cursor again.
+        on_quit: called in the handler before the process ends at once, to give the terminal back.
     """
 
     def __init__(

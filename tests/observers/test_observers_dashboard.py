@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -16,10 +17,12 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from rich.style import Style
 
 from emotrain.observers import dashboard as module
 from emotrain.observers.board import Board
 from emotrain.observers.dashboard import Dashboard, StrayLines, make_console
+from emotrain.observers.dashboard import Terminal as Pen
 from emotrain.observers.frame import EMOTION, STYLES, compose, print_summary
 from emotrain.pulse.reading import Reading
 from emotrain.train.events import (
@@ -74,9 +77,8 @@ def summary_of(board: Board, columns: int = 80) -> list[str]:
     assert board.end is not None
     stream = io.StringIO()
     console = make_console(stream, {"TERM": "xterm", "NO_COLOR": "1"}, width=columns, height=24)
-    console.file.live = False  # type: ignore[attr-defined]
     print_summary(console, board, board.end)
-    return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()]
+    return re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()
 
 
 @pytest.fixture
@@ -238,6 +240,8 @@ def test_the_summary_names_the_files_on_lines_of_their_own(
     board.note(replace(the_end("it had learned enough, " * 9, lora), all_command=command))
     lines = summary_of(board)
     assert len(lines) <= 20
+    assert not any(line.endswith("  ") for line in lines)  # they become empty lines where a terminal is narrowed
+    lines = [line.rstrip() for line in lines]
     assert " ".join(lines[1:4]).strip() == ("it had learned enough, " * 9).strip()
     paths = ("LoRA ", "samples ", "run ", "diffusers ", "emotrain run ")
     assert all(len(line) <= 80 or line.startswith(paths) for line in lines)
@@ -257,7 +261,7 @@ def test_every_end_has_a_summary(board: Board, make_start: MakeStart, reason: st
 
 
 class Terminal:
-    """As much of a terminal as a frame needs: cursor, clearing, wrapping, and folding when it narrows."""
+    """As much of a terminal as a frame needs: cursor, clearing, wrapping, the alternate screen, and folding."""
 
     def __init__(self, columns: int, rows: int) -> None:
         self.columns, self.rows = columns, rows
@@ -266,9 +270,13 @@ class Terminal:
         self.wraps = True
         self.wrapped = 0
         self.modes: dict[str, bool] = {}
+        self.main: tuple[list[str], int, int, int] | None = None  # while the alternate screen is shown
 
     def resize(self, columns: int, rows: int) -> None:
-        if columns < self.columns:
+        if self.main is not None:  # its lines are cut, and nothing is pushed into the history
+            self.lines = [line[:columns] for line in self.lines[:rows]]
+            self.y, self.x = min(self.y, rows - 1), min(self.x, columns)
+        elif columns < self.columns:
             folded: list[str] = []
             for line in self.lines:
                 parts = [line[i : i + columns] for i in range(0, len(line), columns)] or [""]
@@ -303,9 +311,15 @@ class Terminal:
             self.lines = self.lines[: self.y + 1]
             self.lines[self.y] = self.lines[self.y][: self.x]
         elif kind == "K":
-            self.lines[self.y] = "" if argument == "2" else self.lines[self.y][: self.x]
+            at = 0 if argument == "2" else min(self.x, self.columns - 1)  # behind a full line it waits on its last sign
+            self.lines[self.y] = self.lines[self.y][:at]
         elif kind in "hl" and argument.startswith("?"):
             self.modes[argument] = kind == "h"
+            if argument == "?1049" and kind == "h" and self.main is None:
+                self.main = self.lines, self.top, self.y, self.x
+                self.lines, self.top, self.y, self.x = [""], 0, 0, 0
+            elif argument == "?1049" and kind == "l" and self.main is not None:
+                (self.lines, self.top, self.y, self.x), self.main = self.main, None
             if argument == "?7":
                 self.wraps = kind == "h"
         else:
@@ -356,12 +370,16 @@ def dashboard_on(terminal: Terminal, clock: Callable[[], float] = time.monotonic
     return Dashboard(console_on(terminal), clock=clock, **settings)
 
 
-def test_a_frame_stands_in_place_while_it_changes_and_while_the_terminal_is_resized(
-    make_start: MakeStart, make_step: MakeStep
+def frame_lines(dashboard: Dashboard) -> list[str]:
+    return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", dashboard._picture()).splitlines()]
+
+
+def test_a_frame_stands_in_place_while_the_terminal_is_resized_and_leaves_nothing_in_its_history(
+    make_start: MakeStart, make_step: MakeStep, clock: Callable[[], float]
 ) -> None:
     terminal = Terminal(80, 24)
     terminal.feed("$ emotrain run x\r\n")
-    dashboard = dashboard_on(terminal)
+    dashboard = dashboard_on(terminal, clock)
     sizes = [(80, 24), (80, 24), (60, 20), (200, 50), (199, 50), (40, 12), (41, 13), (80, 24)]
     rng = random.Random(3)
     sizes += [(rng.randint(20, 220), rng.randint(6, 60)) for _ in range(60)]
@@ -377,16 +395,23 @@ def test_a_frame_stands_in_place_while_it_changes_and_while_the_terminal_is_resi
             shown = terminal.visible()
             assert [line.split()[1] for line in shown if line.startswith("step ")] == [str(step)]
             assert len(shown) <= size[1]
+            assert terminal.top == 0  # nothing has scrolled
+            lines = [line for line in frame_lines(dashboard) if line]
+            assert [line for line in shown if line] == lines
     assert terminal.wrapped == 0
+    dashboard._terminal.leave()
+    assert terminal.lines == ["$ emotrain run x", ""]
 
 
-def test_between_two_frames_the_terminal_is_as_it_was(make_start: MakeStart, make_step: MakeStep) -> None:
+def test_between_two_frames_only_the_alternate_screen_is_left(make_start: MakeStart, make_step: MakeStep) -> None:
     terminal = Terminal(80, 24)
     dashboard = dashboard_on(terminal)
     dashboard.handle(make_start())
     dashboard.handle(make_step(1))
     dashboard.refresh()
-    assert terminal.modes == {"?2026": False, "?25": True, "?7": True}
+    assert terminal.modes == {"?2026": False, "?25": True, "?7": True, "?1049": True}
+    dashboard.close()
+    assert terminal.modes == {"?2026": False, "?25": True, "?7": True, "?1049": False}
 
 
 def test_a_slow_connection_is_sent_a_bounded_number_of_bytes(
@@ -409,23 +434,27 @@ def test_a_slow_connection_is_sent_a_bounded_number_of_bytes(
     assert 10_000 < len(stream.getvalue().encode()) < 20_000 * took + frame
 
 
-def test_lines_of_others_go_above_the_frame(make_start: MakeStart, make_step: MakeStep) -> None:
+def test_lines_of_others_stay_on_the_main_screen_and_the_frame_comes_back(
+    make_start: MakeStart, make_step: MakeStep
+) -> None:
     terminal = Terminal(80, 24)
     dashboard, real = dashboard_on(terminal), io.StringIO()
     dashboard.handle(make_start())
     dashboard.refresh()
+    frame = terminal.visible()
     stray = StrayLines(dashboard._console, real)
     stray.write("half")
     stray.flush()
-    assert terminal.visible()[0].startswith("emotrain mika")
+    assert terminal.visible() == frame
     stray.write(" a line\n 10%\r 55%\r100% done\nrest \x1b[2J" + "word " * 30)
-    assert terminal.visible()[:2] == ["half a line", "100% done"]
-    assert terminal.visible()[2].startswith("emotrain mika")
+    assert terminal.visible() == frame
     assert not stray.isatty()
     stray.release()
+    dashboard._terminal.leave()
     shown = terminal.visible()
+    assert shown[:2] == ["half a line", "100% done"]
     assert shown[2].startswith("rest word word")
-    assert " ".join(shown[2:5]).count("word") == 30
+    assert " ".join(shown[2:]).count("word") == 30
     assert terminal.wrapped == 0
 
 
@@ -439,8 +468,9 @@ def test_a_dashboard_takes_stderr_and_gives_it_back(
     dashboard.handle(make_step(1))
     dashboard.refresh()
     print("a library speaks", file=sys.stderr)
-    assert terminal.lines[0] == "a library speaks"
-    assert terminal.lines[1].startswith("emotrain mika")
+    assert terminal.main is not None
+    assert terminal.main[0][0] == "a library speaks"
+    assert terminal.lines[0].startswith("emotrain mika")
     dashboard.handle(the_end())
     dashboard.close()
     dashboard.close()
@@ -456,7 +486,9 @@ def test_without_an_end_the_last_frame_stays(make_start: MakeStart, make_step: M
     dashboard = dashboard_on(terminal)
     dashboard.handle(make_start())
     dashboard.handle(make_step(7))
+    dashboard.refresh()
     dashboard.close()
+    assert terminal.main is None
     assert "step 7 of at most 400" in "\n".join(terminal.visible())
 
 
@@ -473,6 +505,72 @@ def test_a_run_that_fails_before_its_first_step_leaves_only_its_notices(make_sta
         "warning    the folder has 2 files that are no pictures",
     ]
     assert terminal.y == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no job control")
+def test_ctrl_z_sigterm_and_quitting_at_once_give_the_terminal_back(
+    make_start: MakeStart, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = signal.SIGTSTP, signal.SIGTERM
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    terminal = Terminal(80, 24)
+    dashboard = dashboard_on(terminal)
+    dashboard.handle(make_start())
+    sent: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((number, terminal.main is None)))
+    monkeypatch.setattr(Pen, "fileno", lambda self: 1)
+    takes = [1]
+    monkeypatch.setattr(module.select, "select", lambda *_: ([], takes, []))
+    for number in numbers:
+        dashboard.refresh()
+        assert terminal.main is not None
+        signal.raise_signal(number)
+    assert sent == [(signal.SIGSTOP, True), (signal.SIGTERM, True)]
+    dashboard.refresh()  # after `fg`
+    takes = []  # after Ctrl-S
+    dashboard.quit()
+    assert terminal.main is not None
+    takes = [1]
+    dashboard.quit()
+    assert terminal.main is None
+    dashboard.close()
+    assert [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL] * 2
+
+
+def test_nothing_is_drawn_while_the_process_is_in_the_background(
+    make_start: MakeStart, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = False
+    monkeypatch.setattr(Pen, "ours", property(lambda self: ours))
+    terminal = Terminal(80, 24)
+    dashboard = dashboard_on(terminal, thread=True)
+    try:
+        dashboard.handle(make_start())
+        dashboard.handle(make_step(5))
+        time.sleep(0.2)
+        assert terminal.main is None
+        ours = True
+        wait_for(lambda: "step 5 of at most 400" in "\n".join(terminal.visible()))
+    finally:
+        dashboard.close()
+
+
+def luminance(red: int, green: int, blue: int) -> float:
+    """Relative luminance, WCAG 2.2."""
+    shares = (value / 255 for value in (red, green, blue))
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if "color" in style])
+def test_every_colour_is_readable_on_a_dark_and_on_a_light_terminal(name: str) -> None:
+    colour = Style.parse(STYLES[name]).color
+    assert colour is not None
+    light = luminance(*colour.get_truecolor())
+    for ground in ((0, 0, 0), (255, 255, 255)):
+        high, low = sorted((light, luminance(*ground)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 3.75, ground  # 3 is asked for of graphics and large text
 
 
 def test_a_first_ctrl_c_is_answered_in_the_frame(make_start: MakeStart, make_step: MakeStep) -> None:
