@@ -1,27 +1,28 @@
-"""Twelve computed styles of the example data set's pictures, to try rules on; half of them are kept for reports.
+"""Twelve computed styles of four sets of pictures, to try rules on; half of the styles are kept for reports.
 
     python tests/bench/styles.py DIR
 
-Writes DIR/STYLE/train and DIR/STYLE/heldout, pictures with captions, for `stop_regret.py` and `lr_free.py --pictures`.
-They are drawn from the Noto Color Emoji font, which has to be installed. A mosaic's grout lies to the right of and
-below its stones: flipped it is another pattern.
+Writes DIR/STYLE/train and DIR/STYLE/heldout, pictures with captions, for `gain_trials.py` and for `stop_regret.py` and
+`lr_free.py --pictures`. They are made of `tests/bench/base_pictures`, those of the example data set; the three sets
+that `third_base.py` draws lie in DIR/SET-STYLE, in pictures that no base has seen. A mosaic's grout lies to the right
+of and below its stones: flipped it is another pattern.
 """
 
 from __future__ import annotations
 
 import argparse
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import Image
+from third_base import SETS, scene
 
-from emotrain.assets.make_assets import draw_noto, edges, thick
+from emotrain.assets.make_assets import edges, thick
 from emotrain.dataset.scan import resolve_folder
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-BLOCKS = ((0x1F300, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F900, 0x1F9FF), (0x1FA70, 0x1FAFF), (0x2600, 0x27BF))
+DRAWN = {"train": range(100_000, 100_035), "heldout": range(200_000, 200_064)}  # numbers that no base has seen
+PLAIN = Path(__file__).parent / "base_pictures"
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 HEAT = np.array([[1, 1, 0.8], [1, 0.8, 0.1], [0.9, 0.2, 0.2], [0.45, 0.05, 0.5], [0.05, 0, 0.25]], np.float32)
 
@@ -123,25 +124,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    font = ImageFont.truetype(str(FONT), size=109)
-    names = {
-        unicodedata.name(chr(code), "").lower().replace("-", " "): f"{code:X}"
-        for first, last in BLOCKS
-        for code in range(first, last + 1)
-    }
     for part, source in (("train", "builtin:example"), ("heldout", "builtin:example-heldout")):
         for caption in sorted(resolve_folder(source).glob("*.txt")):
-            text = caption.read_text(encoding="utf-8")
-            code = names.get(text.removeprefix("inkmoji, ").strip())
-            if code is None:  # not in the font's blocks
-                continue
-            picture = np.asarray(draw_noto(code, font), np.float32) / 255
-            for name, style in STYLES.items():
-                folder = args.folder / name / part
-                folder.mkdir(parents=True, exist_ok=True)
-                drawn = (np.clip(style(picture), 0, 1) * 255).round().astype(np.uint8)
-                Image.fromarray(drawn).save(folder / f"{caption.stem}.png")
-                (folder / caption.name).write_text(text, encoding="utf-8")
+            picture = Image.open(PLAIN / f"{caption.stem}.png").convert("RGB")
+            write(args.folder, "", part, caption.stem, caption.read_text(encoding="utf-8"), np.asarray(picture))
+    for kind in SETS:
+        for part, numbers in DRAWN.items():
+            for number in numbers:
+                text, picture = scene(kind, number)
+                write(args.folder, f"{kind}-", part, f"{number}", f"inkmoji, {text}\n", picture)
+
+
+def write(folder: Path, prefix: str, part: str, stem: str, text: str, picture: np.ndarray) -> None:
+    """One picture, uint8 [64, 64, 3], in all styles."""
+    for name, style in STYLES.items():
+        place = folder / f"{prefix}{name}" / part
+        place.mkdir(parents=True, exist_ok=True)
+        drawn = (np.clip(style(picture.astype(np.float32) / 255), 0, 1) * 255).round().astype(np.uint8)
+        Image.fromarray(drawn).save(place / f"{stem}.png")
+        (place / f"{stem}.txt").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
