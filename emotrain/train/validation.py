@@ -106,16 +106,20 @@ class Validation:
                 )
             )
 
-    @torch.no_grad()
     def loss(self, progress: Callable[[int, int], None] | None = None) -> float:
         """Mean loss over all pictures and draws; `progress` is told how many of how many pieces are done."""
+        return float(self.losses(progress).mean())
+
+    @torch.no_grad()
+    def losses(self, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Loss of each picture and draw, always in the same order, float32 [pictures * draws]."""
         pieces = [piece for part in self.parts for piece in self._pieces(*part)]
         losses = []
         for done, piece in enumerate(pieces):
             if progress is not None:
                 progress(done, len(pieces))
             losses.append(sample_losses(self.family, self.objective, *piece))
-        return float(torch.cat(losses).mean())
+        return torch.cat(losses)
 
     @torch.no_grad()
     def drift(self) -> float:

@@ -46,11 +46,16 @@ class Measured:
         return float(gap.mean()), float(gap.mean() / error)
 
 
+def base_of(model: str) -> str:
+    """A built-in model by its name, any other by its folder."""
+    return model if "/" in model else f"builtin:{model}"
+
+
 class Bench:
     """A built-in model with the held-out pictures encoded."""
 
     def __init__(self, model: str, folder: str = "builtin:example-heldout", family: Any = None) -> None:
-        self.family = family or load_family(f"builtin:{model}")
+        self.family = family or load_family(base_of(model))
         self.objective = build_objective(self.family.prediction, self.family.scheduler_config)
         examples = scan((Folder(path=folder),)).examples
         settings = LoaderSettings(BucketRules((64,), 8, 64, 64), trigger=TRIGGER, dropout=0.0)

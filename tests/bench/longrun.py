@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from heldout import Bench
+from heldout import Bench, base_of
 from safetensors.torch import load_file, save_file
 
 from emotrain.config.schema import Preset
@@ -35,6 +35,7 @@ from emotrain.train.validation import Validation
 EVERY = 10
 SIGNS = Path(__file__).parent / "signs"
 TRUE_DRAWS = 4  # per held-out picture
+NETWORKS: dict[str, dict[str, Any]] = {"lora": {"rank": 8, "alpha": 8.0}, "lokr": {"type": "lokr"}}
 LONG = 3  # a run goes on for this many times the steps of its best
 
 
@@ -62,7 +63,7 @@ class Task:
     @property
     def name(self) -> str:
         """Such as tiny-sd-ink-32."""
-        return f"{self.model}-{self.style}-{self.pictures}" + ("-noisy" if self.wrong else "")
+        return f"{Path(self.model).name}-{self.style}-{self.pictures}" + ("-noisy" if self.wrong else "")
 
     def train_folder(self) -> Path:
         if self.folders:
@@ -110,6 +111,7 @@ class Cell:
     baseline: str = "auto"
     ema: bool = True
     gain: str = "fixed"
+    network: str = "lora"
 
     @property
     def name(self) -> str:
@@ -119,6 +121,7 @@ class Cell:
             "" if self.baseline == "auto" else f"-{self.baseline}"
         )
         words += ("-averaged" if self.ema else "") + ("" if self.gain == "fixed" else f"-gain={self.gain}")
+        words += "" if self.network == "lora" else f"-{self.network}"
         return f"{self.place}-{self.optimizer}{rate}{words}"
 
     @property
@@ -131,14 +134,14 @@ class Cell:
         return Preset.model_validate(
             {
                 "name": "cell",
-                "model": {"base": f"builtin:{self.task.model}"},
+                "model": {"base": base_of(self.task.model)},
                 "dataset": {
                     "trigger": "inkmoji",
                     "resolution": (64,),
                     "buckets": {"step": 8, "min": 64, "max": 64},
                     "folders": ({"path": str(train)},),
                 },
-                "network": {"rank": 8, "alpha": 8.0, "targets": "all"},
+                "network": {"targets": "all", **NETWORKS[self.network]},
                 "train": {
                     "micro_batch_size": self.micro_batch,
                     "seed": self.seed,
