@@ -22,6 +22,7 @@ _USUAL_LR = {
     "schedulefree": "1e-3",
 }
 RATE_OF_ITS_OWN = ("emonavi", "emofact", "emolynx")  # generation 3.6: `lr` is the rate itself, 1e-3
+PUBLISHED_UNIT = ("emoairy", "emocats", "emotion", "emovoid")  # LR 1.0 is what their author found, on other models
 SMALL_LR = 0.1
 _RANK_WORDS = ("rank", "alpha", "conv_rank", "rank_pattern")
 _EMO_WORDS = ("generation", "use_shadow", "stopcoef", "sensor", "bias_correction", "notify")
@@ -38,6 +39,7 @@ def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
     return problems, [
         *_no_effect(root),
         *_gain_without_effect(root),
+        *_unit_not_measured(root),
         *_network_without_effect(root),
         *_bare_trigger(root),
         *_foreign_prompt_words(root),
@@ -246,6 +248,17 @@ def _gain_without_effect(root: Node) -> list[str]:
     if generation is not None and generation.value == "3.7.0":
         return [f"{gain.where}: train.gain has no effect on generation 3.7.0, whose steps have a length of their own"]
     return []
+
+
+def _unit_not_measured(root: Node) -> list[str]:
+    """An emo optimizer whose LR 1.0 is the published step length, which no run measures."""
+    name, lr = leaf(root, "train.optimizer.name"), leaf(root, "train.lr")
+    if name is None or name.value not in PUBLISHED_UNIT or (lr is not None and lr.value not in (None, 1, 1.0)):
+        return []
+    return [
+        f"{name.where}: `{name.value}` takes steps of the published length, which may not suit this model: give it a"
+        " train.lr of its own (0.3 and 3 are worth a try), or use emosens, which measures its step length"
+    ]
 
 
 def _network_without_effect(root: Node) -> list[str]:

@@ -135,6 +135,21 @@ def test_a_gain_that_nothing_measures_is_noted(tmp_path: Path, optimizer: str, s
     assert all(want in note for want, note in zip(said, notes, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("train", "noted"),
+    [
+        ("{optimizer: emocats}", True),
+        ("{optimizer: emoairy, lr: 1}", True),
+        ("{optimizer: emocats, lr: 0.3}", False),  # a length that somebody chose
+        ("{optimizer: emosens}", False),  # it measures its own
+        ("{optimizer: emonavi}", False),  # whose lr is the rate itself
+    ],
+)
+def test_a_step_length_that_nobody_measured_is_noted(tmp_path: Path, train: str, noted: bool) -> None:
+    notes = load(write(tmp_path / "p.yaml", f"{GOOD}train: {train}\n")).notes
+    assert ["takes steps of the published length" in note for note in notes] == [True] * noted
+
+
 def test_extends_merges_deep_and_keeps_each_file_s_paths(tmp_path: Path) -> None:
     write(
         tmp_path / "base" / "b.yaml",

@@ -170,14 +170,14 @@ def test_a_word_and_its_alias_together_are_refused(tmp_path: Path) -> None:
 def test_short_forms_spread_without_a_note(tmp_path: Path) -> None:
     found = loaded(
         tmp_path,
-        "model: builtin:tiny-sd\ndataset: ./a\nstop: off\ntrain: {optimizer: emovoid}\n"
+        "model: builtin:tiny-sd\ndataset: ./a\nstop: off\ntrain: {optimizer: emonavi}\n"
         "start_from: {stack: ./x.safetensors}\nsample: {prompts: a cat}\n",
     )
     preset = found.preset
     assert found.notes == ()
     assert preset.dataset.folders[0].path == str(tmp_path / "a")
     assert preset.stop.mode == "off"
-    assert preset.train.optimizer.name == "emovoid"
+    assert preset.train.optimizer.name == "emonavi"
     assert preset.start_from.stack[0].path == str(tmp_path / "x.safetensors")
     assert preset.start_from.stack[0].weight == 1.0
     assert preset.sample.prompts == ("a cat",)
