@@ -159,6 +159,36 @@ def measure(shapes: list[Shape], rounds: int, device: str) -> dict[str, tuple[fl
     return result
 
 
+def passes(rounds: int) -> list[str]:
+    """What bounds EmoCats on the CPU: its four kernels one by one, beside fused AdamW, in ns per value.
+
+    In the cache: the same 65,536 values each time. From memory: 200 times as many, each value once a round.
+    """
+    lines = ["| kernel | in the cache | from memory |", "|---|---|---|"]
+    found: dict[str, list[float]] = {}
+    for count in (1, 200):
+        p, g, m, v, u = ([torch.rand(65_536) for _ in range(count)] for _ in range(5))
+        plain = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+        adam = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+        same: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01, "maximize": False}
+        late = [torch.full((), 1e12)] * count
+        kernels: dict[str, Callable[[], Any]] = {
+            "fused AdamW, all of it": lambda: torch._fused_adamw_(p, g, m, v, [], late, **adam, **same),  # noqa: B023
+            "u = b1 m + (1-b1) g": lambda: torch._foreach_lerp(m, g, 0.1),  # noqa: B023
+            "m = b2 m + (1-b2) g": lambda: torch._foreach_lerp_(m, g, 0.005),  # noqa: B023
+            "u = sign(u)": lambda: torch._foreach_sign_(u),  # noqa: B023
+            "decay, p -= eta u (fused SGD)": lambda: torch._fused_sgd_(p, u, [], **plain, **same),  # noqa: B023
+        }
+        for name, kernel in kernels.items():
+            times = []
+            for _ in range(rounds * 200 // count):
+                begin_s = time.process_time()
+                kernel()
+                times.append(time.process_time() - begin_s)
+            found.setdefault(name, []).append(1e9 * statistics.median(times) / (65_536 * count))
+    return lines + [f"| {name} | {near:.2f} | {far:.2f} |" for name, (near, far) in found.items()]
+
+
 def report(models: list[str], rounds: int, device: str) -> str:
     """The whole measurement as Markdown."""
     lines = [f"- torch {torch.__version__}, {torch.get_num_threads()} thread(s), {processor(device)}"]
@@ -172,6 +202,8 @@ def report(models: list[str], rounds: int, device: str) -> str:
         for name, (ms, ratio, spread, state) in measure(shapes, rounds, device).items():
             lines.append(f"| {name} | {ms:.1f} | {ratio:.2f} | {spread:.2f} | {state:.2f} |")
         lines.append("")
+    if device == "cpu":
+        lines += ["## The kernels of EmoCats, ns per value\n", *passes(rounds), ""]
     lines += ["## Calls dispatched per step\n", "| optimizer | 100 tensors | 1000 tensors |", "|---|---|---|"]
     for name, build in OPTIMIZERS.items():
         lines.append(f"| {name} | {dispatched(build, 100, device)} | {dispatched(build, 1000, device)} |")
