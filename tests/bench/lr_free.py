@@ -169,7 +169,7 @@ def plot(tasks: Sequence[Task], tables: dict[str, list[Row]], work: Path) -> str
         if not swept:
             continue
         best = min(swept, key=lambda row: row.lowest).label
-        wanted = ("emosens 1", best, "adamw 0.0001", "prodigy 1", "schedulefree 0.0025")
+        wanted = ("emosens 1", best, "adamw 0.0001", "schedulefree 0.0025")
         curves = []
         for shape in shapes():
             if shape.seed == 0 and label(shape) in wanted:
