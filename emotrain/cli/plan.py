@@ -88,7 +88,8 @@ def _show(made: Plan) -> None:
     low, high = (made.needed * share for share in RANGE)
     output.result(f"expect {low:.1f} to {high:.1f} GiB; counted, not measured")
     which = "the trained text encoders stay" if made.text_modules else "text encoders leave when all is encoded"
-    output.result(f"{which}; they take {_size(made.encoders_gib)}")
+    forms = "".join(f", {name} in {form}" for name, form in made.memory.encoder_forms.items())
+    output.result(f"{which}; they take {_size(made.encoders_gib)}{forms}")
     output.result("")
     output.table([(name, _size(gib)) for name, gib in made.savings], header=("switch", "saves"))
     output.result("")

@@ -47,6 +47,11 @@ class ModelSection(Section):
         "auto", description="of the frozen base; the LoRA itself is always float32"
     )
     quantize: Literal["none", "int8", "nf4", "fp8"] = Field("none", description="of the base")
+    quantize_text_encoders: Literal["auto", "none", "int8", "nf4", "fp8"] = Field(
+        "auto",
+        description="of T5 and language models, which encode the captions and then leave; auto: on a GPU where they do"
+        " not fit whole",
+    )
     prediction: Literal["auto", "epsilon", "v", "flow"] = Field(
         "auto", description="what the denoiser predicts; set it where the files do not say it or say it wrongly"
     )

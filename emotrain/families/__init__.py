@@ -22,6 +22,7 @@ def load_family(
     revision: str | None = None,
     dtype: str = "auto",
     quantize: str = "none",
+    quantize_text_encoders: str = "auto",
     plan: MemoryPlan | None = None,
     device: str = "auto",
     gradient_checkpointing: bool | str = "auto",
@@ -40,7 +41,8 @@ def load_family(
         dtype: auto | bf16 | fp16 | fp32, of the denoiser and the text encoders; auto is bf16 on GPUs that have it,
             fp16 on others, fp32 on the CPU.
         quantize: none | int8 | nf4 | fp8, of the frozen denoiser.
-        plan: what is done to fit into the GPU; without one the two that are named here.
+        quantize_text_encoders: none | int8 | nf4 | fp8, of T5 and language models; auto is none.
+        plan: what is done to fit into the GPU; without one what is named here.
         device: auto | cuda | mps | cpu.
         gradient_checkpointing: whether activations are computed again in the backward pass; auto is not.
         prediction: auto | epsilon | v | flow, where the files do not say it or say it wrongly.
@@ -58,6 +60,6 @@ def load_family(
 
     return load(
         base, family=family, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, revision=revision, dtype=dtype,
-        quantize=quantize, plan=plan, device=device, gradient_checkpointing=gradient_checkpointing,
-        prediction=prediction, clip_skip=clip_skip,
+        quantize=quantize, quantize_text_encoders=quantize_text_encoders, plan=plan, device=device,
+        gradient_checkpointing=gradient_checkpointing, prediction=prediction, clip_skip=clip_skip,
     )  # fmt: skip

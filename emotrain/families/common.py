@@ -64,6 +64,13 @@ def config_values(config: Any) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if not k.startswith("_") and k not in skip}
 
 
+def digest_encoder(part: TextEncoderPart) -> str:
+    """sha256 over a text encoder and its tokenizer."""
+    vocabulary = sorted(part.tokenizer.get_vocab().items())
+    encoder: Any = part.encoder
+    return digest_module(encoder, [part.name, part.max_tokens, config_values(encoder.config), vocabulary])
+
+
 class LoadedFamily(ABC):
     """A model whose parameters are all frozen; see `families.base.Family` for what each method promises."""
 
@@ -90,6 +97,7 @@ class LoadedFamily(ABC):
         self.latent_scale = float(getattr(config, "scaling_factor", None) or 1.0)
         self.latent_shift = float(getattr(config, "shift_factor", None) or 0.0)
         self._identities: dict[str, str] = {}
+        self._plain_digests: dict[str, str] = {}
         if self.device.type == "cuda":
             # cuDNN's backward pass of attention, torch 2.11's choice on Hopper cards, fails on FLUX's shapes or gives
             # NaN (seen on an H100; pytorch issue 196678 is another such case). torch has kernels of its own.
@@ -236,26 +244,35 @@ class LoadedFamily(ABC):
 
     # ------------------------------------------------------------ identities
 
-    def vae_identity(self) -> str:
-        """A digest that changes when `encode_images` would give other latents."""
+    def vae_identity(self, *, as_encoded: bool = True) -> str:
+        """A digest that changes when `encode_images` would give other latents.
+
+        Latents that are made in tiles are a little different; not `as_encoded` it is of the files alone.
+        """
         if "vae" not in self._identities:
             assert self.vae is not None
-            in_tiles = ["tiles"] if self.memory is not None and self.memory.tile_encode else []
-            self._identities["vae"] = digest_module(self.vae, config_values(self.vae.config), *in_tiles)
-        return self._identities["vae"]
+            self._identities["vae"] = digest_module(self.vae, config_values(self.vae.config))
+        in_tiles = as_encoded and self.memory is not None and self.memory.tile_encode
+        return self._identities["vae"] + " in tiles" * in_tiles
 
-    def text_identity(self) -> str:
-        """A digest that changes when `encode_texts` would give other embeddings."""
+    def text_identity(self, *, as_encoded: bool = True) -> str:
+        """A digest that changes when `encode_texts` would give other embeddings.
+
+        Embeddings of quantised encoders are a little different; not `as_encoded` it is of the files alone.
+        """
         if "text" not in self._identities:
             digest = hashlib.sha256(self.name.encode())
             if self.clip_skip != FAMILIES[self.name].clip_skip:
                 digest.update(f"clip skip {self.clip_skip}".encode())
             for part in self.text_encoders:
-                vocabulary = sorted(part.tokenizer.get_vocab().items())
-                extra = [part.name, part.max_tokens, config_values(part.encoder.config), vocabulary]
-                digest.update(digest_module(part.encoder, extra).encode())
+                digest.update((self._plain_digests.get(part.name) or digest_encoder(part)).encode())
             self._identities["text"] = digest.hexdigest()
-        return self._identities["text"]
+        forms = self.memory.encoder_forms if as_encoded and self.memory is not None else {}
+        return self._identities["text"] + "".join(f" {name} in {form}" for name, form in sorted(forms.items()))
+
+    def note_plain(self, part: TextEncoderPart) -> None:
+        """Remember an encoder's digest before it is quantised."""
+        self._plain_digests[part.name] = digest_encoder(part)
 
     # ------------------------------------------------------------ samples
 

@@ -9,8 +9,9 @@ import torch
 from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.blocks import checkpoint_blocks
 from emotrain.families.common import LoadedFamily, Parts
-from emotrain.families.memory import GIB, MemoryPlan, encoders_that_fit, require_backend
+from emotrain.families.memory import GIB, ON_CPU, MemoryPlan, require_backend
 from emotrain.families.pieces import load_pieces, load_vae, text_parts
+from emotrain.families.quantize import quantize_linears
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import Given
 from emotrain.families.table import sniff
@@ -76,6 +77,7 @@ def load(
     revision: str | None,
     dtype: str,
     quantize: str,
+    quantize_text_encoders: str,
     plan: MemoryPlan | None,
     device: str,
     gradient_checkpointing: bool | str,
@@ -86,8 +88,13 @@ def load(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     found = sniff(base, family, revision, prediction)
-    plan = plan or MemoryPlan(quantize, gradient_checkpointing is True, False, 0.0, None, "")
+    if plan is None:
+        form = {"auto": "none"}.get(quantize_text_encoders, quantize_text_encoders)
+        forms = tuple((one.name, form) for one in FAMILIES[found.family].text_encoders if one.quantizable)
+        plan = MemoryPlan(quantize, gradient_checkpointing is True, False, 0.0, None, "", encoders=forms)
     require_backend(plan.quantize)
+    for _, form in plan.encoders:
+        require_backend(form, "model.quantize_text_encoders")
     own_vae = load_vae(vae, found) if vae is not None else None
     pieces = load_pieces(found, kind, revision, Given(own_vae, text_encoder, tokenizer))
     if own_vae is not None:
@@ -121,20 +128,21 @@ def free_gib(device: torch.device) -> float | None:
 
 
 def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
-    """Move the VAE and the text encoders to the device, the small ones first; the denoiser comes after their work.
+    """Move the VAE and the text encoders to the device in the form that was planned; the denoiser comes after them.
 
-    A text encoder that does not fit, such as a T5 of 9 GiB on a small card, works on the CPU.
+    A text encoder that fits in no form works on the CPU.
     """
     if plan.gradient_checkpointing:
         checkpoint_blocks(family.denoiser)
     assert family.vae is not None
     family.vae.to(family.device)
     family.tile_vae(plan.tile_encode)
-    sizes = {id(part.encoder): _gib(part.encoder) for part in family.text_encoders}
-    fitting = encoders_that_fit(list(sizes.values()), plan.encoder_gib)
-    for part in sorted(family.text_encoders, key=lambda part: sizes[id(part.encoder)])[: len(fitting)]:
+    forms = dict(plan.encoders)
+    for part in family.text_encoders:
+        form = forms.get(part.name, "none")
+        if form == ON_CPU:
+            continue
+        if form != "none":
+            family.note_plain(part)
+            quantize_linears(part.encoder, form, family.device)
         part.encoder.to(family.device)
-
-
-def _gib(module: torch.nn.Module) -> float:
-    return sum(p.numel() * p.element_size() for p in module.parameters()) / GIB

@@ -7,8 +7,10 @@ it and `emotrain run` loads the model by it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from emotrain.errors import ConfigError
 
@@ -24,7 +26,24 @@ SPARE = 1.08  # workspace and fragments on top of activations
 SIZES_GIB = {"24gb": 24.0, "16gb": 16.0, "12gb": 12.0, "8gb": 8.0}
 USABLE = 0.95  # of a GPU of that size, beside a desktop
 BYTES_PER_PARAMETER = {"int8": 1.03, "nf4": 0.56, "fp8": 1.02}  # with their scales
-BACKENDS = {"int8": "bitsandbytes", "nf4": "bitsandbytes"}  # fp8 needs none
+BACKENDS = {"nf4": "bitsandbytes"}  # int8 and fp8 need none
+ON_CPU = "cpu"  # the form of a text encoder that stays whole and works on the CPU
+
+
+@dataclass(frozen=True)
+class EncoderNeeds:
+    """A text encoder: its name, its parameters, and how many of them are in layers that may be quantised."""
+
+    name: str
+    parameters: int
+    linear: int = 0
+
+    def gib(self, form: str, bytes_per_parameter: float) -> float:
+        """Size in a form: none, int8, nf4, fp8, or cpu, which takes nothing of the GPU."""
+        if form == ON_CPU:
+            return 0.0
+        whole = weights_gib(self.parameters - self.linear, bytes_per_parameter)
+        return whole + weights_gib(self.linear, bytes_per_parameter, form)
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,7 @@ class Needs:
         bytes_per_parameter: of its dtype.
         activations: kept for the backward pass, without and with gradient checkpointing.
         trained: LoRA weights, gradients, optimizer state, and trained text encoders.
-        encoders: weights of each text encoder that goes when all captions are encoded.
+        encoders: the text encoders that go when all captions are encoded.
         vae: its decoder; `vae_encoder` goes when all pictures are encoded.
         encode: a pass of the VAE's encoder over the largest picture, whole and in tiles.
         decode: a pass of its decoder over a sample, whole and in tiles; 0 where none are drawn.
@@ -50,7 +69,7 @@ class Needs:
     bytes_per_parameter: float
     activations: tuple[float, float]
     trained: float
-    encoders: tuple[float, ...] = ()
+    encoders: tuple[EncoderNeeds, ...] = ()
     vae: float = VAE_GIB
     vae_encoder: float = VAE_ENCODER_GIB
     encode: tuple[float, float] = (0.0, 0.0)
@@ -74,7 +93,7 @@ class MemoryPlan:
         sentence: all of it for people.
         stages: encode, train, validate, sample and save, each with its peak.
         tile_encode: the VAE encodes in tiles, and `tile_decode`: it decodes in tiles.
-        encoder_gib: room for text encoders while the data set is encoded; None: for all of them.
+        encoders: form of each text encoder while the data set is encoded, see `place_encoders`.
     """
 
     quantize: str
@@ -86,7 +105,22 @@ class MemoryPlan:
     stages: tuple[tuple[str, float], ...] = ()
     tile_encode: bool = False
     tile_decode: bool = False
-    encoder_gib: float | None = None
+    encoders: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def encoder_forms(self) -> dict[str, str]:
+        """The text encoders that are quantised, and how."""
+        return {name: form for name, form in self.encoders if form not in ("none", ON_CPU)}
+
+    def means(self) -> dict[str, Any]:
+        """What saves memory, as plain values; `text_encoders` are those that are not whole on the GPU."""
+        return {
+            "vae_tiles": self.tile_encode or self.tile_decode,
+            "quantize": self.quantize,
+            "text_encoders": {name: form for name, form in self.encoders if form != "none"},
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "offload": self.offload,
+        }
 
     @property
     def fits(self) -> bool:
@@ -111,16 +145,16 @@ def installed_backends() -> frozenset[str]:
     return frozenset(found)
 
 
-def require_backend(quantize: str) -> None:
-    """Refuse a quantisation whose library is not installed.
+def require_backend(quantize: str, key: str = "model.quantize") -> None:
+    """Refuse a quantisation, asked for by `key`, whose library is not installed.
 
     Raises:
         ConfigError: it is not.
     """
     if quantize in BACKENDS and quantize not in installed_backends():
         raise ConfigError(
-            f"model.quantize is `{quantize}`, which needs `{BACKENDS[quantize]}`",
-            "install it with `pip install 'emotrain[quantize]'`, or take fp8, which needs nothing",
+            f"{key} is `{quantize}`, which needs `{BACKENDS[quantize]}`",
+            "install it with `pip install 'emotrain[quantize]'`, or take int8, which needs nothing",
         )
 
 
@@ -130,46 +164,54 @@ def choose_memory(
     free_gib: float | None = None,
     memory: str = "auto",
     quantize: str = "none",
+    quantize_text_encoders: str = "auto",
     gradient_checkpointing: bool | str = "auto",
     backends: frozenset[str] = frozenset(),
 ) -> MemoryPlan:
     """The first of these that fits: nothing, gradient checkpointing, int8, nf4, offload.
 
     Quantising and offloading come in only where gradient checkpointing alone does not do; a
-    quantisation that is set is kept. The VAE works in tiles where the whole does not fit. Pure.
+    quantisation that is set is kept. The VAE works in tiles where the whole does not fit, and large text encoders in
+    fewer bits (`place_encoders`). Pure.
 
     Args:
         needs: of the run.
         free_gib: free memory of the GPU; None where there is none, or it is not known.
         memory: auto (what is free), or a size; a size that is larger than what is free is cut.
-        quantize: as the preset says.
+        quantize: of the base, as the preset says.
+        quantize_text_encoders: the same of the text encoders.
         gradient_checkpointing: auto, or as the preset says.
-        backends: kinds of quantisation that can be had, see `installed_backends`.
+        backends: kinds of quantisation whose library is there, see `installed_backends`.
     """
     budget = budget_of(memory, free_gib)
     steps = [False, True] if gradient_checkpointing == "auto" else [bool(gradient_checkpointing)]
     options = [(quantize, step, False) for step in steps]
-    kinds = [k for k in ("int8", "nf4") if k in backends] if quantize == "none" else []
+    kinds = available(backends) if quantize == "none" else ()
     options += [(kind, steps[-1], False) for kind in kinds]
     options += [(kind, steps[-1], True) for kind in ([quantize] if quantize == "none" else [])]
-    plans = [_plan(needs, *option, budget) for option in options]
+    place = partial(place_encoders, needs, wanted=quantize_text_encoders, backends=backends)
+    plans = [_plan(needs, *option, budget, place) for option in options]
     if budget is None:
         return replace(plans[0], sentence=_sentence(plans[0]))
     chosen = next((plan for plan in plans if plan.fits), min(plans, key=lambda p: p.needed_gib))
     return replace(chosen, sentence=_sentence(chosen))
 
 
-def _plan(needs: Needs, kind: str, checkpointing: bool, offload: bool, budget: float | None) -> MemoryPlan:
+def _plan(
+    needs: Needs,
+    kind: str,
+    checkpointing: bool,
+    offload: bool,
+    budget: float | None,
+    place: Callable[[float | None], dict[str, str]],
+) -> MemoryPlan:
     """The stages' peaks with these means."""
     base = weights_gib(needs.num_parameters, needs.bytes_per_parameter, kind)
     held = CONTEXT_GIB + needs.vae + (min(needs.resident, base) if offload else base) + needs.trained
-    encoding = CONTEXT_GIB + needs.vae + needs.vae_encoder
-    tile_encode = budget is not None and encoding + needs.encode[0] > budget
-    encoding += needs.encode[tile_encode]
-    room = None if budget is None else max(budget - encoding, 0.0)
+    tile_encode, forms, encoding = _encode_stage(needs, budget, place)
     tile_decode = budget is not None and held + needs.decode[0] * SPARE > budget
     stages = {
-        "encode": encoding + sum(encoders_that_fit(needs.encoders, room)),
+        "encode": encoding,
         "train": held + needs.activations[checkpointing] * SPARE,
         "validate": held + needs.validate * SPARE,
         "sample": held + max(needs.sample, needs.decode[tile_decode]) * SPARE,
@@ -177,17 +219,50 @@ def _plan(needs: Needs, kind: str, checkpointing: bool, offload: bool, budget: f
     }
     return MemoryPlan(
         kind, checkpointing, offload, max(stages.values()), budget, "", tuple(stages.items()), tile_encode, tile_decode,
-        room,
+        tuple(forms.items()),
     )  # fmt: skip
 
 
-def encoders_that_fit(sizes: Sequence[float], room: float | None) -> list[float]:
-    """The text encoders that work on the GPU, the small ones first; the others work on the CPU."""
-    fitting: list[float] = []
-    for size in sorted(sizes):
-        if room is None or sum(fitting) + size <= room:
-            fitting.append(size)
-    return fitting
+def _encode_stage(
+    needs: Needs, budget: float | None, place: Callable[[float | None], dict[str, str]]
+) -> tuple[bool, dict[str, str], float]:
+    """Whether the VAE works in tiles (rather that than an encoder on the CPU), the encoders' forms, and the peak."""
+    held = CONTEXT_GIB + needs.vae + needs.vae_encoder
+    found = []
+    for tiles in (False, True):
+        forms = place(None if budget is None else max(budget - held - needs.encode[tiles], 0.0))
+        sizes = (encoder.gib(forms[encoder.name], needs.bytes_per_parameter) for encoder in needs.encoders)
+        found.append((tiles, forms, held + needs.encode[tiles] + sum(sizes)))
+    fitting = [one for one in found if budget is None or one[2] <= budget] or found[1:]
+    return next((one for one in fitting if ON_CPU not in one[1].values()), fitting[0])
+
+
+def available(backends: frozenset[str]) -> tuple[str, ...]:
+    """The kinds of quantisation that are chosen where they are needed, the one that changes least first."""
+    return tuple(kind for kind in ("int8", "nf4") if kind not in BACKENDS or kind in backends)
+
+
+def place_encoders(
+    needs: Needs, room: float | None, *, wanted: str = "auto", backends: frozenset[str] = frozenset()
+) -> dict[str, str]:
+    """Form of each text encoder: none (whole), int8, nf4 or fp8, or cpu where no form fits; the small ones first.
+
+    Args:
+        needs: of the run.
+        room: GiB for all of them; None: as much as they take.
+        wanted: of those that may be quantised: auto (the first that fits), or the one form that the preset sets.
+        backends: see `choose_memory`.
+    """
+    forms: dict[str, str] = {}
+    for encoder in sorted(needs.encoders, key=lambda one: one.parameters):
+        kinds: tuple[str, ...] = ("none",)
+        if encoder.linear:
+            kinds = ("none", *available(backends)) if wanted == "auto" else (wanted,)
+        sizes = {kind: encoder.gib(kind, needs.bytes_per_parameter) for kind in kinds}
+        form = next((kind for kind, gib in sizes.items() if room is None or gib <= room), ON_CPU)
+        forms[encoder.name] = form
+        room = None if room is None else room - sizes.get(form, 0.0)
+    return forms
 
 
 def budget_of(memory: str, free_gib: float | None) -> float | None:
@@ -214,6 +289,8 @@ def _sentence(plan: MemoryPlan) -> str:
         means.append("frozen layers kept in the computer's memory")
     if plan.tile_encode or plan.tile_decode:
         means.append("the VAE in tiles")
+    for form in dict.fromkeys(form for _, form in plan.encoders if form != "none"):
+        means.append("captions encoded on the CPU" if form == ON_CPU else f"captions encoded in {form}")
     how = ", ".join(means) if means else "nothing needs saving"
     if plan.budget_gib is None:
         return f"memory: {how}"

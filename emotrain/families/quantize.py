@@ -2,14 +2,14 @@
 
 Libraries that quantise while they load want to know the file's layout, and take a single checkpoint file for one that
 is quantised already. Here a model comes from a folder or a single file alike, and its layers are exchanged afterwards:
-`nf4` (Dettmers et al. 2023, arXiv:2305.14314) and `int8` (Dettmers et al. 2022, arXiv:2208.07339) by bitsandbytes'
-layers, `fp8` by one of our own: e4m3 numbers with a scale for each output, taken back to the model's dtype in the
-forward pass.
+`nf4` (Dettmers et al. 2023, arXiv:2305.14314) by bitsandbytes' layer, `int8` and `fp8` (e4m3) by one of our own:
+numbers with a scale for each output, taken back to the model's dtype in the forward pass. The activations stay as they
+are. (bitsandbytes' int8 layer rounds them too, each token by its largest number, after a cast to float16: where a few
+channels are much larger than the others, as in language models, the others are lost.)
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from torch.nn import functional
 
 SMALLEST = 256  # a layer with fewer inputs or outputs stays as it is: embedders and the final projection
 LORA_HOLDERS = frozenset(("lora_A", "lora_B"))  # peft's modules that hold the Linear layers of its adapters
-FP8_MAX = 448.0  # the largest number of e4m3
+LARGEST = {"int8": 127.0, "fp8": 448.0}  # number of each kind
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-class Fp8Linear(nn.Linear):
-    """A frozen Linear whose weights are float8 (e4m3) numbers times a float32 scale for each output.
+class RoundedLinear(nn.Linear):
+    """A frozen Linear whose weights are int8 or float8 (e4m3) numbers times a float32 scale for each output.
 
     `from_linear` rounds; `from_scaled` takes over weights that are stored like this already.
     """
@@ -30,15 +31,16 @@ class Fp8Linear(nn.Linear):
     scale: Tensor  # float32 [out, 1]
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear) -> Fp8Linear:
-        """Round the weights to the nearest of e4m3, each output by its own largest weight."""
+    def from_linear(cls, layer: nn.Linear, kind: str) -> RoundedLinear:
+        """Round the weights to the nearest number of `kind` (int8 or fp8), each output by its own largest weight."""
         weight = layer.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / FP8_MAX
-        return cls.from_scaled((weight / scale).to(torch.float8_e4m3fn), scale, layer.bias)
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST[kind]
+        numbers = weight / scale
+        return cls.from_scaled((numbers.round() if kind == "int8" else numbers).to(DTYPES[kind]), scale, layer.bias)
 
     @classmethod
-    def from_scaled(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Fp8Linear:
-        """Weights e4m3 [out, in], scale float32 broadcastable to [out, 1], bias [out] or None."""
+    def from_scaled(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> RoundedLinear:
+        """Weights int8 or e4m3 [out, in], scale float32 broadcastable to [out, 1], bias [out] or None."""
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
         made.weight = nn.Parameter(weight, requires_grad=False)
@@ -49,22 +51,36 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear's, in the dtype of `x`."""
-        y: Tensor = _Fp8Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class _Fp8Product(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """x (scale W)^T; the backward pass takes W back to x's dtype again, so that no copy of it is kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return functional.linear(x, weight.to(x.dtype) * scale.to(x.dtype))
+        return functional.linear(x, weight.to(x.dtype).mul_(scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         return (grad * scale.to(grad.dtype).t()) @ weight.to(grad.dtype), None, None
+
+
+class _WithoutWeight(nn.Module):
+    """A layer whose weight's dtype does not show: transformers' T5 casts what goes into `wo` to it."""
+
+    weight = None
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
 
 
 def quantize_linears(model: nn.Module, kind: str, device: torch.device) -> int:
@@ -84,7 +100,7 @@ def quantize_linears(model: nn.Module, kind: str, device: torch.device) -> int:
         for child, module in layer.named_children():  # a LoKr hangs on its layer by a hook
             made.add_module(child, module.to(device))
         made._forward_hooks.update(layer._forward_hooks)
-        setattr(parent, name, made)
+        setattr(parent, name, _WithoutWeight(made) if type(parent).__name__.startswith("T5Dense") else made)
     return len(places)
 
 
@@ -96,22 +112,16 @@ def base_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Module:
-    if kind == "fp8":
-        return Fp8Linear.from_linear(layer.to(device))
+    if kind != "nf4":
+        return RoundedLinear.from_linear(layer.to(device), kind)
     import bitsandbytes
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 says a line for every product in bfloat16
-    shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
-    made: nn.Linear
+    bias = layer.bias is not None
     with torch.device("meta"):
-        if kind == "nf4":
-            made = bitsandbytes.nn.Linear4bit(*shape, bias=bias, compute_dtype=layer.weight.dtype, quant_type="nf4")
-        else:
-            made = bitsandbytes.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
-    if kind == "nf4":
-        made.weight = bitsandbytes.nn.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
-    else:
-        made.weight = bitsandbytes.nn.Int8Params(layer.weight.detach(), requires_grad=False, has_fp16_weights=False)
+        made: nn.Linear = bitsandbytes.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=bias, compute_dtype=layer.weight.dtype, quant_type="nf4"
+        )
+    made.weight = bitsandbytes.nn.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
     if bias:
         made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     return made.to(device).requires_grad_(False)

@@ -56,6 +56,11 @@ class TextEncoder:
     layers_read: int = 0
 
     @property
+    def quantizable(self) -> bool:
+        """Whether its layers may be held in fewer bits: large ones, which are never trained."""
+        return self.kind in ("t5", "llm")
+
+    @property
     def tokenizer_name(self) -> str:
         """Its tokenizer's name in a diffusers folder: tokenizer, tokenizer_2, ..."""
         return self.name.replace("text_encoder", "tokenizer")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.families.headers import read_header, read_json
-from emotrain.families.registry import FAMILIES, configs
+from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.spec import TextEncoder
 
@@ -44,6 +44,21 @@ def encoder_parameters(found: Sniffed) -> dict[str, int]:
     for name in (encoder.name for encoder in FAMILIES[found.family].text_encoders):
         files = sorted((Path(found.path) / name).glob("*.safetensors"))
         counts[name] = sum(_count(file) for file in files)
+    return counts
+
+
+def quantizable_parameters(found: Sniffed) -> dict[str, int]:
+    """How many of each text encoder's parameters are in Linear layers: of a T5 or language model all but its table."""
+    counts = {}
+    for encoder in FAMILIES[found.family].text_encoders:
+        if encoder.quantizable:
+            words = encoder_configs(found.family, found.variant)[encoder.name][1]
+            own = Path(found.path) / encoder.name / "config.json"
+            if found.kind == "folder" and own.is_file():
+                words = read_json(own)
+            words = {**words, **(words.get("text_config") or {})}
+            table = int(words.get("vocab_size") or 0) * int(words.get("d_model") or words.get("hidden_size") or 0)
+            counts[encoder.name] = max(encoder_parameters(found)[encoder.name] - table, 0)
     return counts
 
 

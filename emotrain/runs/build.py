@@ -99,6 +99,7 @@ def load_model(
         revision=model.revision,
         dtype=model.dtype,
         quantize=model.quantize,
+        quantize_text_encoders=model.quantize_text_encoders,
         plan=plan,
         prediction=model.prediction,
         clip_skip=model.clip_skip,
@@ -217,7 +218,6 @@ def build_graphs(preset: Preset, family: LoadedFamily, adapter: Adapter, notify:
         f"this run is on the {family.device.type}": family.device.type != "cuda",
         "text encoders are trained": bool(family.trained_encoders),
         "blocks wait in the computer's memory": memory is not None and memory.offload,
-        "int8 layers wait for the host": memory is not None and memory.quantize == "int8",
         "some layers of the LoRA are not linear ones in half precision": not adapter.half_gradients,
     }
     for why, holds in whys.items():

@@ -80,6 +80,17 @@ def library_changes(before: Mapping[str, Any], after: Mapping[str, str]) -> str 
     return f"other libraries than at the start ({', '.join(changed)}): the run goes on, and not bit for bit"
 
 
+def memory_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str | None:
+    """What saves memory in another way than at the run's start and changes numbers, in one line; None: nothing."""
+    before, after = before or {}, after or {}
+    keys = ("quantize", "text_encoders", "vae_tiles")
+    changed = [key for key in keys if key in before and key in after and before[key] != after[key]]
+    if not changed:
+        return None
+    words = ", ".join(f"{key} {before[key] or 'none'} -> {after[key] or 'none'}" for key in changed)
+    return f"memory is saved in another way than at the start ({words}): the run goes on, and not bit for bit"
+
+
 def differs(lines: list[str], hint: str) -> CheckpointError:
     """The error that names these differences, with one hint for all."""
     problems = (*(Problem(line) for line in lines[:-1]), Problem(lines[-1], hint))

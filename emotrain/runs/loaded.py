@@ -81,6 +81,7 @@ class Loaded:
         return {
             "seed": self.preset.train.seed,
             "device": str(self.model.family.device),
+            "memory": self.model.family.memory.means() if self.model.family.memory else None,
             "base_sha256": self.model.base_digest,
             "dataset_sha256": self.dataset_digest,
             "parents": self.model.parents,
@@ -94,8 +95,8 @@ class Loaded:
         family = self.model.family
         scheduler = json.dumps(config_values(family.scheduler.config), sort_keys=True, default=str)
         inputs = {
-            "the VAE": family.vae_identity(),
-            "the text encoders or tokenizers": family.text_identity(),
+            "the VAE": family.vae_identity(as_encoded=False),
+            "the text encoders or tokenizers": family.text_identity(as_encoded=False),
             "the model's scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
         }
         for number, parent in enumerate(self.model.parents, 1):
@@ -129,7 +130,10 @@ def load(preset: Preset, notify: Callable[[Event], None], known: Mapping[str, st
     if earlier is not None:
         words = f"the LoRA that is continued sets the network: {parents.continued(earlier)}"
         notify(Notice(words, level="info"))
-    model = build.load_model(preset, notify, earlier, plan_run(preset, found, pictures, settings))
+    plan = plan_run(preset, found, pictures, settings)
+    if plan is not None:
+        notify(Notice(plan.sentence, level="info"))
+    model = build.load_model(preset, notify, earlier, plan)
     counts = model.adapter.num_modules_by_part()
     if earlier is None:
         adapters.check_modules(found, preset.network.targets, counts[model.adapter.part])

@@ -26,7 +26,7 @@ T = TypeVar("T")
 COSTS = {
     "train.gradient_checkpointing: true": "the same result, some 30 % slower",
     "train.micro_batch_size: 1": "with train.gradient_accumulation_steps: {steps} a step is as large as before",
-    "model.quantize: int8": "the base is rounded a little; needs bitsandbytes",
+    "model.quantize: int8": "the base is rounded a little",
     "model.quantize: nf4": "the base is rounded; needs bitsandbytes",
     "model.memory: 8gb": "what does not fit waits in the computer's memory; slower",
     "network.text_encoder: false": "the text encoders are not trained",

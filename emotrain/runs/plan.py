@@ -131,7 +131,7 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
         max_steps=preset.train.max_steps,
         memory=chosen,
         parts=memory.parts(chosen),
-        encoders_gib=sum(memory.encoders.values()),
+        encoders_gib=memory.encoders_gib(chosen),
         savings=memory.savings(chosen),
         verdicts=tuple((int(k.removesuffix("gb")), memory.choose(k)) for k in reversed(SIZES_GIB)),
         disk=disk_parts(
@@ -271,26 +271,17 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "stages_gib": {name: round(gib, 3) for name, gib in plan.memory.stages},
         "needed_gib": round(plan.needed, 2),
         "range_gib": [round(plan.needed * share, 2) for share in RANGE],
-        "means": _means(plan.memory),
+        "means": plan.memory.means(),
         "encoders_gib": round(plan.encoders_gib, 3),
         "savings_gib": {name: round(gib, 2) for name, gib in plan.savings},
         "verdicts": {
-            f"{size}gb": {"fits": p.fits, "needed_gib": round(p.needed_gib, 2), **_means(p)}
+            f"{size}gb": {"fits": p.fits, "needed_gib": round(p.needed_gib, 2), **p.means()}
             for size, p in plan.verdicts
         },
         "disk_gib": {name: round(gib, 3) for name, gib in plan.disk},
         "free_gib": None if plan.free_gib is None else round(plan.free_gib, 2),
         "fits": plan.fits,
     }  # fmt: skip
-
-
-def _means(memory: MemoryPlan) -> dict[str, Any]:
-    return {
-        "vae_tiles": memory.tile_encode or memory.tile_decode,
-        "quantize": memory.quantize,
-        "gradient_checkpointing": memory.gradient_checkpointing,
-        "offload": memory.offload,
-    }
 
 
 def rounded_epochs(plan: Plan) -> str:

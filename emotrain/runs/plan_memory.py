@@ -14,6 +14,7 @@ from emotrain.families.headers import read_json
 from emotrain.families.loading import family_class
 from emotrain.families.memory import (
     AWAY,
+    BACKENDS,
     CONTEXT_GIB,
     DECODE_MAPS,
     ENCODE_MAPS,
@@ -22,6 +23,7 @@ from emotrain.families.memory import (
     TILE,
     VAE_ENCODER_GIB,
     VAE_GIB,
+    EncoderNeeds,
     MemoryPlan,
     Needs,
     choose_memory,
@@ -30,12 +32,12 @@ from emotrain.families.memory import (
 )
 from emotrain.families.registry import configs
 from emotrain.families.sniff import Sniffed
-from emotrain.families.texts import encoder_parameters, trainable_encoders
+from emotrain.families.texts import encoder_parameters, quantizable_parameters, trainable_encoders
 from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
 from emotrain.train.validation import SMALL
 
-QUANTIZERS = frozenset({"int8", "nf4"})
+EVERY_BACKEND = frozenset(BACKENDS)
 
 
 def state_bytes_per_number(preset: Preset) -> float:
@@ -75,7 +77,10 @@ class Memory:
         )
         self.trained = kept.num_trained
         self.state_bytes = state_bytes_per_number(preset)
-        self.encoders = {name: count * itemsize / GIB for name, count in encoder_parameters(found).items()}
+        linear = quantizable_parameters(found)
+        self.encoders = tuple(
+            EncoderNeeds(name, count, linear.get(name, 0)) for name, count in encoder_parameters(found).items()
+        )
         self.resident = kept.text.num_parameters * itemsize / GIB  # trained ones are not freed
         self.vae = VAE_GIB if found.variant != "custom" else 0.01
 
@@ -107,7 +112,7 @@ class Memory:
             bytes_per_parameter=self.itemsize,
             activations=(self.activations(False), self.activations(True)),
             trained=self.lora() + self.state() + self.resident,
-            encoders=tuple(gib for name, gib in self.encoders.items() if name not in trained),
+            encoders=tuple(encoder for encoder in self.encoders if encoder.name not in trained),
             vae=self.vae,
             vae_encoder=self.vae * VAE_ENCODER_GIB / VAE_GIB,
             encode=self.vae_pass(ENCODE_MAPS, area),
@@ -117,6 +122,11 @@ class Memory:
             saved=self.state(),
             resident=(kept.other_weights + AWAY * kept.block_weights) * self.itemsize / GIB,
         )
+
+    def encoders_gib(self, chosen: MemoryPlan) -> float:
+        """What the text encoders take of the GPU in the form that was chosen."""
+        forms = dict(chosen.encoders)
+        return sum(encoder.gib(forms.get(encoder.name, "none"), self.itemsize) for encoder in self.encoders)
 
     def vae_pass(self, maps: float, latents: int) -> tuple[float, float]:
         """GiB of a pass of the VAE's encoder or decoder over so many latents, whole and in tiles."""
@@ -133,8 +143,9 @@ class Memory:
             free_gib=None if memory else self.free,
             memory=memory or model.memory,
             quantize=model.quantize,
+            quantize_text_encoders=model.quantize_text_encoders,
             gradient_checkpointing=self.preset.train.gradient_checkpointing,
-            backends=QUANTIZERS if memory else installed,
+            backends=EVERY_BACKEND if memory else installed,
         )
 
     def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:

@@ -342,6 +342,7 @@ def _missing_packages(preset: Preset, at: Where) -> list[EmotrainError]:
     needed = [
         ("train.optimizer", preset.train.optimizer.name, "optimizers", _PACKAGES),
         ("model.quantize", preset.model.quantize, "quantize", BACKENDS),
+        ("model.quantize_text_encoders", preset.model.quantize_text_encoders, "quantize", BACKENDS),
     ]
     return [
         ConfigError(

@@ -71,9 +71,13 @@ def resume(
             checkpoint, notices = store.load(step)
             before = changes.Identity.from_document(checkpoint.documents["identity"])
             loaded = load(preset, notify, before.examples)
-            if (line := changes.library_changes(folder.info().get("libraries") or {}, library_versions())) is not None:
-                notices = [*notices, line]
-            for line in (*notices, *changes.refuse(before, loaded.identity, allow=allow_config_change)):
+            info, means = folder.info(), loaded.facts()["memory"]
+            other = (
+                changes.library_changes(info.get("libraries") or {}, library_versions()),
+                changes.memory_changes(info.get("memory"), means),
+            )
+            notices += [*filter(None, other), *changes.refuse(before, loaded.identity, allow=allow_config_change)]
+            for line in notices:
                 notify(Notice(line))
             begin = go_back(loaded, checkpoint, before)
             refuse_done(loaded, begin.state.step, folder)

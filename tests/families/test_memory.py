@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from emotrain.errors import ConfigError
 from emotrain.families import memory
 from emotrain.families.flux.spec import FLUX as FLUX_FAMILY
-from emotrain.families.memory import Needs, choose_memory, encoders_that_fit, require_backend
+from emotrain.families.memory import EncoderNeeds, Needs, choose_memory, require_backend
 from emotrain.families.offload import offload_blocks
 
+ENCODERS = (EncoderNeeds("t5", 9 * 2**29, 9 * 2**29), EncoderNeeds("clip", 2**27))  # 9 GiB and a quarter
 FLUX = Needs(
-    11_901_408_320, 2, (38.0, 2.6), trained=0.5, encoders=(9.0, 0.25), encode=(2.5, 0.63), decode=(3.0, 0.75),
+    11_901_408_320, 2, (38.0, 2.6), trained=0.5, encoders=ENCODERS, encode=(2.5, 0.63), decode=(3.0, 0.75),
     sample=1.0, resident=1.5,
 )  # fmt: skip
 
@@ -32,10 +33,10 @@ def test_nothing_is_done_where_everything_fits() -> None:
     ("free", "backends", "expected"),
     [
         (40.0, frozenset(), ("none", True, False)),
-        (24.0, frozenset({"int8", "nf4"}), ("int8", True, False)),
-        (12.0, frozenset({"int8", "nf4"}), ("nf4", True, False)),
+        (24.0, frozenset({"nf4"}), ("int8", True, False)),
+        (24.0, frozenset(), ("int8", True, False)),
+        (12.0, frozenset({"nf4"}), ("nf4", True, False)),
         (12.0, frozenset(), ("none", True, True)),
-        (24.0, frozenset({"fp8"}), ("none", True, True)),
     ],
 )
 def test_means_come_in_one_after_the_other(free: float, backends: Any, expected: Any) -> None:
@@ -46,7 +47,7 @@ def test_means_come_in_one_after_the_other(free: float, backends: Any, expected:
 
 def test_the_sentence_says_what_was_chosen() -> None:
     plan = choose_memory(FLUX, memory="12gb", backends=frozenset({"nf4"}))
-    assert plan.sentence.startswith("memory: the base in nf4, gradient checkpointing; about ")
+    assert plan.sentence.startswith("memory: the base in nf4, gradient checkpointing, captions encoded in int8; about ")
     assert plan.sentence.endswith("of 11.4 GiB")
     small = choose_memory(FLUX, free_gib=3.0)
     assert "which is more than the 3.0 GiB" in small.sentence
@@ -79,16 +80,23 @@ def test_every_stage_has_its_peak_and_the_largest_is_what_is_needed() -> None:
     assert not plan.tile_decode
 
 
-def test_where_room_is_short_the_vae_works_in_tiles_and_a_large_text_encoder_on_the_cpu() -> None:
+def test_where_room_is_short_the_vae_works_in_tiles_and_a_large_text_encoder_in_fewer_bits_or_on_the_cpu() -> None:
     plan = choose_memory(FLUX, free_gib=10.4, backends=frozenset({"nf4"}))
     stages = dict(plan.stages)
     assert (plan.quantize, plan.tile_decode, plan.tile_encode, plan.fits) == ("nf4", True, False, True)
-    assert stages["encode"] == pytest.approx(0.6 + 0.2 + 0.13 + 2.5 + 0.25)
-    assert encoders_that_fit(FLUX.encoders, plan.encoder_gib) == [0.25]
+    assert stages["encode"] == pytest.approx(0.6 + 0.2 + 0.13 + 2.5 + 0.25 + 4.5 * 1.03)
+    assert dict(plan.encoders) == {"clip": "none", "t5": "int8"}
     assert "the VAE in tiles" in plan.sentence
     tight = choose_memory(FLUX, free_gib=3.0, backends=frozenset({"nf4"}))
     assert tight.tile_encode
     assert dict(tight.stages)["encode"] <= 3.0
+    assert dict(tight.encoders) == {"clip": "none", "t5": "cpu"}
+
+
+def test_the_vae_works_in_tiles_before_a_text_encoder_goes_to_the_cpu() -> None:
+    plan = choose_memory(FLUX, free_gib=6.5)
+    assert (plan.tile_encode, dict(plan.encoders)["t5"]) == (True, "int8")
+    assert dict(plan.stages)["encode"] <= 6.5
 
 
 @pytest.mark.parametrize("size", [512, 1024])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from emotrain.config.aliases import INSIDE
@@ -101,14 +102,14 @@ def _kind(model: Values, out: Import) -> None:
 
 
 def _model(words: Values, out: Import) -> None:
-    def quantize(out: Import, word: str, value: Any) -> None:
-        kind = str(words.get("qtype", "qfloat8"))
+    def quantize(out: Import, word: str, value: Any, qtype: str = "qtype", key: str = "model.quantize") -> None:
+        kind = str(words.get(qtype, "qfloat8"))
         if is_off(value):
             out.num_off += 1
         elif kind in QUANTIZED:
-            out.take(word, f"{str(value).lower()}, {kind}", "model.quantize", QUANTIZED[kind])
+            out.take(word, f"{str(value).lower()}, {kind}", key, QUANTIZED[kind])
         else:
-            out.lack(word, kind, "model.quantize has int8, fp8 and nf4")
+            out.lack(word, kind, f"{key} has int8, fp8 and nf4")
 
     def assistant(out: Import, word: str, value: Any) -> None:
         if is_off(value):
@@ -116,9 +117,11 @@ def _model(words: Values, out: Import) -> None:
         else:
             out.stack(word, value, 1.0)
 
-    special = {
+    special: dict[str, Any] = {
         "name_or_path": Import.model, "vae_path": Import.vae, "te_name_or_path": Import.text_encoder,
-        "quantize": quantize, "dtype": SKIP, "qtype": SKIP, "arch": SKIP, **dict.fromkeys(out.models, SKIP),
+        "quantize": quantize, "dtype": SKIP, "qtype": SKIP, "qtype_te": SKIP,
+        "quantize_te": partial(quantize, qtype="qtype_te", key="model.quantize_text_encoders"),
+        "arch": SKIP, **dict.fromkeys(out.models, SKIP),
         "assistant_lora_path": assistant, "lora_path": assistant,
         "is_v_pred": switch("model.prediction", "v"),
     }  # fmt: skip
