@@ -234,7 +234,7 @@ STRAYS = {
     "runs/propose.py": 1,
     "families/sniff.py": 4,
     "families/sniff_file.py": 2,
-    "lora/check.py": 2,
+    "lora/check.py": 1,
     "lora/metadata.py": 1,
     "lora/origin.py": 10,
 }

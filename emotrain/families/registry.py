@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.families.anima.spec import ANIMA
+from emotrain.families.chroma.spec import CHROMA
 from emotrain.families.flux.spec import FLUX
 from emotrain.families.flux2.spec import FLUX2
 from emotrain.families.krea2.spec import KREA2
@@ -22,7 +23,7 @@ from emotrain.families.spec import FamilySpec
 from emotrain.families.zimage.spec import ZIMAGE
 
 FAMILIES: dict[str, FamilySpec] = {
-    spec.name: spec for spec in (SD15, SD21, SDXL, ANIMA, SD3, FLUX2, FLUX, ZIMAGE, KREA2, QWEN)
+    spec.name: spec for spec in (SD15, SD21, SDXL, ANIMA, SD3, FLUX2, CHROMA, FLUX, ZIMAGE, KREA2, QWEN)
 }
 
 

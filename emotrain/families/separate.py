@@ -28,6 +28,7 @@ from emotrain.families.spec import Shapes, TextEncoder
 from emotrain.families.understood import SCALES, scaled_layers
 
 Stored = TypeVar("Stored")
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table of T5's, of which files hold either name
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
 def _refuse_other_width(path: Path, found: Sniffed, encoder: TextEncoder, words: dict[str, Any]) -> None:
     """Refuse a text encoder whose tokens are wider or narrower than the denoiser takes them."""
     inner = words.get("text_config")
-    width = (inner if isinstance(inner, dict) else words).get("hidden_size")
+    own = inner if isinstance(inner, dict) else words
+    width = own.get("hidden_size", own.get("d_model"))
     key, layers = encoder.width
     wanted = found.denoiser_config.get(key)
     if isinstance(width, int) and isinstance(wanted, int) and width * layers != wanted:
@@ -154,6 +156,9 @@ def _own_names(kind: str, tensors: Mapping[str, Stored], encoder: TextEncoder, s
     unused = ("lm_head.", "logit_scale", "tekken_model", *(("visual.",) if "VL" in kind else ()))
     applied = (*SCALES, "scaled_fp8") if scaled else ()
     kept = {key: value for key, value in named.items() if not key.startswith(unused) and not key.endswith(applied)}
+    for one, other in (EMBEDDINGS, EMBEDDINGS[::-1]):
+        if encoder.kind == "t5" and one in kept:
+            kept.setdefault(other, kept[one])
     if encoder.layers_read:
         above = re.compile(r"layers\.(\d+)\.")
         kept = {

@@ -207,6 +207,7 @@ class LoraFacts:
         base_version: `ss_base_model_version`.
         implementation: `modelspec.implementation`, the original code.
         stated: words in the metadata of others' files by which they name the family.
+        alike: a family whose files have the same names: metadata alone tell them apart, and either fits the other.
     """
 
     targets: Mapping[str, tuple[str, ...]]
@@ -225,6 +226,7 @@ class LoraFacts:
     kohya_text: str = "lora_te1"
     implementation: str = ""
     stated: tuple[str, ...] = ()
+    alike: str = ""
 
     def joins(self, layout: str) -> bool:
         """Whether one module of a layout is several of ours, such as q, k and v."""

@@ -17,7 +17,6 @@ from emotrain.families.registry import FAMILIES
 
 # Other models that share names with those that are trained here, by a tensor that they alone have.
 OTHERS = {
-    "distilled_guidance_layer.": "Chroma",
     "pipe.": "a model of another kind",
 }
 QUANTISED = re.compile(

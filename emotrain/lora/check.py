@@ -109,7 +109,8 @@ def read_as_diffusers(path: Path, lora: LoraFile) -> Weights | None:
     facts = FAMILIES[lora.family].lora
     if lora.format in facts.unread_layouts or (krons(lora.state) and lora.format not in facts.lokr_layouts):
         return None
-    if lora.family == "flux" and lora.format == "kohya" and not _has_real_width(lora):
+    fixed = facts.loader == "FluxLoraLoaderMixin" and lora.format == "kohya"
+    if fixed and not _has_real_width(lora):
         return None  # its converter knows the real width only
     try:
         with _quiet():

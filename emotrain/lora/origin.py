@@ -41,7 +41,12 @@ UNETS = {name for name, spec in FAMILIES.items() if spec.denoiser == "unet"}
 
 
 def detect_family(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> str:
-    """The family, from names first, widths next, and metadata where both leave it open (tiny models)."""
+    """The family, from names first, widths next, and metadata where both leave it open (tiny models, and Chroma)."""
+    found, stated = _by_names(halves, metadata), stated_family(metadata)
+    return stated if stated is not None and _alike(stated, found) else found
+
+
+def _by_names(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> str:
     paths = [place.path for place in halves if not place.part]
     if not paths:
         return _text_only(halves, metadata)
@@ -78,8 +83,13 @@ def stated_family(metadata: Mapping[str, str]) -> str | None:
 
 def require_family(found: str, wanted: str, where: str) -> None:
     """Raise a ModelError that says what was found and what is wanted, where a LoRA is for another family."""
-    if found != wanted:
+    if found != wanted and not _alike(found, wanted) and not _alike(wanted, found):
         raise ModelError(f"{where} is a LoRA for {found}, the model is {wanted}")
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether the files of a family have another's names."""
+    return FAMILIES[one].lora.alike == other
 
 
 def peft_alpha(metadata: Mapping[str, str], place: Place, rank: int) -> float | None:

@@ -178,8 +178,9 @@ def a4() -> Answer:
     shapes = {f"double_blocks.{n}.img_attn.qkv.weight": [9216, 3072] for n in range(19)}
     shapes |= {f"single_blocks.{n}.linear1.weight": [21504, 3072] for n in range(38)}
     file = header("chroma.safetensors", {**shapes, "img_in.weight": [3072, 64],
-                                         "distilled_guidance_layer.in_proj.weight": [5120, 64]})  # fmt: skip
-    return wanted(emotrain("check", preset(model=file)), 4, "Chroma")
+                                         "distilled_guidance_layer.in_proj.weight": [5120, 64],
+                                         "nerf_blocks.0.weight": [64, 64]})  # fmt: skip
+    return wanted(emotrain("check", preset(model=file)), 4, "Chroma Radiance")
 
 
 @entry("A5", "model.prediction insists")

@@ -61,6 +61,7 @@ def test_check_passes_on_the_quickstarts(name: str, capsys: Captured) -> None:
         "klein-4b",
         "klein-9b",
         "flux2-dev",
+        "chroma",
         "krea2",
         "illustrious",
         "noobai-vpred",

@@ -73,6 +73,24 @@ def mistral(width: int) -> Any:
     return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=eye)).eval()
 
 
+def t5(width: int) -> tuple[Any, Any]:
+    """A random T5 encoder, and a tokenizer of a few pieces of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    inner = Tokenizer(models.Unigram(pieces + [(chr(97 + i), -3.0) for i in range(26)], unk_id=2))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = T5TokenizerFast(tokenizer_object=inner, extra_ids=0)
+    torch.manual_seed(17)
+    config = T5Config(
+        vocab_size=64, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config).eval(), tokenizer
+
+
 def qwen(width: int, layers: int = 4, **words: Any) -> Any:
     """A random Qwen3 without its head."""
     from transformers import Qwen3Config, Qwen3Model
@@ -154,6 +172,12 @@ def denoiser_of(kind: str) -> Any:
             num_attention_heads=4, joint_attention_dim=96, timestep_guidance_channels=32, mlp_ratio=3.0,
             axes_dims_rope=(4, 4, 4, 4), rope_theta=2000, guidance_embeds=kind == "flux2-dev",
         )  # fmt: skip
+    elif kind == "chroma":
+        model = diffusers.ChromaTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=16,
+            approximator_hidden_dim=32, approximator_layers=2,
+        )  # fmt: skip
     elif kind == "anima":
         model = diffusers.CosmosTransformer3DModel(
             in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=16, num_layers=2,
@@ -186,6 +210,7 @@ def denoiser_of(kind: str) -> Any:
 def pipeline_of(kind: str) -> Any:
     """The stock pipeline of a family around the small parts."""
     from diffusers import (
+        ChromaPipeline,
         FlowMatchEulerDiscreteScheduler,
         Flux2KleinPipeline,
         Flux2Pipeline,
@@ -194,6 +219,21 @@ def pipeline_of(kind: str) -> Any:
     )
     from transformers import Qwen3ForCausalLM
 
+    if kind == "chroma":
+
+        class Masked(ChromaPipeline):
+            """With a mask that hides: diffusers makes it numbers, 1 and 0, and adds them to the scores."""
+
+            def _prepare_attention_mask(self, **words: Any) -> Any:
+                mask = super()._prepare_attention_mask(**words)
+                return None if mask is None else mask.bool()
+
+        Masked.__name__ = "ChromaPipeline"
+        encoder, tokenizer = t5(32)
+        return Masked(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae_of(kind), text_encoder=encoder,
+            tokenizer=tokenizer, transformer=denoiser_of(kind),
+        )  # fmt: skip
     if kind == "qwen":
         from diffusers import QwenImagePipeline
 

@@ -221,6 +221,7 @@ def stock_pipeline(family: LoadedFamily, text: dict[str, Tensor]) -> tuple[Any, 
         "flux2": {"prompt_embeds": embeds, "guidance_scale": 1.0},
         "krea2": {"prompt_embeds": embeds, "prompt_embeds_mask": real, "guidance_scale": 0.0},
         "qwen": {"prompt_embeds": embeds, "prompt_embeds_mask": real, "true_cfg_scale": 1.0},
+        "chroma": {"prompt_embeds": embeds, "prompt_attention_mask": real, "guidance_scale": 1.0},
     }.get(family.name, {**text, "guidance_scale": 1.0})
     built = {FAMILIES[family.name].denoiser: family.denoiser, "vae": family.vae, "scheduler": family.fresh_scheduler()}
     cls = getattr(diffusers, PIPELINES.get(family.variant, FAMILIES[family.name].pipeline))
@@ -234,7 +235,7 @@ def stock_pipeline(family: LoadedFamily, text: dict[str, Tensor]) -> tuple[Any, 
 
 def packed(family: LoadedFamily, pipeline: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, H, W] as the pipeline's call takes them, by its own packing."""
-    if family.name in ("flux", "krea2", "qwen"):
+    if family.name in ("flux", "krea2", "qwen", "chroma"):
         return pipeline._pack_latents(latents, *latents.shape)
     return latents[:, :, None] if family.name == "anima" else latents
 

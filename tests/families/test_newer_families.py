@@ -28,9 +28,9 @@ from emotrain.families.sampling import draw_sample
 from emotrain.families.separate import refuse_other_encoder, without_upper_layers
 from emotrain.families.table import sniff
 
-KINDS = ["zimage", "flux2", "flux2-dev", "krea2", "qwen"]
+KINDS = ["zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma"]
 PROCESSORS = {"flux2-dev": "PixtralProcessor"}  # what the public folder calls its tokenizer
-IN_ONE_FOLDER = ["flux2-dev"]  # small ones of the same build are not read from separate files
+IN_ONE_FOLDER = ["flux2-dev", "chroma"]  # small ones of the same build are not read from separate files
 PROMPTS = ["a red apple", "a very much longer caption, of a pear on a table near a window", ""]
 NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
 
@@ -60,6 +60,9 @@ def separable(model: tuple[str, Any, Path]) -> tuple[str, Any, Path]:
 def stock_embeds(kind: str, pipeline: Any, prompt: str) -> torch.Tensor:
     if kind == "zimage":
         return pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0]
+    if kind == "chroma":
+        embeds, mask = pipeline._get_t5_prompt_embeds([prompt])
+        return embeds[0][mask[0].bool()]
     if kind == "qwen":
         return pipeline._get_qwen_prompt_embeds([prompt])[0][0]
     if kind == "krea2":
@@ -106,7 +109,7 @@ def test_latents_are_the_stock_vaes_and_come_back(model: tuple[str, Any, Path]) 
             config = pipeline.vae.config
             mean, deviation = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
             expected = ((raw - mean) / deviation)[:, :, 0]
-        elif kind == "zimage":
+        elif kind in ("zimage", "chroma"):
             expected = (raw - 0.1) * 0.5
         else:
             norm = pipeline.vae.bn
@@ -162,7 +165,7 @@ def test_a_prediction_is_the_stock_pipelines_call(model: tuple[str, Any, Path], 
             noisy = torch.stack(call["args"][0])[:, :, 0]
             sigmas = 1.0 - call["args"][1]
             expected = -torch.stack(call["output"])[:, :, 0]
-        elif kind in ("krea2", "qwen"):
+        elif kind in ("krea2", "qwen", "chroma"):
             tokens = call["kwargs"]["hidden_states"]
             noisy = unpack(tokens, height // 8, width // 8)
             sigmas = call["kwargs"]["timestep"]
@@ -200,7 +203,7 @@ def test_a_sample_is_the_stock_pipelines_picture(model: tuple[str, Any, Path], g
     if kind == "qwen":
         words |= {"true_cfg_scale": guidance, "negative_prompt": "" if guidance > 1 else None}
     else:
-        words["guidance_scale"] = guidance if kind.startswith("flux2") else guidance - 1.0  # theirs counts from 0
+        words["guidance_scale"] = guidance - 1.0 if kind in ("zimage", "krea2") else guidance  # theirs counts from 0
     picture = pipeline(generator=torch.Generator().manual_seed(7), **words).images[0]
     text, negative = family.encode_texts(PROMPTS[:1]), family.encode_texts([""])
     family.free_encoders()  # as during a run

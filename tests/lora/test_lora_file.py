@@ -16,6 +16,7 @@ from emotrain.errors import ModelError, ResourceError
 from emotrain.lora import container
 from emotrain.lora.check import self_check
 from emotrain.lora.file import read_lora, save_lora
+from emotrain.lora.formats import LAYOUTS
 
 STATE, ALPHAS = weights("sd15", "attn")
 FIRST = next(iter(STATE))
@@ -123,6 +124,15 @@ def test_the_check_passes_what_was_saved_in_every_dtype(tmp_path: Path) -> None:
             path = tmp_path / f"{dtype}-{layout}.safetensors"
             write(path, dtype=dtype, format=layout)
             self_check(path, STATE, ALPHAS, "sd15")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+def test_the_check_passes_every_layout_that_can_be_asked_for(family: str, layout: str, lora_path: Path) -> None:
+    """Where diffusers does not read a layout of a family, our own reading has to do."""
+    state, alphas = weights(family, "all")
+    save_lora(lora_path, state, alphas=alphas, family=family, format=layout, dtype="fp32", metadata={})
+    self_check(lora_path, state, alphas, family)
 
 
 @pytest.mark.parametrize("fault", ["weight", "alpha", "missing", "swapped", "family"])

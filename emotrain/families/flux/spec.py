@@ -125,6 +125,7 @@ FLUX = FamilySpec(
         layout="diffusers",
         loader="FluxLoraLoaderMixin",
         loader_alphas="asked",
+        unread_layouts=("comfyui",),
         base_version="flux1",
         implementation="https://github.com/black-forest-labs/flux",
         stated=("flux",),

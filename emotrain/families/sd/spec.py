@@ -16,6 +16,7 @@ def _lora(base_version: str, stated: tuple[str, ...]) -> LoraFacts:
         layout="kohya",
         loader="StableDiffusionLoraLoaderMixin",
         loader_alphas="always",
+        unread_layouts=("comfyui",),
         kohya_originals=False,
         kohya_text="lora_te",
         base_version=base_version,

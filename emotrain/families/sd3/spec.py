@@ -108,7 +108,7 @@ SD3 = FamilySpec(
         originals=NAMES,
         layout="diffusers",
         loader="SD3LoraLoaderMixin",
-        unread_layouts=("kohya",),
+        unread_layouts=("kohya", "comfyui"),
         base_version="sd3",
         stated=("sd3", "stable-diffusion-3"),
     ),

@@ -40,6 +40,7 @@ SDXL = FamilySpec(
         layout="kohya",
         loader="StableDiffusionXLLoraLoaderMixin",
         loader_alphas="always",
+        unread_layouts=("comfyui",),
         base_version="sdxl_base_v1-0",
         implementation="https://github.com/Stability-AI/generative-models",
         stated=("sdxl", "stable-diffusion-xl"),
