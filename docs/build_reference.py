@@ -31,7 +31,7 @@ EXIT_CODES = """\
 | 5 | checkpoint or resume refused, or the run folder exists |
 | 6 | resources: out of memory, disk full, no device, run locked |
 | 7 | the training diverged |
-| 130, 143 | stopped by Ctrl-C or SIGTERM: saved, and the command to go on with is printed |
+| 130, 143 | stopped by Ctrl-C or SIGTERM: saved, and the command to resume is printed |
 
 Results go to stdout, everything else to stderr. With `--json` an error is also one line on stdout:
 `{"schema_version": 1, "error": {"code": 2, "message": ..., "hint": ..., "more": [...]}}`.

@@ -52,7 +52,7 @@ class Command:
 
 COMMANDS = (
     Command("run", "Train", "Train a LoRA from a preset"),
-    Command("resume", "Train", "Go on with a run, bit for bit"),
+    Command("resume", "Train", "Resume a run, bit-identical"),
     Command("init", "Prepare", "Look at pictures and model, and write a preset"),
     Command("import", "Prepare", "Make a preset of another trainer's config"),
     Command("check", "Prepare", "Validate a preset, its data and files"),

@@ -21,7 +21,7 @@ def images(
 
     Those that stand out, each with what it means. `--all` shows every picture: losses are compared at the same place on
     the noise scale and held against the other pictures; `early` and `late` are the halves of the run, in robust
-    standard deviations (above 0: worse than the others). `caption`: how its own caption suits a picture in comparison
+    standard deviations (above 0: worse than the others). `caption`: how its own caption matches a picture in comparison
     with those of others, in standard deviations (-3: far better; 0: no better, so it may be wrong).
 
     Examples:
@@ -41,7 +41,7 @@ def images(
         output.json_object({"schema_version": output.SCHEMA_VERSION, "run": folder.name, "pictures": pictures})
         return
     if not show_all:
-        outliers = [score for score in scores if score.verdict not in ("usual", "unseen") or score.id in actions]
+        outliers = [score for score in scores if score.verdict not in ("normal", "unseen") or score.id in actions]
         if not outliers:
             output.result(f"nothing stands out among {len(scores)} pictures (`--all` shows them)")
             return

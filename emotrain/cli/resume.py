@@ -25,7 +25,7 @@ def resume(
     plain: Plain = False,
     as_json: EventsAsJson = False,
 ) -> None:
-    """Go on with a run, bit for bit.
+    """Resume a run, bit-identical.
 
     Uses the newest whole checkpoint and says which ones it had to skip. On the same machine and versions the result
     equals that of a run that was never interrupted. `save.*`, `sample.*`, `log.*` and a higher `train.max_steps`

@@ -39,7 +39,7 @@ def run(
     """Train a LoRA.
 
     Reads the preset, checks data and model, trains until the stop rule says that the run is done, and prints the
-    path of the LoRA. Ctrl-C saves; the command to go on with is printed.
+    path of the LoRA. Ctrl-C saves; the command to resume is printed.
 
     Several presets are run one after another. One that fails does not stop the next, Ctrl-C does; the exit code is that
     of the first failure.

@@ -23,7 +23,7 @@ def verify_resume(
     """Prove that resume is exact on this machine.
 
     Trains 2n steps straight, then n steps, `kill -9`, resume and n steps more, and compares weights, optimizer,
-    emotion, random states and history bit for bit. Nothing is left behind. Exit 5 where anything differs.
+    emotion, random states and history bit-identical. Nothing is left behind. Exit 5 where anything differs.
     On a GPU it trains with deterministic kernels, as `train.deterministic: true` does; with
     `--set train.deterministic=false` it says how far apart the common, faster ones end.
 

@@ -123,7 +123,7 @@ class DatasetSection(Section):
     )
     suspects: Literal["report", "weigh", "leave_out"] = Field(
         "report",
-        description="pictures whose captions do not suit them: name them at the end; or, from when it shows clearly,"
+        description="pictures whose captions do not match them: name them at the end; or, from when it shows clearly,"
         " count them a tenth, or leave them out (both show memorised pictures a quarter as often)",
     )
     background: Str = Field("white", description="behind transparent pictures: a colour name or #rrggbb")

@@ -65,7 +65,7 @@ def parse_contrasts(lines: Iterable[str]) -> list[PictureContrast]:
 
 
 def contrast_scores(pictures: Sequence[PictureContrast]) -> dict[str, float]:
-    """How much better its own caption suits each picture than a wrong one: 0 is no better, -3 is 3 deviations better.
+    """How much better its own caption matches each picture than a wrong one: 0 is no better, -3 is 3 deviations better.
 
     Mean log-losses under wrong captions are explained as a part of the picture and a part of the caption (some are
     worse for every picture). What they do not explain is how much wrong captions differ for one picture; in that

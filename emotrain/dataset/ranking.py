@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from emotrain.dataset.contrasts import PictureContrast, contrast_scores
 
-Verdict = Literal["suspicious", "hard", "memorised", "usual", "unseen"]
+Verdict = Literal["suspicious", "hard", "memorised", "normal", "unseen"]
 Floats = NDArray[np.float64]
 BINS = 24
 MIN_VISITS = 3  # in each half of the run
@@ -46,10 +46,10 @@ MEANINGS: dict[Verdict, str] = {
     "suspicious": "its caption may be wrong, or the picture broken",
     "hard": "its loss stays far above the others'",
     "memorised": "its loss fell far below the others': seen too often, or a copy",
-    "usual": "",
+    "normal": "",
     "unseen": "seen too rarely to say",
 }
-_ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "usual": 3, "unseen": 4}
+_ORDER = {"suspicious": 0, "hard": 1, "memorised": 2, "normal": 3, "unseen": 4}
 
 
 class LossRecord(NamedTuple):
@@ -68,7 +68,7 @@ class PictureScore:
 
     `early` and `late` are mean log-loss above (or below) what is usual at the same noise, in the run's first and second
     half; `z_early`, `z_late` the same in robust standard deviations of all pictures; `z_fall` how much less than the
-    others it fell. `z_contrast` says how its own caption suits it in comparison with wrong ones: near 0 no better, -3
+    others it fell. `z_contrast` says how its own caption matches it in comparison with wrong ones: near 0 no better, -3
     three standard deviations better (None: not measured).
     `score` ranks: the higher, the more it deserves a look.
     """
@@ -240,7 +240,7 @@ def _score(
         return PictureScore(name, "unseen", 0.0, visits, 0.0, 0.0, 0.0, 0.0, 0.0, z_contrast)
     early, late, z_early, z_late, z_fall = numbers or (0.0,) * 5
     from_start = min(z_early, z_late, z_late + z_fall)
-    verdict: Verdict = "usual"
+    verdict: Verdict = "normal"
     score = contrast if contrast is not None else max(from_start, z_late, -z_fall if z_late < 0 else 0.0)
     if name in suspects if suspects is not None and contrast is not None else from_start >= Z_OUTLIER:
         verdict = "suspicious"

@@ -11,7 +11,7 @@ from emotrain.dataset.ranking import MEANINGS, PictureScore
 
 RANKED = 60  # pictures in the table, with previews
 LISTED = 2000  # and in the list below it, without
-LOOKS = {"suspicious": "error", "hard": "warning", "memorised": "warning", "usual": "good", "unseen": "quiet"}
+LOOKS = {"suspicious": "error", "hard": "warning", "memorised": "warning", "normal": "good", "unseen": "quiet"}
 
 
 def ranking_rows(
@@ -34,7 +34,7 @@ def ranking_rows(
                 "id": score.id,
                 "preview": picture.preview if picture and number < RANKED else b"",
                 "caption": picture.captions[0] if picture and picture.captions else "",
-                "verdict": "normal" if score.verdict == "usual" else score.verdict,
+                "verdict": score.verdict,
                 "look": LOOKS[score.verdict],
                 "meaning": MEANINGS[score.verdict],
                 "actions": actions.get(score.id, ()),

@@ -77,7 +77,7 @@ def library_changes(before: Mapping[str, Any], after: Mapping[str, str]) -> str 
     ]
     if not changed:
         return None
-    return f"other libraries than at the start ({', '.join(changed)}): the run goes on, and not bit for bit"
+    return f"other libraries than at the start ({', '.join(changed)}): the run goes on, but is no longer bit-identical"
 
 
 def memory_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str | None:

@@ -166,5 +166,5 @@ def _tell(folder: RunFolder, notify: Callable[[Event], None]) -> None:
     doubted = [one.id for one in scores if one.verdict == "suspicious" and one.z_contrast is not None]
     if doubted:
         names = ", ".join(doubted[:NAMED]) + (f" and {len(doubted) - NAMED} more" if len(doubted) > NAMED else "")
-        what = f"captions that suit their pictures no better than those of others: {names}"
+        what = f"captions that match their pictures no better than those of others: {names}"
         notify(Notice(f"{what}; see `emotrain images {folder.path}`"))

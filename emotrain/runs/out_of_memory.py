@@ -90,7 +90,7 @@ def add_advice(loaded: Loaded, state: TrainState, error: OutOfMemory) -> OutOfMe
         asked_gib=error.asked_gib,
     )
     if state.step:
-        hint += f"; go on with `emotrain resume {loaded.preset.name} --set KEY=VALUE --allow-config-change`"
+        hint += f"; resume with `emotrain resume {loaded.preset.name} --set KEY=VALUE --allow-config-change`"
     return OutOfMemory(error.doing, error.asked_gib, hint)
 
 

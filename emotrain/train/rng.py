@@ -69,7 +69,7 @@ def restore(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> tuple
 
     Returns:
         Lines for the user: where this machine's devices are not those of the capture, so that the
-        run goes on but not bit for bit.
+        run goes on but is not bit-identical.
 
     Raises:
         CheckpointError: a state is missing or malformed; nothing has been changed then.
@@ -109,7 +109,7 @@ def _restore_devices(cuda: list[Tensor], mps: Tensor | None) -> tuple[str, ...]:
     if present == len(cuda) and has_mps == (mps is not None):
         return ()
     was, now = _devices(len(cuda), mps is not None), _devices(present, has_mps)
-    return (f"checkpoint is from {was}, this is {now}: the run goes on, but not bit for bit",)
+    return (f"checkpoint is from {was}, this is {now}: the run goes on, but is no longer bit-identical",)
 
 
 def _devices(num_cuda: int, mps: bool) -> str:

@@ -1,8 +1,8 @@
 """What a run does about pictures that hold it back: found out as it goes, undone where the evidence goes.
 
-A picture whose caption suits it clearly worse than those of others counts a tenth, or is left out; one whose loss fell
-far below the others' is shown a quarter as often. Whoever is not shown makes room for another picture of its folder and
-size, so that batches and epochs stay as they are.
+A picture whose caption matches it clearly worse than those of others counts a tenth, or is left out; one whose loss
+fell far below the others' is shown a quarter as often. Whoever is not shown makes room for another picture of its
+folder and size, so that batches and epochs stay as they are.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ WORDS: dict[Kind, str] = {
     "seldom": "shown a quarter as often",
 }
 REASONS: dict[Kind, str] = {
-    "weigh": "its caption suits it worse than those of others",
-    "leave_out": "its caption suits it worse than those of others",
+    "weigh": "its caption matches it worse than those of others",
+    "leave_out": "its caption matches it worse than those of others",
     "seldom": "its loss fell far below the others': it is memorised",
 }
 

@@ -67,7 +67,7 @@ def test_a_hard_and_a_memorised_picture_come_first() -> None:
         ("data/03.png", "suspicious"),  # high from the start, and no contrast that speaks for its caption
         ("data/11.png", "memorised"),
     ]
-    assert {score.verdict for score in scores[2:]} == {"usual"}
+    assert {score.verdict for score in scores[2:]} == {"normal"}
 
 
 def test_a_contrast_tells_hard_from_suspicious() -> None:
@@ -83,19 +83,19 @@ def test_a_model_that_hardly_hears_any_caption_accuses_none() -> None:
     """Own captions 1.5 deviations better than wrong ones: by chance a sixth of them are no better."""
     rng = random.Random(0)
     contrasts = [contrast(k, 0.12 * math.exp(-0.08 + rng.gauss(0, 0.05))) for k in range(16)]
-    assert {score.verdict for score in rank(run(), contrasts)} == {"usual"}
+    assert {score.verdict for score in rank(run(), contrasts)} == {"normal"}
 
 
 def test_a_model_that_makes_nothing_of_captions_accuses_none() -> None:
     contrasts = [contrast(k, 0.12) for k in range(16)]
     scores = rank(run(), contrasts)
-    assert {score.verdict for score in scores} == {"usual"}
+    assert {score.verdict for score in scores} == {"normal"}
     assert all(score.z_contrast is not None for score in scores)
 
 
 def test_pictures_without_a_fault_are_usual() -> None:
     for seed in range(5):
-        assert {score.verdict for score in rank(run(seed=seed))} == {"usual"}
+        assert {score.verdict for score in rank(run(seed=seed))} == {"normal"}
 
 
 def test_a_picture_whose_positions_were_unlucky_is_not_hard() -> None:
@@ -105,7 +105,7 @@ def test_a_picture_whose_positions_were_unlucky_is_not_hard() -> None:
         for name, place in (("noisy", random.Random(step).random() * 0.2), ("clean", random.Random(-step).random()))
     ]
     for score in rank(records):
-        assert score.verdict == "usual"
+        assert score.verdict == "normal"
         assert abs(score.late) < 0.1
 
 

@@ -126,7 +126,7 @@ def test_what_the_user_asks_comes_first_and_the_emotion_has_a_third(
 
 
 def test_a_forecast_and_a_warning_are_never_cut(board: Board, make_start: MakeStart, make_step: MakeStep) -> None:
-    words = "captions that suit no picture: a.png, b.png, c.png; see `emotrain images '/data/my runs/mika_v12'`"
+    words = "captions that match no picture: a.png, b.png, c.png; see `emotrain images '/data/my runs/mika_v12'`"
     for event in a_run(make_start, make_step, "mika", 12):
         board.note(event)
     for notice in (words, words * 3):

@@ -208,7 +208,7 @@ def test_many_steps_and_large_pictures_keep_the_page_small(tmp_path: Path) -> No
 
 
 def test_every_picture_is_ranked_and_the_first_have_previews() -> None:
-    scores = tuple(PictureScore(f"p{k}", "usual", 9, 9, 0, 0, 1, 2, 3) for k in range(100))
+    scores = tuple(PictureScore(f"p{k}", "normal", 9, 9, 0, 0, 1, 2, 3) for k in range(100))
     pictures = {one.id: PictureRow(one.id, 9, 9, (), preview=b"\xff") for one in scores}
     elements = read(run_page(RunView("mika", "runs/mika", "signal", ranking=scores, pictures=pictures)))
     assert sum(name == "img" for name, _ in elements.found) == 60

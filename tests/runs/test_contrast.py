@@ -133,7 +133,7 @@ def test_images_names_what_stands_out_alone_or_says_that_nothing_does(tmp_path, 
     folder = create_run(tmp_path / "runs", "x", {"name": "x"})
     fields = dict.fromkeys(PictureScore.__dataclass_fields__)
     scores = [
-        PictureScore(**{**fields, "id": f"a/{i}.png", "verdict": "usual", "z_early": 0.1, "z_late": 0.2, "visits": 3})
+        PictureScore(**{**fields, "id": f"a/{i}.png", "verdict": "normal", "z_early": 0.1, "z_late": 0.2, "visits": 3})
         for i in range(3)
     ]
     monkeypatch.setattr(pictures, "rank_pictures", lambda run: scores)

@@ -93,4 +93,4 @@ def test_other_devices_are_said_and_do_not_stop_the_run() -> None:
         pytest.skip("needs a machine without CUDA")
     (notice,) = rng.restore(tensors, {**document, "cuda_devices": 2})
     assert "from 2 CUDA devices" in notice
-    assert "not bit for bit" in notice
+    assert "no longer bit-identical" in notice
