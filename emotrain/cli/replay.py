@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.options import OneJson
+from emotrain.cli.options import RUNS, OneJson
 
 if TYPE_CHECKING:
     from emotrain.pulse.logs import LossLog
@@ -19,7 +19,9 @@ Generation = Literal["3.6", "3.7", "3.7.0", "3.7.6", "3.9"]
 
 
 def replay(
-    log: Annotated[Path, typer.Argument(help="A run, metrics.jsonl, JSON, CSV, or a TensorBoard folder")],
+    log: Annotated[
+        Path, typer.Argument(help="A run's folder or name, metrics.jsonl, JSON, CSV, or a TensorBoard folder")
+    ],
     generation: Annotated[Generation, typer.Option("--generation", help="Whose emotion; 3.7 means 3.7.6")] = "3.9",
     column: Annotated[str | None, typer.Option("--column", help="Key, column or tag of the loss")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Scales the pulse (1.0; 3.6: 1e-3)", min=1e-12)] = None,
@@ -35,13 +37,15 @@ def replay(
     any trainer's; each logged loss counts as one optimizer step.
 
     Examples:
-      emotrain replay runs/mika_v2
+      emotrain replay mika_v2
       emotrain replay other_trainer/logs --column loss/current
       emotrain replay loss.csv --generation 3.7 --plot replay.svg
     """
     from emotrain.pulse.logs import read_log, usual_gap
     from emotrain.pulse.replay import replay as replay_of
 
+    if not log.is_file() and not (log / "metrics.jsonl").exists() and (RUNS / log / "run.json").is_file():
+        log = RUNS / log
     losses = read_log(log, column)
     replayed = replay_of(
         losses.steps,

@@ -34,7 +34,8 @@ def read_text(path: Path, shown: str) -> str:
             raise ConfigError(f"{shown} is {size} long, which no preset is", "the limit is 1 MB")
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(f"{shown} does not exist", "`emotrain presets list` shows the shipped ones") from error
+        hint = None if path.suffix in (".toml", ".json") else "`emotrain presets list` shows the shipped ones"
+        raise ConfigError(f"{shown} does not exist", hint) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{shown} cannot be read: {reason.lower()}") from error
