@@ -332,7 +332,7 @@ def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:
     """Token ids int64 [B, S], padded and cut to the encoder's `max_tokens`.
 
     Raises:
-        ModelError: the tokenizer knows more than the encoder.
+        ModelError: see `refuse_larger_tokenizer`.
     """
     batch = part.tokenizer(
         texts,
@@ -342,12 +342,27 @@ def ids_of(part: TextEncoderPart, texts: list[str]) -> Tensor:
         return_tensors="pt",
     )
     ids: Tensor = batch.input_ids
-    encoder: Any = part.encoder
-    known = encoder.get_input_embeddings().num_embeddings
-    if int(ids.max()) >= known:
-        raise ModelError(
-            f"the tokenizer of {part.name} makes token {int(ids.max())}, but the encoder knows {known} tokens",
-            "they are not of one model: download both again",
-        )
+    refuse_larger_tokenizer(part, int(ids.max()))
     device = next(part.encoder.parameters()).device
     return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)
+
+
+def refuse_larger_tokenizer(part: TextEncoderPart, largest: int | None = None) -> None:
+    """Refuse a tokenizer that makes tokens which its encoder does not know.
+
+    Args:
+        part: the encoder and its tokenizer.
+        largest: of some texts; None: of all that it can make.
+
+    Raises:
+        ModelError: they are not of one model.
+    """
+    if largest is None:
+        largest = max(part.tokenizer.get_vocab().values(), default=0)
+    encoder: Any = part.encoder
+    known = encoder.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise ModelError(
+            f"the tokenizer of {part.name} makes token {largest}, but the encoder knows {known} tokens",
+            "they are not of one model: download both again",
+        )

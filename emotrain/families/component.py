@@ -50,6 +50,28 @@ def refuse_filled_up(where: str, info: dict[str, Any]) -> None:
         )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a component: its .safetensors files, those of the `fp16` variant where there are no others.
+
+    Raises:
+        ModelError: there is none, or one that is certainly no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(folder.glob("*.bin"))
+        if pickles:
+            refuse_unreadable(pickles[0])
+        raise ModelError(
+            f"`{folder}` holds no .safetensors file",
+            "the model's folder is not complete; download it again",
+        )
+    plain = [file for file in files if "." not in file.stem]
+    chosen = plain or [file for file in files if ".fp16." in file.name] or files
+    for file in chosen:
+        refuse_unreadable(file)
+    return chosen
+
+
 def load_one(cls: Any, where: str, part: str, revision: str | None, **kwargs: Any) -> Any:
     """One model of a folder, from safetensors only; where there is just a `fp16` variant of the file, that one.
 
@@ -57,25 +79,24 @@ def load_one(cls: Any, where: str, part: str, revision: str | None, **kwargs: An
         ModelError: missing, pickled, damaged, or with tensors of another shape.
     """
     folder = Path(where) / part
-    if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(folder.glob("*.bin"))
-            if pickles:
-                refuse_unreadable(pickles[0])
-            raise ModelError(
-                f"`{folder}` holds no .safetensors file",
-                "the model's folder is not complete; download it again",
-            )
-        for file in files:
-            refuse_unreadable(file)
-        if all(".fp16." in file.name for file in files):
-            kwargs["variant"] = "fp16"
+    if folder.is_dir() and all(".fp16." in file.name for file in weight_files(folder)):
+        kwargs["variant"] = "fp16"
     return guard(
         where,
         part,
         lambda: cls.from_pretrained(where, subfolder=part, revision=revision, use_safetensors=True, **kwargs),
     )
+
+
+def load_whole(cls: Any, where: str, part: str, revision: str | None, **kwargs: Any) -> Any:
+    """One model of diffusers as by `load_one`, of which every tensor was in its files.
+
+    Raises:
+        ModelError: also where one was not: diffusers leaves it empty.
+    """
+    model, info = load_one(cls, where, part, revision, output_loading_info=True, **kwargs)
+    refuse_filled_up(os.path.join(where, part), info)
+    return model
 
 
 def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:

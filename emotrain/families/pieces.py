@@ -11,7 +11,7 @@ import torch
 
 from emotrain.errors import ModelError
 from emotrain.families.base import TextEncoderPart
-from emotrain.families.component import guard, known_class, load_one, refuse_filled_up
+from emotrain.families.component import guard, known_class, load_one, load_whole, refuse_filled_up
 from emotrain.families.headers import read_json
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae, without_upper_layers
@@ -74,14 +74,14 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     where = str(found.path)
     index = _index(found, revision)
     denoiser_class = getattr(diffusers, known_class(where, info.denoiser, index, frozenset((info.denoiser_class,))))
-    scheduler_class = _scheduler_class(where, index)
+    kind = scheduler_class(where, index)
     pieces: dict[str, Any] = {
-        "denoiser": load_one(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
-        "vae": load_one(getattr(diffusers, info.vae_class), where, "vae", revision, torch_dtype=torch.float32),
+        "denoiser": load_whole(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
+        "vae": load_whole(getattr(diffusers, info.vae_class), where, "vae", revision, torch_dtype=torch.float32),
         "scheduler": guard(
             where,
             "scheduler",
-            lambda: scheduler_class.from_pretrained(where, subfolder="scheduler", revision=revision),
+            lambda: kind.from_pretrained(where, subfolder="scheduler", revision=revision),
         ),
     }
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
@@ -90,7 +90,7 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     return pieces
 
 
-def _scheduler_class(where: str, index: dict[str, Any]) -> Any:
+def scheduler_class(where: str, index: dict[str, Any]) -> Any:
     """A scheduler of diffusers by its name.
 
     Raises:
@@ -114,16 +114,21 @@ def _index(found: Sniffed, revision: str | None) -> dict[str, Any]:
 
 
 def load_encoder(
-    where: str, index: dict[str, Any], spec: TextEncoder, dtype: torch.dtype, revision: str | None
+    where: str, index: dict[str, Any], spec: TextEncoder, dtype: torch.dtype, revision: str | None, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """One text encoder and its tokenizer; (None, None) where the model was saved without it."""
+    """One text encoder and its tokenizer; (None, None) where the model was saved without it.
+
+    `kwargs` are transformers': `device_map="meta"` reads no weights.
+    """
     import transformers
 
     name, tokenizer_name = spec.name, spec.tokenizer_name
     if (index.get(name) or [None])[0] is None:
         return None, None
     kind = known_class(where, name, index, ENCODERS[spec.kind])
-    encoder, info = load_one(getattr(transformers, kind), where, name, revision, dtype=dtype, output_loading_info=True)
+    encoder, info = load_one(
+        getattr(transformers, kind), where, name, revision, dtype=dtype, output_loading_info=True, **kwargs
+    )
     refuse_filled_up(os.path.join(where, name), info)
     named = known_class(where, tokenizer_name, index, TOKENIZERS[spec.kind])
     tokenizer_class = getattr(transformers, PROCESSORS.get(named, named))
@@ -152,7 +157,7 @@ def load_vae(vae: str, found: Sniffed) -> Any:
     if path.is_file():
         loaded = load_vae_file(path, found) if spec.vae_class == "AutoencoderKL" else load_separate_vae(path, found)
     elif (path / "vae").is_dir():
-        loaded = load_one(kind, str(path), "vae", None, torch_dtype=torch.float32)
+        loaded = load_whole(kind, str(path), "vae", None, torch_dtype=torch.float32)
     else:
         loaded = guard(vae, "", lambda: kind.from_pretrained(vae, torch_dtype=torch.float32, use_safetensors=True))
     refuse_other_vae(vae, loaded.config, found)

@@ -282,5 +282,6 @@ def copy_tokenizer(encoder: TextEncoder, beside: Path, folder: Path, model: Path
 def _limit_tokens(config: Path, limit: int) -> None:
     """Tokenizers without a limit of their own get the public model's."""
     words = read_json(config) if config.is_file() else {}
-    if int(words.get("model_max_length", 10**9)) > limit:
+    said = words.get("model_max_length")
+    if not isinstance(said, int | float) or not 1 <= said <= limit:
         write_json(config, {**words, "model_max_length": limit})

@@ -46,9 +46,10 @@ def widest_layer(config: dict[str, Any]) -> int:
     """The widest layer's narrower side."""
     if "block_out_channels" in config:
         return int(max(config["block_out_channels"]))
-    if "dim" in config:
+    if config.get("dim") is not None:
         return int(config["dim"])
-    return int(config.get("num_attention_heads", 24)) * int(config.get("attention_head_dim", 128))
+    heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+    return (heads if isinstance(heads, int) else 24) * (width if isinstance(width, int) else 128)
 
 
 def _step(family: str, config: dict[str, Any], vae_scale: int, resolution: int) -> int:
@@ -132,9 +133,11 @@ SIZES = (
     "num_attention_heads", "attention_head_dim", "sample_size", "cross_attention_dim", "joint_attention_dim",
     "patch_size",
 )  # fmt: skip
+ONE_A_LEVEL = ("num_attention_heads", "attention_head_dim", "cross_attention_dim", "sample_size", "patch_size")
 LISTS = ("block_out_channels", "dim_mult")
 FACTORS = ("scaling_factor", "shift_factor")  # of a VAE's latents; null stands for none
 MAX_SIZE = 2**20
+MAX_LEVELS = 16
 
 
 def _refuse_odd_sizes(where: Path | str, part: str, config: dict[str, Any]) -> None:
@@ -149,19 +152,21 @@ def _refuse_odd_sizes(where: Path | str, part: str, config: dict[str, Any]) -> N
 
     for name in (*SIZES, *LISTS):
         value = config.get(name)
-        several = value if isinstance(value, list) else [value]
-        right = all(map(is_size, several)) and bool(several) and len(several) <= 64
+        right = is_size(value)
+        if isinstance(value, list) and name in (*LISTS, *ONE_A_LEVEL):
+            right = all(map(is_size, value)) and 0 < len(value) <= MAX_LEVELS
         if name in config and not right and (value is not None or name in LISTS):
-            raise _odd(where, part, name, value)
+            raise odd_value(f"{where}/{part}/config.json", name, value)
     for name in FACTORS:
         value = config.get(name)
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise _odd(where, part, name, value)
+            raise odd_value(f"{where}/{part}/config.json", name, value)
 
 
-def _odd(where: Path | str, part: str, name: str, value: object) -> ModelError:
+def odd_value(file: Path | str, name: str, value: object) -> ModelError:
+    """The refusal of a value in a config."""
     return ModelError(
-        f"`{where}/{part}/config.json` says {name} is {repr(value)[:60]}, which no model has",
+        f"`{file}` says {name} is {repr(value)[:60]}, which no model has",
         "the download may be damaged; download it again",
     )
 
@@ -199,11 +204,11 @@ def _from_configs(
     channels = latent_channels(family, vae)
     _check_inputs(where, family, denoiser, channels)
     side = denoiser.get("sample_size")
-    resolution = (
-        int(vae.get("sample_size", spec.resolution))
-        if spec.packed_channels > 1 or not isinstance(side, int)
-        else side * vae_scale
-    )
+    if spec.packed_channels > 1 or not isinstance(side, int):
+        own = vae.get("sample_size")
+        resolution = own if isinstance(own, int) else spec.resolution
+    else:
+        resolution = side * vae_scale
     return Sniffed(
         family=family, variant=variant_of(family, denoiser), prediction=_prediction(where, family, scheduler),
         resolution=resolution, bucket_step=_step(family, denoiser, vae_scale, resolution), vae_scale=vae_scale,
@@ -236,7 +241,7 @@ def refuse_other_vae(vae: str, config: dict[str, Any], found: Sniffed) -> None:
 def _check_inputs(where: Path | str, family: str, denoiser: dict[str, Any], channels: int) -> None:
     """Refuse denoisers that take more than latents (inpainting, edit, fill and control models)."""
     wanted = channels * FAMILIES[family].packed_channels
-    if int(denoiser.get("in_channels", wanted)) != wanted:
+    if (denoiser.get("in_channels") or wanted) != wanted:
         raise ModelError(
             f"`{where}` takes {denoiser['in_channels']} input channels instead of {wanted}: "
             "an inpainting or edit model",

@@ -50,7 +50,7 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
                 f"`{path}` is {kind}, which emotrain does not train (it has tensors named `{sign}...`)",
                 f"train on {', '.join(spec.title for spec in FAMILIES.values())}",
             )
-    _refuse_quantised(path, header)
+    refuse_quantised(path, header)
     if any(name.startswith(("edm_mean", "edm_std", "edm_vpred")) for name in names):
         raise ModelError(
             f"`{path}` predicts as EDM models do, which emotrain does not train",
@@ -67,7 +67,12 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
         )
 
 
-def _refuse_quantised(path: Path, header: Header) -> None:
+def refuse_quantised(path: Path, header: Header) -> None:
+    """Refuse weights in a form that stands for others.
+
+    Raises:
+        ModelError: with the first such tensor.
+    """
     found = next((name for name in header.shapes if QUANTISED.search(name)), None)
     if found is None:
         found = next((name for name, dtype in header.dtypes.items() if dtype in ("U8", "I8")), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from emotrain.config.builtin import is_builtin
 from emotrain.config.schema import Preset
 from emotrain.dataset.balance import FolderShare, folder_shares
 from emotrain.dataset.buckets import Placement, place
@@ -17,6 +18,7 @@ from emotrain.dataset.examples import Example
 from emotrain.dataset.scan import resolve_folder
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.families.component import guard
+from emotrain.families.fitting import refuse_misfit
 from emotrain.families.loading import choose_device, choose_dtype, free_gib
 from emotrain.families.memory import SIZES_GIB, MemoryPlan
 from emotrain.families.sniff_file import public_model
@@ -154,7 +156,10 @@ def _model(preset: Preset, may_assume: bool) -> tuple[tuple[str, ...], Sniffed]:
     if (found := public_model(model.base)) is not None:  # by the sizes that are built in
         return (), found
     if not may_assume or model.family == "auto" or Path(model.base).exists():
-        return (), sniffed(preset)
+        found = sniffed(preset)
+        if not is_builtin(model.base):
+            refuse_misfit(found, preset.sample.steps)
+        return (), found
     spec = FAMILIES[model.family]
     found = public_model(next(variant.repository for variant in spec.variants.values() if variant.repository))
     assert found is not None

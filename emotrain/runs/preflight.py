@@ -112,6 +112,8 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
         return
     try:
         refuse_incomplete(found, has_vae=model.vae is not None, has_text=model.text_encoder is not None)
+        if not is_builtin(model.base):
+            _refuse_misfit(preset, found)
     except ModelError as error:
         result.failures.append(error)
     result.found = found
@@ -119,6 +121,13 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
     title = FAMILIES[found.family].title
     variant = f", {found.variant}" if found.variant not in (found.family, "custom") else ""
     result.facts.append(("model", f"{model.base}: {title}{variant}, {found.prediction}, {size}"))
+
+
+def _refuse_misfit(preset: Preset, found: Sniffed) -> None:
+    if found.kind == "folder":
+        from emotrain.families.fitting import refuse_misfit  # needs torch, which costs seconds
+
+        refuse_misfit(found, preset.sample.steps)
 
 
 def _look_at_encoder(preset: Preset, found: Sniffed, result: Preflight, at: Where) -> None:

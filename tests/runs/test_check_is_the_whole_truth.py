@@ -56,6 +56,33 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
 }
 
 
+# A copy of the model: a file of it, and what is changed in it.
+SPOILED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a size as text": ("unet/config.json", {"norm_num_groups": "16"}),
+    "a factor that is a list": ("vae/config.json", {"scaling_factor": [0.5]}),
+    "a sample size of null": ("vae/config.json", {"sample_size": None, "block_out_channels": None}),
+    "a million layers": ("unet/config.json", {"layers_per_block": 10**6}),
+    "an activation of no name": ("text_encoder/config.json", {"hidden_act": "swosh"}),
+    "a beta as text": ("scheduler/scheduler_config.json", {"beta_end": "0.012"}),
+    "an unknown schedule": ("scheduler/scheduler_config.json", {"beta_schedule": "steep"}),
+    "more tokens than the encoder takes": ("tokenizer/tokenizer_config.json", {"model_max_length": 70}),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED_MODELS)
+def test_run_check_and_plan_refuse_a_spoiled_model_alike(case: str, here: Path, capsys: Any) -> None:
+    file, fields = SPOILED_MODELS[case]
+    path = Path(shutil.copytree(ASSETS / "tiny-sd", here / "m")) / file
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+    (here / "p.yaml").write_text(BASE.format(**{**GOOD, "model": "./m"}), encoding="utf-8")
+    code, line = refused_alike(["p.yaml"], capsys)
+    assert code == 4
+    part = "text_encoder" if file.startswith("tokenizer") else file.partition("/")[0]
+    assert f"m/{part}" in line
+    assert main(["plan", "p.yaml"]) == 4
+    assert capsys.readouterr().err.splitlines()[0] == line
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import torch

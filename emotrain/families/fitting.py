@@ -1,0 +1,289 @@
+"""Whether the parts of a model's folder are what their configs say, and work together, before a weight is read.
+
+The models are built on the meta device, which has shapes and no numbers, and called there once by the family's own
+methods: what only a forward pass would meet in a run is met here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from emotrain.batch import Conditioning
+from emotrain.errors import ModelError
+from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import LoadedFamily, Parts, refuse_larger_tokenizer
+from emotrain.families.component import guard, known_class, weight_files
+from emotrain.families.headers import read_header, read_json
+from emotrain.families.loading import family_class
+from emotrain.families.pieces import ENCODERS, load_encoder, scheduler_class, text_parts
+from emotrain.families.registry import FAMILIES
+from emotrain.families.sniff import MAX_SIZE, Sniffed, odd_value
+from emotrain.families.spec import Shapes
+from emotrain.families.understood import refuse_quantised, scaled_layers
+
+MAX_TABLE = 4096  # of fields that are the side of a table of positions
+TABLES = ("pos_embed_max_size", "base_size")
+SPARE = 500  # parameters that a model may register besides eight times those that are stored: tied and replaced ones
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # which diffusers still reads
+SEVERAL = re.compile(r"\b(?:[Tt]uple|[Ll]ist|Sequence|ndarray)\b(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\])?")
+DAMAGED = "the download may be damaged or not complete"
+
+
+def refuse_misfit(found: Sniffed, sample_steps: int = 20) -> None:
+    """Refuse a diffusers folder with a part that a run could not use, by its configs and headers alone.
+
+    Args:
+        found: of another kind than a folder: nothing is done.
+        sample_steps: steps of a sample, which the scheduler must know how to place.
+
+    Raises:
+        ModelError: a config value of another type or size than its class takes, weights that do not belong to the
+            config, a tokenizer larger than its encoder, or parts that do not work together.
+    """
+    if found.kind != "folder":
+        return
+    import diffusers
+
+    spec, folder = FAMILIES[found.family], Path(found.path)
+    index = read_json(folder / "model_index.json")
+    denoiser = known_class(str(folder), spec.denoiser, index, frozenset((spec.denoiser_class,)))
+    pieces: dict[str, Any] = {
+        "scheduler": _scheduler(folder, index, found, sample_steps),
+        "denoiser": on_meta(getattr(diffusers, denoiser), folder / spec.denoiser),
+        "vae": on_meta(getattr(diffusers, spec.vae_class), folder / "vae"),
+    }
+    for encoder in spec.encoders_of(found.variant):
+        pieces[encoder.name], pieces[encoder.tokenizer_name] = _encoder(folder, index, encoder)
+    _call(found, pieces)
+
+
+# ------------------------------------------------------------ one part
+
+
+def on_meta(cls: Any, folder: Path) -> nn.Module:
+    """A model of diffusers without its weights, which are in its folder under the names that it gives them.
+
+    Raises:
+        ModelError: see `refuse_misfit`.
+    """
+    config = read_json(folder / "config.json")
+    refuse_other_types(folder / "config.json", config, cls)
+    stored = stored_shapes(folder)
+    with bounded(str(folder), len(stored)), torch.device("meta"):
+        model: nn.Module = guard(str(folder), "", lambda: cls.from_config(config))
+    refuse_other_tensors(str(folder), model, stored)
+    return model.requires_grad_(False).eval()
+
+
+def refuse_other_types(file: Path, config: dict[str, Any], cls: Any) -> None:
+    """Refuse a config with a value of another type than the class takes, or a size that no model has.
+
+    Raises:
+        ModelError: with the field.
+    """
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name not in config or parameter.annotation is inspect.Parameter.empty:
+            continue
+        kind = parameter.annotation
+        words = kind if isinstance(kind, str) else kind.__name__ if isinstance(kind, type) else str(kind)
+        value = config[name]
+        may_be_none = parameter.default is None or "None" in words or "Optional" in words
+        if not (value is None and may_be_none) and not _fits(value, words, _most(name)):
+            raise odd_value(file, name, value)
+
+
+def _most(name: str) -> int:
+    return MAX_TABLE if name in TABLES else 2**31 if name.endswith(("_id", "_ids")) else MAX_SIZE
+
+
+def _fits(value: Any, words: str, most: int) -> bool:
+    """Whether a value of JSON is of a type that an annotation names; what is in a list may be of any type in it."""
+    if isinstance(value, list):
+        return SEVERAL.search(words) is not None and all(_is_of(one, words, most) for one in _flat(value))
+    return _is_of(value, SEVERAL.sub("", words), most)
+
+
+def _flat(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, list) else (value,)
+
+
+def _is_of(value: Any, words: str, most: int) -> bool:
+    names = set(re.findall(r"\w+", words))
+    if isinstance(value, bool):
+        return "bool" in names
+    if isinstance(value, int):
+        return bool(names & {"int", "float"}) and abs(value) <= most
+    if isinstance(value, float):
+        return "float" in names or ("int" in names and value.is_integer() and abs(value) <= most)
+    if isinstance(value, str):
+        return bool(names & {"str", "Literal", "dtype"})
+    return isinstance(value, dict) and bool(re.search("dict|Mapping|Config", words, re.IGNORECASE))
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a component's files.
+
+    Raises:
+        ModelError: no file that can be read, weights in a quantised form, or an index of files that are not there.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    files = weight_files(folder)
+    for file in files:
+        header = read_header(file)
+        refuse_quantised(file, header)
+        if scaled_layers(header):
+            raise ModelError(
+                f"`{file}` holds scaled fp8 weights, which are read from single files alone",
+                "use the folder's bf16 or fp16 version",
+            )
+        shapes |= header.shapes
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        placed = read_json(index).get("weight_map")
+        named = set(map(str, placed.values())) if isinstance(placed, dict) else {"weight_map"}
+        if lacking := sorted(named - {file.name for file in folder.glob("*.safetensors")}):
+            raise ModelError(f"`{index}` names `{lacking[0][:60]}`, which is not there", DAMAGED)
+    return shapes
+
+
+@contextmanager
+def bounded(where: str, num_stored: int) -> Iterator[None]:
+    """Refuse to build a model of many more parameters than are stored: a config can ask for millions of layers."""
+    left = 8 * num_stored + SPARE
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ModelError(f"`{where}` has {num_stored} tensors, and its config asks for many more", DAMAGED)
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def refuse_other_tensors(where: str, model: nn.Module, stored: Shapes) -> None:
+    """Refuse files that lack a parameter of a model, have it in another shape, or hold a tensor that it has not.
+
+    Raises:
+        ModelError: with the first name.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    own = {_new_name(name, wanted): shape for name, shape in stored.items()}
+    lacking = sorted({name for name, _ in model.named_parameters()} - own.keys())
+    if lacking:
+        raise ModelError(
+            f"`{where}` lacks {len(lacking)} of its tensors, such as `{lacking[0]}`",
+            "its file is not complete, or its tensors have other names; download it again",
+        )
+    for name in sorted(wanted.keys() & own.keys()):
+        if own[name] != wanted[name]:
+            raise ModelError(f"`{where}` has {own[name]} for `{name}`, and its config {wanted[name]}", DAMAGED)
+    known = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    odd = [name for name in sorted(own.keys() - wanted.keys()) if not any(one.search(name) for one in known)]
+    if odd:
+        raise ModelError(
+            f"`{where}` has {len(odd)} tensors that its model does not have, such as `{odd[0][:100]}`",
+            "is it a model of another kind, or an extension of one?",
+        )
+
+
+def _new_name(name: str, wanted: Shapes) -> str:
+    stem, _, last = name.rpartition(".")
+    above, _, old = stem.rpartition(".")
+    new = f"{above}.{OLD_NAMES[old]}.{last}" if old in OLD_NAMES else name
+    return new if new in wanted and name not in wanted else name
+
+
+def _encoder(folder: Path, index: dict[str, Any], spec: Any) -> tuple[Any, Any]:
+    """A text encoder without its weights, and its tokenizer; None for both where the model has none."""
+    import transformers
+
+    if (index.get(spec.name) or [None])[0] is None:
+        return None, None
+    where = folder / spec.name
+    kind = getattr(transformers, known_class(str(folder), spec.name, index, ENCODERS[spec.kind]))
+    refuse_other_types(where / "config.json", read_json(where / "config.json"), kind.config_class)
+    with bounded(str(where), len(stored_shapes(where))):
+        return load_encoder(str(folder), index, spec, torch.float32, None, device_map="meta")
+
+
+# ------------------------------------------------------------ all of them
+
+
+def _scheduler(folder: Path, index: dict[str, Any], found: Sniffed, steps: int) -> Any:
+    """The scheduler, which has placed and taken a step of a sample."""
+    cls, where = scheduler_class(str(folder), index), folder / "scheduler"
+    refuse_other_types(where / "scheduler_config.json", found.scheduler_config, cls)
+    scheduler = guard(str(where), "", lambda: cls.from_config(found.scheduler_config))
+
+    def step() -> None:
+        own = cls.from_config(scheduler.config)
+        shifts = {"mu": 1.0} if own.config.get("use_dynamic_shifting") else {}
+        own.set_timesteps(min(steps, int(own.config.num_train_timesteps)), **shifts)
+        latents = torch.zeros(1, found.latent_channels, 2, 2)
+        own.step(latents, own.timesteps[0], latents)
+
+    guard(str(where), "", step)
+    return scheduler
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Tensors of the meta device stay there where the code would look at them; masks are taken for full ones."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu:
+            return args[0]
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].is_meta:
+            return args[0].flatten(0, args[1].dim() - 1) if args[1].dtype == torch.bool else func(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _call(found: Sniffed, pieces: dict[str, Any]) -> None:
+    """Encode a picture and a text, predict once, decode: by the family's own methods."""
+    spec, where, meta = FAMILIES[found.family], str(found.path), torch.device("meta")
+    texts: list[TextEncoderPart] = guard(where, "tokenizer", lambda: text_parts(found, pieces))
+    for part in texts:
+        refuse_larger_tokenizer(part)
+    parts = Parts(
+        name=found.family, variant=found.variant, prediction=found.prediction, denoiser=pieces["denoiser"],
+        vae=pieces["vae"], text_encoders=texts, scheduler=pieces["scheduler"], device=meta, dtype=torch.float32,
+    )  # fmt: skip
+    family: LoadedFamily = guard(where, "", lambda: family_class(found.family)(parts))
+    family._placed = True
+    pixels = torch.empty(1, 3, found.bucket_step, found.bucket_step, device=meta)
+    sizes = torch.zeros(1, 2, dtype=torch.int64, device=meta)
+    with _NoNumbers():
+        latents = guard(where, "vae", lambda: family.encode_images(pixels))
+        side = found.bucket_step // found.vae_scale
+        _refuse_shape(os.path.join(where, "vae"), "latents", latents, (1, found.latent_channels, side, side))
+        embeds = guard(where, "text_encoder", lambda: family.encode_texts(["a"]))
+        predicted = guard(
+            where,
+            spec.denoiser,
+            lambda: family.predict(latents, torch.zeros(1, device=meta), embeds, Conditioning(sizes, sizes, sizes)),
+        )
+        _refuse_shape(os.path.join(where, spec.denoiser), "latents", predicted, tuple(latents.shape))
+        decoded = guard(where, "vae", lambda: family.decode_latents(latents))
+        _refuse_shape(os.path.join(where, "vae"), "a picture", decoded, tuple(pixels.shape))
+
+
+def _refuse_shape(where: str, what: str, made: Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(made.shape) != wanted:
+        raise ModelError(f"`{where}` makes {what} of the shape {tuple(made.shape)} instead of {wanted}", DAMAGED)
