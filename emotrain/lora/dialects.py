@@ -269,12 +269,6 @@ def _krons(halves: Mapping[Place, Mapping[str, Tensor]], alphas: dict[Place, Ten
     return made
 
 
-def _kron_alpha(value: Tensor | None) -> float | None:
-    return (
-        None if value is None else float(value.to(torch.float32).flatten()[0]) if value.numel() == 1 else float("nan")
-    )
-
-
 def _widths(kron: Kron) -> dict[str, Tensor]:
     """A LoRA of the LoKr's widths, without numbers: by these families are told apart."""
     out, inner, *kernel = kron.shape

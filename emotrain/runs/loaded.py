@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
-from emotrain.errors import ResourceError
 from emotrain.families.common import config_values
 from emotrain.families.table import Sniffed
 from emotrain.lora.file import read_lora
@@ -23,39 +22,8 @@ from emotrain.runs.draw import Sampler
 from emotrain.runs.plan import plan_run
 from emotrain.train import rng
 from emotrain.train.checkpoint import Checkpoint
-from emotrain.train.events import Event, Notice, Observer
+from emotrain.train.events import Event, Notice
 from emotrain.train.state import TrainState, restore
-
-
-class Observers:
-    """Everyone who watches a run: one that cannot write costs lines, never the run, and that is said once."""
-
-    def __init__(self, observers: Sequence[Observer]) -> None:
-        self.all = list(observers)
-        self._failed: set[int] = set()
-
-    def notify(self, event: Event) -> None:
-        """Tell every observer."""
-        for observer in self.all:
-            try:
-                observer.handle(event)
-            except (OSError, ResourceError) as error:
-                self.lost(observer, error)
-
-    def lost(self, writer: object, error: Exception) -> None:
-        """Say that a log or display cannot be written."""
-        if id(writer) not in self._failed:
-            self._failed.add(id(writer))
-            reason = str(error).splitlines()[0]
-            self.notify(Notice(f"{type(writer).__name__} loses lines while the run goes on: {reason}"))
-
-    def close(self) -> None:
-        """Let every observer finish, whatever happened: the logs first, so that a display can still tell of them."""
-        for observer in reversed(self.all):
-            try:
-                observer.close()
-            except (OSError, ResourceError) as error:
-                self.lost(observer, error)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from emotrain.observers.dashboard import Dashboard
 from emotrain.runs import changes, out_of_memory
 from emotrain.runs.finish import Result, finish
 from emotrain.runs.folder import RunFolder, create_run, library_versions, name_taken
-from emotrain.runs.loaded import Beginning, Loaded, Observers, go_back, load
+from emotrain.runs.loaded import Beginning, Loaded, go_back, load
 from emotrain.runs.training import train
 from emotrain.train.checkpoint import CheckpointStore
-from emotrain.train.events import Notice, Observer
+from emotrain.train.events import Notice, Observer, Observers
 from emotrain.train.signals import StopSignals, tell_stopping
 from emotrain.train.state import TrainState
 

@@ -14,12 +14,12 @@ from emotrain.errors import ResourceError
 from emotrain.runs import build
 from emotrain.runs.contrast import Watch
 from emotrain.runs.folder import RunFolder
-from emotrain.runs.loaded import Beginning, Loaded, Observers
+from emotrain.runs.loaded import Beginning, Loaded
 from emotrain.runs.logs import Log, PictureLosses, file_observers, sync
 from emotrain.runs.out_of_memory import run_with_advice
 from emotrain.train import rng
 from emotrain.train.checkpoint import CheckpointStore
-from emotrain.train.events import Notice, Phase, RunStart, Saved
+from emotrain.train.events import Notice, Observers, Phase, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, device_memory_gib, fit
 from emotrain.train.losses import LossBaseline
 from emotrain.train.signals import StopSignals
@@ -138,7 +138,7 @@ def loop_parts(
         watch=outputs.watch,
         preservation=build.build_preservation(preset, model, data),
         graphs=build.build_graphs(preset, model.family, model.adapter, outputs.observers.notify),
-        interrupted=lambda: bool(signals),
+        interrupted=lambda: signals.received is not None,
     )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, get_type_hints
 
+from emotrain.errors import ResourceError
 from emotrain.pulse.reading import Reading
 
 SCHEMA_VERSION = 1  # of the rows
@@ -200,3 +202,34 @@ class Observer(Protocol):
 
     def close(self) -> None:
         """The run is over, in whatever way; called once, also after an exception."""
+
+
+class Observers:
+    """Everyone who watches a run: one that cannot write costs lines, never the run, and that is said once."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.all = list(observers)
+        self._failed: set[int] = set()
+
+    def notify(self, event: Event) -> None:
+        """Tell every observer."""
+        for observer in self.all:
+            try:
+                observer.handle(event)
+            except (OSError, ResourceError) as error:
+                self.lost(observer, error)
+
+    def lost(self, writer: object, error: Exception) -> None:
+        """Say that a log or display cannot be written."""
+        if id(writer) not in self._failed:
+            self._failed.add(id(writer))
+            reason = str(error).splitlines()[0]
+            self.notify(Notice(f"{type(writer).__name__} loses lines while the run goes on: {reason}"))
+
+    def close(self) -> None:
+        """Let every observer finish, whatever happened: the logs first, so that a display can still tell of them."""
+        for observer in reversed(self.all):
+            try:
+                observer.close()
+            except (OSError, ResourceError) as error:
+                self.lost(observer, error)
