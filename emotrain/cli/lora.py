@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,40 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Inspect, convert and merge LoRA files")
 
 
-class TargetSet(StrEnum):
-    """Named sets of modules."""
-
-    ATTN = "attn"
-    ATTN_MLP = "attn-mlp"
-    ALL = "all"
-
-
-class Format(StrEnum):
-    """Layouts of LoRA files."""
-
-    KOHYA = "kohya"
-    DIFFUSERS = "diffusers"
-    COMFYUI = "comfyui"
-
-
-class AnyFormat(StrEnum):
-    """Layouts, or the family's own."""
-
-    AUTO = "auto"
-    KOHYA = "kohya"
-    DIFFUSERS = "diffusers"
-    COMFYUI = "comfyui"
-
-
-class Dtype(StrEnum):
-    """Number formats of files."""
-
-    AUTO = "auto"
-    FP16 = "fp16"
-    BF16 = "bf16"
-    FP32 = "fp32"
-
-
+Format = Literal["kohya", "diffusers", "comfyui"]
+AnyFormat = Literal["auto", "kohya", "diffusers", "comfyui"]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 Yes = Annotated[bool, typer.Option("--yes", help="Write over an existing file")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The new .safetensors file")]
@@ -89,9 +56,11 @@ def inspect(
 @app.command()
 def keys(
     family: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, sd3 or flux, or a variant: sd35-large, ...")],
-    targets: Annotated[TargetSet, typer.Option("--targets", help="Set of modules")] = TargetSet.ATTN_MLP,
+    targets: Annotated[
+        Literal["attn", "attn-mlp", "all"], typer.Option("--targets", help="Set of modules")
+    ] = "attn-mlp",
     text_encoder: Annotated[bool, typer.Option("--text-encoder", help="With the CLIP text encoders")] = False,
-    format: Annotated[AnyFormat, typer.Option("--format", help="Layout of the file")] = AnyFormat.AUTO,
+    format: Annotated[AnyFormat, typer.Option("--format", help="Layout of the file")] = "auto",
     as_json: Json = False,
 ) -> None:
     """List the tensor names of a LoRA file at real size.
@@ -104,7 +73,7 @@ def keys(
     """
     from emotrain.runs.lora_keys import lora_keys
 
-    found = lora_keys(family, target_set=targets.value, text_encoder=text_encoder, format=format.value)
+    found = lora_keys(family, target_set=targets, text_encoder=text_encoder, format=format)
     if as_json:
         output.json_object(found)
         return
@@ -131,7 +100,7 @@ def convert(
     from emotrain.lora.convert import convert as convert_file
     from emotrain.runs.parents import lora_of
 
-    _report(convert_file(lora_of(file), to.value, out, overwrite=yes), {}, as_json)
+    _report(convert_file(lora_of(file), to, out, overwrite=yes), {}, as_json)
 
 
 @app.command()
@@ -145,8 +114,11 @@ def merge(
         int | None,
         typer.Option("--rank", min=1, help="Bring it down to this rank by SVD  [default: exact, ranks add up]"),
     ] = None,
-    format: Annotated[AnyFormat, typer.Option("--format", help="Layout of the file")] = AnyFormat.AUTO,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="auto: the files' own where that loses nothing")] = Dtype.AUTO,
+    format: Annotated[AnyFormat, typer.Option("--format", help="Layout of the file")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "fp16", "bf16", "fp32"],
+        typer.Option("--dtype", help="auto: the files' own where that loses nothing"),
+    ] = "auto",
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -162,7 +134,7 @@ def merge(
     from emotrain.runs.parents import lora_of
 
     parts = [(lora_of(path), weight) for path, weight in map(_weighted, files)]
-    written, merged = merge_files(parts, out, rank=rank, format=format.value, dtype=dtype.value, overwrite=yes)
+    written, merged = merge_files(parts, out, rank=rank, format=format, dtype=dtype, overwrite=yes)
     ranks = sorted(set(merged.ranks.values()))
     facts: dict[str, Any] = {"ranks": ranks}
     if rank is not None:

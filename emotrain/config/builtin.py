@@ -19,16 +19,6 @@ def is_builtin(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
-def dataset_dir(name: str) -> Path:
-    """`builtin:example` -> the folder of its pictures.
-
-    Raises:
-        ConfigError: no built-in data set has this name.
-    """
-    check_name(name, DATASETS, "data set")
-    return _PACKAGE / "assets" / name.removeprefix(PREFIX)
-
-
 def check_name(name: str, known: tuple[str, ...], kind: str) -> None:
     """Refuse a `builtin:` name that is not among the known ones.
 

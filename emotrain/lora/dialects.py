@@ -139,16 +139,6 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
     return Parsed(state, own_alphas, family, _dialect(halves), tuple(notes), tuple(unknown))
 
 
-def detect(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """(dialect, family) of a file's tensors.
-
-    Raises:
-        ModelError: no LoRA weights of a known name.
-    """
-    parsed = parse(tensors, metadata, allow_partial=True)
-    return parsed.dialect, parsed.family
-
-
 def refuse_other_networks(keys: Iterable[str]) -> None:
     """Raise a ModelError that names the kind of network, where it is one that cannot be applied as a LoRA."""
     for pattern, kind in _REFUSED:

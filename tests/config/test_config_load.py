@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emotrain.config.builtin import dataset_dir, shipped_presets
+from emotrain.config.builtin import shipped_presets
 from emotrain.config.dump import dump_preset
 from emotrain.config.load import load, load_preset
 from emotrain.config.names import check_run_name, name_from_file
@@ -303,7 +303,9 @@ def test_the_issue_s_six_presets_are_shipped() -> None:
 @pytest.mark.parametrize("name", ["quickstart", "quickstart-flux"])
 def test_quickstart_prompts_are_not_training_captions(name: str) -> None:
     preset = load_preset(name)
-    captions = {path.read_text(encoding="utf-8").strip() for path in dataset_dir("builtin:example").glob("*.txt")}
+    folder = Path(__file__).parents[2] / "emotrain" / "assets" / "example"
+    captions = {path.read_text(encoding="utf-8").strip() for path in folder.glob("*.txt")}
+    assert captions
     trigger = preset.dataset.trigger
     assert trigger is not None
     assert len(captions) >= 30

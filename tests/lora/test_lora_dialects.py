@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emotrain.errors import ModelError
 from emotrain.families.unet import to_sgm
-from emotrain.lora.dialects import detect, parse
+from emotrain.lora.dialects import parse
 from emotrain.lora.formats import pairs, to_diffusers, to_kohya
 from emotrain.lora.origin import require_family
 
@@ -248,7 +248,7 @@ def test_the_same_module_twice_is_an_error() -> None:
 def test_the_family_shows_in_names_and_widths(key: str, width: int, family: str) -> None:
     roles = ("lora_A", "lora_B") if key.startswith("transformer.") else ("lora_down", "lora_up")
     tensors = {f"{key}.{roles[0]}.weight": torch.ones(2, width), f"{key}.{roles[1]}.weight": torch.ones(width, 2)}
-    assert detect(tensors, {})[1] == family
+    assert parse(tensors, {}, allow_partial=True).family == family
 
 
 def test_metadata_decides_only_what_names_and_widths_leave_open() -> None:
@@ -256,10 +256,10 @@ def test_metadata_decides_only_what_names_and_widths_leave_open() -> None:
         key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
         return {f"{key}.lora_down.weight": torch.ones(2, width), f"{key}.lora_up.weight": torch.ones(8, 2)}
 
-    assert detect(tensors(24), {"emotrain.family": "sd21"})[1] == "sd21"
-    assert detect(tensors(24), {"ss_base_model_version": "sdxl_base_v1-0"})[1] == "sdxl"
-    assert detect(tensors(768), {"emotrain.family": "sdxl"})[1] == "sd15"
-    assert detect(tensors(24), {"emotrain.family": "flux"})[1] == "sd15"
+    assert parse(tensors(24), {"emotrain.family": "sd21"}, allow_partial=True).family == "sd21"
+    assert parse(tensors(24), {"ss_base_model_version": "sdxl_base_v1-0"}, allow_partial=True).family == "sdxl"
+    assert parse(tensors(768), {"emotrain.family": "sdxl"}, allow_partial=True).family == "sd15"
+    assert parse(tensors(24), {"emotrain.family": "flux"}, allow_partial=True).family == "sd15"
 
 
 def test_a_wrong_family_says_what_was_found_and_what_is_wanted() -> None:
