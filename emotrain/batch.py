@@ -6,6 +6,7 @@ Shape letters: B samples, C latent channels, H W latent height and width, S toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +31,14 @@ class Conditioning:
     target_sizes: Tensor
 
 
+class Labels(NamedTuple):
+    """What can be said of a micro-batch without its tensors."""
+
+    ids: tuple[str, ...]
+    captioned: tuple[bool, ...]  # False where the caption was dropped
+    latent_size: tuple[int, int]  # height and width
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples of one bucket size, on the CPU."""
@@ -42,3 +51,9 @@ class Batch:
     ids: tuple[str, ...]
     epoch: int
     texts: tuple[str, ...] = ()  # what each sample is trained with
+
+    @property
+    def labels(self) -> Labels:
+        """What it is, without its tensors."""
+        height, width = self.latents.shape[-2:]
+        return Labels(self.ids, tuple(bool(text) for text in self.texts or self.ids), (height, width))

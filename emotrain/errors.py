@@ -39,6 +39,8 @@ class EmotrainError(Exception):
     """
 
     exit_code = ExitCode.BUG
+    of_rank: int | None = None  # where several processes train together and know of it: the one that failed
+    is_silent = False  # another process tells it
 
     def __init__(self, message: str, hint: str | None = None, *, problems: tuple[Problem, ...] = ()) -> None:
         super().__init__(message)

@@ -20,7 +20,7 @@ from emotrain.families.registry import FAMILIES
 PACKAGE = Path(emotrain.__file__).parent
 LEVELS = [
     {"errors", "files"},
-    {"config", "pulse", "facts"},
+    {"config", "pulse", "facts", "ranks"},
     {"diffusion", "batch"},
     {"families", "lora", "dataset", "optim"},
     {"train"},

@@ -23,7 +23,8 @@ import typer
 import emotrain
 from emotrain.cli import output
 from emotrain.cli.helptext import help_text, shape_group
-from emotrain.errors import ConfigError, EmotrainError, ExitCode, ResourceError
+from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem, ResourceError
+from emotrain.ranks import is_launched
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports no name for it
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -157,7 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
 
-    return guarded(work, as_json="--json" in words)
+    code = guarded(work, as_json="--json" in words)
+    if is_launched():
+        from emotrain.cli.launch import leave
+
+        return leave(code)
+    return code
 
 
 def guarded(work: Callable[[], int], *, as_json: bool) -> int:
@@ -204,11 +210,16 @@ def _as_path_error(failure: Exception) -> EmotrainError | None:
 
 def _run(words: list[str]) -> int:
     command = typer.main.get_command(build_app(_wanted(words)))
-    code = command.main(args=words, prog_name="emotrain", standalone_mode=False)
+    code = command.main(args=words, prog_name="emotrain", standalone_mode=False, obj=words)
     return code if isinstance(code, int) else ExitCode.OK
 
 
 def _report(failure: EmotrainError, as_json: bool) -> int:
+    if failure.is_silent:
+        return failure.exit_code
+    rank = os.environ["RANK"] if is_launched() else "0"
+    if rank != "0":  # of several processes the first one speaks, and the others where they alone know
+        failure.problems = tuple(Problem(f"rank {rank}: {one.message}", one.hint) for one in failure.problems)
     output.error(failure.problems)
     if as_json:
         output.error_json(failure)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emotrain.cli.complete import run_names
+from emotrain.cli.launch import Gpus, joined, launch, wants_launch
 from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunsDir
+
+if TYPE_CHECKING:
+    from emotrain.ranks import Ranks
 
 
 def resume(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="A run's folder or name", autocompletion=run_names)],
     checkpoint: Annotated[
         int | None,
@@ -24,6 +32,7 @@ def resume(
     runs_dir: RunsDir = RUNS,
     plain: Plain = False,
     as_json: EventsAsJson = False,
+    gpus: Gpus = None,
 ) -> None:
     """Resume a run, bit-identical.
 
@@ -35,14 +44,49 @@ def resume(
       emotrain resume mika_v1
       emotrain resume runs/mika_v1 --checkpoint 500
       emotrain resume mika_v1 --set train.max_steps=4000
+      emotrain resume mika_v1 --gpus 2
+    """
+    if gpus is not None and wants_launch(gpus):
+        raise typer.Exit(launch(context.obj, gpus))
+    with joined(gpus) as ranks:
+        go_on(
+            ranks, run, runs_dir, plain=plain, as_json=as_json, overrides=overrides or (),
+            checkpoint=None if ranks.restarts else checkpoint, allow_config_change=allow_config_change,
+        )  # fmt: skip
+
+
+def go_on(
+    ranks: Ranks,
+    run: str,
+    runs_dir: Path,
+    *,
+    plain: bool,
+    as_json: bool,
+    overrides: Sequence[str] = (),
+    checkpoint: int | None = None,
+    allow_config_change: bool = False,
+) -> None:
+    """Go on with a run; of several processes rank 0 has its folder and tells the others its preset.
+
+    Raises:
+        EmotrainError: as `runs.start.resume`.
     """
     from emotrain.cli.training import show
     from emotrain.config.load import load
-    from emotrain.runs.folder import open_run, refuse_finished, refuse_foreign_parts
+    from emotrain.runs.folder import KeptByRank0, open_run, refuse_finished, refuse_foreign_parts
 
-    folder = open_run(run, runs_dir)
-    refuse_foreign_parts(folder)
-    loaded = load(folder.preset_path, overrides or ())
-    refuse_finished(folder, loaded.preset.train.max_steps)
-    with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json) as training:
+    with ranks.together(), tempfile.TemporaryDirectory(prefix="emotrain-preset-") as sent:
+        folder = open_run(run, runs_dir) if ranks.first else KeptByRank0(Path(run))
+        path = folder.preset_path
+        if ranks.first:
+            refuse_foreign_parts(folder)
+        if ranks.world > 1:
+            text = ranks.meet(path.read_text(encoding="utf-8") if ranks.first else "")[0]
+            if not ranks.first:
+                path = Path(sent) / path.name
+                path.write_text(text, encoding="utf-8")
+        loaded = load(path, overrides)
+        if ranks.first:
+            refuse_finished(folder, loaded.preset.train.max_steps)
+    with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json, ranks=ranks) as training:
         training.resume(folder, checkpoint, allow_config_change=allow_config_change)

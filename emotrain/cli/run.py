@@ -13,16 +13,20 @@ import typer
 
 from emotrain.cli import output
 from emotrain.cli.complete import preset_names
+from emotrain.cli.launch import Gpus, begun_before, joined, launch, wants_launch
 from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunName, RunsDir
+from emotrain.cli.resume import go_on
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem
 
 if TYPE_CHECKING:
     from emotrain.config.load import LoadedPreset
+    from emotrain.ranks import Ranks
 
 ENDED_BY_HAND = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 
 
 def run(
+    context: typer.Context,
     presets: Annotated[
         list[str],
         typer.Argument(metavar="PRESET...", help="Preset files, or names of shipped ones", autocompletion=preset_names),
@@ -35,6 +39,7 @@ def run(
     fail_fast: Annotated[
         bool, typer.Option("--fail-fast", help="Of several runs, stop at the first that fails")
     ] = False,
+    gpus: Gpus = None,
 ) -> None:
     """Train a LoRA.
 
@@ -48,21 +53,29 @@ def run(
       emotrain run quickstart
       emotrain run my.yaml --set network.rank=32 --name second-try
       emotrain run mika.yaml girls.yaml style.yaml
+      emotrain run my.yaml --gpus 2
     """
-    if len(presets) > 1:
-        codes = _queue(_load_all(presets, overrides or (), name), runs_dir, plain, as_json, fail_fast)
+    if gpus is not None and wants_launch(gpus):
+        raise typer.Exit(launch(context.obj, gpus))
+    with joined(gpus) as ranks:
+        with ranks.together():
+            loaded = _load_all(presets, overrides or (), name)
+        if len(loaded) == 1:
+            _one(loaded[0], runs_dir, plain, as_json, ranks)
+            return
+        codes = _queue(loaded, runs_dir, plain, as_json, fail_fast, ranks)
         if failed := [code for code in codes if code]:
             raise typer.Exit(failed[0])
-        return
-    from emotrain.config.load import load
-
-    _one(load(presets[0], overrides or (), name), runs_dir, plain, as_json)
 
 
-def _one(loaded: LoadedPreset, runs_dir: Path, plain: bool, as_json: bool) -> None:
+def _one(loaded: LoadedPreset, runs_dir: Path, plain: bool, as_json: bool, ranks: Ranks) -> None:
     from emotrain.cli.training import show
 
-    with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json) as training:
+    preset = loaded.preset
+    if begun_before(ranks, runs_dir / preset.name):
+        go_on(ranks, str(runs_dir / preset.name), runs_dir, plain=plain, as_json=as_json)
+        return
+    with show(preset, loaded.notes, plain=plain, as_json=as_json, ranks=ranks) as training:
         training.run(runs_dir, loaded.where, loaded.extends)
 
 
@@ -74,13 +87,13 @@ def _load_all(presets: Sequence[str], overrides: Sequence[str], name: str | None
     """
     from emotrain.config.load import load
 
-    if name is not None:
+    if name is not None and len(presets) > 1:
         raise ConfigError(f"--name is one name, and there are {len(presets)} presets", "each preset has a `name:`")
     loaded: list[LoadedPreset] = []
     problems: list[Problem] = []
     for preset in presets:
         try:
-            loaded.append(load(preset, overrides))
+            loaded.append(load(preset, overrides, name))
         except ConfigError as error:
             problems += error.problems
     names = Counter(one.preset.name for one in loaded)
@@ -94,29 +107,31 @@ def _load_all(presets: Sequence[str], overrides: Sequence[str], name: str | None
     return loaded
 
 
-def _queue(loaded: Sequence[LoadedPreset], runs_dir: Path, plain: bool, as_json: bool, fail_fast: bool) -> list[int]:
+def _queue(
+    loaded: Sequence[LoadedPreset], runs_dir: Path, plain: bool, as_json: bool, fail_fast: bool, ranks: Ranks
+) -> list[int]:
     """Run one after another; the exit codes of those that were begun."""
     from emotrain.cli.app import guarded
 
     def work(one: LoadedPreset) -> int:
         try:
-            _one(one, runs_dir, plain, as_json)
+            _one(one, runs_dir, plain, as_json, ranks)
         except typer.Exit as ending:
             return ending.exit_code
         return ExitCode.OK
 
-    _warn(loaded, runs_dir)
+    tell = output.note if ranks.first else lambda line: None
+    if ranks.first:
+        _warn(loaded, runs_dir)
     codes: list[int] = []
     for number, one in enumerate(loaded, 1):
-        output.note(f"run {number} of {len(loaded)}: {one.preset.name}")
+        tell(f"run {number} of {len(loaded)}: {one.preset.name}")
         codes.append(guarded(lambda one=one: work(one), as_json=as_json))  # type: ignore[misc]
         _free()
         if codes[-1] in ENDED_BY_HAND or (fail_fast and codes[-1]):
             break
     rest = [one.preset.name for one in loaded[len(codes) :]]
-    output.note(
-        f"{codes.count(0)} of {len(loaded)} runs ended well" + (f"; not begun: {', '.join(rest)}" if rest else "")
-    )
+    tell(f"{codes.count(0)} of {len(loaded)} runs ended well" + (f"; not begun: {', '.join(rest)}" if rest else ""))
     return codes
 
 

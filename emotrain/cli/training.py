@@ -18,7 +18,8 @@ from emotrain.cli import output
 from emotrain.config.schema import Preset
 from emotrain.errors import EmotrainError
 from emotrain.observers.choose import display_observers
-from emotrain.train.events import Notice, Phase, RunEnd
+from emotrain.ranks import ALONE, Ranks
+from emotrain.train.events import Notice, Observer, Phase, RunEnd
 
 if TYPE_CHECKING:
     from emotrain.runs.folder import RunFolder
@@ -32,9 +33,13 @@ NOTIFY_S = 30  # seconds that log.notify may take
 class Training:
     """One training process in front of a person or a program."""
 
-    def __init__(self, preset: Preset, notes: Sequence[str], *, plain: bool, as_json: bool) -> None:
-        self.preset, self.as_json = preset, as_json
-        self.observers = display_observers(plain=plain, json=as_json, every=preset.log.every)
+    def __init__(
+        self, preset: Preset, notes: Sequence[str], *, plain: bool, as_json: bool, ranks: Ranks = ALONE
+    ) -> None:
+        self.preset, self.as_json, self.ranks = preset, as_json, ranks
+        self.observers: tuple[Observer, ...] = ()
+        if ranks.first:
+            self.observers = display_observers(plain=plain, json=as_json, every=preset.log.every)
         for note in notes:
             self.tell(note, "info")
 
@@ -56,15 +61,18 @@ class Training:
         """Start a new run; what can be found out without torch is found out first."""
         from emotrain.runs.preflight import preflight
 
+        ranks = self.ranks
         with self._notifying(runs_dir / self.preset.name):
-            facts = preflight(self.preset, where, self._looking, runs_dir)
-            facts.raise_first()
-            for line in facts.warnings:
-                self.tell(line)
+            with ranks.together():
+                if ranks.first:
+                    facts = preflight(self.preset, where, self._looking, runs_dir)
+                    facts.raise_first()
+                    for line in facts.warnings:
+                        self.tell(line)
             self.wait("loading the libraries")
             from emotrain.runs import start
 
-            result = start.run(self.preset, runs_dir=runs_dir, observers=self.observers, extends=extends)
+            result = start.run(self.preset, runs_dir=runs_dir, observers=self.observers, extends=extends, ranks=ranks)
         self._hand_over(result)
 
     def resume(self, folder: RunFolder, step: int | None, *, allow_config_change: bool) -> None:
@@ -79,6 +87,7 @@ class Training:
                 step=step,
                 allow_config_change=allow_config_change,
                 observers=self.observers,
+                ranks=self.ranks,
             )
         self._hand_over(result)
 
@@ -93,14 +102,15 @@ class Training:
 
     def _notify(self, run_dir: Path, exit_code: int, row: Mapping[str, Any]) -> None:
         command = self.preset.log.notify
-        if command is None:
+        if command is None or not self.ranks.first:
             return
         told = {"event": RunEnd.kind, "run": self.preset.name, "run_dir": str(run_dir), "exit_code": exit_code, **row}
         if (why := tell_command(command, json.dumps(told, ensure_ascii=True))) is not None:
             self.tell(f"log.notify: `{command}` {why}")
 
     def _hand_over(self, result: Result) -> None:
-        output.bell()
+        if self.ranks.first:
+            output.bell()
         self._notify(result.folder.path, int(result.exit_code), result.end.row())
         if result.end.lora is not None and not self.as_json:
             output.result(str(result.end.lora))
@@ -134,9 +144,11 @@ def tell_command(command: str, text: str) -> str | None:
 
 
 @contextmanager
-def show(preset: Preset, notes: Sequence[str], *, plain: bool, as_json: bool) -> Iterator[Training]:
+def show(
+    preset: Preset, notes: Sequence[str], *, plain: bool, as_json: bool, ranks: Ranks = ALONE
+) -> Iterator[Training]:
     """Put up the display; whatever happens, the terminal is as it was afterwards."""
-    training = Training(preset, notes, plain=plain, as_json=as_json)
+    training = Training(preset, notes, plain=plain, as_json=as_json, ranks=ranks)
     try:
         yield training
     finally:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from emotrain.batch import Batch, Conditioning
+from emotrain.batch import Batch, Conditioning, Labels
 from emotrain.dataset.buckets import Placement, place
 from emotrain.dataset.cache import Cache, Tensors, TextRows
 from emotrain.dataset.captions import EMPTY, pick, uniform
@@ -140,6 +140,17 @@ class CachedDataset:
         Raises:
             ValueError: a negative number.
         """
+        return self._collate(self._samples(micro_step, shares), micro_step // self.batches_per_epoch)
+
+    def labels(self, micro_step: int, shares: Mapping[str, float] = NO_SHARES) -> Labels:
+        """What `batch` would hold, without its tensors; arguments as there."""
+        samples = self._samples(micro_step, shares)
+        height, width = samples[0][0].latents.shape[-2:]
+        captioned = tuple(bool(said) for _, said, _ in samples)
+        return Labels(tuple(item.example.id for item, _, _ in samples), captioned, (height, width))
+
+    def _samples(self, micro_step: int, shares: Mapping[str, float]) -> list[tuple[Item, str, bool]]:
+        """Picture, text and whether it is flipped, of every sample of a micro-batch."""
         if micro_step < 0:
             raise ValueError(f"micro_step is {micro_step}")
         epoch, number = divmod(micro_step, self.batches_per_epoch)
@@ -155,7 +166,7 @@ class CachedDataset:
             chosen = pick(seed, visit, item.key, len(texts), self.settings.dropout)
             flipped = item.example.flip and uniform(f"flip/{seed}/{visit}/{item.key}") < 0.5
             samples.append((item, "" if chosen == EMPTY else texts[chosen], flipped))
-        return self._collate(samples, epoch)
+        return samples
 
     def _instead(self, item: Item, visit: int, planned: Sequence[int], shares: Mapping[str, float]) -> tuple[Item, int]:
         """Another picture of the same folder and size, and a visit of its own; not one of the batch if possible."""

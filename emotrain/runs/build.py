@@ -30,6 +30,7 @@ from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
 from emotrain.pulse import gain
 from emotrain.pulse.stopping import MIN_STEPS, StopRule
+from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
 from emotrain.runs.data import Pictures
@@ -239,19 +240,20 @@ def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:
     return StopRule(mode, least, held_out, gain.Gain() if measures_gain(preset) else None)
 
 
-def validate_every(preset: Preset, held_out: int) -> int:
+def validate_every(preset: Preset, held_out: int, micro_batches: int | None = None) -> int:
     """Steps between two validations: the preset's, or so many that validations take VALIDATION_SHARE of the run.
 
     Counted in forward passes: a step is about 2.5 of them per sample (forward, and backward to frozen weights' inputs),
     a validation VALIDATION_DRAWS per picture (flipped ones twice) and one for the drift. With a built-in model what a
-    step does besides takes as long as 1.2 samples (tests/bench/validation_cost.py).
+    step does besides takes as long as 1.2 samples (tests/bench/validation_cost.py). Several processes share both.
     """
     every = preset.validate_.every
     if every != "auto":
         return every
+    micro_batches = micro_batches or preset.train.gradient_accumulation_steps
     pictures = held_out or preset.validate_.probe_images
     tiny = is_builtin(preset.model.base)
-    samples = preset.train.micro_batch_size * preset.train.gradient_accumulation_steps + (1.2 if tiny else 0.0)
+    samples = preset.train.micro_batch_size * micro_batches + (1.2 if tiny else 0.0)
     draws = VALIDATION_DRAWS if held_out else 2 * VALIDATION_DRAWS  # flipped, and as they are
     share = VALIDATION_SHARE_TINY if tiny else VALIDATION_SHARE
     if measures_gain(preset):
@@ -260,7 +262,7 @@ def validate_every(preset: Preset, held_out: int) -> int:
     return max(10, math.ceil(wanted / 10) * 10)
 
 
-def build_validation(preset: Preset, model: Model, data: Data, batches: list[Batch]) -> Validation:
+def build_validation(preset: Preset, model: Model, data: Data, ranks: Ranks, batches: list[Batch]) -> Validation:
     """A validation of a run on these pictures."""
     return Validation(
         model.family,
@@ -270,6 +272,7 @@ def build_validation(preset: Preset, model: Model, data: Data, batches: list[Bat
         data.empty_text,
         draws=VALIDATION_DRAWS,
         seed=preset.train.seed,
+        ranks=ranks,
     )
 
 
@@ -280,7 +283,9 @@ def build_preservation(preset: Preset, model: Model, data: Data) -> Preservation
 
 
 @torch.no_grad()
-def build_loss_baseline(preset: Preset, model: Model, data: CachedDataset, notify: Notify) -> LossBaseline:
+def build_loss_baseline(
+    preset: Preset, model: Model, data: CachedDataset, notify: Notify, ranks: Ranks = ALONE
+) -> LossBaseline:
     """The loss baseline of a new run: it measures the untrained model first, unless it is to begin at the first loss.
 
     That is the base; where the LoRA goes on from another run's, with that one: the optimizer uses what is gained here.
@@ -289,18 +294,24 @@ def build_loss_baseline(preset: Preset, model: Model, data: CachedDataset, notif
     if kind == "raw":
         return LossBaseline()
     doing, wanted, seed = "measuring the base model's loss", BASELINE_SAMPLES[kind], preset.train.seed + 1
-    pairs: list[tuple[float, float]] = []  # place on the noise scale and loss of each sample
-    micro_step = 0
-    while len(pairs) < wanted:
-        notify(Phase(doing, len(pairs), wanted))
-        batch = data.batch(micro_step)
-        u = uniforms(seed, len(pairs), len(batch.ids))
-        timesteps = timesteps_at(model.family, model.objective, u, batch.latents)
-        noise = noise_like(batch.latents, seed, micro_step)
-        each = sample_losses(model.family, model.objective, batch, noise, timesteps)
-        weighted = each * send([batch.weights], each.device)[0]
-        pairs += zip(model.objective.position(timesteps).tolist(), weighted.tolist(), strict=True)
+    found: dict[int, list[tuple[float, float]]] = {}  # by micro-step: place on the noise scale and loss of each sample
+    micro_step = seen = 0
+    while seen < wanted:
+        notify(Phase(doing, seen, wanted))
+        count = len(data.labels(micro_step).ids)
+        if ranks.has(micro_step):
+            batch = data.batch(micro_step)
+            u = uniforms(seed, seen, count)
+            timesteps = timesteps_at(model.family, model.objective, u, batch.latents)
+            noise = noise_like(batch.latents, seed, micro_step)
+            each = sample_losses(model.family, model.objective, batch, noise, timesteps)
+            weighted = each * send([batch.weights], each.device)[0]
+            places = model.objective.position(timesteps).tolist()
+            found[micro_step] = list(zip(places, weighted.tolist(), strict=True))
+        seen += count
         micro_step += 1
+    every = sorted((int(step), rows) for some in ranks.meet(found) for step, rows in some.items())
+    pairs = [(place, loss) for _, rows in every for place, loss in rows]
     notify(Phase(doing, wanted, wanted))
     pairs = [(place, loss) for place, loss in pairs if math.isfinite(loss)]
     if not pairs:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from emotrain.errors import CheckpointError, Problem
+from emotrain.errors import CheckpointError, ConfigError, Problem
 
 FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
 FIXED = ("train.loss.baseline", "train.ema", "train.gain")  # a checkpoint's state depends on them: they cannot change
@@ -68,6 +68,38 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
         hint = "put it back, or go on all the same with --allow-config-change (the result is then another one)"
         raise differs(lines, hint)
     return lines
+
+
+OWN = re.compile(  # keys whose values each process may have for itself
+    r"name|model\.(base|vae|text_encoder|tokenizer)|dataset\.folders\.\d+\.(path|mask)|validate\.folder|"
+    r"start_from\.continue|start_from\.stack\.\d+\.path|log\..*|sample\..*"
+)
+
+
+def refuse_apart(documents: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to train together with other settings, pictures or weights; where they lie may differ.
+
+    Args:
+        documents: the identity of every process's run, in the order of their ranks.
+
+    Raises:
+        ConfigError: with every difference to rank 0.
+    """
+    first, *others = [Identity.from_document(document) for document in documents]
+    problems = []
+    for rank, one in enumerate(others, 1):
+        old, new = dict(flat(first.preset)), dict(flat(one.preset))
+        keys = [key for key in sorted(old.keys() | new.keys()) if not OWN.fullmatch(key)]
+        other = [key for key in keys if old.get(key) != new.get(key)]
+        lines = [f"{key} is {new.get(key)!r}, and {old.get(key)!r} on rank 0" for key in other]
+        lines += [f"{line} (beside rank 0)" for line in example_changes(first.examples, one.examples)]
+        ours, theirs = ({**each.inputs, "model.base": each.base} for each in (first, one))
+        names = sorted(ours.keys() | theirs.keys())
+        lines += [f"{name} is not the same as on rank 0" for name in names if ours.get(name) != theirs.get(name)]
+        problems += [Problem(f"rank {rank}: {line}") for line in lines]
+    if problems:
+        problems[-1] = Problem(problems[-1].message, "all processes of a run need the same preset, pictures and model")
+        raise ConfigError(problems[0].message, problems[0].hint, problems=tuple(problems))
 
 
 def library_changes(before: Mapping[str, Any], after: Mapping[str, str]) -> str | None:

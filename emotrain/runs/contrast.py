@@ -56,7 +56,8 @@ class Watch:
     def _measure(self, state: TrainState) -> None:
         """One more draw of each picture in turn, those with the fewest first, while it is paid for."""
         model, train, suspects = self.loaded.model, self.loaded.preset.train, state.suspects
-        ceiling = train.max_steps * train.micro_batch_size * train.gradient_accumulation_steps
+        ranks = self.loaded.ranks
+        ceiling = train.max_steps * train.micro_batch_size * state.micro_batches
         paid = int(SHARE * SAMPLE * max(state.samples_seen, AHEAD * ceiling))
         names = sorted(self.captions, key=lambda name: uniform(f"watch/{train.seed}/{name}"))
         missing = [
@@ -66,15 +67,21 @@ class Watch:
             if name not in suspects.contrasts or len(suspects.contrasts[name].own) <= number
         ]
         due = missing[: max(0, paid - suspects.passes) // (OTHERS + 1)]
+        own = []
         with model.adapter.off():
-            for number, name in due:
-                found = one_draw(
-                    model.family, model.objective, self.loaded.data.train, self.captions, name,
-                    number=number, others=OTHERS, seed=train.seed,
-                )  # fmt: skip
-                known = suspects.contrasts.get(name)
-                suspects.contrasts[name] = found if known is None else known.joined(found)
-                suspects.passes += OTHERS + 1
+            for place, (number, name) in enumerate(due):
+                if ranks.has(place):
+                    found = one_draw(
+                        model.family, model.objective, self.loaded.data.train, self.captions, name,
+                        number=number, others=OTHERS, seed=train.seed,
+                    )  # fmt: skip
+                    own.append(found.to_dict())
+        everyones = ranks.meet(own)
+        for place, (_, name) in enumerate(due):
+            found = PictureContrast.from_dict(everyones[place % ranks.world][place // ranks.world])
+            known = suspects.contrasts.get(name)
+            suspects.contrasts[name] = found if known is None else known.joined(found)
+            suspects.passes += OTHERS + 1
 
 
 @dataclass(frozen=True)

@@ -72,22 +72,36 @@ def finish(loaded: Loaded, trained: Trained, folder: RunFolder, notify: Notify, 
     if reason in WHOLE:
         contrast.compare_captions(loaded, state, folder, notify, lambda: bool(signals))
     page = report.write_at_end(folder, loaded.pictures.all, notify)
-    end = RunEnd(
+    end = end_event(loaded, trained, folder, lora, page)
+    notify(end)
+    diverged = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
+    return Result(folder, end, signals.exit_code if interrupted else diverged)
+
+
+def end_event(
+    loaded: Loaded, trained: Trained, folder: RunFolder, lora: Path | None = None, page: Path | None = None
+) -> RunEnd:
+    """What the observers are told last."""
+    state, reason = trained.state, trained.outcome.reason
+    resume = f"emotrain resume {shlex.quote(str(folder.path))}{many_gpus(loaded)}"
+    return RunEnd(
         step=state.step,
         stop_reason=str(reason),
-        sentence=sentence,
+        sentence=trained.outcome.sentence,
         lora=lora,
         best_step=state.best_step,
         best_loss=state.best_loss,
         seconds=trained.seconds,
-        resume_command=f"emotrain resume {shlex.quote(str(folder.path))}" if interrupted else None,
+        resume_command=resume if reason is StopReason.INTERRUPTED else None,
         session_steps=state.step - trained.first_step,
         all_command=all_command(loaded, state, reason, folder),
         report=page,
     )
-    notify(end)
-    diverged = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
-    return Result(folder, end, signals.exit_code if interrupted else diverged)
+
+
+def many_gpus(loaded: Loaded) -> str:
+    """The flag that begins as many processes as this run has."""
+    return f" --gpus {loaded.ranks.world}" if loaded.ranks.world > 1 else ""
 
 
 def hand_over(
@@ -196,4 +210,5 @@ def all_command(loaded: Loaded, state: TrainState, reason: StopReason, folder: R
     settings |= {"stop.mode": "off", "train.max_steps": best, "validate.every": best}
     words = " ".join(["validate.fraction=0", *(f"--set {key}={value}" for key, value in settings.items())])
     name = shlex.quote(f"{folder.name}-all")
-    return f"emotrain run {shlex.quote(str(folder.preset_path))} --name {name} --set {words}"
+    path = shlex.quote(str(folder.preset_path))
+    return f"emotrain run {path} --name {name}{many_gpus(loaded)} --set {words}"

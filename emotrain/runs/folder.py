@@ -37,10 +37,10 @@ INFO = "run.json"
 _KINDS: dict[type, tuple[str, ...]] = {  # of the fields of run.json; None stands for what is not known
     str: ("name", "emotrain", "started", "finished", "stop_reason", "stop_sentence", "lora", "device", "family",
           "base_sha256", "dataset_sha256"),
-    int: ("steps", "best_step", "seed", "resumes", "skipped"),
+    int: ("steps", "best_step", "seed", "resumes", "skipped", "ranks"),
     float: ("best_loss", "base_loss", "start_loss", "train_s"),
     dict: ("libraries",),
-    list: ("held_out", "parents"),
+    list: ("held_out", "parents", "launch"),
 }  # fmt: skip
 LIBRARIES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
@@ -167,6 +167,22 @@ class RunFolder:
             replace_file(self.info_path, content)
         except OSError as error:
             raise ResourceError(f"{self.info_path} cannot be written: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class KeptByRank0(RunFolder):
+    """The folder as the other processes of a run have it: rank 0 holds and writes it, maybe on another machine."""
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Rank 0 holds it."""
+        yield
+
+    def write_preset(self, preset: Mapping[str, Any]) -> None:
+        """Rank 0 does."""
+
+    def update_info(self, **fields: Any) -> None:
+        """Rank 0 does."""
 
 
 def create_run(

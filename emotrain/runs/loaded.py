@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from emotrain.config.schema import Preset
@@ -16,6 +16,7 @@ from emotrain.families.table import Sniffed
 from emotrain.lora.file import read_lora
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.pulse.stopping import StopRule
+from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import adapters, build, changes, parents
 from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.draw import Sampler
@@ -43,6 +44,7 @@ class Loaded:
     optimizer: OptimizerLike
     stop_rule: StopRule
     dataset_digest: str
+    ranks: Ranks = ALONE
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the beginning."""
@@ -55,6 +57,7 @@ class Loaded:
             "parents": self.model.parents,
             "family": self.found.family,
             "held_out": [example.id for example in self.pictures.held_out],
+            **({"ranks": self.ranks.world, "launch": list(self.ranks.launch)} if self.ranks.world > 1 else {}),
         }
 
     @cached_property
@@ -82,7 +85,12 @@ class Beginning:
     checkpoint: Checkpoint | None = None
 
 
-def load(preset: Preset, notify: Callable[[Event], None], known: Mapping[str, str] | None = None) -> Loaded:
+def load(
+    preset: Preset,
+    notify: Callable[[Event], None],
+    known: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
+) -> Loaded:
     """Model, pictures, sampler, optimizer and stop rule of a preset; `known` as in `read_pictures`.
 
     Raises:
@@ -92,13 +100,13 @@ def load(preset: Preset, notify: Callable[[Event], None], known: Mapping[str, st
     rng.seed_all(preset.train.seed)
     found = build.sniffed(preset)
     settings = build.loader_settings(preset, found)
-    pictures = read_pictures(preset, known)
+    pictures = read_the_same(preset, known, ranks)
     path = preset.start_from.continue_
     earlier = read_lora(parents.lora_of(path)) if path else None
     if earlier is not None:
         words = f"the LoRA that is continued sets the network: {parents.continued(earlier)}"
         notify(Notice(words, level="info"))
-    plan = plan_run(preset, found, pictures, settings)
+    plan = plan_run(preset, found, pictures, settings, ranks)
     if plan is not None:
         notify(Notice(plan.sentence, level="info"))
     model = build.load_model(preset, notify, earlier, plan)
@@ -107,16 +115,30 @@ def load(preset: Preset, notify: Callable[[Event], None], known: Mapping[str, st
         adapters.check_modules(found, preset.network.targets, counts[model.adapter.part])
         if preset.network.text_encoder:
             adapters.check_text_modules(found, counts)
-    data = build.prepare_data(preset, model, pictures, settings, notify)
+    data = ranks.in_turn(partial(build.prepare_data, preset, model, pictures, settings, notify))
     size = settings.rules.resolutions[0]
-    sampler = build.build_sampler(preset, model, size, notify)
+    sampler = build.build_sampler(preset, model, size, notify) if ranks.first else None
     model.family.free_encoders()  # all is encoded: the denoiser takes their place
     model.family.place_denoiser()
     model.adapter.use_half_precision(model.family.dtype)
     optimizer = build.build_optimizer_of(preset, model.adapter.parameters())
     stop_rule = build.build_stop_rule(preset, held_out=bool(pictures.held_out))
     digest = fingerprint(pictures.all)
-    return Loaded(preset, found, pictures, model, data, size, sampler, optimizer, stop_rule, digest)
+    loaded = Loaded(preset, found, pictures, model, data, size, sampler, optimizer, stop_rule, digest, ranks)
+    if ranks.world > 1:
+        identities = ranks.meet(loaded.identity.to_document())
+        if ranks.first:
+            changes.refuse_apart(identities)
+    return loaded
+
+
+def read_the_same(preset: Preset, known: Mapping[str, str] | None, ranks: Ranks) -> Pictures:
+    """The pictures, under the same ids in every process: on another machine their folder may have another name."""
+    if ranks.world == 1:
+        return read_pictures(preset, known)
+    pictures = read_pictures(preset, known) if ranks.first else None
+    first = ranks.meet(None if pictures is None else example_digests(pictures.all))[0]
+    return pictures or read_pictures(preset, first)
 
 
 def go_back(loaded: Loaded, checkpoint: Checkpoint, before: changes.Identity) -> Beginning:
@@ -131,6 +153,9 @@ def go_back(loaded: Loaded, checkpoint: Checkpoint, before: changes.Identity) ->
         checkpoint.tensors, checkpoint.documents, loaded.model.adapter, loaded.optimizer, loaded.stop_rule
     )
     state.resumes += 1
+    accumulation = loaded.preset.train.gradient_accumulation_steps
+    if not state.micro_batches or before.preset["train"]["gradient_accumulation_steps"] != accumulation:
+        state.micro_batches = accumulation * loaded.ranks.world
     rate = loaded.preset.train.lr
     if rate is not None and dict(changes.flat(before.preset)).get("train.lr") != rate:
         gain = loaded.stop_rule.gain.value if loaded.stop_rule.gain else 1.0

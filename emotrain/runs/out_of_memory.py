@@ -47,7 +47,8 @@ def try_largest(loaded: Loaded, state: TrainState, notify: Callable[[Event], Non
     """
     data, train = loaded.data.train, loaded.preset.train
     largest = data.largest()
-    first = [data.size_of(state.micro_step + number) for number in range(train.gradient_accumulation_steps)]
+    numbers_of_step = filter(loaded.ranks.has, range(state.micro_batches))
+    first = [data.size_of(state.micro_step + number) for number in numbers_of_step]
     if data.size_of(largest) in first or state.step >= train.max_steps:
         return
     model, name = loaded.model, "trying the largest batch"
@@ -91,7 +92,7 @@ def add_advice(loaded: Loaded, state: TrainState, error: OutOfMemory) -> OutOfMe
     )
     if state.step:
         hint += f"; resume with `emotrain resume {loaded.preset.name} --set KEY=VALUE --allow-config-change`"
-    return OutOfMemory(error.doing, error.asked_gib, hint)
+    return OutOfMemory(error.doing, error.asked_gib, hint, everywhere=error.everywhere)
 
 
 def advice(

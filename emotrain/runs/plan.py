@@ -24,6 +24,7 @@ from emotrain.families.memory import SIZES_GIB, MemoryPlan
 from emotrain.families.sniff_file import public_model
 from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
+from emotrain.ranks import ALONE, Ranks
 from emotrain.runs.activation_memory import ActivationMemory, measure
 from emotrain.runs.adapters import adapter_kwargs, check_modules, check_text_modules
 from emotrain.runs.build import loader_settings, sniffed
@@ -176,14 +177,20 @@ def _pictures(preset: Preset, side: int, may_assume: bool) -> tuple[tuple[str, .
     return (line,), Pictures(tuple(train), ())
 
 
-def plan_run(preset: Preset, found: Sniffed, pictures: Pictures, settings: LoaderSettings) -> MemoryPlan | None:
-    """How `run` fits into this machine's GPU: by the same numbers as `plan`; None where there is none."""
+def plan_run(
+    preset: Preset, found: Sniffed, pictures: Pictures, settings: LoaderSettings, ranks: Ranks = ALONE
+) -> MemoryPlan | None:
+    """How `run` fits into this machine's GPU: by the same numbers as `plan`; None where there is none.
+
+    Of several processes' GPUs the one with the least room decides for all.
+    """
     device = choose_device("auto")
     if device.type != "cuda":
         return None
     low, work = planned_dtype(preset.model.dtype, device), _work(pictures, settings, preset)
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
-    return Memory(preset, found, activation_memory, low.itemsize, free_gib(device)).choose()
+    free = min(room or 0.0 for room in ranks.meet(free_gib(device)))
+    return Memory(preset, found, activation_memory, low.itemsize, free).choose()
 
 
 def _largest(place: Placement, preset: Preset, found: Sniffed) -> tuple[int, int, int]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from signal import Signals
+from typing import Any
 
 from emotrain.config.schema import Preset
-from emotrain.errors import CheckpointError
+from emotrain.errors import CheckpointError, ExitCode
 from emotrain.observers.dashboard import Dashboard
+from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import changes, out_of_memory
-from emotrain.runs.finish import Result, finish
-from emotrain.runs.folder import RunFolder, create_run, library_versions, name_taken
+from emotrain.runs.finish import Result, end_event, finish
+from emotrain.runs.folder import KeptByRank0, RunFolder, create_run, library_versions, name_taken
 from emotrain.runs.loaded import Beginning, Loaded, go_back, load
 from emotrain.runs.training import train
-from emotrain.train.checkpoint import CheckpointStore
+from emotrain.train.checkpoint import Checkpoint, CheckpointStore, from_files, to_files
 from emotrain.train.events import Notice, Observer, Observers
 from emotrain.train.signals import StopSignals, tell_stopping
 from emotrain.train.state import TrainState
@@ -21,7 +25,14 @@ from emotrain.train.state import TrainState
 __all__ = ["Result", "resume", "run"]
 
 
-def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extends: str | None = None) -> Result:
+def run(
+    preset: Preset,
+    *,
+    runs_dir: Path,
+    observers: Sequence[Observer],
+    extends: str | None = None,
+    ranks: Ranks = ALONE,
+) -> Result:
     """Train a new LoRA; `extends` is the preset that its own changes, for run.json.
 
     Raises:
@@ -29,22 +40,54 @@ def run(preset: Preset, *, runs_dir: Path, observers: Sequence[Observer], extend
     """
     watching = Observers(observers)
     try:
-        target = runs_dir / preset.name
-        if target.exists():
-            raise name_taken(target)
-        loaded, begin = load(preset, watching.notify), Beginning(TrainState())
-        out_of_memory.try_largest(loaded, begin.state, watching.notify)  # nothing to save yet: a signal ends it here
-        with stop_signals(observers) as signals:
-            folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **loaded.facts())
-            with folder.lock():
-                trained = train(loaded, begin, folder, watching, signals)
-                return finish(loaded, trained, folder, watching.notify, signals)
+        with ranks.together():
+            target = runs_dir / preset.name
+            if ranks.first and target.exists():
+                raise name_taken(target)
+            loaded = load(preset, watching.notify, ranks=ranks)
+            begin = Beginning(TrainState(micro_batches=preset.train.gradient_accumulation_steps * ranks.world))
+            out_of_memory.try_largest(loaded, begin.state, watching.notify)  # not saved yet: a signal ends it here
+        with stop_signals(observers, ranks) as signals:
+            with ranks.together():
+                folder: RunFolder = KeptByRank0(target)
+                if ranks.first:
+                    folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **loaded.facts())
+            with holding(folder, ranks):
+                return train_and_finish(loaded, begin, folder, watching, signals)
     finally:
         watching.close()
 
 
-def stop_signals(observers: Sequence[Observer]) -> StopSignals:
-    """A first Ctrl-C is answered by the display where it has a place for that, else on stderr."""
+def train_and_finish(
+    loaded: Loaded, begin: Beginning, folder: RunFolder, watching: Observers, signals: StopSignals
+) -> Result:
+    """Train in a folder that is held, and hand over; all processes of a run end with the same exit code."""
+    ranks = loaded.ranks
+    trained = train(loaded, begin, folder, watching, signals)
+    received = next((number for number in ranks.meet(signals.received) if number is not None), None)
+    signals.received = None if received is None else Signals(received)
+    result: Result | None = None
+    with ranks.together():
+        if ranks.first:
+            result = finish(loaded, trained, folder, watching.notify, signals)
+        code = ranks.meet(None if result is None else int(result.exit_code))[0]
+    assert code is not None
+    return result or Result(folder, end_event(loaded, trained, folder), ExitCode(code))
+
+
+@contextmanager
+def holding(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """The folder's lock; who cannot have it ends all processes of the run."""
+    with ExitStack() as held:
+        with ranks.together():
+            held.enter_context(folder.lock())
+        yield
+
+
+def stop_signals(observers: Sequence[Observer], ranks: Ranks) -> StopSignals:
+    """A first Ctrl-C is answered by the display where it has a place for that, else on stderr; by rank 0 alone."""
+    if not ranks.first:
+        return StopSignals()
     display = next((observer for observer in observers if isinstance(observer, Dashboard)), None)
     return StopSignals(tell_stopping) if display is None else StopSignals(display.stopping, display.quit)
 
@@ -56,6 +99,7 @@ def resume(
     step: int | None = None,
     allow_config_change: bool = False,
     observers: Sequence[Observer],
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Go on with a run from its newest whole checkpoint, or from the one of `step`.
 
@@ -66,31 +110,74 @@ def resume(
     watching = Observers(observers)
     notify = watching.notify
     try:
-        with folder.lock():
-            store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
-            checkpoint, notices = store.load(step)
-            before = changes.Identity.from_document(checkpoint.documents["identity"])
-            loaded = load(preset, notify, before.examples)
-            info, means = folder.info(), loaded.facts()["memory"]
-            other = (
-                changes.library_changes(info.get("libraries") or {}, library_versions()),
-                changes.memory_changes(info.get("memory"), means),
-            )
-            notices += [*filter(None, other), *changes.refuse(before, loaded.identity, allow=allow_config_change)]
-            for line in notices:
-                notify(Notice(line))
-            begin = go_back(loaded, checkpoint, before)
-            refuse_done(loaded, begin.state.step, folder)
-            out_of_memory.try_largest(loaded, begin.state, notify)
-            for line in store.drop_after(checkpoint.step) if step is not None else ():
-                notify(Notice(line, level="info"))
-            with stop_signals(observers) as signals:
-                folder.update_info(finished=None, stop_reason=None)
-                folder.write_preset(preset.to_dict())
-                trained = train(loaded, begin, folder, watching, signals)
-                return finish(loaded, trained, folder, notify, signals)
+        with holding(folder, ranks):
+            with ranks.together():
+                store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
+                checkpoint, notices = read_on_rank_0(store, step, ranks)
+                before = changes.Identity.from_document(checkpoint.documents["identity"])
+                loaded = load(preset, notify, before.examples, ranks)
+                if ranks.first:
+                    info, means = folder.info(), loaded.facts()["memory"]
+                    other = (
+                        changes.library_changes(info.get("libraries") or {}, library_versions()),
+                        changes.memory_changes(info.get("memory"), means),
+                    )
+                    notices += [
+                        *filter(None, other),
+                        *changes.refuse(before, loaded.identity, allow=allow_config_change),
+                    ]
+                    for line in notices:
+                        notify(Notice(line))
+                begin, facts = go_back(loaded, checkpoint, before), {}
+                if ranks.first:
+                    refuse_done(loaded, begin.state.step, folder)
+                    facts = ranks_of_run(folder, begin.state, ranks, watching)
+                out_of_memory.try_largest(loaded, begin.state, notify)
+                for line in store.drop_after(checkpoint.step) if step is not None and ranks.first else ():
+                    notify(Notice(line, level="info"))
+            with stop_signals(observers, ranks) as signals:
+                with ranks.together():
+                    folder.update_info(finished=None, stop_reason=None, **facts)
+                    folder.write_preset(preset.to_dict())
+                return train_and_finish(loaded, begin, folder, watching, signals)
     finally:
         watching.close()
+
+
+def read_on_rank_0(store: CheckpointStore, step: int | None, ranks: Ranks) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint, and a line for each one skipped; the other processes get it sent: they may not see that disk."""
+    if ranks.world == 1:
+        return store.load(step)
+    files: dict[str, bytes] = {}
+    notices: list[str] = []
+    told: dict[str, Any] = {}
+    if ranks.first:
+        checkpoint, notices = store.load(step)
+        files = to_files(checkpoint.step, checkpoint.tensors, checkpoint.documents)
+        told = {"step": checkpoint.step, "path": str(checkpoint.path), "best": checkpoint.best, "files": list(files)}
+    told = ranks.meet(told)[0]
+    contents = ((name, ranks.send(files.get(name))) for name in told["files"])
+    return from_files(Path(told["path"]), told["step"], contents, best=told["best"]), notices
+
+
+def ranks_of_run(folder: RunFolder, state: TrainState, ranks: Ranks, watching: Observers) -> dict[str, Any]:
+    """What run.json says of the processes; tells what it means if there are others than before."""
+    before = folder.info().get("ranks", 1)
+    if before == ranks.world == 1:
+        return {}
+    if before != ranks.world:
+        counts = " and ".join(
+            f"{verb} on {count} process{'es' * (count != 1)}"
+            for verb, count in (("the run was trained", before), ("goes on", ranks.world))
+        )
+        watching.notify(
+            Notice(f"{counts}: a step takes the same {state.micro_batches} micro-batches, equal to rounding")
+        )
+    if (idle := ranks.world - state.micro_batches) > 0:
+        watching.notify(
+            Notice(f"{idle} of {ranks.world} processes have nothing to do in a step of {state.micro_batches}")
+        )
+    return {"ranks": ranks.world, "launch": list(ranks.launch)}
 
 
 def refuse_done(loaded: Loaded, step: int, folder: RunFolder) -> None:

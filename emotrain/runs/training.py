@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Observers, Phase, RunStart, Saved
 from emotrain.train.loop import Limits, Outcome, Parts, Sample, device_memory_gib, fit
 from emotrain.train.losses import LossBaseline
+from emotrain.train.memory import OutOfMemory
 from emotrain.train.signals import StopSignals
 from emotrain.train.state import TrainState, capture
 
@@ -38,15 +40,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the loop writes as it goes."""
+    """What the loop writes as it goes; of several processes rank 0 alone has a store and records."""
 
     loaded: Loaded
     expected: list[float]
     observers: Observers
-    store: CheckpointStore
-    records: PictureLosses
-    logs: tuple[Log, ...]
     state: TrainState
+    store: CheckpointStore | None = None
+    records: PictureLosses | None = None
+    logs: tuple[Log, ...] = ()
     watch: Watch | None = None
 
     def sample(self, step: int, best_step: int | None) -> None:
@@ -60,14 +62,23 @@ class Outputs:
             self.state.suspects.note(
                 LossRecord(step, one.id, round(one.position, 5), round(one.loss, 6), one.captioned) for one in samples
             )
+        if self.records is None:
+            return
         try:
             self.records.write(step, samples)
         except ResourceError as error:
             self.observers.lost(self.records, error)
 
     def save(self, state: TrainState) -> None:
-        """A checkpoint and the best LoRA so far; a full disk costs this save, not the run."""
+        """A checkpoint and the best LoRA so far; a full disk costs this save, not the run.
+
+        Raises:
+            ResourceError: the processes of the run have other weights.
+        """
         loaded, notify = self.loaded, self.observers.notify
+        refuse_other_weights(loaded, state.step)
+        if self.store is None:
+            return
         notify(Phase("saving", 0, 1))
         tensors, documents = capture(state, loaded.model.adapter, loaded.optimizer, loaded.stop_rule, self.expected)
         documents["identity"] = loaded.identity.to_document()
@@ -82,37 +93,79 @@ class Outputs:
         notify(Phase("saving", 1, 1))
 
 
+def refuse_other_weights(loaded: Loaded, step: int) -> None:
+    """All processes of a run compute the same updates: where their weights differ, something is broken.
+
+    Raises:
+        ResourceError: they differ.
+    """
+    ranks = loaded.ranks
+    if ranks.world == 1:
+        return
+    whole = hashlib.sha256()
+    for tensor in loaded.model.adapter.state().values():
+        whole.update(tensor.numpy().data)
+    digests = ranks.meet(whole.hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        error = ResourceError(
+            f"at step {step} the LoRA of rank {other} is not that of rank 0: this step is not saved",
+            "the checkpoints before it are whole; train on GPUs of one kind, and look for a faulty one",
+        )
+        error.of_rank, error.is_silent = other, not ranks.first
+        raise error
+
+
 def train(loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observers, signals: StopSignals) -> Trained:
     """Train until the stop rule, the ceiling or a signal ends it.
 
     Raises:
         EmotrainError: out of memory, or a folder that cannot be written.
     """
-    preset, started, state = loaded.preset, time.monotonic(), begin.state
-    store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
-    files = file_observers(preset, folder)
+    started, state, ranks = time.monotonic(), begin.state, loaded.ranks
+    first_step = state.step
+    with contextlib.ExitStack() as closed:
+        with ranks.together():
+            outputs, baseline = open_outputs(loaded, begin, folder, observers, closed)
+            parts = loop_parts(loaded, state, baseline, outputs, signals)
+            if begin.checkpoint is not None:  # the random state is put back last, after everything that may draw
+                for line in rng.restore(begin.checkpoint.tensors["rng"], begin.checkpoint.documents["rng"]):
+                    observers.notify(Notice(line))
+            ranks.meet(None)
+        work = partial(fit, parts, limits(loaded, state), state)
+        try:
+            outcome = run_with_advice(loaded, state, folder, "in the optimizer's step", work)
+        except OutOfMemory as error:
+            if not error.everywhere:
+                raise
+            with ranks.together():
+                raise
+    return Trained(state, outcome, first_step, time.monotonic() - started)
+
+
+def open_outputs(
+    loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observers, closed: contextlib.ExitStack
+) -> tuple[Outputs, LossBaseline]:
+    """The logs of the run, and its loss baseline, which a new run measures; `closed` closes them."""
+    preset, state, ranks = loaded.preset, begin.state, loaded.ranks
+    files = file_observers(preset, folder) if ranks.first else []
     observers.all += files
     baseline = LossBaseline(list(begin.expected))
     if begin.checkpoint is None:
-        measure = partial(build.build_loss_baseline, preset, loaded.model, loaded.data.train, observers.notify)
+        measure = partial(build.build_loss_baseline, preset, loaded.model, loaded.data.train, observers.notify, ranks)
         baseline = run_with_advice(loaded, state, folder, "while measuring the base model's loss", measure)
         folder.update_info(start_loss=baseline.start)
-    first_step = state.step
-    observers.notify(start_event(loaded, folder, first_step))
-    with contextlib.closing(PictureLosses(folder.path / "picture_losses.jsonl", first_step)) as records:
-        logs: list[Log] = [records, *(one for one in files if isinstance(one, Log))]
-        if loaded.sampler is not None:
-            loaded.sampler.folder = folder.samples_dir
-            logs.append(loaded.sampler)
-        watch = Watch(loaded, folder, observers.notify) if preset.dataset.suspects != "report" else None
-        outputs = Outputs(loaded, baseline.expected, observers, store, records, tuple(logs), state, watch)
-        parts = loop_parts(loaded, state, baseline, outputs, signals)
-        if begin.checkpoint is not None:  # the random state is put back last, after everything that may draw
-            for line in rng.restore(begin.checkpoint.tensors["rng"], begin.checkpoint.documents["rng"]):
-                observers.notify(Notice(line))
-        work = partial(fit, parts, limits(loaded), state)
-        outcome = run_with_advice(loaded, state, folder, "in the optimizer's step", work)
-    return Trained(state, outcome, first_step, time.monotonic() - started)
+    observers.notify(start_event(loaded, folder, state))
+    watch = Watch(loaded, folder, observers.notify) if preset.dataset.suspects != "report" else None
+    if not ranks.first:
+        return Outputs(loaded, baseline.expected, observers, state, watch=watch), baseline
+    store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
+    records = closed.enter_context(contextlib.closing(PictureLosses(folder.path / "picture_losses.jsonl", state.step)))
+    logs: list[Log] = [records, *(one for one in files if isinstance(one, Log))]
+    if loaded.sampler is not None:
+        loaded.sampler.folder = folder.samples_dir
+        logs.append(loaded.sampler)
+    return Outputs(loaded, baseline.expected, observers, state, store, records, tuple(logs), watch), baseline
 
 
 def loop_parts(
@@ -120,7 +173,7 @@ def loop_parts(
 ) -> Parts:
     """What the loop works with."""
     preset, model, data = loaded.preset, loaded.model, loaded.data
-    validation = partial(build.build_validation, preset, model, data)
+    validation = partial(build.build_validation, preset, model, data, loaded.ranks)
     return Parts(
         family=model.family,
         objective=model.objective,
@@ -139,18 +192,19 @@ def loop_parts(
         preservation=build.build_preservation(preset, model, data),
         graphs=build.build_graphs(preset, model.family, model.adapter, outputs.observers.notify),
         interrupted=lambda: signals.received is not None,
+        ranks=loaded.ranks,
     )
 
 
-def limits(loaded: Loaded) -> Limits:
+def limits(loaded: Loaded, state: TrainState) -> Limits:
     """The numbers of the loop."""
     preset = loaded.preset
     return Limits(
         max_steps=preset.train.max_steps,
-        gradient_accumulation_steps=preset.train.gradient_accumulation_steps,
+        gradient_accumulation_steps=state.micro_batches,
         max_grad_norm=preset.train.max_grad_norm,
         seed=preset.train.seed,
-        validate_every=build.validate_every(preset, len(loaded.pictures.held_out)),
+        validate_every=build.validate_every(preset, len(loaded.pictures.held_out), state.micro_batches),
         save_every=preset.save.every,
         sample_every=preset.sample.every,
         sample_at_start=preset.sample.at_start,
@@ -158,7 +212,7 @@ def limits(loaded: Loaded) -> Limits:
     )
 
 
-def start_event(loaded: Loaded, folder: RunFolder, start_step: int) -> RunStart:
+def start_event(loaded: Loaded, folder: RunFolder, state: TrainState) -> RunStart:
     """What the observers are told before the first step."""
     preset, data, model = loaded.preset, loaded.data.train, loaded.model
     held = len(loaded.pictures.held_out)
@@ -166,9 +220,9 @@ def start_event(loaded: Loaded, folder: RunFolder, start_step: int) -> RunStart:
     return RunStart(
         name=folder.name,
         run_dir=folder.path,
-        start_step=start_step,
+        start_step=state.step,
         max_steps=preset.train.max_steps,
-        steps_per_epoch=data.batches_per_epoch / preset.train.gradient_accumulation_steps,
+        steps_per_epoch=data.batches_per_epoch / state.micro_batches,
         optimizer=preset.train.optimizer.name,
         num_images=data.num_images,
         num_modules=model.adapter.num_modules,
@@ -179,10 +233,19 @@ def start_event(loaded: Loaded, folder: RunFolder, start_step: int) -> RunStart:
             ("model", f"{Path(preset.model.base).name}, {loaded.found.describe()}"),
             ("data", f"{data.num_images} pictures, {held_words}"),
             ("LoRA", f"{model.adapter.title}, {describe_modules(model.adapter.num_modules_by_part())}"),
+            *many_facts(loaded, state),
             *([("step", "length measured by the validation")] if loaded.stop_rule.gain else []),
             *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
         ),
     )
+
+
+def many_facts(loaded: Loaded, state: TrainState) -> list[tuple[str, str]]:
+    """A line about the processes, where there are several."""
+    if loaded.ranks.world == 1:
+        return []
+    samples = state.micro_batches * loaded.preset.train.micro_batch_size
+    return [("ranks", f"{loaded.ranks.world} processes share the {samples} pictures of a step")]
 
 
 def describe_modules(counts: dict[str, int]) -> str:

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -411,24 +411,33 @@ def read_checkpoint(path: Path) -> Checkpoint:
         Unusable: something is missing, damaged or of another step.
         CheckpointError: a newer emotrain wrote it.
     """
+    manifest = read_manifest(path)
+    contents = ((name, read_file(path, name, entry)) for name, entry in manifest.files.items())
+    return from_files(path, manifest.step, contents, best=manifest.best)
+
+
+def from_files(path: Path, step: int, contents: Iterable[tuple[str, bytes]], *, best: bool) -> Checkpoint:
+    """Inverse of `to_files`: the checkpoint of `step` with these names and bytes.
+
+    Raises:
+        Unusable: one cannot be read, or is of another step.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    manifest = read_manifest(path)
     tensors: dict[str, dict[str, Tensor]] = {}
     documents: dict[str, Any] = {}
-    for name, entry in manifest.files.items():
-        content = read_file(path, name, entry)
+    for name, content in contents:
         stem, _, kind = name.partition(".")
         try:
             if kind == "safetensors":
                 metadata = header_at(io.BytesIO(content), len(content), MAX_JSON)[1]
-                step, tensors[stem] = int(metadata["step"]), load(content)
+                own_step, tensors[stem] = int(metadata["step"]), load(content)
             else:
                 document = decode_json(content)
-                step, documents[stem] = document["step"], document["value"]
+                own_step, documents[stem] = document["step"], document["value"]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise Unusable(f"{name} cannot be read ({error})") from error
-        if step != manifest.step:
-            raise Unusable(f"{name} is of step {step}")
-    return Checkpoint(manifest.step, path, tensors, documents, manifest.best)
+        if own_step != step:
+            raise Unusable(f"{name} is of step {own_step}")
+    return Checkpoint(step, path, tensors, documents, best)

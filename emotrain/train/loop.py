@@ -12,18 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from emotrain.batch import Batch, embeddings_and_masks
+from emotrain.batch import Batch, Labels, embeddings_and_masks
 from emotrain.families.transfer import send
 from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
+from emotrain.ranks import ALONE, Ranks
 from emotrain.train.events import Event, Notice, Phase, StepEnd, ValidationEnd
 from emotrain.train.graphs import Graphs
-from emotrain.train.losses import LossBaseline, inputs, losses_there, noise_like, timesteps_at, uniforms
+from emotrain.train.losses import LossBaseline, inputs, losses_there, noise_like, timesteps_of, uniforms
 from emotrain.train.memory import OutOfMemory, with_memory
 from emotrain.train.preservation import Preservation
 from emotrain.train.state import LIMIT, TrainState, describe
@@ -60,6 +61,9 @@ class Data(Protocol):
     def batch(self, micro_step: int, shares: Mapping[str, float] = ...) -> Batch:
         """The micro-batch of that number; pictures in `shares` are shown that much as often."""
 
+    def labels(self, micro_step: int, shares: Mapping[str, float] = ...) -> Labels:
+        """The same without its tensors."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -82,6 +86,7 @@ class Parts:
     plain_validation: Validation | None = None  # the flipped pictures of `validation`, unflipped
     preservation: Preservation | None = None
     watch: Callable[[TrainState], None] | None = None  # looks at single pictures before step 1 and after validations
+    ranks: Ranks = ALONE  # the processes that train together
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Limits:
     """The numbers of the loop; 0 turns `sample_every` off."""
 
     max_steps: int
-    gradient_accumulation_steps: int
+    gradient_accumulation_steps: int  # micro-batches of a step, of all processes together
     max_grad_norm: float | None
     seed: int
     validate_every: int
@@ -125,12 +130,14 @@ class Gathered:
     positions: list[float]
     ids: list[str]
     captioned: list[bool]
+    flags: tuple[Tensor, ...] = ()  # of several processes: how many were told to stop, how many had no memory
 
-    def read(self, grad_norm: Tensor) -> tuple[list[float], list[float], float]:
-        """Plain losses, weighted losses and the gradient's norm: the one read of a step that waits for the device."""
+    def read(self, grad_norm: Tensor) -> tuple[list[float], list[float], float, list[float]]:
+        """Plain losses, weighted losses, gradient's norm, flags: the one read of a step that waits for the device."""
         count = len(self.ids)
-        numbers = torch.cat([self.losses.flatten(), grad_norm.to(self.losses).reshape(1)]).cpu().tolist()
-        return numbers[:count], numbers[count:-1], numbers[-1]
+        last = [number.to(self.losses).reshape(1) for number in (grad_norm, *self.flags)]
+        numbers = torch.cat([self.losses.flatten(), *last]).cpu().tolist()
+        return numbers[:count], numbers[count : 2 * count], numbers[2 * count], numbers[2 * count + 1 :]
 
     def samples(self, plain: Sequence[float]) -> list[Sample]:
         """One entry per sample, in their order."""
@@ -138,21 +145,27 @@ class Gathered:
 
 
 def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
-    """Forward and backward over all micro-batches of one step.
+    """Forward and backward over this process's micro-batches of one step; the losses of others' are 0.
 
-    The gradient is that of the mean over all samples of the step, whatever the sizes of its micro-batches.
+    The gradient is that of the mean over all samples of the step, whatever the sizes of its micro-batches and whoever
+    takes them.
     """
     first = state.micro_step
     shares, counts = state.suspects.shares(), state.suspects.weights()
     asked = (shares,) if shares else ()
-    batches = [parts.data.batch(first + i, *asked) for i in range(limits.gradient_accumulation_steps)]
-    total = sum(len(batch.ids) for batch in batches)
+    numbers = range(limits.gradient_accumulation_steps)
+    own = {i: parts.data.batch(first + i, *asked) for i in numbers if parts.ranks.has(i)}
+    labels = [own[i].labels if i in own else parts.data.labels(first + i, *asked) for i in numbers]
+    total = sum(len(one.ids) for one in labels)
     losses: list[Tensor] = []
     positions: list[float] = []
-    seen = state.samples_seen
-    for i, batch in enumerate(batches):
-        u = uniforms(limits.seed, seen, len(batch.ids))
-        timesteps = timesteps_at(parts.family, parts.objective, u, batch.latents)
+    for i, one in enumerate(labels):
+        u = uniforms(limits.seed, state.samples_seen + len(positions), len(one.ids))
+        timesteps = timesteps_of(parts.family, parts.objective, u, one.latent_size)
+        positions += parts.objective.position(timesteps).tolist()
+        if (batch := own.get(i)) is None:
+            losses.append(torch.zeros(2, len(one.ids), device=parts.family.device))
+            continue
         noise = noise_like(batch.latents, limits.seed, first + i)
         noisy, *more = inputs(parts.objective, batch, noise, timesteps)
         tensors = [batch.weights, noisy, *more]
@@ -170,12 +183,27 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
             if kept is not None:
                 (kept * parts.adapter.loss_scale).backward()  # type: ignore[no-untyped-call]
                 parts.adapter.collect_gradients()
-        positions += parts.objective.position(timesteps).tolist()
-        seen += len(batch.ids)
     parts.adapter.unscale_gradients()
-    ids = [name for batch in batches for name in batch.ids]
-    captioned = [bool(text) for batch in batches for text in batch.texts or batch.ids]
+    ids = [name for one in labels for name in one.ids]
+    captioned = [said for one in labels for said in one.captioned]
     return Gathered(torch.cat(losses, dim=1), positions, ids, captioned)
+
+
+def exchange(parts: Parts, limits: Limits, state: TrainState, own: Gathered | None) -> Gathered:
+    """What all processes left behind together, gradients and losses added up; None: this one had no memory."""
+    if own is None:
+        shares = state.suspects.shares()
+        asked = (shares,) if shares else ()
+        steps = range(state.micro_step, state.micro_step + limits.gradient_accumulation_steps)
+        total = sum(len(parts.data.labels(step, *asked).ids) for step in steps)
+        own = Gathered(torch.zeros(2, total, device=parts.family.device), [], [""] * total, [])
+        failed = True
+    else:
+        failed = False
+    flags = [torch.full((1,), float(flag), device=own.losses.device) for flag in (parts.interrupted(), failed)]
+    numbers = torch.cat([own.losses.flatten(), *flags])
+    parts.ranks.sum_gradients(parts.adapter.parameters(), numbers, parts.interrupted)
+    return replace(own, losses=numbers[:-2].view(2, -1), flags=(numbers[-2], numbers[-1]))
 
 
 def backward(parts: Parts, batch: Batch, total: int, counted: bool, there: Sequence[Tensor]) -> Tensor:
@@ -213,15 +241,23 @@ def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
     Raises:
         OutOfMemory: in the forward or backward pass; the state is that of before the step, and has been saved.
     """
+    gathered: Gathered | None = None
+    failure: OutOfMemory | None = None
     try:
         gathered = with_memory(f"at step {state.step + 1}", lambda: accumulate(parts, limits, state))
-    except OutOfMemory:
+    except OutOfMemory as error:
+        failure = error.with_traceback(None)
         parts.adapter.drop_gradients()
-        if state.step % limits.save_every:
-            parts.save(state)
-        raise
+    if parts.ranks.world > 1:
+        gathered = exchange(parts, limits, state, gathered)
+    if gathered is None:
+        give_up(parts, limits, state, failure)
     bound = limits.max_grad_norm if limits.max_grad_norm is not None else math.inf
-    plain, values, grad_norm = gathered.read(clip(parts.adapter.gradients(), bound))
+    plain, values, grad_norm, flags = gathered.read(clip(parts.adapter.gradients(), bound))
+    if flags:
+        parts.ranks.stopped = flags[0] > 0
+        if flags[1] > 0:
+            give_up(parts, limits, state, failure)
     loss, observed_loss = sum(values) / len(values), parts.loss_baseline.observe(gathered.positions, values)
     samples = gathered.samples(plain)
     state.micro_step += limits.gradient_accumulation_steps
@@ -235,6 +271,23 @@ def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
         state.step += 1
     parts.optimizer.zero_grad()
     return None if state.guard.leave_out else (loss, observed_loss, grad_norm, samples)
+
+
+def give_up(parts: Parts, limits: Limits, state: TrainState, failure: OutOfMemory | None) -> NoReturn:
+    """Save, and end the run in all processes because one of them had no memory for its step.
+
+    Raises:
+        OutOfMemory: always.
+    """
+    parts.adapter.drop_gradients()
+    if state.step % limits.save_every:
+        parts.save(state)
+    if parts.ranks.world == 1:
+        assert failure is not None
+        raise failure
+    sizes = parts.ranks.meet([failure is not None, failure.asked_gib if failure is not None else None])
+    rank, asked = next((rank, size) for rank, (failed, size) in enumerate(sizes) if failed)
+    raise OutOfMemory(f"at step {state.step + 1} on rank {rank}", asked, everywhere=True)
 
 
 def run_validation(parts: Parts, limits: Limits, state: TrainState) -> None:
@@ -292,7 +345,8 @@ def _validate(parts: Parts, limits: Limits, validation: Validation, state: Train
         return (plain if was_unfair and plain is not None else validation.loss(progress)), plain
 
     progress(0, 1)
-    loss, plain = with_memory(f"at the validation of step {state.step}", measured)
+    with parts.ranks.together():
+        loss, plain = with_memory(f"at the validation of step {state.step}", measured)
     progress(1, 1)
     if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
         parts.notify(Notice(f"the validation at step {state.step} was not finite and is left out"))
@@ -361,7 +415,8 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
             parts.save(state)
         if sentence:
             return Outcome(StopReason.SIGNAL, sentence)
-        if parts.interrupted() and state.step < limits.max_steps:
+        stopped = parts.interrupted() if parts.ranks.world == 1 else parts.ranks.stopped
+        if stopped and state.step < limits.max_steps:
             if state.step % limits.save_every:
                 parts.save(state)
             return Outcome(StopReason.INTERRUPTED, f"stopped by you after step {state.step}")

@@ -46,7 +46,13 @@ def timesteps_at(family: Family, objective: Objective, u: Tensor, latents: Tenso
 
     The one way to timesteps: some flow models shift them by the number of image tokens, which the family counts.
     """
-    return objective.timesteps(u, family.num_image_tokens(*latents.shape[-2:]))
+    height, width = latents.shape[-2:]
+    return timesteps_of(family, objective, u, (height, width))
+
+
+def timesteps_of(family: Family, objective: Objective, u: Tensor, latent_size: tuple[int, int]) -> Tensor:
+    """As `timesteps_at`, for latents of this height and width."""
+    return objective.timesteps(u, family.num_image_tokens(*latent_size))
 
 
 def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) -> TextEmbeds:

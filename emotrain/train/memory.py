@@ -32,13 +32,17 @@ class OutOfMemory(ResourceError):
     Args:
         doing: the work, as in "out of memory at step 7".
         asked_gib: size of the refused allocation, where the library has said it.
+        everywhere: all processes that train together raise it.
     """
 
-    def __init__(self, doing: str, asked_gib: float | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, doing: str, asked_gib: float | None = None, hint: str | None = None, *, everywhere: bool = False
+    ) -> None:
         more = f": {asked_gib:.2f} GiB more were needed" if asked_gib else ""
         super().__init__(f"out of memory {doing}{more}", hint)
         self.doing = doing
         self.asked_gib = asked_gib
+        self.everywhere = everywhere
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -82,6 +82,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     micro_step: int = 0  # micro-batches used, the skipped ones too
     samples_seen: int = 0
+    micro_batches: int = 0  # of a step, of all processes together; 0: not known yet
     guard: Guard = Guard()  # steps left out because of non-finite numbers
     resumes: int = 0
     train_s: float = 0.0  # seconds of pure training

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Batch
+from emotrain.ranks import ALONE, Ranks
 from emotrain.train.losses import GOLDEN, predict, sample_losses, timesteps_at
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Validation:
         empty_text: cached embeddings of the empty caption, one row: what the drift is measured with.
         draws: noise draws and timesteps per picture, spread evenly over the noise scale.
         seed: of the noise.
+        ranks: the processes that share the work.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class Validation:
         *,
         draws: int = 4,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.family, self.objective, self.adapter = family, objective, adapter
+        self.family, self.objective, self.adapter, self.ranks = family, objective, adapter, ranks
         self.empty_text, self.draws = empty_text, draws
         self.parts: list[tuple[Batch, Tensor, Tensor]] = []
         self._base: list[Tensor] = []  # what the base predicts where drift looks
@@ -114,11 +117,15 @@ class Validation:
     def losses(self, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Loss of each picture and draw, always in the same order, float32 [pictures * draws]."""
         pieces = [piece for part in self.parts for piece in self._pieces(*part)]
+        own = [number for number in range(len(pieces)) if self.ranks.has(number)]
         losses = []
-        for done, piece in enumerate(pieces):
+        for done, number in enumerate(own):
             if progress is not None:
-                progress(done, len(pieces))
-            losses.append(sample_losses(self.family, self.objective, *piece))
+                progress(done, len(own))
+            losses.append(sample_losses(self.family, self.objective, *pieces[number]))
+        if self.ranks.world > 1:
+            found = self.ranks.meet([each.tolist() for each in losses])
+            losses = [torch.tensor(found[n % self.ranks.world][n // self.ranks.world]) for n in range(len(pieces))]
         return torch.cat(losses)
 
     @torch.no_grad()
@@ -128,14 +135,21 @@ class Validation:
             with self.adapter.off():
                 self._base = self._uncaptioned()
         changes = [(on - off).pow(2).flatten() for on, off in zip(self._uncaptioned(), self._base, strict=True)]
-        return float(torch.cat(changes).mean())
+        if self.ranks.world == 1:
+            return float(torch.cat(changes).mean())
+        sums = self.ranks.meet([[float(each.double().sum()), each.numel()] for each in changes])
+        totals = [sum(column) for column in zip(*(pair for pairs in sums for pair in pairs), strict=True)]
+        return float(totals[0] / totals[1])
 
     def _uncaptioned(self) -> list[Tensor]:
         """Predictions for the first bucket's pictures with the empty caption, float32, piece by piece."""
         batch, noise, timesteps = self.parts[0]
         rows = [row * self.draws + row % self.draws for row in range(len(batch.ids) // self.draws)]
         found = []
-        for piece, own_noise, own_timesteps in self._pieces(rows_of(batch, rows), noise[rows], timesteps[rows]):
+        pieces = self._pieces(rows_of(batch, rows), noise[rows], timesteps[rows])
+        for number, (piece, own_noise, own_timesteps) in enumerate(pieces):
+            if not self.ranks.has(number):
+                continue
             count = len(piece.ids)
             empty = {key: value.expand(count, *value.shape[1:]) for key, value in self.empty_text.items()}
             noisy = self.objective.add_noise(piece.latents, own_noise, own_timesteps)
@@ -143,8 +157,11 @@ class Validation:
         return found
 
     def _pieces(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> list[tuple[Batch, Tensor, Tensor]]:
-        """Small latents go through the denoiser together, large ones one by one, to spare memory."""
-        size = len(batch.ids) if batch.latents[0].numel() <= SMALL else 1
+        """Small latents go through the denoiser together, large ones one by one, to spare memory.
+
+        In as many parts as there are processes at least.
+        """
+        size = -(-len(batch.ids) // self.ranks.world) if batch.latents[0].numel() <= SMALL else 1
         return [
             (
                 part(batch, start, start + size),

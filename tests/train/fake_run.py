@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emotrain.batch import Batch, Conditioning
+from emotrain.batch import Batch, Conditioning, Labels
 from emotrain.diffusion import build_objective
 from emotrain.optim import EmoSens
 from emotrain.pulse.stopping import StopRule
@@ -109,6 +109,9 @@ class FakeData:
     def batch(self, micro_step: int) -> Batch:
         epoch, place = divmod(micro_step, self.batches_per_epoch)
         return self.of(range(len(self.latents))[place * self.size : (place + 1) * self.size], epoch)
+
+    def labels(self, micro_step: int) -> Labels:
+        return self.batch(micro_step).labels
 
     def of(self, indices: Any, epoch: int = 0) -> Batch:
         latents = self.latents[list(indices)]

@@ -28,7 +28,7 @@ from emotrain.train.state import TrainState
 def accumulated(parts, numbers, state):
     """Loss, observed loss and samples of one step."""
     gathered = accumulate(parts, numbers, state)
-    plain, values, _ = gathered.read(torch.zeros(()))
+    plain, values, *_ = gathered.read(torch.zeros(()))
     return sum(values) / len(values), parts.loss_baseline.observe(gathered.positions, values), gathered.samples(plain)
 
 

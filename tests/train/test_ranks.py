@@ -1,0 +1,199 @@
+"""Several processes that train one adapter: the numbers of one process, the same decisions, errors told once."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fake_run import FakeData, Recorder, limits, make_parts
+from processes import together
+
+from emotrain import ranks as ranks_module
+from emotrain.errors import ConfigError, DatasetError
+from emotrain.ranks import ALONE, JoinedRanks, LostRankError, Ranks, is_launched
+from emotrain.train.events import StepEnd, ValidationEnd
+from emotrain.train.loop import fit
+from emotrain.train.state import TrainState
+
+
+def trained(
+    ranks: Ranks, *, act: Any = None, interrupted: Callable[[], bool] = lambda: False, **changes: Any
+) -> dict[str, Any]:
+    """All that a run of the tiny model says, on these ranks; `act` may change its parts' family."""
+    recorder = Recorder()
+    parts = make_parts(recorder, data=FakeData(7, 2), ranks=ranks, interrupted=interrupted)
+    parts.validation.ranks = ranks
+    if act is not None:
+        act(ranks, parts.family)
+    state = TrainState()
+    outcome = fit(parts, limits(**{"gradient_accumulation_steps": 4, **changes}), state)
+    return {
+        "outcome": outcome.sentence,
+        "steps": [(e.step, e.loss, e.grad_norm) for e in recorder.of(StepEnd)],
+        "validations": [(e.loss, e.drift) for e in recorder.of(ValidationEnd)],
+        "saves": recorder.saves,
+        "weights": parts.adapter.layer.weight.flatten().tolist(),
+        "samples": [[(one.id, one.position, one.loss) for one in samples] for _, samples in recorder.losses],
+        "state": (state.micro_step, state.samples_seen, state.guard.skipped),
+    }  # fmt: skip
+
+
+def flat(rows: list[tuple[float, ...]]) -> list[float]:
+    return [number for row in rows for number in row]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_many_processes_give_the_numbers_of_one(world: int) -> None:
+    """Four micro-batches a step, some of them smaller: three processes do not share them evenly."""
+    alone, *others = trained(ALONE), *together(lambda ranks: trained(ranks), world)
+    for other in others:
+        assert other["state"] == alone["state"]
+        assert other["saves"] == alone["saves"]
+        assert other["weights"] == pytest.approx(alone["weights"], abs=1e-7)
+        assert flat(other["steps"]) == pytest.approx(flat(alone["steps"]))
+        assert flat(other["validations"]) == pytest.approx(flat(alone["validations"]), abs=1e-9)
+        for mine, theirs in zip(other["samples"], alone["samples"], strict=True):
+            assert [row[0] for row in mine] == [row[0] for row in theirs]
+            assert [row[1] for row in mine] == [row[1] for row in theirs]
+            assert [row[2] for row in mine] == pytest.approx([row[2] for row in theirs])
+    assert all(other["weights"] == others[0]["weights"] for other in others)  # to the last bit
+
+
+def test_a_process_without_a_share_of_the_step_takes_part() -> None:
+    alone = trained(ALONE, gradient_accumulation_steps=1)
+    first, second = together(lambda ranks: trained(ranks, gradient_accumulation_steps=1))
+    assert first["weights"] == second["weights"] == pytest.approx(alone["weights"])
+
+
+def test_numbers_that_are_not_finite_in_one_process_leave_the_step_out_in_all() -> None:
+    def poison(ranks: Ranks, family: Any) -> None:
+        family.poison = {5} if ranks.rank == 1 else set()
+
+    found = together(lambda ranks: trained(ranks, act=poison))
+    assert found[0]["state"][2] == 1
+    assert found[0] == found[1]
+
+
+def test_a_process_that_was_told_to_stop_stops_all_after_the_same_step() -> None:
+    def run(ranks: Ranks) -> Any:
+        calls = iter(range(10**6))
+        return trained(ranks, interrupted=lambda: ranks.rank == 1 and next(calls) > 1)
+
+    first, second = together(run)
+    assert first["outcome"].startswith("stopped by you after step")
+    assert first == second
+    assert 0 < len(first["steps"]) < 6
+
+
+def test_no_memory_in_one_process_saves_once_and_ends_all() -> None:
+    def starve(ranks: Ranks, family: Any) -> None:
+        plain = family.predict
+
+        def predict(*words: Any) -> Any:
+            if ranks.rank == 1 and family.calls == 9:
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+            return plain(*words)
+
+        family.predict = predict
+
+    def run(ranks: Ranks) -> Any:
+        with ranks.together():
+            return trained(ranks, act=starve, save_every=100)
+
+    first, second = together(run)
+    assert first == ("OutOfMemory", 6, first[2], False)
+    assert first[2][0].startswith("out of memory at step")
+    assert "on rank 1: 2.00 GiB more were needed" in first[2][0]
+    assert second[3]  # rank 0 tells it
+
+
+def test_an_error_of_one_process_ends_all_and_is_told_once() -> None:
+    def run(ranks: Ranks) -> Any:
+        with ranks.together():
+            if ranks.rank == 1:
+                raise DatasetError("pictures do not exist", "look for them")
+            return ranks.meet("here")
+
+    assert together(run) == [
+        ("DatasetError", 3, ["rank 1: pictures do not exist"], False),
+        ("DatasetError", 3, ["rank 1: pictures do not exist"], True),
+    ]
+
+
+def test_of_two_errors_rank_0_s_is_told() -> None:
+    def run(ranks: Ranks) -> Any:
+        with ranks.together():
+            raise ConfigError(f"mistake of {ranks.rank}")
+
+    assert [error[2] for error in together(run)] == [["mistake of 0"]] * 2
+
+
+def test_gradients_that_one_process_has_alone_reach_all_and_missing_ones_stay_missing() -> None:
+    def run(ranks: Ranks) -> Any:
+        parameters = [torch.zeros(2, 2, requires_grad=True) for _ in range(3)]
+        parameters[0].grad = torch.full((2, 2), 1.0 + ranks.rank)
+        if ranks.rank == 1:
+            parameters[1].grad = torch.ones(2, 2)
+        numbers = torch.tensor([float(ranks.rank), 1.0])
+        ranks.sum_gradients(parameters, numbers, lambda: False)
+        return [None if p.grad is None else p.grad.flatten().tolist() for p in parameters], numbers.tolist()
+
+    gradients, numbers = [[3.0] * 4, [1.0] * 4, None], [1.0, 2.0]
+    assert together(run) == [(gradients, numbers)] * 2
+
+
+def test_a_process_that_dies_is_noticed_by_the_other() -> None:
+    def run(ranks: JoinedRanks) -> Any:
+        if ranks.rank == 1:
+            ranks_module._open.clear()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(LostRankError) as lost:
+            ranks.sum_gradients([torch.zeros(2, requires_grad=True)], torch.zeros(1), lambda: False)
+        raise lost.value
+
+    first, second = together(run, dead=1)
+    assert first[:2] == ("LostRankError", 6)
+    assert not first[3]
+    assert second is None
+
+
+def test_one_that_was_told_to_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "WAIT_S", 0.2)
+
+    def run(ranks: Ranks) -> Any:
+        if ranks.rank == 1:
+            time.sleep(1.0)
+            return None
+        ranks.sum_gradients([torch.zeros(2, requires_grad=True)], torch.zeros(1), lambda: True)
+        return None
+
+    assert together(run, dead=1)[0][:2] == ("LostRankError", 6)
+
+
+def test_values_of_any_length_and_numbers_arrive_as_they_are() -> None:
+    value = [1 / 3, math.pi * 1e-300, "ü" * 1000]
+
+    def run(ranks: Ranks) -> Any:
+        sent = ranks.send(b"x" * 100_000 if ranks.first else None)
+        return ranks.meet(value if ranks.rank else None), len(sent)
+
+    assert together(run) == [([None, value], 100_000)] * 2
+
+
+def test_one_process_is_alone_whatever_its_shell_says() -> None:
+    several = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert is_launched(several)
+    assert not is_launched({**several, "WORLD_SIZE": "1"})
+    assert not is_launched({"WORLD_SIZE": "8"})
