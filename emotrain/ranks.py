@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ T = TypeVar("T")
 LONGEST = timedelta(hours=6)  # that rank 0 may encode, draw or write while the others wait
 WAIT_S = 20.0  # for the others' part of a step once this process was told to stop: the launcher kills it after 30
 POLL_S = 2e-4
+LOOK_S = 0.5  # how often our launcher looks whether all processes are there
 LOST = 76  # exit code of a process that ends because another one did; the launcher gives the user that one's
 LAUNCHER = "EMOTRAIN_LAUNCHER"  # set by ours, which tells of lost processes by itself
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -40,16 +42,6 @@ class LostRankError(ResourceError):
 
 _open: list[Ranks] = []  # joined and not closed
 _losses: list[LostRankError] = []
-
-
-def is_open() -> bool:
-    """Whether this process has joined others and not left them as agreed."""
-    return bool(_open)
-
-
-def has_lost() -> bool:
-    """Whether another process of this run has ended without a word."""
-    return bool(_losses)
 
 
 class Ranks:
@@ -262,6 +254,18 @@ def join() -> Ranks:
         LostRankError: the others are not there.
     """
     return JoinedRanks() if is_launched() else ALONE
+
+
+def leave(code: int) -> int:
+    """The exit code of the command; where others wait for this process in vain, it ends here, to let them know."""
+    if not _open:
+        return code
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if _losses and LAUNCHER in os.environ:
+        time.sleep(4 * LOOK_S)  # the launcher is to see the other one first
+        code = LOST
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import emotrain
 from emotrain.cli import output
 from emotrain.cli.helptext import help_text, shape_group
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem, ResourceError
-from emotrain.ranks import is_launched
+from emotrain.ranks import is_launched, leave
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports no name for it
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -158,12 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
 
-    code = guarded(work, as_json="--json" in words)
-    if is_launched():
-        from emotrain.cli.launch import leave
-
-        return leave(code)
-    return code
+    return leave(guarded(work, as_json="--json" in words))
 
 
 def guarded(work: Callable[[], int], *, as_json: bool) -> int:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emotrain import ranks as ranks_module
 from emotrain.cli import output
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, ResourceError
-from emotrain.ranks import LAUNCHER, LOST, Ranks, is_launched, join
+from emotrain.ranks import LAUNCHER, LOOK_S, LOST, Ranks, is_launched, join
 from emotrain.runs.folder import RunFolder
 from emotrain.train.checkpoint import step_folders
 
@@ -32,7 +30,6 @@ Gpus = Annotated[
     int | None,
     typer.Option("--gpus", min=1, help="Train on so many GPUs of this machine together; without a GPU: processes"),
 ]
-LOOK_S = 0.5  # how often the launcher looks whether all processes are there
 LONGEST_STOP_S = 30  # after a process has failed, for the others to end
 
 
@@ -163,18 +160,6 @@ def joined(gpus: int | None) -> Iterator[Ranks]:
         raise
     else:
         ranks.close()
-
-
-def leave(code: int) -> int:
-    """The exit code of the command; where others wait for this process in vain, it ends here, to let them know."""
-    if not is_launched() or not ranks_module.is_open():
-        return code
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    if ranks_module.has_lost() and LAUNCHER in os.environ:
-        time.sleep(4 * LOOK_S)  # the launcher is to see the other one first
-        code = LOST
-    os._exit(code)
 
 
 def begun_before(ranks: Ranks, target: Path) -> bool:
