@@ -85,7 +85,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(config, folder)  # the files that name each other
     (folder / "kohya_sdxl.toml").rename(folder / "config.toml")
     shutil.copy(foreign / "ai_toolkit.yaml", folder / "my_job.yaml")
-    preset = "extends: quickstart\nname: mika\ndataset: ./mika\ntrigger: mika_ch\n"
+    preset = "extends: quickstart\nname: mika\ndataset: ./mika\ntrigger: mika_ch\nnetwork: {targets: attn}\n"
     for name in ("mika.yaml", "my.yaml"):
         (folder / name).write_text(preset, encoding="utf-8")
     return folder

@@ -59,6 +59,7 @@ def run(tmp_path: Path, name: str, *extra: str, observers=()):
         "validate.every=99",
         "train.loss.baseline=raw",
         "train.max_steps=22",
+        "network.targets=attn",
         *extra,
     )
     return start.run(load_preset("quickstart", words, name), runs_dir=tmp_path / "runs", observers=observers)

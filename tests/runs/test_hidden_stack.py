@@ -16,7 +16,10 @@ from emotrain.lora.file import save_lora
 from emotrain.runs import start
 from emotrain.runs.folder import RunFolder
 
-WORDS = ["train.max_steps=1", "validate.probe_images=1", "sample.every=1", "sample.steps=4", "network.targets=attn"]
+WORDS = [
+    "train.max_steps=1", "validate.probe_images=1", "train.loss.baseline=raw", "network.targets=attn",
+    "sample.every=99", "sample.steps=2", 'sample.prompts=["[trigger], rocket", "[trigger], cactus"]',
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[None, 4], ids=["lora", "lokr"])
@@ -41,15 +44,25 @@ def differ(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
     return any(ImageChops.difference(a, b).getbbox() is not None for a, b in zip(ours, theirs, strict=True))
 
 
-def test_samples_are_drawn_without_it_and_the_training_is_not(training_adapter: Path, tmp_path: Path) -> None:
-    base = first_pictures("base", tmp_path)
+@pytest.fixture(scope="module")
+def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a stack: its pictures are those of the base."""
+    runs = tmp_path_factory.mktemp("base")
+    first_pictures("base", runs)
+    return runs / "base"
+
+
+def test_samples_are_drawn_without_it_and_the_training_is_not(
+    training_adapter: Path, base_run: Path, tmp_path: Path
+) -> None:
+    base = [Image.open(path) for path in sorted((base_run / "samples").glob("step-00000000-*.png"))]
     stack = f"path: {training_adapter}, weight: 1.0"
     shown = first_pictures("shown", tmp_path, f"start_from.stack=[{{{stack}}}]")
     hidden = first_pictures("hidden", tmp_path, f"start_from.stack=[{{{stack}, sample: false}}]")
     assert len(base) > 1
     assert differ(shown, base)
     assert not differ(hidden, base)
-    infos = [RunFolder(tmp_path / name).info() for name in ("base", "shown", "hidden")]
+    infos = [RunFolder(path).info() for path in (base_run, tmp_path / "shown", tmp_path / "hidden")]
     assert infos[1]["base_loss"] == infos[2]["base_loss"] != infos[0]["base_loss"]
 
 

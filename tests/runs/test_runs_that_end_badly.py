@@ -25,6 +25,7 @@ from emotrain.train.state import TrainState
 SHORT = (
     "train.loss.baseline=raw",
     "train.max_steps=4",
+    "network.targets=attn",
     "sample.every=0",
     "sample.at_start=false",
     "validate.every=2",
@@ -51,12 +52,7 @@ class Watch:
 def train(tmp_path: Path, *overrides: str, name: str = "run") -> tuple[start.Result, Watch]:
     watch = Watch()
     words = (
-        "train.max_steps=4",
-        "train.loss.baseline=raw",
-        "sample.every=0",
-        "sample.at_start=false",
-        "validate.every=2",
-        "stop.mode=off",
+        *SHORT,
         *overrides,
     )
     preset = load_preset("quickstart", words, name=name)

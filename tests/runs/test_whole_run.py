@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +26,13 @@ from emotrain.pulse.logs import read_log
 from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import build, finish, start
-from emotrain.runs.folder import open_run
+from emotrain.runs.folder import RunFolder, open_run
 from emotrain.runs.loaded import load
 from emotrain.train.loop import StopReason
 from emotrain.train.state import TrainState
 
 SHORT = (
+    "network.targets=attn",  # what is not about the modules needs few of them
     "train.max_steps=4",
     "validate.every=2",
     "sample.every=4",
@@ -66,7 +68,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize(("preset", "model"), [("quickstart", "tiny-sd"), ("quickstart-flux", "tiny-flux")])
 def test_a_run_leaves_a_lora_that_draws_the_live_picture_in_a_fresh_pipeline(tmp_path, preset, model):
-    result = train(preset, tmp_path, "sample.at_start=false")
+    result = train(preset, tmp_path, "sample.at_start=false", "network.targets=all")
     folder = result.folder
     assert result.exit_code == 0
     assert result.end.stop_reason == "max_steps"
@@ -106,7 +108,7 @@ def test_the_sheets_last_column_is_drawn_from_the_file(tmp_path, monkeypatch, pr
 
 
 def test_samples_at_other_strengths_are_what_stock_draws_at_them(tmp_path):
-    folder = train("quickstart", tmp_path, "sample.strengths=[0.5, 1.0, 2]").folder
+    folder = train("quickstart", tmp_path, "sample.strengths=[0.5, 1.0, 2]", "network.targets=all").folder
     names = sorted(path.name for path in folder.samples_dir.glob("strength-*.png"))
     assert {name[:13] for name in names} == {"strength-0.50", "strength-2.00"}
     for strength in (0.5, 2.0):
@@ -124,7 +126,7 @@ def test_samples_at_other_strengths_are_what_stock_draws_at_them(tmp_path):
 
 
 def test_a_lokr_is_drawn_at_other_strengths_too(tmp_path):
-    folder = train("quickstart", tmp_path, "sample.strengths=0.01", "network.type=lokr", "sample.steps=4").folder
+    folder = train("quickstart", tmp_path, "sample.strengths=0.01", "network={type: lokr, targets: all}").folder
     base, weak, own = (
         np.asarray(read_picture(folder.samples_dir / name), int)
         for name in ("step-00000000-1.png", "strength-0.01-1.png", "lora-1.png")
@@ -133,11 +135,12 @@ def test_a_lokr_is_drawn_at_other_strengths_too(tmp_path):
     assert np.abs(weak - base).mean() < 0.1 * np.abs(own - base).mean()
 
 
-def test_pictures_of_an_earlier_lora_file_do_not_outlive_it(tmp_path):
-    folder = train("quickstart", tmp_path).folder
+def test_pictures_of_an_earlier_lora_file_do_not_outlive_it(tmp_path, finished):
+    folder = RunFolder(Path(shutil.copytree(finished().folder.path, tmp_path / "one")))
+    folder.samples_dir.mkdir(exist_ok=True)
     (folder.samples_dir / "lora-1.png").write_bytes(b"of an earlier file")
     (folder.samples_dir / "strength-0.80-1.png").write_bytes(b"of an earlier file")
-    loaded = load(load_preset(folder.preset_path), lambda event: None)
+    loaded = load(load_preset(folder.preset_path, ["sample.every=4"]), lambda event: None)
     loaded.sampler.folder = folder.samples_dir
     finish.draw_written(loaded, TrainState(), folder.lora_path, StopReason.INTERRUPTED, lambda event: None)
     assert not (folder.samples_dir / "lora-1.png").exists()
@@ -266,7 +269,7 @@ def test_a_loss_of_the_base_that_is_not_finite_is_not_heard(tmp_path, monkeypatc
         return torch.where(torch.arange(len(each)) < finite, each, torch.nan)
 
     monkeypatch.setattr(build, "sample_losses", some_broken)
-    info = train("quickstart", tmp_path, "sample.every=0").folder.info()
+    info = train("quickstart", tmp_path, "sample.every=0", "train.max_steps=1", "validate.every=99").folder.info()
     assert info["stop_reason"] == "max_steps"
     if finite:
         assert info["start_loss"] == pytest.approx(0.75, rel=0.3)
@@ -307,12 +310,13 @@ def test_where_nothing_is_held_out_pictures_are_validationd_mirrored_and_as_they
     monkeypatch.setattr(
         StopRule, "update_validation", lambda rule, *told: (observed_loss.append(told), hear(rule, *told))[1]
     )
-    train("quickstart", tmp_path, "validate.fraction=0", "sample.every=0", name="all")
-    train("quickstart", tmp_path, "sample.every=0", name="held")
-    assert [step for step, *_ in observed_loss] == [0, 2, 4] * 2
-    for _, flipped, plain in observed_loss[:3]:
+    short = ("sample.every=0", "train.max_steps=1", "validate.every=1", "train.loss.baseline=raw")
+    train("quickstart", tmp_path, "validate.fraction=0", *short, name="all")
+    train("quickstart", tmp_path, *short, name="held")
+    assert [step for step, *_ in observed_loss] == [0, 1] * 2
+    for _, flipped, plain in observed_loss[:2]:
         assert 0.3 < plain < flipped < 0.9  # the base knows these shapes as they are
-    assert [plain for *_, plain in observed_loss[3:]] == [None] * 3
+    assert [plain for *_, plain in observed_loss[2:]] == [None] * 2
 
 
 def test_the_offer_to_train_on_all_pictures_can_be_run_as_it_is_printed(tmp_path, monkeypatch, capsys):
