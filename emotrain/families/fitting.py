@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +23,51 @@ from torch.overrides import TorchFunctionMode
 
 from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
-from emotrain.families.base import TextEncoderPart
 from emotrain.families.common import LoadedFamily, Parts, refuse_larger_tokenizer
 from emotrain.families.component import guard, known_class, weight_files
-from emotrain.families.headers import read_header, read_json
+from emotrain.families.headers import own_name, read_header, read_json
 from emotrain.families.loading import family_class
 from emotrain.families.pieces import ENCODERS, load_encoder, scheduler_class, text_parts
-from emotrain.families.registry import FAMILIES
-from emotrain.families.sniff import MAX_SIZE, Sniffed, odd_value
-from emotrain.families.spec import Shapes
-from emotrain.families.understood import refuse_quantised, scaled_layers
+from emotrain.families.registry import FAMILIES, configs, encoder_configs
+from emotrain.families.separate import original_vae, tokenizer_of
+from emotrain.families.single import copy_tokenizer, own_vae_config
+from emotrain.families.sniff import MAX_SIZE, Sniffed, odd_value, refuse_other_vae
+from emotrain.families.sniff_file import companion
+from emotrain.families.spec import Shapes, TextEncoder
+from emotrain.families.understood import PARTS, SCALES, refuse_quantised, scaled_layers
 
+LATENT_INPUTS = tuple(  # of a VAE's decoder: their second side is the latent channels
+    f"{head}decoder.{name}.weight" for head in ("", "first_stage_model.", "vae.") for name in ("conv_in", "conv1")
+)
 MAX_TABLE = 4096  # of fields that are the side of a table of positions
 TABLES = ("pos_embed_max_size", "base_size")
 SPARE = 500  # parameters that a model may register besides eight times those that are stored: tied and replaced ones
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # which diffusers still reads
 SEVERAL = re.compile(r"\b(?:[Tt]uple|[Ll]ist|Sequence|ndarray)\b(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\])?")
+OPEN_CLIP = {  # transformers' names of CLIP's parts -> OpenCLIP's
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias",
+    "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
 DAMAGED = "the download may be damaged or not complete"
 
 
-def refuse_misfit(found: Sniffed, sample_steps: int = 20) -> None:
+def refuse_misfit(found: Sniffed, sample_steps: int = 20) -> LoadedFamily:
     """Refuse a diffusers folder with a part that a run could not use, by its configs and headers alone.
 
     Args:
-        found: of another kind than a folder: nothing is done.
+        found: a folder.
         sample_steps: steps of a sample, which the scheduler must know how to place.
+
+    Returns:
+        The model without weights, on the meta device.
 
     Raises:
         ModelError: a config value of another type or size than its class takes, weights that do not belong to the
             config, a tokenizer larger than its encoder, or parts that do not work together.
     """
-    if found.kind != "folder":
-        return
     import diffusers
 
     spec, folder = FAMILIES[found.family], Path(found.path)
@@ -65,7 +80,148 @@ def refuse_misfit(found: Sniffed, sample_steps: int = 20) -> None:
     }
     for encoder in spec.encoders_of(found.variant):
         pieces[encoder.name], pieces[encoder.tokenizer_name] = _encoder(folder, index, encoder)
-    _call(found, pieces)
+    family = _family(found, pieces)
+    _call(found, family)
+    return family
+
+
+def from_configs(found: Sniffed) -> LoadedFamily:
+    """A model without weights or tokenizers, from the sizes that are known of it: of a single file or a hub id."""
+    import diffusers
+    import transformers
+
+    spec = FAMILIES[found.family]
+    pieces: dict[str, Any] = {"scheduler": diffusers.DDIMScheduler()}
+    if spec.flow:
+        pieces["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
+    pieces["scheduler"].register_to_config(**found.scheduler_config)
+    with torch.device("meta"):
+        for part, cls, config in (
+            ("denoiser", spec.denoiser_class, found.denoiser_config),
+            ("vae", spec.vae_class, configs(found.family)["vae"]),
+        ):
+            pieces[part] = guard(str(found.path), part, partial(getattr(diffusers, cls).from_config, config))
+        for encoder in spec.encoders_of(found.variant):
+            kind, words = encoder_configs(found.family, found.variant)[encoder.name]
+            of_text = getattr(transformers, kind, None)
+            built = of_text(of_text.config_class(**words)) if of_text else getattr(diffusers, kind).from_config(words)
+            pieces[encoder.name], pieces[encoder.tokenizer_name] = built, _NoTokenizer()
+    return _family(found, pieces)
+
+
+def refuse_misfit_file(found: Sniffed, tokenizer: str | None = None) -> None:
+    """Refuse a single file whose denoiser lacks a tensor, or has one in another shape than its config says.
+
+    Args:
+        found: the file.
+        tokenizer: `model.tokenizer`.
+
+    Raises:
+        ModelError: with the first name; also where a tokenizer is neither beside the file nor to be had.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    spec, path = FAMILIES[found.family], Path(found.path)
+    own = companion(path) / spec.denoiser / "config.json"
+    cls, header = getattr(diffusers, spec.denoiser_class), read_header(path)
+    if own.is_file():
+        refuse_other_types(own, read_json(own), cls)
+    with bounded(str(path), len(header.shapes)), torch.device("meta"):
+        model: nn.Module = guard(str(path), "", lambda: cls.from_config(found.denoiser_config))
+        apart = tuple(prefix for encoder in spec.text_encoders for prefix in encoder.prefixes if found.kind == "file")
+        held = {
+            name: torch.empty(shape)
+            for name, shape in header.shapes.items()
+            if not own_name(name).startswith((*apart, *PARTS)) and not name.endswith((*SCALES, "scaled_fp8"))
+        }
+        convert = SINGLE_FILE_LOADABLE_CLASSES[spec.denoiser_class]["checkpoint_mapping_fn"]
+        made = guard(str(path), "", lambda: convert(config=dict(found.denoiser_config), checkpoint=held))
+    refuse_other_tensors(str(path), model, {name: tuple(value.shape) for name, value in made.items()})
+    for encoder in spec.encoders_of(found.variant):
+        if encoder.name not in found.missing and encoder.kind in ("clip", "t5"):
+            _refuse_lacking_texts(path, found, encoder, header.shapes)
+    for encoder in spec.encoders_of(found.variant):
+        if spec.separate_files:
+            tokenizer_of(found, encoder, tokenizer)
+        elif not encoder.optional or encoder.name not in found.missing:
+            with tempfile.TemporaryDirectory(prefix="emotrain-") as folder:
+                copy_tokenizer(encoder, companion(path), Path(folder), path)
+
+
+def _refuse_lacking_texts(path: Path, found: Sniffed, spec: TextEncoder, shapes: Shapes) -> None:
+    """Refuse a single file that lacks a tensor of a text encoder which it holds, by either library's names."""
+    import transformers
+
+    kind, words = encoder_configs(found.family, found.variant)[spec.name]
+    own = companion(path) / spec.name / "config.json"
+    cls = getattr(transformers, kind)
+    config = read_json(own) if own.is_file() else words
+    refuse_other_types(own, config, cls.config_class)
+    with bounded(str(path), len(shapes)), torch.device("meta"):
+        model: nn.Module = guard(str(path), spec.name, lambda: cls(cls.config_class(**config)))
+    (prefix,) = spec.prefixes
+    held = {name.removeprefix(prefix).removeprefix("transformer.") for name in shapes if name.startswith(prefix)}
+    held = {name.removeprefix("text_model.") for name in held}
+    wanted = {name.removeprefix("text_model.") for name, _ in model.named_parameters()}
+    if any(name.startswith("resblocks.") for name in held):
+        wanted = {OPEN_CLIP.get(name, name) for name in wanted}
+        wanted = {_open_clip_layer(name) for name in wanted}
+    given_else = {"text_projection.weight", "encoder.embed_tokens.weight", "shared.weight"}
+    if lacking := sorted(wanted - held - given_else):
+        raise ModelError(
+            f"`{path}` lacks {len(lacking)} tensors of its {spec.name}, such as `{lacking[0]}`",
+            "the file is not complete, or it is a model of another kind",
+        )
+
+
+def _open_clip_layer(name: str) -> str:
+    """A parameter of a CLIP layer by OpenCLIP's name: q, k and v are one there."""
+    found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if found is None:
+        return name
+    number, inner, kind = found.groups()
+    if inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        return f"resblocks.{number}.attn.in_proj_{kind}"
+    return f"resblocks.{number}.{OPEN_CLIP[inner]}.{kind}"
+
+
+def refuse_misfit_vae(vae: str, found: Sniffed) -> None:
+    """Refuse a VAE of the preset's own, a file or a folder, by its config and header alone.
+
+    Raises:
+        ModelError: of another number of latent channels, or with tensors that do not belong to its config.
+    """
+    import diffusers
+
+    spec, path = FAMILIES[found.family], Path(vae).expanduser()
+    cls = getattr(diffusers, spec.vae_class)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        refuse_other_vae(vae, read_json(folder / "config.json"), found)
+        on_meta(cls, folder)
+    if not path.is_file():
+        return
+    shapes = read_header(path).shapes
+    first = next((shapes[name] for name in LATENT_INPUTS if len(shapes.get(name, ())) > 1), None)
+    if first is not None:
+        refuse_other_vae(vae, {"latent_channels": first[1]}, found)
+    beside = companion(path) / "config.json"
+    if spec.vae_class == "AutoencoderKL":
+        config = own_vae_config(path, found)
+    else:
+        config = read_json(beside) if beside.is_file() else configs(found.family)["vae"]
+    refuse_other_types(path, config, cls)
+    with bounded(vae, len(shapes)), torch.device("meta"):
+        model: nn.Module = guard(vae, "", lambda: cls.from_config(config))
+        held = {name: torch.empty(shape) for name, shape in shapes.items()}
+        if not any(name.startswith("encoder.down_blocks.") for name in held):
+            held = guard(vae, "", lambda: original_vae(held, spec.vae_class, config))
+    refuse_other_tensors(vae, model, {name: tuple(value.shape) for name, value in held.items()})
+
+
+class _NoTokenizer:
+    model_max_length = 10**9
 
 
 # ------------------------------------------------------------ one part
@@ -254,19 +410,29 @@ class _NoNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def _call(found: Sniffed, pieces: dict[str, Any]) -> None:
-    """Encode a picture and a text, predict once, decode: by the family's own methods."""
-    spec, where, meta = FAMILIES[found.family], str(found.path), torch.device("meta")
-    texts: list[TextEncoderPart] = guard(where, "tokenizer", lambda: text_parts(found, pieces))
-    for part in texts:
-        refuse_larger_tokenizer(part)
+def _family(found: Sniffed, pieces: dict[str, Any]) -> LoadedFamily:
+    """The family's own object around parts on the meta device."""
+    where = str(found.path)
+    texts = guard(where, "tokenizer", lambda: text_parts(found, pieces))
     parts = Parts(
         name=found.family, variant=found.variant, prediction=found.prediction, denoiser=pieces["denoiser"],
-        vae=pieces["vae"], text_encoders=texts, scheduler=pieces["scheduler"], device=meta, dtype=torch.float32,
+        vae=pieces["vae"], text_encoders=texts, scheduler=pieces["scheduler"], device=torch.device("meta"),
+        dtype=torch.float32,
     )  # fmt: skip
-    family: LoadedFamily = guard(where, "", lambda: family_class(found.family)(parts))
+    family = guard(where, "", lambda: family_class(found.family)(parts))
     family._placed = True
+    family._identities = {"text": "", "vae": ""}  # there are no numbers to tell it by
+    if not FAMILIES[found.family].flow:
+        family.scheduler_config["prediction_type"] = found.prediction
+    return family
+
+
+@torch.no_grad()
+def _call(found: Sniffed, family: LoadedFamily) -> None:
+    """Encode a picture and a text, predict once, decode: by the family's own methods."""
+    spec, where, meta = FAMILIES[found.family], str(found.path), torch.device("meta")
+    for part in family.text_encoders:
+        refuse_larger_tokenizer(part)
     pixels = torch.empty(1, 3, found.bucket_step, found.bucket_step, device=meta)
     sizes = torch.zeros(1, 2, dtype=torch.int64, device=meta)
     with _NoNumbers():

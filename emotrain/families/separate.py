@@ -66,7 +66,7 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
         own_tensors = {key: tensors.pop(key) for key in list(tensors) if own_name(key).startswith(adapter.prefixes)}
         pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)
     for part in (encoder, *adapters):
-        pieces[part.tokenizer_name] = _tokenizer(found, part, given.tokenizer)
+        pieces[part.tokenizer_name] = tokenizer_of(found, part, given.tokenizer)
     return {**pieces, "denoiser": _denoiser(found, dtype, tensors)}
 
 
@@ -231,7 +231,7 @@ def _without_meta(model: Any) -> Any:
     return model.eval()
 
 
-def _tokenizer(found: Sniffed, encoder: TextEncoder, given: str | None) -> Any:
+def tokenizer_of(found: Sniffed, encoder: TextEncoder, given: str | None) -> Any:
     """From the folder that the preset names (or its part of that name), from beside the model, or the hub."""
     import transformers
 
@@ -269,12 +269,12 @@ def load_separate_vae(path: Path, found: Sniffed) -> Any:
     vae = getattr(diffusers, spec.vae_class).from_config(config)
     tensors = load_file(path)
     if not any(name.startswith("encoder.down_blocks.") for name in names):
-        tensors = guard(str(path), "", lambda: _original_vae(tensors, spec.vae_class, config))
+        tensors = guard(str(path), "", lambda: original_vae(tensors, spec.vae_class, config))
     guard(str(path), "", lambda: vae.load_state_dict(tensors))
     return vae.float()
 
 
-def _original_vae(tensors: dict[str, Tensor], kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
+def original_vae(tensors: dict[str, Tensor], kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
     """Original names in diffusers': of Wan's VAE, which is Qwen-Image's too, or of latent diffusion's.
 
     The statistics that FLUX.2 adds to the latter have one name in both.

@@ -151,7 +151,7 @@ def load_vae_file(path: Path, found: Sniffed) -> Any:
     import diffusers
 
     names = read_header(path).shapes
-    config = _own_vae_config(path, found)
+    config = own_vae_config(path, found)
     if any(name.startswith("encoder.down_blocks.") for name in names):
         vae = diffusers.AutoencoderKL.from_config(config)
         guard(str(path), "", lambda: vae.load_state_dict(load_file(path)))
@@ -163,7 +163,7 @@ def load_vae_file(path: Path, found: Sniffed) -> Any:
     return vae
 
 
-def _own_vae_config(path: Path, found: Sniffed) -> dict[str, Any]:
+def own_vae_config(path: Path, found: Sniffed) -> dict[str, Any]:
     """config.json beside a VAE's file, of the folder beside the model, or the public one."""
     beside = companion(Path(found.path)) / "vae" if found.kind == "file" else Path(found.path) / "vae"
     for own in (path.parent / "config.json", companion(path) / "config.json", beside / "config.json"):

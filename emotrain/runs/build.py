@@ -107,6 +107,23 @@ def load_model(
         gradient_checkpointing=preset.train.gradient_checkpointing,
     )
     base_digest = digest_module(family.denoiser, config_values(family.denoiser.config))
+    objective, adapter, ancestors = equip(preset, family, earlier)
+    notify(Phase("loading the model", 1, 1))
+    return Model(family, objective, adapter, base_digest, ancestors)
+
+
+def equip(
+    preset: Preset, family: LoadedFamily, earlier: LoraFile | None
+) -> tuple[Objective, Adapter, tuple[dict[str, Any], ...]]:
+    """What is trained for, the stack under the new LoRA, and that LoRA (or the one that is continued).
+
+    Returns:
+        The objective, the LoRA, and the records of the earlier ones.
+
+    Raises:
+        ConfigError: losses, targets or ranks that this model does not take.
+        ModelError: an earlier LoRA that does not fit, or a scheduler that cannot be trained with.
+    """
     loss = preset.train.loss
     try:
         objective = build_objective(
@@ -126,9 +143,7 @@ def load_model(
         parents.refuse_misfit(earlier, family)
         path = preset.start_from.continue_ or ""
         ancestors.append({"kind": "continue", **parents.name_of(path), "sha256": earlier.sha256, "weight": 1.0})
-    adapter = build_adapter(preset, family, earlier)
-    notify(Phase("loading the model", 1, 1))
-    return Model(family, objective, adapter, base_digest, tuple(ancestors))
+    return objective, build_adapter(preset, family, earlier), tuple(ancestors)
 
 
 @dataclass(frozen=True)

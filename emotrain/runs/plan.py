@@ -158,7 +158,7 @@ def _model(preset: Preset, may_assume: bool) -> tuple[tuple[str, ...], Sniffed]:
         return (), found
     if not may_assume or model.family == "auto" or Path(model.base).exists():
         found = sniffed(preset)
-        if not is_builtin(model.base):
+        if found.kind == "folder" and not is_builtin(model.base):
             refuse_misfit(found, preset.sample.steps)
         return (), found
     spec = FAMILIES[model.family]

@@ -20,7 +20,6 @@ from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.memory import BACKENDS
-from emotrain.families.sniff import refuse_other_vae
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Pictures, Scans, pictures_of, scan_preset
@@ -87,6 +86,7 @@ def preflight(
                 result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
     _look_at_parts(preset, result, at)
     _look_at_parents(preset, result, at)
+    _rehearse(preset, result)
     _look_at_data(preset, result, progress)
     result.failures.extend(_missing_packages(preset, at))
     if runs_dir is not None:
@@ -112,8 +112,6 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
         return
     try:
         refuse_incomplete(found, has_vae=model.vae is not None, has_text=model.text_encoder is not None)
-        if not is_builtin(model.base):
-            _refuse_misfit(preset, found)
     except ModelError as error:
         result.failures.append(error)
     result.found = found
@@ -123,11 +121,25 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
     result.facts.append(("model", f"{model.base}: {title}{variant}, {found.prediction}, {size}"))
 
 
-def _refuse_misfit(preset: Preset, found: Sniffed) -> None:
-    if found.kind == "folder":
-        from emotrain.families.fitting import refuse_misfit  # needs torch, which costs seconds
+def _rehearse(preset: Preset, result: Preflight) -> None:
+    """Put the run together without weights, where the preset or the model is such that a part could refuse it."""
+    network, model = preset.network, preset.model
+    told = (
+        not isinstance(network.targets, str) or network.rank_pattern or network.type != "lora" or network.text_encoder,
+        preset.start_from.continue_ is not None or preset.start_from.stack,
+        preset.train.loss != type(preset.train.loss)() or model.prediction != "auto",
+        preset.save.format != "auto" or preset.train.optimizer.name in _PACKAGES,
+    )
+    if result.found is None or result.failures:
+        return
+    if not any(told) and (is_builtin(model.base) or result.found.kind == "hub"):
+        return
+    from emotrain.runs.rehearsal import rehearse  # needs torch, which costs seconds
 
-        refuse_misfit(found, preset.sample.steps)
+    try:
+        rehearse(preset, result.found, whole=any(told))
+    except EmotrainError as error:
+        result.failures.append(error)
 
 
 def _look_at_encoder(preset: Preset, found: Sniffed, result: Preflight, at: Where) -> None:
@@ -249,11 +261,10 @@ def _look_at_parts(preset: Preset, result: Preflight, at: Where) -> None:
             except ModelError as error:
                 result.failures.append(error)
     if result.found is not None and not result.failures and preset.model.vae is not None:
-        folder = Path(preset.model.vae)
-        config = next((f for f in (folder / "vae" / "config.json", folder / "config.json") if f.is_file()), None)
+        from emotrain.families.fitting import refuse_misfit_vae  # needs torch, which costs seconds
+
         try:
-            if config is not None:
-                refuse_other_vae(preset.model.vae, read_json(config), result.found)
+            refuse_misfit_vae(preset.model.vae, result.found)
         except ModelError as error:
             result.failures.append(error)
     if result.found is not None and not result.failures:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from emotrain.cli.app import main
 from emotrain.families.table import ASSETS
@@ -52,6 +52,20 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
         2,
     ),
     "LoKr and LoRA in one file to continue": ({"more": "start_from: {continue: ./mixture.safetensors}"}, 4),
+    "a file as VAE with other channels": ({"model": "{base: builtin:tiny-sd, vae: ./sixteen.safetensors}"}, 4),
+    "a file as VAE that lacks a tensor": ({"model": "{base: builtin:tiny-sd, vae: ./holes.safetensors}"}, 4),
+    "a loss of diffusion models on a flow": ({"model": "builtin:tiny-flux", "more": "min_snr_gamma: 5"}, 2),
+    "a shift of flows on a diffusion model": ({"more": "discrete_flow_shift: 3"}, 2),
+    "zero terminal SNR with epsilon": ({"model": "{base: builtin:tiny-sd, prediction: epsilon}"}, 4),
+    "targets that match nothing": ({"rank": "targets: ['nothing.*']"}, 2),
+    "a rank pattern that matches nothing": ({"rank": "rank_pattern: {nothing: 3}"}, 2),
+    "a LoRA of other sizes to continue": ({"more": "start_from: {continue: ./wide.safetensors}"}, 4),
+    "a LoRA of other sizes in the stack": ({"more": "start_from: {stack: [./wide.safetensors]}"}, 4),
+    "a LoRA that trains CLIP too": ({"more": "start_from: {continue: ./clip.safetensors}"}, 2),
+    "a layer that diffusers does not read back": (
+        {"model": "builtin:tiny-flux", "rank": "targets: [norm_out.linear]", "more": "save: {format: kohya}"},
+        4,
+    ),
     "a LoKr with a factor missing": ({"more": "start_from: {stack: [./half.safetensors]}"}, 4),
 }
 
@@ -104,6 +118,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     half = {f"{stem}.lokr_w1": torch.ones(2, 2)}
     save_file(half, tmp_path / "half.safetensors")
+    wide = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    layer = {f"{wide}.lora_down.weight": torch.ones(2, 320), f"{wide}.lora_up.weight": torch.ones(320, 2)}
+    save_file(layer, tmp_path / "wide.safetensors")
+    clip = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    both = {f"{clip}.lora_down.weight": torch.ones(2, 128), f"{clip}.lora_up.weight": torch.ones(128, 2)}
+    both |= {f"{wide}.lora_down.weight": torch.ones(2, 96), f"{wide}.lora_up.weight": torch.ones(96, 2)}
+    save_file(both, tmp_path / "clip.safetensors")
+    vae = load_file(ASSETS / "tiny-sd" / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: value for name, value in vae.items() if name != "encoder.conv_in.bias"}, tmp_path / "holes.safetensors"
+    )
+    vae["decoder.conv_in.weight"] = torch.ones(64, 16, 3, 3)
+    save_file(vae, tmp_path / "sixteen.safetensors")
     other = stem.replace("proj_in", "proj_out")
     mixture = {**half, f"{stem}.lokr_w2": torch.ones(64, 64)}
     mixture |= {f"{other}.lora_down.weight": torch.ones(2, 128), f"{other}.lora_up.weight": torch.ones(128, 2)}
