@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from emotrain.cli.app import COMMANDS
+from emotrain.config.builtin import shipped_presets
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -46,3 +47,9 @@ def test_every_command_that_is_named_exists(page: Path) -> None:
     used = {match[1] for words in quoted for match in COMMAND.finditer(words)}
     prose = {"is", "has", "was", "and", "reads", "writes"}
     assert sorted(used - {command.name for command in COMMANDS} - prose) == []
+
+
+def test_the_guide_of_models_names_every_preset() -> None:
+    guide = (ROOT / "docs" / "guides" / "models.md").read_text(encoding="utf-8")
+    names = [name for name in shipped_presets() if not name.startswith("quickstart")]
+    assert [name for name in names if f"`{name}`" not in guide] == []
