@@ -21,7 +21,7 @@ PACKAGE = Path(emotrain.__file__).parent
 LEVELS = [
     {"errors", "files"},
     {"config", "pulse", "facts", "ranks"},
-    {"diffusion", "batch"},
+    {"diffusion", "batch", "transfer"},
     {"families", "lora", "dataset", "optim"},
     {"train"},
     {"observers", "report"},

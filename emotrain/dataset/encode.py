@@ -1,7 +1,7 @@
 """Every picture and text through the frozen encoders once, by way of the cache.
 
-One picture or text at a time: what an encoder gives for it then depends on it alone, and not on its
-neighbours in a batch. Reading and decoding run ahead in two threads.
+One text at a time, and on the CPU one picture: what an encoder gives for it then depends on it alone. A GPU may be
+given several pictures of one size at once: the same to rounding. Reading and decoding run ahead in two threads.
 
 Shape letters: C latent channels, h w latent height and width, S tokens, D width.
 """
@@ -36,12 +36,14 @@ from emotrain.errors import DatasetError, ModelError, Problem
 
 Progress = Callable[[str, int, int], None]  # phase ("pictures" or "captions"), done, total
 AHEAD = 4  # pictures decoded before they are needed
+MOST_WAITING = 32  # pictures decoded that wait for others of their size
 
 
 class Encoder(Protocol):
     """What this room needs of a model family."""
 
     vae_scale: int
+    pictures_at_once: int
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in -1..1 -> latents float32 [B, C, h, w]."""
@@ -101,19 +103,23 @@ def encode_pictures(
         ModelError: the VAE gives numbers that are not finite.
     """
     reader = _Reader(encoder.vae_scale, encoder.vae_identity(), frozenset(also_flipped), background, cache)
-    items: list[Item] = []
+    jobs: list[_Job] = []
+    waiting = _Waiting(encoder, cache)
     problems: list[Problem] = []
     for done, future in enumerate(_run_ahead(reader.read, work), start=1):
         try:
-            jobs = future.result()
+            found = future.result()
         except FileProblem as problem:
             problems.append(Problem(problem.message, problem.hint))
-            jobs = []
-        items += [_finish(encoder, job, cache) for job in jobs if not problems]
+            found = []
+        for job in found if not problems else ():
+            waiting.add(job)
+            jobs.append(job)
         progress("pictures", done, len(work))
     if problems:
         raise DatasetError(problems[0].message, problems[0].hint, problems=tuple(problems))
-    return items
+    waiting.encode_all()
+    return [_item(job) for job in jobs]
 
 
 def encode_texts(
@@ -151,18 +157,48 @@ def _encode_text(encoder: Encoder, text: str) -> Tensors:
     return rows
 
 
-def _finish(encoder: Encoder, job: _Job, cache: Cache) -> Item:
-    for flipped, known in job.found.items():
-        if known is None:
+class _Waiting:
+    """Decoded pictures until there are enough of one size to encode them together."""
+
+    def __init__(self, encoder: Encoder, cache: Cache) -> None:
+        self.encoder, self.cache = encoder, cache
+        self.by_size: dict[torch.Size, list[tuple[_Job, bool]]] = {}
+
+    def add(self, job: _Job) -> None:
+        """Take what a job still lacks, and encode what is enough."""
+        lacking = [flipped for flipped, known in job.found.items() if known is None]
+        for flipped in lacking:
             assert job.pixels is not None
-            pixels = job.pixels.flip(-1) if flipped else job.pixels
-            with torch.no_grad():
-                latents = encoder.encode_images(pixels[None])[0].detach().cpu().float().clone()
+            same = self.by_size.setdefault(job.pixels.shape, [])
+            same.append((job, flipped))
+            if len(same) >= self.encoder.pictures_at_once:
+                self._encode(job.pixels.shape)
+        if not lacking:
+            job.pixels = None
+        if sum(map(len, self.by_size.values())) > MOST_WAITING:
+            self._encode(max(self.by_size, key=lambda size: len(self.by_size[size])))
+
+    def encode_all(self) -> None:
+        """Encode all that still waits."""
+        for size in list(self.by_size):
+            self._encode(size)
+
+    def _encode(self, size: torch.Size) -> None:
+        asked = self.by_size.pop(size)
+        pixels = [job.pixels.flip(-1) if flipped else job.pixels for job, flipped in asked if job.pixels is not None]
+        with torch.no_grad():
+            made = self.encoder.encode_images(torch.stack(pixels)).detach().cpu().float()
+        for (job, flipped), latents in zip(asked, made, strict=True):
             if not bool(latents.isfinite().all()):
                 hint = "set model.dtype to fp32, or model.vae to one made for fp16"
                 raise ModelError(f"VAE gives numbers that are not finite for {job.example.id}", hint)
-            cache.put("latents", job.keys[flipped], {"latents": latents})
-            job.found[flipped] = latents
+            job.found[flipped] = latents.clone()
+            self.cache.put("latents", job.keys[flipped], {"latents": latents})
+            if None not in job.found.values():
+                job.pixels = None
+
+
+def _item(job: _Job) -> Item:
     upright, mask = job.found[False], job.mask
     assert upright is not None
     if mask is not None and bool((mask == 1.0).all()):

@@ -128,6 +128,11 @@ class LoadedFamily(ABC):
         pixels: Tensor = self.vae.decode(raw.to(weight.device, weight.dtype)).sample
         return pixels.float().cpu()
 
+    @property
+    def pictures_at_once(self) -> int:
+        """How many of the largest pictures `encode_images` is given at once."""
+        return self.memory.pictures_at_once if self.memory is not None else 1
+
     def tile_vae(self, wanted: bool) -> None:
         """Let the VAE work in overlapping tiles, or on whole pictures."""
         if hasattr(self.vae, "tile_latent_min_size"):

@@ -20,6 +20,7 @@ VAE_GIB = 0.2  # the decoder in float32, which stays for samples
 VAE_ENCODER_GIB = 0.13  # goes when all pictures are encoded
 # Float32 maps of the VAE's first width at full size that its passes hold at once, counted on the meta device.
 ENCODE_MAPS, DECODE_MAPS = 5.0, 6.0
+MOST_AT_ONCE = 8  # pictures that a VAE encodes together
 TILE = 512  # pixels: the side of the pieces that a VAE works in where there is no room for the whole
 AWAY = 3  # blocks on the device at a time where the others wait in the computer's memory
 SPARE = 1.08  # workspace and fragments on top of activations
@@ -93,6 +94,7 @@ class MemoryPlan:
         sentence: all of it for people.
         stages: encode, train, validate, sample and save, each with its peak.
         tile_encode: the VAE encodes in tiles, and `tile_decode`: it decodes in tiles.
+        pictures_at_once: how many of the largest pictures the VAE encodes together.
         encoders: form of each text encoder while the data set is encoded, see `place_encoders`.
     """
 
@@ -106,6 +108,7 @@ class MemoryPlan:
     tile_encode: bool = False
     tile_decode: bool = False
     encoders: tuple[tuple[str, str], ...] = ()
+    pictures_at_once: int = 1
 
     @property
     def encoder_forms(self) -> dict[str, str]:
@@ -217,9 +220,14 @@ def _plan(
         "sample": held + max(needs.sample, needs.decode[tile_decode]) * SPARE,
         "save": held + needs.saved,
     }
+    at_once = 1
+    if budget is not None and not tile_encode and needs.encode[0]:  # as many as take no more than training does
+        room = min(max(stages.values()), budget) - encoding
+        at_once = max(1, min(MOST_AT_ONCE, 1 + int(room / needs.encode[0])))
+        stages["encode"] += (at_once - 1) * needs.encode[0]
     return MemoryPlan(
         kind, checkpointing, offload, max(stages.values()), budget, "", tuple(stages.items()), tile_encode, tile_decode,
-        tuple(forms.items()),
+        tuple(forms.items()), at_once,
     )  # fmt: skip
 
 

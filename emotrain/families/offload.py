@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from emotrain.families.quantize import LORA_HOLDERS
-from emotrain.families.transfer import Unpack, fill, layout
+from emotrain.transfer import Unpack, fill, layout
 
 AHEAD = 2  # blocks whose kernels may be waiting on the GPU before the host waits: more would hold more copies
 

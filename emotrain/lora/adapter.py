@@ -21,6 +21,7 @@ from emotrain.lora.half import HalfLora, HalfWeights
 from emotrain.lora.inject import activate, fitted, fitted_krons, initialise, install, set_weights
 from emotrain.lora.kron import Kron
 from emotrain.lora.lokr import HalfLokr, Lokr, attach, empty
+from emotrain.transfer import fetch
 
 STACK = "stack"
 HIDDEN = "hidden"  # the stack that samples are drawn without
@@ -154,7 +155,8 @@ class Adapter:
 
     def state(self) -> dict[str, Tensor]:
         """Float32 copies on the CPU under the keys of `named_parameters`."""
-        return {key: p.detach().to("cpu", torch.float32, copy=True) for key, p in self.named_parameters()}
+        keys, parameters = zip(*self.named_parameters(), strict=True)
+        return dict(zip(keys, (copy.float() for copy in fetch(parameters)), strict=True))
 
     def file_state(self) -> dict[str, Tensor]:
         """As `state`, under the canonical names of files ("unet.", "text_encoder.text_model.", ...)."""

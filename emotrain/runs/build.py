@@ -22,7 +22,6 @@ from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
-from emotrain.families.transfer import send
 from emotrain.lora.adapter import Adapter, hidden_off
 from emotrain.lora.file import LoraFile
 from emotrain.optim.averaged import Averaged
@@ -35,11 +34,13 @@ from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
 from emotrain.runs.data import Pictures
 from emotrain.runs.draw import Sampler
+from emotrain.runs.encoding import Encoders
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.graphs import Graphs
 from emotrain.train.losses import LossBaseline, expected_by_bins, noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.preservation import Preservation
 from emotrain.train.validation import Validation
+from emotrain.transfer import send
 
 Notify = Callable[[Event], None]
 VALIDATION_DRAWS = 4
@@ -164,8 +165,10 @@ def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: Loa
     flipped = [] if pictures.held_out else flipped_ids(preset, pictures)
     cache = Cache(warn=lambda line: notify(Notice(line)))
     with model.adapter.off():  # what is cached belongs to the base (and the stack), not to a trained text encoder
+        # what a batch gives depends on its neighbours, by rounding
+        at_once = 1 if preset.train.deterministic is True else model.family.pictures_at_once
         whole = prepare(
-            model.family,
+            Encoders(model.family, at_once, notify),
             pictures.all,
             settings,
             cache,

@@ -36,6 +36,7 @@ from emotrain.families.texts import encoder_parameters, quantizable_parameters, 
 from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
 from emotrain.train.validation import SMALL
+from emotrain.transfer import AT_ONCE
 
 EVERY_BACKEND = frozenset(BACKENDS)
 
@@ -119,7 +120,7 @@ class Memory:
             decode=self.vae_pass(DECODE_MAPS, drawn),
             validate=wide * forward * area,
             sample=at_once * forward * drawn,
-            saved=self.state(),
+            saved=self.state() + min(self.state() + self.lora(), AT_ONCE / GIB),
             resident=(kept.other_weights + AWAY * kept.block_weights) * self.itemsize / GIB,
         )
 

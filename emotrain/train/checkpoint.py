@@ -14,7 +14,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -378,30 +378,21 @@ def to_files(step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: 
     import torch
     from safetensors.torch import save
 
+    from emotrain.transfer import fetch
+
     files = {}
-    for stem, named in tensors.items():
+    for stem, given in tensors.items():
+        named = dict(zip(given, fetch(list(given.values())), strict=True))
         for name, tensor in named.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise DivergedError(
                     f"step {step} was not saved: `{name}` of `{stem}` is not finite",
                     "the checkpoints before it are whole",
                 )
-        files[f"{stem}.safetensors"] = save(dict(_unshared(named)), metadata={"step": str(step)})
+        files[f"{stem}.safetensors"] = save(named, metadata={"step": str(step)})
     for stem, value in documents.items():
         files[f"{stem}.json"] = encode_json({"step": step, "value": value})
     return files
-
-
-def _unshared(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors on the CPU, each with memory of its own, as the file format wants it."""
-    seen = set()
-    for name, tensor in named.items():
-        plain = tensor.detach().to("cpu").contiguous()
-        storage = plain.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        yield name, plain
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

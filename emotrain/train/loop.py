@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Batch, Labels, embeddings_and_masks
-from emotrain.families.transfer import send
 from emotrain.pulse.gain import PATIENCE, SHRINK
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.ranks import ALONE, Ranks
@@ -29,6 +28,7 @@ from emotrain.train.memory import OutOfMemory, with_memory
 from emotrain.train.preservation import Preservation
 from emotrain.train.state import LIMIT, TrainState, describe
 from emotrain.train.validation import Validation
+from emotrain.transfer import send
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Batch, Conditioning, TextEmbeds, embeddings_and_masks
-from emotrain.families.transfer import send
+from emotrain.transfer import send
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective

@@ -113,9 +113,11 @@ def tiny_family() -> Any:
 
     class TinyFamily:
         vae_scale = 8
+        pictures_at_once = 1
 
         def __init__(self) -> None:
             self.pictures = 0
+            self.batches: list[tuple[int, ...]] = []
             self.texts: list[str] = []
             self.vae = "vae-1"
             self.text = "text-1"
@@ -125,6 +127,7 @@ def tiny_family() -> Any:
             assert pixels.min() >= -1
             assert pixels.max() <= 1
             self.pictures += len(pixels)
+            self.batches.append(tuple(pixels.shape))
             means = torch.nn.functional.avg_pool2d(pixels, 8)
             return torch.cat([means, means.mean(1, keepdim=True)], dim=1)
 

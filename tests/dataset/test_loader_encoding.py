@@ -333,3 +333,41 @@ def test_entries_say_what_they_are_for(root: Path, tmp_path: Path, tiny_family: 
     data = path.read_bytes()
     head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert path == entry_path(tmp_path / "c", "latents", head["__metadata__"]["key"])
+
+
+def mixed(folder: Any, make: Any) -> Any:
+    """Five pictures of two sizes, the sizes taking turns."""
+    shapes = [(96, 64), (64, 96), (96, 64), (64, 96), (96, 64)]
+    root = folder({f"{i}.png": make.encode(make.noise(*shape, seed=i)) for i, shape in enumerate(shapes)})
+    return examples(root, flip=True)
+
+
+def test_pictures_of_one_size_are_encoded_together_and_come_back_in_order(
+    folder: Any, make: Any, tmp_path: Path, tiny_family: Any
+) -> None:
+    found = mixed(folder, make)
+    alone = load(tiny_family, found, tmp_path / "alone")
+    assert {shape[0] for shape in tiny_family.batches} == {1}
+    tiny_family.batches, tiny_family.pictures_at_once = [], 4
+    together = load(tiny_family, found, tmp_path / "together")
+    assert sorted(shape[0] for shape in tiny_family.batches) == [2, 4, 4]
+    assert [item.example.id for item in together.items] == [item.example.id for item in alone.items]
+    for one, other in zip(alone.items, together.items, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert one.flipped is not None
+        assert other.flipped is not None
+        assert torch.equal(one.flipped, other.flipped)
+    entries = [sorted(path.name for path in (tmp_path / name).rglob("*.safetensors")) for name in ("alone", "together")]
+    assert entries[0] == entries[1]
+
+
+def test_no_more_than_a_few_decoded_pictures_wait(
+    folder: Any, make: Any, tmp_path: Path, tiny_family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emotrain.dataset import encode
+
+    monkeypatch.setattr(encode, "MOST_WAITING", 3)
+    tiny_family.pictures_at_once = 100
+    load(tiny_family, mixed(folder, make), tmp_path / "c")
+    assert tiny_family.pictures == 10
+    assert max(shape[0] for shape in tiny_family.batches) <= 4

@@ -25,6 +25,8 @@ try run quickstart "${short[@]}" --name checkpointed --set train.gradient_checkp
 for optimizer in emoairy emocats emonavi; do
   try run quickstart "${short[@]}" --name "$optimizer" --set "train.optimizer=$optimizer" --set sample.every=0
 done
+echo "== pretend CUDA: copies of a checkpoint"
+"$python" tests/gpu/pretend_cuda.py run tests/gpu/saves.py 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
 echo "== pretend CUDA: the check"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/check.py --tiny --out "$runs/check.jsonl" \
   --stages doctor,exact,kernels,sdxl,sdxl-memory,flux-kinds,flux,fp16

@@ -80,7 +80,7 @@ def test_a_real_sized_model_is_planned_from_its_header(sdxl_plan: planning.Plan)
     assert stages["train"] == pytest.approx(sum(parts.values()))
     assert plan.needed == max(stages.values())
     assert stages["encode"] == pytest.approx(0.6 + 0.33 + 2.5 + 1.52, abs=0.02)  # encoders, VAE, its pass over 1,024 px
-    assert stages["sample"] - stages["save"] == pytest.approx(3.0 * 1.08 - parts["optimizer state"], abs=0.01)
+    assert stages["sample"] - stages["save"] == pytest.approx(3.0 * 1.08 - parts["optimizer state"] - 0.25, abs=0.01)
     by_size = dict(plan.verdicts)
     assert by_size[24].fits
     assert by_size[8].needed_gib < by_size[24].needed_gib
