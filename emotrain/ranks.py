@@ -1,7 +1,8 @@
 """Several processes that train one LoRA together, one on each GPU: what they add up, and what they agree on.
 
 torch.distributed does the work; torchrun, or `--gpus` through the same launcher, starts the processes. Each has a rank,
-counted from 0; rank 0 writes the files and speaks to the user. torch is loaded by the processes of such a run alone.
+counted from 0. One of them leads, rank 0 unless another has the folder of the run that goes on: it writes the files and
+speaks to the user. torch is loaded by the processes of such a run alone.
 """
 
 from __future__ import annotations
@@ -48,13 +49,18 @@ class Ranks:
     """A run in one process: it has everything, and agrees with itself."""
 
     rank, world, local_rank, restarts = 0, 1, 0, 0
+    lead = 0  # the rank that writes the files and speaks to the user
     launch: tuple[str, ...] = ()
     stopped = False  # whether any of several processes was told to stop, as of the last step
 
     @property
     def first(self) -> bool:
         """Whether this process writes the files and speaks to the user."""
-        return self.rank == 0
+        return self.rank == self.lead
+
+    def lead_where(self, there: bool) -> bool:
+        """Let the first process lead that has the run's folder, maybe on another machine; whether any has."""
+        return there
 
     def has(self, number: int) -> bool:
         """Whether the piece of work of that number is this process's."""
@@ -69,8 +75,13 @@ class Ranks:
         """
         return [value]
 
+    def told(self, value: T | None) -> T:
+        """What the leading process has (as JSON has it), in every process; the others' value does not matter."""
+        assert value is not None
+        return value
+
     def send(self, content: bytes | None) -> bytes:
-        """What rank 0 has, in every process; the others give None."""
+        """What the leading process has, in every process; the others give None."""
         assert content is not None
         return content
 
@@ -131,18 +142,28 @@ class JoinedRanks(Ranks):
         """See `Ranks.meet`."""
         return self._exchange(value, None)
 
+    def lead_where(self, there: bool) -> bool:
+        """See `Ranks.lead_where`."""
+        found = self.meet(there)
+        self.lead = found.index(True) if any(found) else 0
+        return any(found)
+
+    def told(self, value: T | None) -> T:
+        """See `Ranks.told`."""
+        found = self.meet(value)[self.lead]
+        assert found is not None
+        return found
+
     def send(self, content: bytes | None) -> bytes:
         """See `Ranks.send`."""
         import torch
         import torch.distributed as dist
 
-        size = self.meet(None if content is None else len(content))[0]
-        assert size is not None
-        whole = torch.empty(size, dtype=torch.uint8)
+        whole = torch.empty(self.told(None if content is None else len(content)), dtype=torch.uint8)
         if content is not None:
             whole.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         with _lost():
-            dist.broadcast(whole, 0)
+            dist.broadcast(whole, self.lead)
         return whole.numpy().tobytes()
 
     @contextlib.contextmanager
@@ -227,7 +248,7 @@ class JoinedRanks(Ranks):
         return [row.numpy().tobytes()[: int(size)] for row, size in zip(rows, sizes, strict=True)]
 
     def _unpacked(self, packed: Mapping[str, Any], rank: int, own: EmotrainError | None) -> EmotrainError:
-        """The error of a process as all raise it; only rank 0 tells it."""
+        """The error of a process as all raise it; only the one that leads tells it."""
         where = f"rank {rank}: " if rank else ""
         problems = tuple(Problem(where + message, hint) for message, hint in packed["problems"])
         kind = getattr(errors, packed["kind"], EmotrainError)

@@ -169,12 +169,14 @@ def begun_before(ranks: Ranks, target: Path) -> bool:
     """
     if not ranks.restarts:
         return False
-    folder, goes_on = RunFolder(target), False
+    folder = RunFolder(target)
     with ranks.together():
-        if ranks.first and folder.info_path.is_file():
-            is_own = bool(set(folder.info().get("launch") or ()) & set(ranks.launch))
-            goes_on = is_own and bool(step_folders(folder.checkpoints_dir))
-            if is_own and not goes_on:
-                names = (target.with_name(f"{target.name}-lost-{number}") for number in range(1, 10**6))
-                target.rename(next(free for free in names if not free.exists()))
-        return ranks.meet(goes_on)[0]
+        is_own = folder.info_path.is_file() and bool(set(folder.info().get("launch") or ()) & set(ranks.launch))
+        if not ranks.lead_where(is_own):
+            return False
+        goes_on = ranks.told(any(step_folders(folder.checkpoints_dir)) if ranks.first else None)
+        if ranks.first and not goes_on:
+            names = (target.with_name(f"{target.name}-lost-{number}") for number in range(1, 10**6))
+            target.rename(next(free for free in names if not free.exists()))
+        ranks.meet(None)
+        return goes_on

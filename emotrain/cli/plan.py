@@ -60,7 +60,7 @@ def plan(
 
 def _show(made: Plan) -> None:
     from emotrain.families.table import FAMILIES
-    from emotrain.runs.plan import RANGE, rounded_epochs
+    from emotrain.runs.plan import RANGE, rounded_epochs, second_gpu
 
     work, found = made.work, made.found
     size = "x".join(map(str, work.largest.size))
@@ -96,6 +96,19 @@ def _show(made: Plan) -> None:
     output.table([(f"{size} GB", _verdict(memory)) for size, memory in made.verdicts])
     output.result("")
     output.table([(name, _size(gib)) for name, gib in made.disk], header=("disk", ""))
+    output.result("")
+    second = second_gpu(made)
+    times = " or ".join(f"{seconds * 1000:,.0f} ms over {name}" for name, seconds in second.exchange_s.items())
+    output.table(
+        [
+            (
+                "a second GPU",
+                f"`--gpus 2`: {second.samples} pictures a step, {second.steps_per_epoch:g} steps an epoch",
+            ),
+            ("", f"a step takes as long as on one, and {times} for the exchange"),
+            ("", f"as much memory on each, and {_size(second.more_gib)}"),
+        ]
+    )
     output.result("")
     if made.free_gib is None:
         output.result("this machine: no GPU was found, so there is nothing to compare with")

@@ -66,22 +66,23 @@ def go_on(
     checkpoint: int | None = None,
     allow_config_change: bool = False,
 ) -> None:
-    """Go on with a run; of several processes rank 0 has its folder and tells the others its preset.
+    """Go on with a run; of several processes the one that has its folder leads, and tells the others its preset.
 
     Raises:
         EmotrainError: as `runs.start.resume`.
     """
     from emotrain.cli.training import show
     from emotrain.config.load import load
-    from emotrain.runs.folder import KeptByRank0, open_run, refuse_finished, refuse_foreign_parts
+    from emotrain.runs.folder import INFO, KeptByTheLead, open_run, refuse_finished, refuse_foreign_parts
 
     with ranks.together(), tempfile.TemporaryDirectory(prefix="emotrain-preset-") as sent:
-        folder = open_run(run, runs_dir) if ranks.first else KeptByRank0(Path(run))
+        ranks.lead_where(any((path / INFO).is_file() for path in (Path(run), runs_dir / run)))
+        folder = open_run(run, runs_dir) if ranks.first else KeptByTheLead(Path(run))
         path = folder.preset_path
         if ranks.first:
             refuse_foreign_parts(folder)
         if ranks.world > 1:
-            text = ranks.meet(path.read_text(encoding="utf-8") if ranks.first else "")[0]
+            text = ranks.told(path.read_text(encoding="utf-8") if ranks.first else None)
             if not ranks.first:
                 path = Path(sent) / path.name
                 path.write_text(text, encoding="utf-8")

@@ -170,19 +170,19 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
-class KeptByRank0(RunFolder):
-    """The folder as the other processes of a run have it: rank 0 holds and writes it, maybe on another machine."""
+class KeptByTheLead(RunFolder):
+    """The folder as the other processes of a run have it: one of them holds and writes it, maybe on another machine."""
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Rank 0 holds it."""
+        """The leading process holds it."""
         yield
 
     def write_preset(self, preset: Mapping[str, Any]) -> None:
-        """Rank 0 does."""
+        """The leading process does."""
 
     def update_info(self, **fields: Any) -> None:
-        """Rank 0 does."""
+        """The leading process does."""
 
 
 def create_run(

@@ -137,7 +137,7 @@ def read_the_same(preset: Preset, known: Mapping[str, str] | None, ranks: Ranks)
     if ranks.world == 1:
         return read_pictures(preset, known)
     pictures = read_pictures(preset, known) if ranks.first else None
-    first = ranks.meet(None if pictures is None else example_digests(pictures.all))[0]
+    first = ranks.told(None if pictures is None else example_digests(pictures.all))
     return pictures or read_pictures(preset, first)
 
 

@@ -190,7 +190,37 @@ def plan_run(
     low, work = planned_dtype(preset.model.dtype, device), _work(pictures, settings, preset)
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
     free = min(room or 0.0 for room in ranks.meet(free_gib(device)))
-    return Memory(preset, found, activation_memory, low.itemsize, free).choose()
+    memory = Memory(preset, found, activation_memory, low.itemsize, free)
+    if ranks.world > 1:
+        free -= exchanged_gib(memory.trained)
+        memory = Memory(preset, found, activation_memory, low.itemsize, free)
+    return memory.choose()
+
+
+def exchanged_gib(num_trained: int) -> float:
+    """What several processes exchange each step, and hold once for that: the LoRA's gradients in float32."""
+    return num_trained * 4 / 2**30
+
+
+@dataclass(frozen=True)
+class SecondGpu:
+    """What two GPUs make of a run; a step takes as long as on one, and the exchange."""
+
+    samples: int  # of a step
+    steps_per_epoch: float
+    more_gib: float  # on each, beside what one needs alone
+    exchange_s: dict[str, float]  # by what connects the two: the time to send `more_gib` over it
+
+
+SPEEDS = {"PCIe of 8 GB/s": 8e9, "a network of 1 Gbit/s": 1.25e8}  # bytes a second
+
+
+def second_gpu(plan: Plan) -> SecondGpu:
+    """What the run would be with `--gpus 2`."""
+    accumulation = round(plan.work.batches_per_epoch / plan.work.steps_per_epoch)
+    gib = exchanged_gib(plan.num_trained)
+    times = {name: gib * 2**30 / speed for name, speed in SPEEDS.items()}
+    return SecondGpu(2 * plan.batch * accumulation, plan.work.steps_per_epoch / 2, gib, times)
 
 
 def _largest(place: Placement, preset: Preset, found: Sniffed) -> tuple[int, int, int]:
@@ -256,7 +286,7 @@ def _num_texts(examples: tuple[Example, ...], settings: LoaderSettings) -> int:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan for programs."""
-    work, found = plan.work, plan.found
+    work, found, second = plan.work, plan.found, second_gpu(plan)
     return {
         "model": {
             "family": found.family, "variant": found.variant, "prediction": found.prediction,
@@ -291,6 +321,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             for size, p in plan.verdicts
         },
         "disk_gib": {name: round(gib, 3) for name, gib in plan.disk},
+        "second_gpu": {
+            "samples_per_step": second.samples, "steps_per_epoch": second.steps_per_epoch,
+            "more_gib": round(second.more_gib, 4),
+            "exchange_s": {name: round(seconds, 4) for name, seconds in second.exchange_s.items()},
+        },
         "free_gib": None if plan.free_gib is None else round(plan.free_gib, 2),
         "fits": plan.fits,
     }  # fmt: skip

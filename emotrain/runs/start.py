@@ -14,7 +14,7 @@ from emotrain.observers.dashboard import Dashboard
 from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import changes, out_of_memory
 from emotrain.runs.finish import Result, end_event, finish
-from emotrain.runs.folder import KeptByRank0, RunFolder, create_run, library_versions, name_taken
+from emotrain.runs.folder import KeptByTheLead, RunFolder, create_run, library_versions, name_taken
 from emotrain.runs.loaded import Beginning, Loaded, go_back, load
 from emotrain.runs.training import train
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore, from_files, to_files
@@ -49,7 +49,7 @@ def run(
             out_of_memory.try_largest(loaded, begin.state, watching.notify)  # not saved yet: a signal ends it here
         with stop_signals(observers, ranks) as signals:
             with ranks.together():
-                folder: RunFolder = KeptByRank0(target)
+                folder: RunFolder = KeptByTheLead(target)
                 if ranks.first:
                     folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **loaded.facts())
             with holding(folder, ranks):
@@ -70,8 +70,7 @@ def train_and_finish(
     with ranks.together():
         if ranks.first:
             result = finish(loaded, trained, folder, watching.notify, signals)
-        code = ranks.meet(None if result is None else int(result.exit_code))[0]
-    assert code is not None
+        code = ranks.told(None if result is None else int(result.exit_code))
     return result or Result(folder, end_event(loaded, trained, folder), ExitCode(code))
 
 
@@ -113,7 +112,7 @@ def resume(
         with holding(folder, ranks):
             with ranks.together():
                 store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
-                checkpoint, notices = read_on_rank_0(store, step, ranks)
+                checkpoint, notices = read_by_the_lead(store, step, ranks)
                 before = changes.Identity.from_document(checkpoint.documents["identity"])
                 loaded = load(preset, notify, before.examples, ranks)
                 if ranks.first:
@@ -144,7 +143,7 @@ def resume(
         watching.close()
 
 
-def read_on_rank_0(store: CheckpointStore, step: int | None, ranks: Ranks) -> tuple[Checkpoint, list[str]]:
+def read_by_the_lead(store: CheckpointStore, step: int | None, ranks: Ranks) -> tuple[Checkpoint, list[str]]:
     """The checkpoint, and a line for each one skipped; the other processes get it sent: they may not see that disk."""
     if ranks.world == 1:
         return store.load(step)
@@ -155,7 +154,7 @@ def read_on_rank_0(store: CheckpointStore, step: int | None, ranks: Ranks) -> tu
         checkpoint, notices = store.load(step)
         files = to_files(checkpoint.step, checkpoint.tensors, checkpoint.documents)
         told = {"step": checkpoint.step, "path": str(checkpoint.path), "best": checkpoint.best, "files": list(files)}
-    told = ranks.meet(told)[0]
+    told = ranks.told(told)
     contents = ((name, ranks.send(files.get(name))) for name in told["files"])
     return from_files(Path(told["path"]), told["step"], contents, best=told["best"]), notices
 

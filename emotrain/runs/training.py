@@ -40,7 +40,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the loop writes as it goes; of several processes rank 0 alone has a store and records."""
+    """What the loop writes as it goes; of several processes the leading one alone has a store and records."""
 
     loaded: Loaded
     expected: list[float]

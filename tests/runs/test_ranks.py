@@ -24,7 +24,7 @@ from emotrain.config.load import load
 from emotrain.config.schema import Preset
 from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import start
-from emotrain.runs.folder import KeptByRank0, RunFolder
+from emotrain.runs.folder import KeptByTheLead, RunFolder
 from emotrain.train.events import Notice, StepEnd
 
 PRESET = """
@@ -88,7 +88,7 @@ def run(place: Path, runs_dir: Path, *words: str, name: str = "run", ranks: Rank
 
 def go_on(place: Path, runs_dir: Path, *words: str, name: str = "run", ranks: Ranks = ALONE) -> Any:
     watch = Watch()
-    folder = RunFolder(runs_dir / name) if ranks.first else KeptByRank0(runs_dir / name)
+    folder = RunFolder(runs_dir / name) if ranks.first else KeptByTheLead(runs_dir / name)
     result = start.resume(folder, preset(place, words, name), observers=(watch,), ranks=ranks)
     return int(result.exit_code), watch.steps, watch.notices
 
