@@ -61,7 +61,7 @@ def launch(words: Sequence[str], gpus: int) -> int:
             codes = elastic_launch(config(gpus, logs), work)(list(words))
         except ChildFailedError as failure:
             rank, one = failure.get_first_failure()
-            return ended(rank, one.exitcode)
+            return ended(rank, one.exitcode, gpus)
     return int(codes[0])
 
 
@@ -120,7 +120,7 @@ def work(words: list[str]) -> int:
     return main(words)
 
 
-def ended(rank: int, code: int) -> int:
+def ended(rank: int, code: int, gpus: int) -> int:
     """The exit code of a run whose process `rank` ended with `code` by itself, which it has told unless it was killed.
 
     Raises:
@@ -133,7 +133,7 @@ def ended(rank: int, code: int) -> int:
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else "was lost"
         raise ResourceError(
             f"rank {rank} {how}, and with it the run",
-            "`emotrain resume RUN --gpus N` goes on from the newest checkpoint; too little memory is a usual cause",
+            f"`emotrain resume RUN --gpus {gpus}` goes on from the newest checkpoint; too little memory is a usual cause",
         )
     return code if code in set(ExitCode) else int(ExitCode.BUG)
 

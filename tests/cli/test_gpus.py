@@ -50,11 +50,11 @@ def test_the_launcher_s_words_are_those_of_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [-signal.SIGKILL, LOST])
 def test_a_lost_process_is_told_by_the_launcher(code: int) -> None:
     with pytest.raises(ResourceError, match=r"rank 1 was (killed \(SIGKILL\)|lost), and with it the run"):
-        ended(1, code)
+        ended(1, code, 2)
 
 
 def test_a_process_that_told_its_own_error_gives_its_exit_code() -> None:
-    assert [ended(1, code) for code in (3, 130, 1)] == [3, 130, 1]
+    assert [ended(1, code, 2) for code in (3, 130, 1)] == [3, 130, 1]
 
 
 class Started:

@@ -15,6 +15,7 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import ModelError
 from emotrain.families.table import sniff
+from emotrain.ranks import Ranks
 from emotrain.runs.adapters import check_modules
 
 UNET = "model.diffusion_model."
@@ -84,6 +85,37 @@ def test_a_real_sized_model_is_planned_from_its_header(sdxl_plan: planning.Plan)
     by_size = dict(plan.verdicts)
     assert by_size[24].fits
     assert by_size[8].needed_gib < by_size[24].needed_gib
+
+
+def test_a_second_gpu_doubles_the_step_and_sends_the_gradients(sdxl_plan: planning.Plan) -> None:
+    second = planning.second_gpu(sdxl_plan)
+    assert second.samples == 2 * sdxl_plan.batch * round(
+        sdxl_plan.work.batches_per_epoch / sdxl_plan.work.steps_per_epoch
+    )
+    assert second.steps_per_epoch == sdxl_plan.work.steps_per_epoch / 2
+    assert second.more_gib * 2**30 == 4 * sdxl_plan.num_trained
+    assert second.exchange_s["a network of 1 Gbit/s"] == pytest.approx(4 * sdxl_plan.num_trained / 1.25e8)
+
+
+def test_the_fullest_of_several_gpus_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process sees 0.75 GiB, another one 0.5: the plan is that of 0.5, less what is exchanged."""
+
+    class Two(Ranks):
+        world = 2
+
+        def meet(self, value: Any) -> list[Any]:
+            return [value, 0.5]
+
+    preset = load_preset("quickstart", ["train.micro_batch_size=16", "network.rank=64"])
+    monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(planning, "planned_dtype", lambda dtype, device: torch.bfloat16)
+    monkeypatch.setattr(planning, "free_gib", lambda device: 0.75)
+    found = planning.sniffed(preset)
+    words = (preset, found, planning.read_pictures(preset), planning.loader_settings(preset, found))
+    together = planning.plan_run(*words, Two())
+    trained = planning.make_plan(preset).num_trained
+    monkeypatch.setattr(planning, "free_gib", lambda device: 0.5 - planning.exchanged_gib(trained))
+    assert together == planning.plan_run(*words)
 
 
 @pytest.mark.parametrize("words", [[], ["train.micro_batch_size=16", "network.rank=64"]])
