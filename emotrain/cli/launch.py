@@ -133,7 +133,7 @@ def ended(rank: int, code: int, gpus: int) -> int:
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else "was lost"
         raise ResourceError(
             f"rank {rank} {how}, and with it the run",
-            f"`emotrain resume RUN --gpus {gpus}` goes on from the newest checkpoint; too little memory is a usual cause",
+            f"`emotrain resume RUN --gpus {gpus}` goes on from the newest checkpoint; too little memory is often why",
         )
     return code if code in set(ExitCode) else int(ExitCode.BUG)
 
