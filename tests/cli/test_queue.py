@@ -16,7 +16,8 @@ from emotrain.cli.training import tell_command
 TINY = """
 extends: quickstart
 dataset: {{folders: [{{path: {data}}}], trigger: x}}
-train: {{max_steps: 2}}
+train: {{max_steps: 2, loss: {{baseline: raw}}}}
+network: {{targets: attn}}
 validate: {{every: 100}}
 sample: {{every: 0, at_start: false}}
 log: {{tensorboard: false, notify: "{notify}"}}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from emotrain.families.common import LoadedFamily, Parts
@@ -243,9 +244,12 @@ def packed(family: LoadedFamily, pipeline: Any, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def listen(
     family: LoadedFamily, latents: Tensor, text: dict[str, Tensor], answer: Any = None, steps: int = 3,
-    stand: bool = True, **more: Any,
+    stand: bool = True, decoded: bool = True, **more: Any,
 ) -> Seen:  # fmt: skip
-    """Let the stock pipeline run from `latents` with its denoiser overheard; where they `stand`, they never change."""
+    """Let the stock pipeline run from `latents` with its denoiser overheard; where they `stand`, they never change.
+
+    Without `decoded` its picture is black, and the VAE does nothing.
+    """
     pipeline, words = stock_pipeline(family, text)
     height, width = (side * family.vae_scale for side in latents.shape[-2:])
     if stand:
@@ -255,7 +259,7 @@ def listen(
 
     def heard(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         raw.append(z)
-        return decode(z, *args, **kwargs)
+        return decode(z, *args, **kwargs) if decoded else DecoderOutput(z.new_zeros(z.shape[0], 3, *z.shape[2:]))
 
     with pytest.MonkeyPatch.context() as patch, overheard(family.denoiser, answer) as calls:
         patch.setattr(family.vae, "decode", heard)

@@ -89,7 +89,7 @@ def test_the_denoiser_is_given_what_the_stock_pipeline_gives_it(variant: str, si
     """Every argument, at the sizes that people train at; the weights play no part, so there are none."""
     family = build(variant, weights=False)
     latents, text = latents_of(family, *size), text_of(family)
-    theirs = listen(family, latents, text, nothing, **sizes_of(family))
+    theirs = listen(family, latents, text, nothing, decoded=False, **sizes_of(family))
     assert len(theirs.calls) == 3
     for call in theirs.calls:
         with overheard(family.denoiser, nothing) as ours:
