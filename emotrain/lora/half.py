@@ -76,20 +76,18 @@ class HalfLora(HalfWeights):
 
     Args:
         model: what the layers are in.
-        layers: path -> peft layer; the linear ones among them get the forward of this module.
+        layers: path -> peft layer; they get the forward of this module.
         name: the trained adapter's name within peft.
         dtype: of the base's arithmetic, bfloat16 or float16.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtype: torch.dtype) -> None:
-        linear = [layer for layer in layers.values() if isinstance(layer.get_base_layer(), nn.Linear)]
-        super().__init__(model, [half[name] for layer in linear for half in (layer.lora_A, layer.lora_B)], dtype)
-        for index, layer in enumerate(linear):
-            layer.forward = MethodType(_forward(self, name, *self.pieces[2 * index : 2 * index + 2]), layer)
-        for layer in layers.values():
+        held = list(layers.values())
+        super().__init__(model, [half[name] for layer in held for half in (layer.lora_A, layer.lora_B)], dtype)
+        for index, layer in enumerate(held):
+            of_kind = _forward if isinstance(layer.get_base_layer(), nn.Linear) else _conv_forward
+            layer.forward = MethodType(of_kind(self, name, *self.pieces[2 * index : 2 * index + 2]), layer)
             _freeze_in(dtype, layer, name)
-            if layer not in linear:
-                layer.forward = MethodType(_plain_forward, layer)
 
 
 def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -133,15 +131,23 @@ def _with_frozen(layer: Any, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
     return y
 
 
-def _plain_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A convolution's forward: few of these are adapted, so autograd does the rest."""
-    y: Tensor = layer.base_layer(x, *args, **kwargs)
-    for key in [] if layer.disable_adapters else layer.active_adapters:
-        if key in layer.lora_A:
-            a, b = layer.lora_A[key], layer.lora_B[key]
-            small = functional.conv2d(x, a.weight.to(x.dtype), None, a.stride, a.padding, a.dilation, a.groups)
-            y = y + functional.conv2d(small, b.weight.to(x.dtype)) * layer.scaling[key]
-    return y
+def _conv_forward(lora: HalfLora, name: str, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> Any:
+    """The forward of one convolution."""
+
+    def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = layer.base_layer(x, *args, **kwargs)
+        for key in [] if layer.disable_adapters else layer.active_adapters:
+            if key not in layer.lora_A:
+                continue
+            a, b, scale = layer.lora_A[key], layer.lora_B[key], layer.scaling[key]
+            how = (a.stride, a.padding, a.dilation, a.groups)
+            if key == name:
+                y = y + _ConvDelta.apply(x.to(lora.dtype), a.weight, *down, *up, scale, how)  # type: ignore[no-untyped-call]
+            else:
+                y = y + functional.conv2d(functional.conv2d(x, a.weight, None, *how), b.weight) * scale
+        return y
+
+    return forward
 
 
 class _Linear(torch.autograd.Function):
@@ -189,6 +195,34 @@ class _Delta(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return (None,) * 7
         return (torch.mul(back @ down, ctx.scale).view(ctx.shape), *(None,) * 6)
+
+
+class _ConvDelta(torch.autograd.Function):
+    """s B * (A * x) of a convolution A [rank, in, kh, kw] and a pointwise one B [out, rank, 1, 1]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, master: Tensor, down: Tensor, down_grad: Tensor, up: Tensor, up_grad: Tensor, scale: float,
+        how: tuple[Any, ...],
+    ) -> Tensor:  # fmt: skip
+        small = functional.conv2d(x, down, None, *how)
+        ctx.save_for_backward(x, small, down, up)
+        ctx.grads, ctx.scale, ctx.how = (down_grad, up_grad), scale, how
+        return functional.conv2d(small, up) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, small, down, up = ctx.saved_tensors
+        down_grad, up_grad = ctx.grads
+        stride, padding, dilation, groups = ctx.how
+        of_conv = torch.ops.aten.convolution_backward
+        point = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        back, of_up, _ = of_conv(grad * ctx.scale, small, up, None, *point, [True, True, False])
+        like_down = (stride, padding, dilation, False, [0, 0], groups)
+        of_x, of_down, _ = of_conv(back, x, down, None, *like_down, [ctx.needs_input_grad[0], True, False])
+        up_grad.add_(of_up)
+        down_grad.add_(of_down)
+        return (of_x, *(None,) * 7)
 
 
 def _gradients(ctx: Any, grad: Tensor, rows: Tensor, small: Tensor, up: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def build_graphs(preset: Preset, family: LoadedFamily, adapter: Adapter, notify:
         f"this run is on the {family.device.type}": family.device.type != "cuda",
         "text encoders are trained": bool(family.trained_encoders),
         "blocks wait in the computer's memory": memory is not None and memory.offload,
-        "some layers of the LoRA are not linear ones in half precision": not adapter.half_gradients,
+        "the LoRA has layers without half-precision passes of their own": not adapter.half_gradients,
     }
     for why, holds in whys.items():
         if holds:

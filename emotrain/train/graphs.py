@@ -58,16 +58,16 @@ class Graphs:
             work: a pass without a wait for the device or a random draw; its result lives there.
         """
         key = (key, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
-        recorded = self._recorded.get(key)
-        if recorded is None and self.works and self._seen.get(key, 0) >= WARM_UP and len(self._recorded) < MOST:
-            recorded = self._record(key, tensors, work)
-        if recorded is None:
-            self._seen[key] = self._seen.get(key, 0) + 1
+        if key in self._recorded and key in self._checked:
+            return self._play(self._recorded[key], tensors)
+        known = self._seen.get(key, 0) >= WARM_UP
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if not known or not self.works or len(self._recorded) >= MOST:
             return work(send(tensors, self.device))
-        if key not in self._checked:
-            self._checked.add(key)
-            return self._checked_result(recorded, tensors, work)
-        return self._play(recorded, tensors)
+        if key in self._checked:  # it was recorded before, and dropped
+            recorded = self._record(key, tensors, work)
+            return work(send(tensors, self.device)) if recorded is None else self._play(recorded, tensors)
+        return self._record_beside(key, tensors, work)
 
     def _play(self, recorded: _Recorded, tensors: Sequence[Tensor]) -> Tensor:
         packed = pack(tensors, recorded.inputs.numel(), recorded.unpack, self.device)
@@ -75,18 +75,30 @@ class Graphs:
         recorded.replay()
         return recorded.result.clone()
 
-    def _checked_result(self, recorded: _Recorded, tensors: Sequence[Tensor], work: Work) -> Tensor:
-        """The result of a pass as it is, whose numbers the recorded one must have too: else no more are recorded."""
+    def _record_beside(self, key: Hashable, tensors: Sequence[Tensor], work: Work) -> Tensor:
+        """The result of a pass as it is, whose numbers the recorded one must have too: else no more are recorded.
+
+        The pass comes first: what it computed is given back before the recording takes memory, which it keeps.
+        """
         result = work(send(tensors, self.device))
         made = [gradient.clone() for gradient in self.gradients()]
         torch._foreach_zero_(list(self.gradients()))
+        try:
+            recorded = self._record(key, tensors, work)
+            if recorded is not None:
+                self._compare(recorded, tensors, result, made)
+                self._checked.add(key)
+        except (RuntimeError, MemoryError) as error:  # the replay: an operation that was recorded, and may not be
+            self._give_up(_first_line(error))
+        torch._foreach_copy_(list(self.gradients()), made)
+        return result
+
+    def _compare(self, recorded: _Recorded, tensors: Sequence[Tensor], result: Tensor, made: Sequence[Tensor]) -> None:
         played = self._play(recorded, tensors)
         pairs = [(result, played), *zip(made, self.gradients(), strict=True)]
         worst = max(float((one - other).float().norm() / one.float().norm().clamp(min=1e-12)) for one, other in pairs)
-        torch._foreach_copy_(list(self.gradients()), made)
         if not worst <= NEAR:
             self._give_up(f"the first one differs by {worst:.1%} from the pass that it recorded")
-        return result
 
     def _give_up(self, why: str) -> None:
         self.works = False
@@ -104,7 +116,7 @@ class Graphs:
             replay, result = self.capture(lambda: work(unpack(inputs)))
         except (RuntimeError, MemoryError) as error:
             # an operation that cannot be recorded, or no room
-            self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            self._give_up(_first_line(error))
             return None
         self._recorded[key] = _Recorded(inputs, unpack, replay, result)
         return self._recorded[key]
@@ -117,3 +129,7 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

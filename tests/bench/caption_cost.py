@@ -39,6 +39,7 @@ class Encoders:
     """The shapes of SDXL's encoders without their weights; `calls` counts how often they are asked."""
 
     vae_scale = 8
+    pictures_at_once = 1
 
     def __init__(self) -> None:
         self.calls = 0

@@ -27,6 +27,8 @@ for optimizer in emoairy emocats emonavi; do
 done
 echo "== pretend CUDA: copies of a checkpoint"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/saves.py 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
+echo "== pretend CUDA: what a CUDA graph could not hold"
+"$python" tests/gpu/pretend_cuda.py run tests/gpu/captures.py 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
 echo "== pretend CUDA: the check"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/check.py --tiny --out "$runs/check.jsonl" \
   --stages doctor,exact,kernels,sdxl,sdxl-memory,flux-kinds,flux,fp16

@@ -104,6 +104,52 @@ def test_where_recording_fails_the_run_goes_on_without(error: Exception) -> None
     assert "\n" not in graphs.lines[0]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("illegal"), torch.OutOfMemoryError("no room")])
+def test_where_the_first_replay_fails_the_run_goes_on_with_its_own_numbers(error: Exception) -> None:
+    graphs = Recorder()
+
+    def work(there: Sequence[Tensor]) -> Tensor:
+        graphs.gradient += there[0]
+        return double(there)
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        def replay() -> None:
+            graphs.gradient += 100.0  # half of a pass
+            raise error
+
+        return replay, torch.zeros(2)
+
+    graphs.capture = capture  # type: ignore[method-assign]
+    for number in range(1, 5):
+        graphs.gradient.zero_()
+        assert graphs.run("key", inputs(number), work).tolist() == [number * 3.0] * 2
+        assert graphs.gradient.tolist() == [float(number)] * 2
+    assert len(graphs.lines) == 1
+
+
+def test_a_pass_is_done_and_its_memory_free_before_it_is_recorded() -> None:
+    graphs = Recorder()
+    acts: list[str] = []
+
+    def work(there: Sequence[Tensor]) -> Tensor:
+        acts.append("pass")
+        return double(there)
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        acts.append("capture")
+        result = torch.zeros(2)
+
+        def replay() -> None:
+            result.copy_(double(inputs(1)))
+
+        return replay, result
+
+    graphs.capture = capture  # type: ignore[method-assign]
+    for _ in range(3):
+        graphs.run("key", inputs(1), work)
+    assert acts == ["pass", "pass", "capture"]
+
+
 def test_the_first_replay_of_a_key_is_held_beside_the_pass_itself() -> None:
     graphs = Recorder()
 
