@@ -25,9 +25,9 @@ from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
 from emotrain.families.common import LoadedFamily, Parts, refuse_larger_tokenizer
 from emotrain.families.component import guard, known_class, weight_files
-from emotrain.families.headers import own_name, read_header, read_json
+from emotrain.families.headers import own_name, read_header, read_index, read_json
 from emotrain.families.loading import family_class
-from emotrain.families.pieces import ENCODERS, load_encoder, scheduler_class, text_parts
+from emotrain.families.pieces import ENCODERS, load_encoder, load_tokenizer, scheduler_class, text_parts
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.separate import original_vae, tokenizer_of
 from emotrain.families.single import copy_tokenizer, own_vae_config
@@ -71,7 +71,7 @@ def refuse_misfit(found: Sniffed, sample_steps: int = 20) -> LoadedFamily:
     import diffusers
 
     spec, folder = FAMILIES[found.family], Path(found.path)
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     denoiser = known_class(str(folder), spec.denoiser, index, frozenset((spec.denoiser_class,)))
     pieces: dict[str, Any] = {
         "scheduler": _scheduler(folder, index, found, sample_steps),
@@ -368,10 +368,14 @@ def _encoder(folder: Path, index: dict[str, Any], spec: Any) -> tuple[Any, Any]:
     """A text encoder without its weights, and its tokenizer; None for both where the model has none."""
     import transformers
 
-    if (index.get(spec.name) or [None])[0] is None:
+    if (index.get(spec.folder) or [None])[0] is None:
         return None, None
-    where = folder / spec.name
-    kind = getattr(transformers, known_class(str(folder), spec.name, index, ENCODERS[spec.kind]))
+    where, name = folder / spec.folder, known_class(str(folder), spec.folder, index, ENCODERS[spec.kind])
+    if spec.kind == "adapter":
+        import diffusers
+
+        return on_meta(getattr(diffusers, name), where), load_tokenizer(str(folder), index, spec, None)
+    kind = getattr(transformers, name)
     refuse_other_types(where / "config.json", read_json(where / "config.json"), kind.config_class)
     with bounded(str(where), len(stored_shapes(where))):
         return load_encoder(str(folder), index, spec, torch.float32, None, device_map="meta")

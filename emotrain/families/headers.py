@@ -11,6 +11,7 @@ from typing import Any
 from emotrain.errors import ModelError
 from emotrain.files import DTYPE_BYTES, MAX_HEADER, MAX_JSON, disguise, header_at, is_regular, strict_json
 
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"  # which classes the parts of a folder are of
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -73,6 +74,23 @@ def read_header(path: Path) -> Header:
         ) from error
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     return Header(shapes, {name: entry["dtype"] for name, entry in entries.items()}, metadata)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a diffusers folder, of a pipeline or of modular blocks: part -> [library, class].
+
+    Raises:
+        ModelError: as `read_json`.
+    """
+    modular = folder / MODULAR_INDEX
+    return index_entries(
+        read_json(modular if not is_regular(folder / INDEX) and is_regular(modular) else folder / INDEX)
+    )
+
+
+def index_entries(index: dict[str, Any]) -> dict[str, Any]:
+    """An index without what modular blocks say of where a part is loaded from: it lies in the folder."""
+    return {key: value[:2] if isinstance(value, list) else value for key, value in index.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.headers import read_json
+from emotrain.families.headers import INDEX, MODULAR_INDEX, index_entries, read_json
 
 
 def fetch_json(repo: str, name: str, revision: str | None = None) -> dict[str, Any]:
@@ -22,6 +22,23 @@ def fetch_json(repo: str, name: str, revision: str | None = None) -> dict[str, A
     except (OSError, ValueError) as error:
         known = hub_error(repo, error)
         raise known or ModelError(f"`{repo}` on the hub cannot be read: {error}") from error
+
+
+def fetch_index(repo: str, revision: str | None = None) -> dict[str, Any]:
+    """The index of a repository, of a pipeline or of modular blocks; see `headers.read_index`.
+
+    Raises:
+        ModelError: as `fetch_json`.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return index_entries(fetch_json(repo, INDEX, revision))
+    except ModelError as error:
+        cause = error.__cause__
+        if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
+            raise
+        return index_entries(fetch_json(repo, MODULAR_INDEX, revision))
 
 
 def hub_error(where: str, error: BaseException) -> ModelError | None:

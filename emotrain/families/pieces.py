@@ -12,7 +12,7 @@ import torch
 from emotrain.errors import ModelError
 from emotrain.families.base import TextEncoderPart
 from emotrain.families.component import guard, known_class, load_one, load_whole, refuse_filled_up
-from emotrain.families.headers import read_json
+from emotrain.families.headers import read_index
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae, without_upper_layers
 from emotrain.families.single import load_single_file, load_vae_file
@@ -21,7 +21,7 @@ from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.spec import TextEncoder
 
 ENCODERS: dict[str, frozenset[str]] = {
-    "adapter": frozenset(),
+    "adapter": frozenset(("AnimaTextConditioner",)),
     "clip": frozenset(("CLIPTextModel", "CLIPTextModelWithProjection")),
     "t5": frozenset(("T5EncoderModel",)),
     "llm": frozenset(
@@ -36,12 +36,13 @@ ENCODERS: dict[str, frozenset[str]] = {
     ),
 }
 TOKENIZERS: dict[str, frozenset[str]] = {
-    "adapter": frozenset(),  # such models come as single files alone
+    "adapter": frozenset(("T5Tokenizer", "T5TokenizerFast")),
     "clip": frozenset(("CLIPTokenizer", "CLIPTokenizerFast")),
     "t5": frozenset(("T5Tokenizer", "T5TokenizerFast")),
-    "llm": frozenset(("Qwen2Tokenizer", "Qwen2TokenizerFast", "PixtralProcessor")),
+    "llm": frozenset(("Qwen2Tokenizer", "Qwen2TokenizerFast", "PixtralProcessor", "Qwen3VLProcessor")),
 }
-PROCESSORS = {"PixtralProcessor": "PreTrainedTokenizerFast"}  # of pictures and texts: the tokenizer in them
+# Of pictures and texts: the tokenizer in them.
+PROCESSORS = {"PixtralProcessor": "PreTrainedTokenizerFast", "Qwen3VLProcessor": "Qwen2Tokenizer"}
 
 
 def load_pieces(
@@ -74,15 +75,10 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     where = str(found.path)
     index = _index(found, revision)
     denoiser_class = getattr(diffusers, known_class(where, info.denoiser, index, frozenset((info.denoiser_class,))))
-    kind = scheduler_class(where, index)
     pieces: dict[str, Any] = {
         "denoiser": load_whole(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
         "vae": load_whole(getattr(diffusers, info.vae_class), where, "vae", revision, torch_dtype=torch.float32),
-        "scheduler": guard(
-            where,
-            "scheduler",
-            lambda: kind.from_pretrained(where, subfolder="scheduler", revision=revision),
-        ),
+        "scheduler": load_scheduler(found, where, index, revision),
     }
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
     for encoder in info.encoders_of(found.variant):
@@ -90,15 +86,23 @@ def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dic
     return pieces
 
 
+def load_scheduler(found: Sniffed, where: str, index: dict[str, Any], revision: str | None) -> Any:
+    """The folder's own, or the family's where modular blocks make it themselves."""
+    kind = scheduler_class(where, index)
+    if "scheduler" not in index:
+        return kind.from_config(found.scheduler_config)
+    return guard(where, "scheduler", lambda: kind.from_pretrained(where, subfolder="scheduler", revision=revision))
+
+
 def scheduler_class(where: str, index: dict[str, Any]) -> Any:
-    """A scheduler of diffusers by its name.
+    """A scheduler of diffusers by its name; a flow's where the folder has none.
 
     Raises:
         ModelError: there is none of that name.
     """
     import diffusers
 
-    entry = index.get("scheduler")
+    entry = index.get("scheduler", ["diffusers", "FlowMatchEulerDiscreteScheduler"])
     name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
     if not re.fullmatch(r"[A-Z]\w{0,60}Scheduler", name) or not hasattr(diffusers, name):
         raise ModelError(f"`{where}` has `{name[:60]}` for its scheduler, which diffusers does not have")
@@ -107,10 +111,10 @@ def scheduler_class(where: str, index: dict[str, Any]) -> Any:
 
 def _index(found: Sniffed, revision: str | None) -> dict[str, Any]:
     if found.kind == "hub":
-        from emotrain.families.hub import fetch_json
+        from emotrain.families.hub import fetch_index
 
-        return fetch_json(str(found.path), "model_index.json", revision)
-    return read_json(Path(found.path) / "model_index.json")
+        return fetch_index(str(found.path), revision)
+    return read_index(Path(found.path))
 
 
 def load_encoder(
@@ -122,25 +126,37 @@ def load_encoder(
     """
     import transformers
 
-    name, tokenizer_name = spec.name, spec.tokenizer_name
+    name = spec.folder
     if (index.get(name) or [None])[0] is None:
         return None, None
     kind = known_class(where, name, index, ENCODERS[spec.kind])
-    encoder, info = load_one(
-        getattr(transformers, kind), where, name, revision, dtype=dtype, output_loading_info=True, **kwargs
+    if spec.kind == "adapter":
+        import diffusers
+
+        encoder = load_whole(getattr(diffusers, kind), where, name, revision, torch_dtype=dtype)
+    else:
+        words: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **kwargs}
+        encoder, info = load_one(getattr(transformers, kind), where, name, revision, **words)
+        refuse_filled_up(os.path.join(where, name), info)
+    encoder = encoder.model if "For" in kind else encoder  # the head is not needed, nor the eyes
+    return without_upper_layers(getattr(encoder, "language_model", encoder), spec), load_tokenizer(
+        where, index, spec, revision
     )
-    refuse_filled_up(os.path.join(where, name), info)
-    named = known_class(where, tokenizer_name, index, TOKENIZERS[spec.kind])
+
+
+def load_tokenizer(where: str, index: dict[str, Any], spec: TextEncoder, revision: str | None) -> Any:
+    """The tokenizer of a text encoder."""
+    import transformers
+
+    named = known_class(where, spec.tokenizer_folder, index, TOKENIZERS[spec.kind])
     tokenizer_class = getattr(transformers, PROCESSORS.get(named, named))
-    tokenizer = guard(
+    return guard(
         where,
-        tokenizer_name,
+        spec.tokenizer_folder,
         lambda: tokenizer_class.from_pretrained(
-            where, subfolder=tokenizer_name, revision=revision, trust_remote_code=False
+            where, subfolder=spec.tokenizer_folder, revision=revision, trust_remote_code=False
         ),
     )
-    encoder = encoder.model if "For" in kind else encoder  # the head is not needed, nor the eyes
-    return without_upper_layers(getattr(encoder, "language_model", encoder), spec), tokenizer
 
 
 def load_vae(vae: str, found: Sniffed) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emotrain.errors import ModelError
-from emotrain.families.headers import read_json
+from emotrain.families.headers import INDEX, MODULAR_INDEX, read_index, read_json
 from emotrain.families.registry import FAMILIES, configs
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -97,7 +97,7 @@ def sniff_folder(folder: Path) -> Sniffed:
     Raises:
         ModelError: pieces are missing, or it is a pipeline that is not known here.
     """
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX).is_file() and not (folder / MODULAR_INDEX).is_file():
         inside = sorted(p.name for p in folder.glob("*.safetensors"))
         if inside:
             raise ModelError(
@@ -108,7 +108,7 @@ def sniff_folder(folder: Path) -> Sniffed:
             f"`{folder}` is not a diffusers folder: model_index.json is missing",
             "give the folder that holds model_index.json, or a .safetensors file",
         )
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     return _from_configs(
         folder,
         index,
@@ -196,7 +196,7 @@ def _from_configs(
     vae = read("vae", "config.json")
     for part, config in ((spec.denoiser, denoiser), ("vae", vae)):
         _refuse_odd_sizes(where, part, config)
-    scheduler = read("scheduler", "scheduler_config.json")
+    scheduler = read("scheduler", "scheduler_config.json") if "scheduler" in index else _public_scheduler(family)
     if family == "sd15" and denoiser.get("cross_attention_dim") == 1024:
         family = "sd21"
     levels = vae.get("block_out_channels") or vae.get("dim_mult")
@@ -215,6 +215,11 @@ def _from_configs(
         max_rank=widest_layer(denoiser), kind=kind, latent_channels=channels, path=where,
         denoiser_config={k: v for k, v in denoiser.items() if not k.startswith("_")}, scheduler_config=scheduler,
     )  # fmt: skip
+
+
+def _public_scheduler(family: str) -> dict[str, Any]:
+    config: dict[str, Any] = next(iter(configs(family)["scheduler"].values()))[1]
+    return config
 
 
 def latent_channels(family: str, vae: dict[str, Any]) -> int:
@@ -270,7 +275,7 @@ def sniff_hub(repo: str, revision: str | None = None) -> Sniffed:
     Raises:
         ModelError: not there, not allowed, or no network.
     """
-    from emotrain.families.hub import fetch_json
+    from emotrain.families.hub import fetch_index, fetch_json
 
-    index = fetch_json(repo, "model_index.json", revision)
+    index = fetch_index(repo, revision)
     return _from_configs(repo, index, lambda part, name: fetch_json(repo, f"{part}/{name}", revision), "hub", ())

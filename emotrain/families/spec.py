@@ -37,6 +37,7 @@ class TextEncoder:
         optional: the model works without it.
         chat_template: captions go through the tokenizer's chat template.
         width: of what the denoiser takes: a key of its config, and how many of the encoder's layers stand side by side.
+        folders: of the encoder and its tokenizer in a diffusers folder, where they are other ones than by its name.
         layers_read: how many of its layers are read; those above them, and the last norm, are left out of memory, and
             may be left out of a file. 0: all.
     """
@@ -53,6 +54,7 @@ class TextEncoder:
     optional: bool = False
     chat_template: bool = False
     width: tuple[str, int] = ("", 1)
+    folders: tuple[str, str] = ("", "")
     layers_read: int = 0
 
     @property
@@ -61,8 +63,18 @@ class TextEncoder:
         return self.kind in ("t5", "llm")
 
     @property
+    def folder(self) -> str:
+        """Its folder in a diffusers folder."""
+        return self.folders[0] or self.name
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Its tokenizer's folder in a diffusers folder."""
+        return self.folders[1] or self.tokenizer_name
+
+    @property
     def tokenizer_name(self) -> str:
-        """Its tokenizer's name in a diffusers folder: tokenizer, tokenizer_2, ..."""
+        """Its tokenizer's name: tokenizer, tokenizer_2, ..."""
         return self.name.replace("text_encoder", "tokenizer")
 
 

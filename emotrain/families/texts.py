@@ -31,7 +31,7 @@ def trainable_encoders(found: Sniffed) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def _limit(found: Sniffed, encoder: TextEncoder) -> int:
     """Tokens of one encoder: the pipeline's, or less where a folder's tokenizer says less."""
-    path = Path(found.path) / encoder.tokenizer_name / "tokenizer_config.json"
+    path = Path(found.path) / encoder.tokenizer_folder / "tokenizer_config.json"
     said = read_json(path).get("model_max_length") if found.kind == "folder" and path.is_file() else None
     return min(int(said), encoder.max_tokens) if isinstance(said, int | float) and said >= 1 else encoder.max_tokens
 
@@ -41,9 +41,9 @@ def encoder_parameters(found: Sniffed) -> dict[str, int]:
     if found.variant != "custom" or found.kind != "folder":
         return {encoder.name: encoder.parameters for encoder in FAMILIES[found.family].encoders_of(found.variant)}
     counts = {}
-    for name in (encoder.name for encoder in FAMILIES[found.family].text_encoders):
-        files = sorted((Path(found.path) / name).glob("*.safetensors"))
-        counts[name] = sum(_count(file) for file in files)
+    for encoder in FAMILIES[found.family].text_encoders:
+        files = sorted((Path(found.path) / encoder.folder).glob("*.safetensors"))
+        counts[encoder.name] = sum(_count(file) for file in files)
     return counts
 
 

@@ -15,6 +15,7 @@ from newer_models import denoiser_of, original_denoiser, qwen, qwen_tokenizer, v
 from safetensors.torch import save_file
 
 from emotrain.batch import Conditioning
+from emotrain.errors import ModelError
 from emotrain.families import load_family
 from emotrain.families.base import DrawRequest
 from emotrain.families.common import LoadedFamily
@@ -117,6 +118,24 @@ def test_captions_are_encoded_as_by_the_stock_blocks(files: Path, stock: Any, pr
     count = embeds.shape[1]
     assert torch.allclose(embeds, expected[:, :count], atol=1e-6)
     assert not expected[:, count:].any()
+
+
+def test_the_modular_folder_of_diffusers_is_the_same_model(files: Path, stock: Any, tmp_path: Path) -> None:
+    """Its index is another file, with more in it, and its parts have names of their own."""
+    stock.save_pretrained(str(tmp_path / "anima"))
+    found = sniff(tmp_path / "anima")
+    assert (found.family, found.kind, found.missing) == ("anima", "folder", ())
+    folder, apart = load_family(str(tmp_path / "anima"), device="cpu"), load(files)
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    answers = []
+    for family in (folder, apart):
+        text = family.encode_texts(PROMPTS[:1])
+        with torch.no_grad():
+            answers.append((text["prompt_embeds"], family.predict(noisy, torch.tensor([0.4]), text, NO_SIZES)))
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+    (tmp_path / "anima" / "text_conditioner").rename(tmp_path / "anima" / "away")
+    with pytest.raises(ModelError, match="not complete: text_conditioner missing"):
+        sniff(tmp_path / "anima")
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])

@@ -80,7 +80,7 @@ ANIMA = FamilySpec(
         ),
         TextEncoder(
             "text_encoder_2", "adapter", 134_663_680, (T5_TOKENIZER, ""), "T5TokenizerFast", prefixes=(ADAPTER,),
-            max_tokens=MAX_TOKENS, adds_tokens=False,
+            max_tokens=MAX_TOKENS, adds_tokens=False, folders=("text_conditioner", "t5_tokenizer"),
         ),
     ),
     variants={
