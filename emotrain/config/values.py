@@ -11,7 +11,21 @@ from emotrain.config.guess import nearest
 from emotrain.config.names import check_run_name
 
 Auto = Literal["auto"]
-FamilyName = Literal["sd15", "sd21", "sdxl", "anima", "sd3", "flux2", "chroma", "flux", "zimage", "krea2", "qwen"]
+FamilyName = Literal[
+    "sd15",
+    "sd21",
+    "sdxl",
+    "anima",
+    "sd3",
+    "flux3",
+    "flux2",
+    "chroma",
+    "flux",
+    "zimage",
+    "krea2",
+    "qwen21",
+    "qwen",
+]
 OPTIMIZERS = (
     "emosens", "emoairy", "emocats", "emonavi", "emofact", "emolynx", "emotion", "emovoid",
     "adamw", "lion", "prodigy", "schedulefree", "adafactor",

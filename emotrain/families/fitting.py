@@ -34,6 +34,7 @@ from emotrain.families.single import copy_tokenizer, own_vae_config
 from emotrain.families.sniff import MAX_SIZE, Sniffed, odd_value, refuse_other_vae
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
+from emotrain.families.structure import by_masks
 from emotrain.families.understood import PARTS, SCALES, refuse_quantised, scaled_layers
 
 LATENT_INPUTS = tuple(  # of a VAE's decoder: their second side is the latent channels
@@ -411,7 +412,8 @@ class _NoNumbers(TorchFunctionMode):
             return True
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].is_meta:
             return args[0].flatten(0, args[1].dim() - 1) if args[1].dtype == torch.bool else func(*args)
-        return func(*args, **(kwargs or {}))
+        known = by_masks(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if known is NotImplemented else known
 
 
 def _family(found: Sniffed, pieces: dict[str, Any]) -> LoadedFamily:

@@ -6,6 +6,7 @@ Shape letters: B batch, C latent channels, H W latent height and width, S tokens
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,6 +78,20 @@ class FlowFamily(LoadedFamily):
         """The velocity that guidance makes of the one with the caption and the one without, [B, C, H, W]."""
         return untold + scale * (told - untold)
 
+    def _alike(
+        self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor], noisy: Tensor, sigmas: Tensor, text: TextEmbeds
+    ) -> Tensor:
+        """`velocity` of latents, sigmas and embeddings that are all real, [B, C, H, W], where no mask can be given.
+
+        Captions of different lengths go one after the other.
+        """
+        latents, sigmas, embeds, mask = self._flow_inputs(noisy, sigmas, text)
+        counts = mask.sum(dim=1).tolist()
+        if len(set(counts)) == 1:
+            return velocity(latents, sigmas, embeds[:, : counts[0]])
+        rows = [(slice(i, i + 1), count) for i, count in enumerate(counts)]
+        return torch.cat([velocity(latents[i], sigmas[i], embeds[i, :count]) for i, count in rows])
+
     def _flow_inputs(
         self, noisy_latents: Tensor, sigmas: Tensor, text: TextEmbeds
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,9 +111,9 @@ def chat_ids(part: TextEncoderPart, text: str, **template: Any) -> tuple[Tensor,
     return batch.input_ids.to(device), batch.attention_mask.to(device)
 
 
-def hidden_states(part: TextEncoderPart, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+def hidden_states(part: TextEncoderPart, ids: Tensor, mask: Tensor, **words: Any) -> tuple[Tensor, ...]:
     """The embeddings and every layer's output [1, S, D]; the last one is normalised."""
     states: tuple[Tensor, ...] = part.encoder(
-        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **words
     ).hidden_states
     return states

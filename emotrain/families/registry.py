@@ -14,8 +14,10 @@ from emotrain.families.anima.spec import ANIMA
 from emotrain.families.chroma.spec import CHROMA
 from emotrain.families.flux.spec import FLUX
 from emotrain.families.flux2.spec import FLUX2
+from emotrain.families.flux3.spec import FLUX3
 from emotrain.families.krea2.spec import KREA2
 from emotrain.families.qwen.spec import QWEN
+from emotrain.families.qwen21.spec import QWEN21
 from emotrain.families.sd.spec import SD15, SD21
 from emotrain.families.sd3.spec import SD3
 from emotrain.families.sdxl.spec import SDXL
@@ -23,7 +25,7 @@ from emotrain.families.spec import FamilySpec
 from emotrain.families.zimage.spec import ZIMAGE
 
 FAMILIES: dict[str, FamilySpec] = {
-    spec.name: spec for spec in (SD15, SD21, SDXL, ANIMA, SD3, FLUX2, CHROMA, FLUX, ZIMAGE, KREA2, QWEN)
+    spec.name: spec for spec in (SD15, SD21, SDXL, ANIMA, SD3, FLUX3, FLUX2, CHROMA, FLUX, ZIMAGE, KREA2, QWEN21, QWEN)
 }
 
 

@@ -233,7 +233,8 @@ def _unfused(group: Group, pair: Pair) -> dict[str, Pair]:
 
 def _rows(group: Group, rows: int, width: int) -> list[int]:
     """Output rows of each part of a joined layer."""
-    widths = [rows // 3] * 3 if len(group.parts) == 3 else [width, width, width, rows - 3 * width]
+    count = len(group.parts)
+    widths = [width, width, width, rows - 3 * width] if count == 4 else [rows // count] * count
     if min(widths) <= 0:
         raise ModelError(f"`{group.name}` has {rows} output rows for an input of {width}")
     return widths

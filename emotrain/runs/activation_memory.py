@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from emotrain.families.loading import family_class
 from emotrain.families.registry import FAMILIES
+from emotrain.families.structure import by_masks
 from emotrain.families.texts import CLIP_TOKENS
 from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.runs.adapters import text_kwargs
@@ -103,7 +104,8 @@ class _FusedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _Attention.apply(*_first_three(args, kwargs))  # type: ignore[no-untyped-call]
-        return func(*args, **kwargs)
+        known = by_masks(func, args, kwargs)
+        return func(*args, **kwargs) if known is NotImplemented else known
 
 
 def _first_three(args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:

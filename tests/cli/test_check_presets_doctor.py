@@ -62,6 +62,8 @@ def test_check_passes_on_the_quickstarts(name: str, capsys: Captured) -> None:
         "klein-9b",
         "flux2-dev",
         "chroma",
+        "qwen-image-2.1",
+        "flux3-klein",
         "krea2",
         "illustrious",
         "noobai-vpred",

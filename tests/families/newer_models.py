@@ -104,13 +104,13 @@ def qwen(width: int, layers: int = 4, **words: Any) -> Any:
     ).eval()  # fmt: skip
 
 
-def qwen_vl(width: int) -> Any:
+def qwen_vl(width: int, layers: int = 4) -> Any:
     """A random Qwen3-VL: a language model and a small eye that nothing looks through."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     torch.manual_seed(14)
     text = {
-        "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 4,
+        "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "pad_token_id": None,
         "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]},
     }  # fmt: skip
@@ -150,7 +150,12 @@ def vae_of(kind: str) -> Any:
         "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
         "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64,
     }  # fmt: skip
-    if kind in ("flux2", "flux2-dev"):
+    if kind == "qwen21":
+        return diffusers.AutoencoderKLQwenImage21(
+            base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+            latents_mean=[0.1 * i for i in range(8)], latents_std=[1.0 + 0.2 * i for i in range(8)],
+        ).eval()  # fmt: skip
+    if kind in ("flux2", "flux2-dev", "flux3"):
         vae = diffusers.AutoencoderKLFlux2(latent_channels=4, **words)
         vae.bn.running_mean.normal_()
         vae.bn.running_var.uniform_(0.5, 2.0)
@@ -171,6 +176,16 @@ def denoiser_of(kind: str) -> Any:
             patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
             num_attention_heads=4, joint_attention_dim=96, timestep_guidance_channels=32, mlp_ratio=3.0,
             axes_dims_rope=(4, 4, 4, 4), rope_theta=2000, guidance_embeds=kind == "flux2-dev",
+        )  # fmt: skip
+    elif kind == "qwen21":
+        model = diffusers.QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=4,
+            context_in_dim=32, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+    elif kind == "flux3":
+        model = diffusers.Flux3Transformer2DModel(
+            in_channels=16, cond_in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=4, joint_attention_dim=256, timestep_channels=32, axes_dims_rope=(4, 4, 4, 4),
         )  # fmt: skip
     elif kind == "chroma":
         model = diffusers.ChromaTransformer2DModel(
@@ -273,6 +288,33 @@ def pipeline_of(kind: str) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae_of(kind), text_encoder=qwen(32),
         tokenizer=qwen_tokenizer(), transformer=denoiser_of(kind),
     )  # fmt: skip
+
+
+def modular_pipeline_of(kind: str) -> Any:
+    """The stock modular pipeline of a family that has no other, around the small parts.
+
+    The processor of texts and pictures asks for torchvision; its tokenizer stands for it.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBlocks
+    from diffusers.modular_pipelines.qwenimage21.modular_blocks_qwenimage21 import QwenImage21AutoBlocks
+    from transformers import Qwen3VLForConditionalGeneration
+
+    base = qwen_vl(32, layers=8)
+    encoder = Qwen3VLForConditionalGeneration(base.config)
+    encoder.model.load_state_dict(base.state_dict())
+    parts = {"transformer": denoiser_of(kind), "vae": vae_of(kind), "text_encoder": encoder.eval()}
+    if kind == "flux3":
+        pipeline = Flux3AutoBlocks().init_pipeline()
+        pipeline.update_components(**parts)
+        return pipeline
+    pipeline = QwenImage21AutoBlocks().init_pipeline()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+        shift_terminal=0.02,
+    )  # fmt: skip
+    pipeline.update_components(**parts, scheduler=scheduler)
+    return pipeline
 
 
 def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ FEW = {
     "num_layers": 1, "num_single_layers": 1, "n_layers": 1, "n_refiner_layers": 1, "layers_per_block": 1,
     "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
 }  # fmt: skip
+MODULAR = ("anima", "qwen21", "flux3")
 PIPELINES = {"flux2-dev": "Flux2Pipeline"}  # where a variant has another one than its family
 INITIALISERS = ("kaiming_uniform_", "uniform_", "normal_", "xavier_uniform_", "trunc_normal_")
 
@@ -80,6 +81,7 @@ def narrow_vae(family: str) -> Any:
     if "block_out_channels" in config:
         config |= {"block_out_channels": [8] * len(config["block_out_channels"]), "norm_num_groups": 4}
     config |= {"layers_per_block": 1} if "layers_per_block" in config else {"base_dim": 8, "num_res_blocks": 1}
+    config |= {"decoder_base_dim": 8} if "decoder_base_dim" in config else {}
     torch.manual_seed(12)
     vae = getattr(diffusers, spec.vae_class).from_config(config)
     if hasattr(vae, "bn"):
@@ -159,6 +161,7 @@ def overheard(denoiser: Any, answer: Any = None) -> Iterator[list[Call]]:
         calls.append(Call(given, output[0]))
         return output
 
+    forward.__signature__ = names  # type: ignore[attr-defined]  # modular blocks look at it
     with pytest.MonkeyPatch.context() as patch:
         for kind, name in itertools.product((DiffusionPipeline, ModularPipeline), ("device", "_execution_device")):
             patch.setattr(kind, name, torch.device("cpu"))
@@ -170,7 +173,16 @@ def nothing(given: dict[str, Any]) -> Any:
     """Zeros in the shape of the latents."""
     if "x" in given:
         return [torch.zeros_like(picture) for picture in given["x"]]
+    if "img_mask" in given:  # the texts' places are answered too
+        return after_texts(given, torch.zeros_like(given["hidden_states"]))
     return torch.zeros_like(given.get("sample", given.get("hidden_states")))
+
+
+def after_texts(given: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Qwen-Image 2.1's answer: of the caption's places and of the picture's."""
+    return torch.cat(
+        [tokens.new_zeros(len(tokens), given["encoder_hidden_states"].shape[1], tokens.shape[2]), tokens], 1
+    )
 
 
 def anima_pipeline(family: LoadedFamily, embeds: Tensor) -> Any:
@@ -208,6 +220,28 @@ def anima_pipeline(family: LoadedFamily, embeds: Tensor) -> Any:
     return pipeline
 
 
+def modular_pipeline(family: LoadedFamily, guidance: float = 1.0) -> Any:
+    """diffusers' blocks after the text encoder, of the families that have no other pipeline."""
+    from diffusers import ClassifierFreeGuidance
+    from diffusers.modular_pipelines import SequentialPipelineBlocks
+    from diffusers.modular_pipelines.flux3 import decoders as flux3
+    from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3CoreDenoiseStep
+    from diffusers.modular_pipelines.qwenimage21 import decoders as qwen
+    from diffusers.modular_pipelines.qwenimage21.modular_blocks_qwenimage21 import QwenImage21CoreDenoiseStep
+
+    denoise, decode = {
+        "qwen21": (QwenImage21CoreDenoiseStep, qwen.QwenImage21DecodeStep),
+        "flux3": (Flux3CoreDenoiseStep, flux3.Flux3DecodeStep),
+    }[family.name]
+    blocks = {"denoise": denoise(), "decode": decode()}
+    pipeline = SequentialPipelineBlocks.from_blocks_dict(blocks).init_pipeline()
+    pipeline.update_components(
+        transformer=family.denoiser, vae=family.vae, scheduler=family.fresh_scheduler(),
+        guider=ClassifierFreeGuidance(guidance_scale=guidance),
+    )  # fmt: skip
+    return pipeline
+
+
 def stock_pipeline(family: LoadedFamily, text: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
     """diffusers' own pipeline around the family's modules, and the words that tell it `text` without guidance."""
     import diffusers
@@ -217,6 +251,11 @@ def stock_pipeline(family: LoadedFamily, text: dict[str, Tensor]) -> tuple[Any, 
         told = dict.fromkeys(("qwen_prompt_embeds", "qwen_attention_mask", "t5_input_ids", "t5_attention_mask"), embeds)
         return anima_pipeline(family, embeds), told
     real = torch.ones(embeds.shape[:2], dtype=torch.bool)
+    if family.name in MODULAR:
+        told = {"prompt_embeds": embeds}
+        if family.name == "qwen21":
+            told |= {"prompt_embeds_mask": real, "image_pad_mask": ~real, "use_kv_cache": False}
+        return modular_pipeline(family), told
     words: dict[str, Any] = {
         "zimage": {"prompt_embeds": list(embeds), "guidance_scale": 0.0},
         "flux2": {"prompt_embeds": embeds, "guidance_scale": 1.0},
@@ -238,6 +277,8 @@ def packed(family: LoadedFamily, pipeline: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, H, W] as the pipeline's call takes them, by its own packing."""
     if family.name in ("flux", "krea2", "qwen", "chroma"):
         return pipeline._pack_latents(latents, *latents.shape)
+    if family.name == "qwen21":
+        return latents.flatten(2).transpose(1, 2)
     return latents[:, :, None] if family.name == "anima" else latents
 
 
@@ -265,6 +306,7 @@ def listen(
         patch.setattr(family.vae, "decode", heard)
         if family.name == "anima":  # ours sets it aside, and adds the mask's zeros itself
             family.denoiser.register_to_config(concat_padding_mask=True)
+        if family.name in MODULAR:
             more = {**more, "output": "images"}
         else:
             pipeline.set_progress_bar_config(disable=True)
@@ -283,7 +325,8 @@ def oracle(family: LoadedFamily, clean: Tensor, text: dict[str, Tensor]) -> Any:
     x = a x0 + s n, v = a n - s x0. Z-Image is asked at 1 - sigma for the negative of its flow.
     """
     pipeline, _ = stock_pipeline(family, text)
-    native = pipeline._pack_latents(clean) if family.name == "flux2" else packed(family, pipeline, clean)
+    tokens = family.name in ("flux2", "flux3")
+    native = clean.flatten(2).transpose(1, 2) if tokens else packed(family, pipeline, clean)
     alphas = getattr(family.scheduler, "alphas_cumprod", None)
 
     def answer(given: dict[str, Any]) -> Any:
@@ -294,7 +337,8 @@ def oracle(family: LoadedFamily, clean: Tensor, text: dict[str, Tensor]) -> Any:
         time = torch.as_tensor(given["timestep"]).reshape(1)
         if alphas is None:
             noisy = noisy[:, :16] if family.name == "anima" else noisy
-            return (noisy - native) / (time / 1000 if family.name == "sd3" else time)
+            velocity = (noisy - native) / (time / 1000 if family.name == "sd3" else time)
+            return after_texts(given, velocity) if "img_mask" in given else velocity
         a, s = alphas[time.long()].sqrt(), (1 - alphas[time.long()]).sqrt()
         noise = (noisy - a * native) / s
         return noise if family.prediction == "epsilon" else a * noise - s * native

@@ -122,5 +122,5 @@ def test_a_denoiser_that_knows_the_picture_learns_nothing_and_draws_it(variant: 
         ours = family.draw(request, text, text)
     theirs = listen(family, noise, text, answer, steps=4, stand=False)
     expected = family.decode_latents(clean)
-    for drawn in (family.decode_latents(ours), theirs.pixels):
+    for drawn in (family.decode_latents(ours), theirs.pixels[:, :3]):
         torch.testing.assert_close(drawn.clamp(-1, 1), expected.clamp(-1, 1), atol=1e-4, rtol=0)

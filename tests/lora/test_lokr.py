@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
 
 from newer_models import denoiser_of  # noqa: E402
 
-NEWER = ["zimage", "flux2", "krea2", "anima", "qwen", "chroma"]
+NEWER = ["zimage", "flux2", "krea2", "anima", "qwen", "chroma", "qwen21", "flux3"]
 WHOLE = "unet.mid_block.resnets.0.conv1"
 
 

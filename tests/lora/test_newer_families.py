@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
 
 from newer_models import denoiser_of  # noqa: E402
 
-KINDS = ["zimage", "flux2", "krea2", "anima", "qwen", "chroma"]
+KINDS = ["zimage", "flux2", "krea2", "anima", "qwen", "chroma", "qwen21", "flux3"]
 
 
 def trained(kind: str, targets: str) -> Adapter:
@@ -75,7 +75,8 @@ def test_the_default_layout_has_the_names_that_comfyui_and_diffusers_both_read(k
         keys = set(file.keys())
     double = "transformer.transformer_blocks.0.attn.to_q"
     head = {"zimage": "diffusion_model.layers.0.attention.to_q", "flux2": double, "krea2": double, "chroma": double}
-    head["qwen"] = "diffusion_model.transformer_blocks.0.attn.to_q"
+    head["qwen"] = head["qwen21"] = "diffusion_model.transformer_blocks.0.attn.to_q"
+    head["flux3"] = "diffusion_model.single_blocks.0.q_proj"
     head["anima"] = "diffusion_model.blocks.0.self_attn.q_proj"
     assert {head[kind] + names.DOWN, head[kind] + names.UP} <= keys
     assert not any(key.endswith(".alpha") for key in keys)  # FLUX.2's reader refuses them

@@ -38,18 +38,10 @@ class Chroma(FlowFamily):
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W].
 
-        Captions of different lengths go one after the other: a mask would not reach all blocks, for diffusers leaves it
-        out of the single ones under gradient checkpointing, and adds it to the scores as numbers.
+        Without a mask: it would not reach all blocks, for diffusers leaves it out of the single ones under gradient
+        checkpointing, and adds it to the scores as numbers.
         """
-        latents, sigmas, embeds, mask = self._flow_inputs(noisy_latents, timesteps, text)
-        counts = mask.sum(dim=1).tolist()
-        if len(set(counts)) == 1:
-            return self._velocity(latents, sigmas, embeds[:, : counts[0]])
-        rows = [
-            self._velocity(latents[i : i + 1], sigmas[i : i + 1], embeds[i : i + 1, :count])
-            for i, count in enumerate(counts)
-        ]
-        return torch.cat(rows)
+        return self._alike(self._velocity, noisy_latents, timesteps, text)
 
     def _velocity(self, latents: Tensor, sigmas: Tensor, embeds: Tensor) -> Tensor:
         height, width = latents.shape[-2:]

@@ -47,20 +47,8 @@ def empirical_mu(num_tokens: int, steps: int) -> float:
     return few + (many - few) * (steps - 10) / 190
 
 
-class Flux2(FlowFamily):
-    """klein base 4B and 9B, dev, and small ones of the same build."""
-
-    guidance = TRAINING_GUIDANCE  # what dev is told
-
-    def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
-        """[S, 3D]: three layers side by side at all places, padding too: the model attends to it."""
-        config: Any = part.encoder.config
-        mistral = config.model_type == "mistral"
-        ids, mask = system_ids(part, text) if mistral else chat_ids(part, text, enable_thinking=False)
-        states = hidden_states(part, ids, mask)
-        deep = MISTRAL_LAYERS if mistral else LAYERS
-        layers = deep if len(states) > deep[-1] else range(1, 4)  # small ones of the same build are not so deep
-        return torch.cat([states[layer][0] for layer in layers], dim=-1)
+class Flux2Vae(FlowFamily):
+    """A flow family on patches of FLUX.2's latents."""
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -85,6 +73,22 @@ class Flux2(FlowFamily):
         deviation = (norm.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
         return norm.running_mean.float().view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
+
+class Flux2(Flux2Vae):
+    """klein base 4B and 9B, dev, and small ones of the same build."""
+
+    guidance = TRAINING_GUIDANCE  # what dev is told
+
+    def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
+        """[S, 3D]: three layers side by side at all places, padding too: the model attends to it."""
+        config: Any = part.encoder.config
+        mistral = config.model_type == "mistral"
+        ids, mask = system_ids(part, text) if mistral else chat_ids(part, text, enable_thinking=False)
+        states = hidden_states(part, ids, mask)
+        deep = MISTRAL_LAYERS if mistral else LAYERS
+        layers = deep if len(states) > deep[-1] else range(1, 4)  # small ones of the same build are not so deep
+        return torch.cat([states[layer][0] for layer in layers], dim=-1)
+
     @staticmethod
     def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """One embedding a token."""
@@ -99,8 +103,8 @@ class Flux2(FlowFamily):
             timestep=sigmas.to(self.dtype),
             guidance=torch.full_like(sigmas, self.guidance) if self.denoiser.config.guidance_embeds else None,
             encoder_hidden_states=embeds,
-            txt_ids=_places(1, 1, embeds.shape[1], latents.device),
-            img_ids=_places(height, width, 1, latents.device),
+            txt_ids=places(1, 1, embeds.shape[1], latents.device),
+            img_ids=places(height, width, 1, latents.device),
         ).sample
         return output.transpose(1, 2).reshape(latents.shape).float()
 
@@ -131,7 +135,7 @@ def system_ids(part: TextEncoderPart, text: str) -> tuple[Tensor, Tensor]:
     return batch.input_ids.to(device), batch.attention_mask.to(device)
 
 
-def _places(height: int, width: int, tokens: int, device: torch.device) -> Tensor:
+def places(height: int, width: int, tokens: int, device: torch.device) -> Tensor:
     """[H * W * S, 4]: (0, row, column, token) of every place."""
     axes = (torch.arange(count, device=device) for count in (1, height, width, tokens))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(math.prod((height, width, tokens)), 4)

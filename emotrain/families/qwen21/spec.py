@@ -1,0 +1,111 @@
+"""Qwen-Image 2.1 (Alibaba 2026); facts (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emotrain.errors import ModelError
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+
+MAX_TOKENS = 512  # the stock blocks have no limit
+_BLOCK = "transformer_blocks.{i}"
+
+
+def _variant_of(path: Path, shapes: Shapes) -> str | None:
+    signs = ("transformer_blocks.0.img_mlp.out.weight", "txt_in.text_norm.weight")
+    return "qwen-image-2.1" if all(sign in shapes for sign in signs) else None
+
+
+def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Refuse pruned models."""
+    count = len({name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")})
+    if count != int(config["num_layers"]):
+        raise ModelError(
+            f"`{path}` has {count} blocks, and Qwen-Image 2.1 has {config['num_layers']}: a pruned or another model",
+            "train on Qwen-Image 2.1",
+        )
+
+
+def _recognise(shapes: Shapes) -> bool:
+    """Whether a LoRA on attention alone is as wide as this model, and has no stream of its own for texts."""
+    widths = {size for path, size in shapes.items() if path.endswith((".attn.to_q", ".attn.to_k", ".attn.to_v"))}
+    others = (".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out", ".to_gate")
+    return (
+        widths == {(4096, 4096)}
+        and all(path.startswith("transformer_blocks.") for path in shapes)
+        and not any(path.endswith(others) for path in shapes)
+    )
+
+
+_NAMES = (
+    *(f"{_BLOCK}.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"{_BLOCK}.img_mlp.{name}" for name in ("proj", "gate_layer", "out")),
+    "img_in", "txt_in.in_layer", "txt_in.out_layer", "modulation.1", "norm_out.linear", "proj_out",
+    *(f"time_text_embed.timestep_embedder.linear_{n}" for n in (1, 2)),
+)  # fmt: skip
+NAMES = NameTable(
+    # The original's are diffusers'; ComfyUI's files join two of them.
+    rows=(
+        *((name, (name,)) for name in _NAMES),
+        (f"{_BLOCK}.img_mlp.gate_up", (f"{_BLOCK}.img_mlp.gate_layer", f"{_BLOCK}.img_mlp.proj")),
+    ),
+    heads=("txt_in.text_norm",),
+)
+
+QWEN21 = FamilySpec(
+    name="qwen21",
+    title="Qwen-Image 2.1",
+    folder="qwen21",
+    pipeline="QwenImage21ModularPipeline",
+    denoiser="transformer",
+    denoiser_class="QwenImage21Transformer2DModel",
+    model_class="QwenImage21",
+    resolution=1024,
+    latent_channels=64,
+    guidance=1.0,
+    text_encoders=(
+        TextEncoder(
+            "text_encoder", "llm", 7_568_405_504, ("Qwen/Qwen-Image-2.1", "processor"), "Qwen2Tokenizer",
+            max_tokens=MAX_TOKENS, width=("context_in_dim", 1), folders=("text_encoder", "processor"),
+        ),
+    ),
+    variants={
+        "qwen-image-2.1": Variant(
+            7_115_124_736, {"attn": 128, "attn-mlp": 224, "all": 232}, "qwen-image-2.1", "Qwen/Qwen-Image-2.1"
+        ),
+    },
+    lora=LoraFacts(
+        targets={
+            "attn": (r"transformer_blocks\.\d+\.attn\.(?:to_[qkv]|to_out\.0)",),
+            "mlp": (r"transformer_blocks\.\d+\.img_mlp\.(?:proj|gate_layer|out)",),
+            "rest": (
+                r"img_in|txt_in\.(?:in|out)_layer|modulation\.1|norm_out\.linear|proj_out",
+                r"time_text_embed\.timestep_embedder\.linear_[12]",
+            ),
+        },
+        heads=("transformer_blocks.", "img_in", "txt_in.", "modulation.", "norm_out.", "proj_out", "time_text_embed."),
+        marks=(r"transformer_blocks\.\d+\.img_mlp\.(?:proj|gate_layer|gate_up|out)(?:\..*)?",),
+        recognise=_recognise,
+        originals=NAMES,
+        layout="comfyui",
+        kohya_originals=False,
+        comfyui_originals=False,
+        loader="QwenImageLoraLoaderMixin",
+        unread_layouts=("kohya",),
+        base_version="qwen_image_2.1",
+        stated=("qwen_image_2.1", "qwen-image-2.1", "qwen_image_21"),
+    ),
+    file=FileFacts(
+        _variant_of,
+        ("transformer_blocks.", "img_in.", "txt_in.", "modulation.", "norm_out.", "proj_out.", "time_text_embed."),
+        check=_check,
+    ),
+    blocks=("QwenImage21TransformerBlock",),
+    vae_class="AutoencoderKLQwenImage21",
+    vae_scale=16,
+    patch=1,
+    flow=True,
+    elsewhere={"ai-toolkit qwen_image_21": "qwen-image-2.1"},
+)  # fmt: skip
