@@ -3,8 +3,10 @@
     python tests/bench/scaling.py [--model builtin:tiny-sd] [--batch 8] [--steps 30] [--rounds 3] [--json]
 
 One process takes two micro-batches a step (gradient accumulation), two take one each; each has one thread. Rounds of
-the two alternate. `exchange` is the all-reduce alone, begun when both are there; `waiting` is what one waits for the
-other before it. Bytes are the kernel's own count of what the process sent over its TCP connections (TCP_INFO).
+the two alternate. `times_less_work` is the ratio of processor seconds that a process needs for a step, which other
+programs on the machine do not change much. `exchange` is the all-reduce alone, begun when both are there; `waiting` is
+what one waits for the other before it. Bytes are the kernel's own count of what the process sent over its TCP
+connections (TCP_INFO).
 """
 
 from __future__ import annotations
@@ -95,12 +97,18 @@ def measure(ranks: Ranks, args: argparse.Namespace) -> dict[str, float]:
     for _ in range(WARM_UP):
         train_step(parts, limits(loaded, state), state)
     timed = Timed(ranks) if ranks.world > 1 else None
-    start, samples = time.perf_counter(), state.samples_seen
+    start, worked, samples = time.perf_counter(), time.process_time(), state.samples_seen
     for _ in range(args.steps):
         train_step(parts, limits(loaded, state), state)
     each = (time.perf_counter() - start) / args.steps
     numbers = sum(parameter.numel() for parameter in loaded.model.adapter.parameters())
-    found = {"step_s": each, "samples": (state.samples_seen - samples) / args.steps, "gradient_bytes": 4.0 * numbers}
+    worked = (time.process_time() - worked) / args.steps
+    found = {
+        "step_s": each,
+        "cpu_s": worked,
+        "samples": (state.samples_seen - samples) / args.steps,
+        "gradient_bytes": 4.0 * numbers,
+    }
     if timed is not None:
         found |= {"exchange_s": timed.exchange_s / args.steps, "waiting_s": timed.waiting_s / args.steps}
         found["sent_bytes"] = timed.sent / args.steps
@@ -129,6 +137,7 @@ def main() -> None:
         "one_step_s": statistics.median(one["step_s"] for one, _ in rounds),
         "two_step_s": statistics.median(each["step_s"] for each in first),
         "times_as_fast": statistics.median(ratios), "times_as_fast_range": [min(ratios), max(ratios)],
+        "times_less_work": statistics.median(one["cpu_s"] / max(each["cpu_s"] for each in two) for one, two in rounds),
         "exchange_share": statistics.median(each["exchange_s"] / each["step_s"] for each in first),
         "waiting_share": statistics.median(each["waiting_s"] / each["step_s"] for each in first),
         "exchange_ms": 1000 * statistics.median(each["exchange_s"] for each in first),
