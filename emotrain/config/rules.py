@@ -135,6 +135,7 @@ def _buckets(root: Node) -> list[Problem]:
 def _builtin_names(root: Node) -> list[Problem]:
     places: list[tuple[Node | None, tuple[str, ...], str]] = [
         (leaf(root, "model.base"), builtin.MODELS, "model"),
+        (leaf(root, "sample.base"), builtin.MODELS, "model"),
         (leaf(root, "validate.folder"), builtin.DATASETS, "data set"),
     ]
     places += [(node, builtin.DATASETS, "data set") for node in _folder_nodes(root, "path")]
@@ -159,6 +160,7 @@ def _path_variables(root: Node) -> list[Problem]:
         "model.text_encoder",
         "model.tokenizer",
         "start_from.continue",
+        "sample.base",
         "validate.folder",
     )
     nodes = [leaf(root, key) for key in keys]

@@ -282,12 +282,19 @@ class ValidateSection(Section):
 class SampleSection(Section):
     """Pictures drawn during the run."""
 
+    base: Text | None = Field(
+        None,
+        description="draw on another model of the family, with the LoRA on it: train on Raw or Base, look on Turbo. A"
+        " file, diffusers folder or hub id (default: the model that is trained)",
+    )
     every: Count = Field(250, description="steps between two sheets; 0: none")
     at_start: Bool = Field(True, description="also before the first step")
     seed: Seed = Field(42, description="of the pictures' noise, the same for every sheet")
-    steps: Annotated[PositiveInt, Field(le=1000)] = Field(20, description="denoising steps of one picture")
+    steps: Auto | Annotated[PositiveInt, Field(le=1000)] = Field(
+        "auto", description="denoising steps of one picture; auto: 20, and of a distilled model as many as it takes"
+    )
     guidance: Auto | Annotated[float, Field(ge=0.0)] = Field(
-        "auto", description="classifier-free guidance (auto: the family's)"
+        "auto", description="classifier-free guidance; auto: the family's, and none for a distilled model"
     )
     size: Pixels | None = Field(None, description="of the pictures, in pixels (default: the first resolution)")
     prompts: tuple[Str, ...] = Field(

@@ -44,6 +44,7 @@ class Parts:
     dtype: torch.dtype
     memory: MemoryPlan | None = None
     force_zeros: bool = True  # SDXL's force_zeros_for_empty_prompt
+    distilled: bool = False
 
 
 def digest_module(module: nn.Module, *extra: Any) -> str:
@@ -87,6 +88,7 @@ class LoadedFamily(ABC):
         self.device = parts.device
         self.dtype = parts.dtype
         self.force_zeros = parts.force_zeros
+        self.distilled = parts.distilled
         self.clip_skip = FAMILIES[parts.name].clip_skip
         self.memory = parts.memory
         self.placement = parts.memory.sentence if parts.memory else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -10,11 +11,11 @@ from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.blocks import checkpoint_blocks
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.memory import GIB, ON_CPU, MemoryPlan, require_backend
-from emotrain.families.pieces import load_pieces, load_vae, text_parts
+from emotrain.families.pieces import load_denoiser, load_pieces, load_vae, text_parts
 from emotrain.families.quantize import quantize_linears
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import Given
-from emotrain.families.table import sniff
+from emotrain.families.table import Sniffed, sniff
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -114,11 +115,35 @@ def load(
         dtype=kind,
         memory=plan,
         force_zeros=pieces.get("force_zeros", True),
+        distilled=found.distilled,
     )
     built = family_class(found.family)(parts)
     if isinstance(clip_skip, int):
         built.clip_skip = clip_skip
     _place(built, plan)
+    return built
+
+
+def load_beside(found: Sniffed, family: LoadedFamily, plan: MemoryPlan | None) -> LoadedFamily:
+    """Another denoiser of a flow family, with the VAE and the text encoders of a model that is loaded, on the CPU.
+
+    Checkpoints of such a family differ in the denoiser, and share the other parts, which are many times larger there.
+
+    Raises:
+        ModelError: missing, or not readable.
+    """
+    pieces = load_denoiser(found, family.dtype)
+    parts = Parts(
+        name=found.family, variant=found.variant, prediction=found.prediction, denoiser=pieces["denoiser"],
+        vae=family.vae, text_encoders=[], scheduler=pieces["scheduler"], device=family.device, dtype=family.dtype,
+        memory=plan, distilled=found.distilled,
+    )  # fmt: skip
+    built = family_class(found.family)(parts)
+    built.text_encoders = [
+        replace(part, encoder=pieces[part.name].requires_grad_(False)) if part.name in pieces else part
+        for part in family.text_encoders
+    ]
+    built.trained_encoders, built.clip_skip = family.trained_encoders, family.clip_skip
     return built
 
 

@@ -64,6 +64,8 @@ class Needs:
         sample: the same while a sample is drawn.
         saved: copies of the optimizer's state that a checkpoint makes.
         resident: what stays of the denoiser where its other blocks wait in the computer's memory.
+        other_parameters: of the denoiser that samples are drawn on, where that is another one (`sample.base`).
+        other_trained: the copy of the LoRA on it.
     """
 
     num_parameters: int
@@ -79,6 +81,8 @@ class Needs:
     sample: float = 0.0
     saved: float = 0.0
     resident: float = 0.0
+    other_parameters: int = 0
+    other_trained: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class MemoryPlan:
         tile_encode: the VAE encodes in tiles, and `tile_decode`: it decodes in tiles.
         pictures_at_once: how many of the largest pictures the VAE encodes together.
         encoders: form of each text encoder while the data set is encoded, see `place_encoders`.
+        in_turn: the base that is trained waits in the computer's memory while `sample.base` draws, and it in between.
     """
 
     quantize: str
@@ -109,6 +114,7 @@ class MemoryPlan:
     tile_decode: bool = False
     encoders: tuple[tuple[str, str], ...] = ()
     pictures_at_once: int = 1
+    in_turn: bool = False
 
     @property
     def encoder_forms(self) -> dict[str, str]:
@@ -119,6 +125,7 @@ class MemoryPlan:
         """What saves memory, as plain values; `text_encoders` are those that are not whole on the GPU."""
         return {
             "vae_tiles": self.tile_encode or self.tile_decode,
+            "sample_base_in_turn": self.in_turn,
             "quantize": self.quantize,
             "text_encoders": {name: form for name, form in self.encoders if form != "none"},
             "gradient_checkpointing": self.gradient_checkpointing,
@@ -193,10 +200,12 @@ def choose_memory(
     options += [(kind, steps[-1], False) for kind in kinds]
     options += [(kind, steps[-1], True) for kind in ([quantize] if quantize == "none" else [])]
     place = partial(place_encoders, needs, wanted=quantize_text_encoders, backends=backends)
-    plans = [_plan(needs, *option, budget, place) for option in options]
-    if budget is None:
-        return replace(plans[0], sentence=_sentence(plans[0]))
+    turns = needs.other_parameters > 0
+    plans = [_plan(needs, *option, budget, place, in_turn=turns) for option in options]
     chosen = next((plan for plan in plans if plan.fits), min(plans, key=lambda p: p.needed_gib))
+    if turns:  # both stay where that changes nothing else
+        kept = _plan(needs, *options[plans.index(chosen)], budget, place)
+        chosen = kept if kept.fits else chosen
     return replace(chosen, sentence=_sentence(chosen))
 
 
@@ -207,17 +216,26 @@ def _plan(
     offload: bool,
     budget: float | None,
     place: Callable[[float | None], dict[str, str]],
+    *,
+    in_turn: bool = False,
 ) -> MemoryPlan:
     """The stages' peaks with these means."""
-    base = weights_gib(needs.num_parameters, needs.bytes_per_parameter, kind)
-    held = CONTEXT_GIB + needs.vae + (min(needs.resident, base) if offload else base) + needs.trained
+
+    def weights(parameters: int) -> float:
+        whole = weights_gib(parameters, needs.bytes_per_parameter, kind)
+        return min(needs.resident, whole) if offload else whole
+
+    base, other = weights(needs.num_parameters), weights(needs.other_parameters)
+    rest = CONTEXT_GIB + needs.vae + needs.trained + needs.other_trained
+    held = rest + base + (0.0 if in_turn else other)
+    drawing = rest + other if in_turn else held
     tile_encode, forms, encoding = _encode_stage(needs, budget, place)
-    tile_decode = budget is not None and held + needs.decode[0] * SPARE > budget
+    tile_decode = budget is not None and drawing + needs.decode[0] * SPARE > budget
     stages = {
         "encode": encoding,
         "train": held + needs.activations[checkpointing] * SPARE,
         "validate": held + needs.validate * SPARE,
-        "sample": held + max(needs.sample, needs.decode[tile_decode]) * SPARE,
+        "sample": drawing + max(needs.sample, needs.decode[tile_decode]) * SPARE,
         "save": held + needs.saved,
     }
     at_once = 1
@@ -227,7 +245,7 @@ def _plan(
         stages["encode"] += (at_once - 1) * needs.encode[0]
     return MemoryPlan(
         kind, checkpointing, offload, max(stages.values()), budget, "", tuple(stages.items()), tile_encode, tile_decode,
-        tuple(forms.items()), at_once,
+        tuple(forms.items()), at_once, in_turn,
     )  # fmt: skip
 
 
@@ -299,6 +317,8 @@ def _sentence(plan: MemoryPlan) -> str:
         means.append("the VAE in tiles")
     for form in dict.fromkeys(form for _, form in plan.encoders if form != "none"):
         means.append("captions encoded on the CPU" if form == ON_CPU else f"captions encoded in {form}")
+    if plan.in_turn:
+        means.append("the base for samples in turn with the trained one")
     how = ", ".join(means) if means else "nothing needs saving"
     if plan.budget_gib is None:
         return f"memory: {how}"

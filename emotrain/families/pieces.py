@@ -14,8 +14,15 @@ from emotrain.families.base import TextEncoderPart
 from emotrain.families.component import guard, known_class, load_one, load_whole, refuse_filled_up
 from emotrain.families.headers import read_index
 from emotrain.families.registry import FAMILIES
-from emotrain.families.separate import NOTHING, Given, load_separate, load_separate_vae, without_upper_layers
-from emotrain.families.single import load_single_file, load_vae_file
+from emotrain.families.separate import (
+    NOTHING,
+    Given,
+    load_denoiser_file,
+    load_separate,
+    load_separate_vae,
+    without_upper_layers,
+)
+from emotrain.families.single import load_denoiser_of, load_single_file, load_vae_file
 from emotrain.families.sniff import Sniffed, refuse_other_vae
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.spec import TextEncoder
@@ -63,27 +70,47 @@ def load_pieces(
         refuse_incomplete(found, has_vae=given.vae is not None, has_text=given.text_encoder is not None)
         if FAMILIES[found.family].separate_files:
             return load_separate(found, dtype, given)
-        return load_single_file(found, dtype, given.vae)
-    return load_folder(found, dtype, revision)
+        return load_single_file(found, dtype, given.vae, given.denoiser)
+    return load_folder(found, dtype, revision, given.denoiser)
 
 
-def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None) -> dict[str, Any]:
+def load_denoiser(found: Sniffed, dtype: torch.dtype, revision: str | None = None) -> dict[str, Any]:
+    """The denoiser of a flow model and its scheduler alone, and adapters that lie in its file, on the CPU.
+
+    Raises:
+        ModelError: missing, or cannot be read.
+    """
+    if found.kind != "file":
+        return _denoiser_of_folder(found, dtype, revision, _index(found, revision))
+    return load_denoiser_file(found, dtype) if FAMILIES[found.family].separate_files else load_denoiser_of(found, dtype)
+
+
+def load_folder(found: Sniffed, dtype: torch.dtype, revision: str | None, denoiser: Any = None) -> dict[str, Any]:
     """All pieces of a diffusers folder or a hub repository."""
     import diffusers
 
     info = FAMILIES[found.family]
     where = str(found.path)
     index = _index(found, revision)
-    denoiser_class = getattr(diffusers, known_class(where, info.denoiser, index, frozenset((info.denoiser_class,))))
-    pieces: dict[str, Any] = {
-        "denoiser": load_whole(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype),
-        "vae": load_whole(getattr(diffusers, info.vae_class), where, "vae", revision, torch_dtype=torch.float32),
-        "scheduler": load_scheduler(found, where, index, revision),
-    }
+    pieces = _denoiser_of_folder(found, dtype, revision, index, denoiser)
+    pieces["vae"] = load_whole(getattr(diffusers, info.vae_class), where, "vae", revision, torch_dtype=torch.float32)
     pieces["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
     for encoder in info.encoders_of(found.variant):
         pieces[encoder.name], pieces[encoder.tokenizer_name] = load_encoder(where, index, encoder, dtype, revision)
     return pieces
+
+
+def _denoiser_of_folder(
+    found: Sniffed, dtype: torch.dtype, revision: str | None, index: dict[str, Any], denoiser: Any = None
+) -> dict[str, Any]:
+    """The denoiser, unless it is given, and the scheduler."""
+    import diffusers
+
+    info, where = FAMILIES[found.family], str(found.path)
+    denoiser_class = getattr(diffusers, known_class(where, info.denoiser, index, frozenset((info.denoiser_class,))))
+    if denoiser is None:
+        denoiser = load_whole(denoiser_class, where, info.denoiser, revision, torch_dtype=dtype)
+    return {"denoiser": denoiser, "scheduler": load_scheduler(found, where, index, revision)}
 
 
 def load_scheduler(found: Sniffed, where: str, index: dict[str, Any], revision: str | None) -> Any:

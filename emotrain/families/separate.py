@@ -33,11 +33,12 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table of T5
 
 @dataclass(frozen=True)
 class Given:
-    """Parts that the preset names: a loaded VAE, and paths of the text encoder and its tokenizer."""
+    """Parts that come from elsewhere: a loaded VAE or denoiser, and paths of the text encoder and its tokenizer."""
 
     vae: Any = None
     text_encoder: str | None = None
     tokenizer: str | None = None
+    denoiser: Any = None
 
 
 NOTHING = Given()
@@ -52,22 +53,30 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
     import diffusers
 
     spec, path = FAMILIES[found.family], Path(found.path)
-    beside = companion(path)
-    encoder, *adapters = spec.encoders_of(found.variant)
     vae_class = getattr(diffusers, spec.vae_class)
-    vae = given.vae or load_one(vae_class, str(beside), "vae", None, torch_dtype=torch.float32)
-    own = beside / "scheduler" / "scheduler_config.json"
-    words = read_json(own) if own.is_file() else found.scheduler_config
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)
+    vae = given.vae or load_one(vae_class, str(companion(path)), "vae", None, torch_dtype=torch.float32)
     text = _text_encoder(found, dtype, refuse_other_encoder(found, given.text_encoder))
-    tensors = unscaled(path, dtype) or load_file(path)
-    pieces = {"vae": vae, "scheduler": scheduler, encoder.name: text}
+    encoders = spec.encoders_of(found.variant)
+    pieces = {"vae": vae, encoders[0].name: text, **load_denoiser_file(found, dtype, given.denoiser)}
+    for part in encoders:
+        pieces[part.tokenizer_name] = tokenizer_of(found, part, given.tokenizer)
+    return pieces
+
+
+def load_denoiser_file(found: Sniffed, dtype: torch.dtype, denoiser: Any = None) -> dict[str, Any]:
+    """What lies in the denoiser's file: itself (unless it is given), its scheduler, and its text encoders' adapters."""
+    import diffusers
+
+    path = Path(found.path)
+    own = companion(path) / "scheduler" / "scheduler_config.json"
+    words = read_json(own) if own.is_file() else found.scheduler_config
+    pieces = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)}
+    adapters = FAMILIES[found.family].encoders_of(found.variant)[1:]
+    tensors = (unscaled(path, dtype) or load_file(path)) if denoiser is None or adapters else {}
     for adapter in adapters:
         own_tensors = {key: tensors.pop(key) for key in list(tensors) if own_name(key).startswith(adapter.prefixes)}
         pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)
-    for part in (encoder, *adapters):
-        pieces[part.tokenizer_name] = tokenizer_of(found, part, given.tokenizer)
-    return {**pieces, "denoiser": _denoiser(found, dtype, tensors)}
+    return {**pieces, "denoiser": _denoiser(found, dtype, tensors) if denoiser is None else denoiser}
 
 
 def _adapter(found: Sniffed, spec: TextEncoder, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:

@@ -31,8 +31,8 @@ from emotrain.families.spec import TextEncoder
 from emotrain.families.understood import PARTS, SCALES, scaled_layers
 
 
-def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None) -> dict[str, Any]:
-    """Denoiser, VAE (the file's, or `vae`), scheduler, text encoders and tokenizers; see `pieces.load_pieces`.
+def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None, denoiser: Any = None) -> dict[str, Any]:
+    """Denoiser, VAE (the file's, or those given), scheduler, text encoders, tokenizers; see `pieces.load_pieces`.
 
     Raises:
         ModelError: pieces are neither in the file nor beside it, or the file does not fit its kind.
@@ -40,7 +40,21 @@ def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None) -> dic
     beside = companion(Path(found.path))
     lacking = [name for name in found.missing if name != "vae" and not _has_weights(beside / name)]
     with config_folder(found, skip=set(lacking)) as folder:
-        return _load(found, folder, found.missing, lacking, dtype, vae)
+        return _load(found, folder, found.missing, lacking, dtype, vae, denoiser)
+
+
+def load_denoiser_of(found: Sniffed, dtype: torch.dtype) -> dict[str, Any]:
+    """The denoiser of a flow model's file, and its scheduler.
+
+    Raises:
+        ModelError: the file does not fit its kind.
+    """
+    import diffusers
+
+    with config_folder(found, skip={encoder.name for encoder in FAMILIES[found.family].text_encoders}) as folder:
+        denoiser = _denoiser(found, folder, dtype)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(_scheduler(found)[1])
+    return {"denoiser": denoiser, "scheduler": scheduler}
 
 
 def unscaled(path: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
@@ -75,6 +89,7 @@ def _load(
     lacking: list[str],
     dtype: torch.dtype,
     vae: Any,
+    denoiser: Any,
 ) -> dict[str, Any]:
     import diffusers
     import transformers
@@ -82,15 +97,7 @@ def _load(
     info = FAMILIES[found.family]
     path, beside = str(found.path), str(companion(Path(found.path)))
     index = read_json(folder / "model_index.json")
-    source = unscaled(Path(path), dtype) or path
-    pieces: dict[str, Any] = {
-        "denoiser": guard(
-            path, "", lambda: getattr(diffusers, index[info.denoiser][1]).from_single_file(
-                source, config=str(folder), subfolder=info.denoiser, torch_dtype=dtype,
-                local_files_only=True,
-            ),
-        )
-    }  # fmt: skip
+    pieces: dict[str, Any] = {"denoiser": _denoiser(found, folder, dtype) if denoiser is None else denoiser}
     if vae is not None:
         pass
     elif "vae" in absent:
@@ -117,6 +124,21 @@ def _load(
             encoder.set_input_embeddings(encoder.get_input_embeddings())
     check_complete(path, pieces)
     return pieces
+
+
+def _denoiser(found: Sniffed, folder: Path, dtype: torch.dtype) -> Any:
+    """The file's denoiser; `folder` holds its config."""
+    import diffusers
+
+    spec, path = FAMILIES[found.family], str(found.path)
+    source = unscaled(Path(path), dtype) or path
+    denoiser = guard(
+        path, "", lambda: getattr(diffusers, spec.denoiser_class).from_single_file(
+            source, config=str(folder), subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
+        ),
+    )  # fmt: skip
+    check_complete(path, {spec.denoiser: denoiser})
+    return denoiser
 
 
 def check_complete(path: str, pieces: dict[str, Any]) -> None:

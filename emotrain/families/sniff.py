@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from emotrain.families.headers import INDEX, MODULAR_INDEX, read_index, read_jso
 from emotrain.families.registry import FAMILIES, configs
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
+SAMPLE_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Sniffed:
 
     `variant` is one of the public models or "custom" (another size); `resolution` and `bucket_step`
     are pixels, `vae_scale` pixels per latent; `max_rank` is the largest rank that can still add
-    something; `missing` names pieces that are not in it.
+    something; `missing` names pieces that are not in it; a `distilled` model draws in few steps.
     """
 
     family: str
@@ -36,10 +38,46 @@ class Sniffed:
     denoiser_config: dict[str, Any] = field(default_factory=dict, repr=False)
     scheduler_config: dict[str, Any] = field(default_factory=dict, repr=False)
     missing: tuple[str, ...] = ()
+    distilled: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its file, folder or repository."""
+        return Path(self.path).name.removesuffix(".safetensors")
+
+    def steps_of_sample(self, wanted: int | Literal["auto"]) -> int:
+        """Steps of a sample; auto: of a distilled model those in its name, or its kind's."""
+        if wanted != "auto":
+            return wanted
+        rule = FAMILIES[self.family].distilled
+        if not self.distilled or rule is None:
+            return SAMPLE_STEPS
+        named = re.search(r"(?<!\d)(\d{1,2})[-_ ]?steps?", self.name.lower())
+        return int(named[1]) if named and int(named[1]) else rule.steps
+
+    @property
+    def sample_guidance(self) -> float | None:
+        """The same for guidance: none (1) for a distilled model unless it embeds it, and else the family's (None)."""
+        return 1.0 if self.distilled and not self.denoiser_config.get("guidance_embeds") else None
 
     def describe(self) -> str:
         """A few words for messages: `sdxl (Stable Diffusion XL, v_prediction)`."""
         return f"{self.family} ({FAMILIES[self.family].title}, {self.prediction})"
+
+
+def is_distilled(family: str, name: str, variant: str = "", said: object = None) -> bool:
+    """Whether a model was distilled to few steps: by its own word for it, its sizes, or its name.
+
+    Args:
+        family: of the model.
+        name: of its file, folder or repository.
+        variant: the public model that it is.
+        said: `is_distilled` of its model_index.json, where that says it.
+    """
+    rule = FAMILIES[family].distilled
+    if isinstance(said, bool):
+        return said
+    return rule is not None and (variant in rule.variants or re.search(rule.named, name.lower()) is not None)
 
 
 def widest_layer(config: dict[str, Any]) -> int:
@@ -209,11 +247,13 @@ def _from_configs(
         resolution = own if isinstance(own, int) else spec.resolution
     else:
         resolution = side * vae_scale
+    variant = variant_of(family, denoiser)
     return Sniffed(
-        family=family, variant=variant_of(family, denoiser), prediction=_prediction(where, family, scheduler),
+        family=family, variant=variant, prediction=_prediction(where, family, scheduler),
         resolution=resolution, bucket_step=_step(family, denoiser, vae_scale, resolution), vae_scale=vae_scale,
         max_rank=widest_layer(denoiser), kind=kind, latent_channels=channels, path=where,
         denoiser_config={k: v for k, v in denoiser.items() if not k.startswith("_")}, scheduler_config=scheduler,
+        distilled=is_distilled(family, Path(where).name, variant, index.get("is_distilled")),
     )  # fmt: skip
 
 

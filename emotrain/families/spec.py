@@ -246,6 +246,21 @@ class LoraFacts:
         return originals and self.originals.joins
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """How a model draws that was distilled to few steps; its weights look like those it was made from.
+
+    Attributes:
+        named: regular expression of how such models are called, in lower case.
+        steps: that it was made for, where its name says no number of them.
+        variants: public models whose sizes alone tell.
+    """
+
+    named: str
+    steps: int
+    variants: tuple[str, ...] = ()
+
+
 def nothing_to_check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
     """A single file whose tensor names alone say enough."""
 
@@ -296,6 +311,7 @@ class FamilySpec:
         packed_channels: the denoiser's input channels are these times the latent channels.
         patch: latents per token and side, as the stock pipeline counts them for the scheduler.
         vae_patch: latents are patches of that many of the VAE's own per side.
+        distilled: its models of few steps.
         tag_presets: shipped presets for captions that are tags, by what the model predicts.
         other_pipelines: further pipelines that such folders name.
         elsewhere: how configs of other trainers name it ("trainer word"), and the shipped preset for it, "" for none.
@@ -324,6 +340,7 @@ class FamilySpec:
     packed_channels: int = 1
     patch: int = 1
     vae_patch: int = 1
+    distilled: Distilled | None = None
     tag_presets: Mapping[str, str] = field(default_factory=dict)
     other_pipelines: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)

@@ -27,7 +27,7 @@ def build_adapter(preset: Preset, family: LoadedFamily, earlier: LoraFile | None
     if earlier is not None:
         refuse_lost_parts(earlier, family, names)
         earlier.refuse_mixture()
-    denoiser = _of_denoiser(preset, family, earlier)
+    denoiser = of_denoiser(preset, family, earlier)
     texts = [_of_encoder(preset, family, name, index, earlier, denoiser) for index, name in enumerate(names)]
     return join(denoiser, texts) if texts else denoiser
 
@@ -54,7 +54,8 @@ def refuse_lost_parts(earlier: LoraFile, family: LoadedFamily, names: tuple[str,
     )
 
 
-def _of_denoiser(preset: Preset, family: LoadedFamily, earlier: LoraFile | None) -> Adapter:
+def of_denoiser(preset: Preset, family: LoadedFamily, earlier: LoraFile | None) -> Adapter:
+    """The denoiser's part of it."""
     if earlier is not None:
         return adapter_like(family.denoiser, *earlier.of_part(part_of(family.name)), family=family.name)
     kwargs = adapter_kwargs(preset)

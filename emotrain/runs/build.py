@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from emotrain.runs.adapters import build_adapter
 from emotrain.runs.data import Pictures
 from emotrain.runs.draw import Sampler
 from emotrain.runs.encoding import Encoders
+from emotrain.runs.sample_base import SampleBase
 from emotrain.train.events import Event, Notice, Phase
 from emotrain.train.graphs import Graphs
 from emotrain.train.losses import LossBaseline, expected_by_bins, noise_like, sample_losses, timesteps_at, uniforms
@@ -189,23 +191,36 @@ def flipped_ids(preset: Preset, pictures: Pictures) -> list[str]:
     return list(dict.fromkeys(own[i * len(own) // count] for i in range(count)))
 
 
-def build_sampler(preset: Preset, model: Model, size: int, notify: Notify) -> Sampler | None:
-    """The sampler of a run, or None where `sample.every` is 0; its prompts are encoded here."""
-    sample = preset.sample
+def build_sampler(
+    preset: Preset, found: Sniffed, model: Model, size: int, notify: Notify, base: SampleBase | None = None
+) -> Sampler | None:
+    """The sampler of a run, or None where `sample.every` is 0; its prompts are encoded here.
+
+    Args:
+        preset: of the run.
+        found: the model that draws.
+        model: the one that is trained.
+        size: the side of a sample in pixels where the preset says none.
+        notify: told what is going on.
+        base: where another model draws, that one.
+    """
+    sample, family = preset.sample, base.family if base else model.family
     if not sample.every or not sample.prompts:
         return None
     prompts = [parse_prompt(fill_trigger(prompt, preset.dataset.trigger)) for prompt in sample.prompts]
-    step = model.family.vae_scale * 2
+    step = family.vae_scale * 2
     side = (sample.size or size) // step * step
-    with hidden_off(*(part.encoder for part in model.family.text_encoders)):
+    with hidden_off(*(part.encoder for part in family.text_encoders)):
         return Sampler(
-            model.family,
+            family,
             prompts,
             size=(side, side),
             seed=sample.seed,
-            steps=sample.steps,
-            guidance=None if sample.guidance == "auto" else sample.guidance,
+            steps=found.steps_of_sample(sample.steps),
+            guidance=found.sample_guidance if sample.guidance == "auto" else sample.guidance,
             notify=notify,
+            name=found.name,
+            drawing=base.drawing if base else nullcontext,
         )
 
 

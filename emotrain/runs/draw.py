@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,8 @@ class Sampler:
         encode: texts -> embeddings, one row each. In the place of an empty negative prompt the family may take
             something else (`no_negative`), as its stock pipeline does.
         size: width and height in pixels of prompts that say none.
+        name: of the model that draws.
+        drawing: around all pictures of a step; another model that draws gets its weights and its place there.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Sampler:
         steps: int,
         guidance: float | None,
         notify: Callable[[Event], None],
+        name: str = "",
+        drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.family, self.notify = family, notify
+        self.family, self.notify, self.name, self.drawing = family, notify, name, drawing
         self.prompts, self.negatives = tuple(p.text for p in prompts), tuple(p.negative for p in prompts)
         self.folder = Path()
         self._fresh: list[Path] = []  # not yet brought to the disk
@@ -90,7 +95,7 @@ class Sampler:
         if self._draw_all(paths, step, f"step {step}"):
             sheet = self.sheet(step, best_step)
             if sheet is not None:
-                self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet))
+                self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet, self.name))
 
     def draw_lora(self, step: int, best_step: int | None = None) -> None:
         """Draw all prompts with the LoRA file's weights, which the model must hold: the sheet's last column.
@@ -127,9 +132,10 @@ class Sampler:
     def _draw_all(self, paths: Sequence[Path], step: int, what: str, strength: float = 1.0) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for number, (request, path) in enumerate(zip(self.requests, paths, strict=True), 1):
-                self.notify(Phase("drawing samples", number - 1, len(paths)))
-                with_memory("while drawing samples", partial(self._draw_one, request, number, step, path, strength))
+            with self.drawing():
+                for number, (request, path) in enumerate(zip(self.requests, paths, strict=True), 1):
+                    self.notify(Phase("drawing samples", number - 1, len(paths)))
+                    with_memory("while drawing samples", partial(self._draw_one, request, number, step, path, strength))
             self._fresh += paths
             self.notify(Phase("drawing samples", len(paths), len(paths)))
             return True
@@ -167,12 +173,13 @@ class Sampler:
         lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
         layer = self.family.clip_skip
         skip = f", Clip skip: {layer}" if layer != FAMILIES[self.family.name].clip_skip else ""
+        model = f", Model: {self.name}" if self.name else ""
         of = f"LoRA step: {step}" + (f", LoRA strength: {strength:g}" if strength != 1.0 else "")
-        lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}{skip}, {of}")
+        lines.append(f"Steps: {request.steps}{guidance}, Seed: {request.seed}, Size: {size}{skip}{model}, {of}")
         own = {
             "prompt": prompt, "negative": negative, "seed": request.seed, "steps": request.steps,
             "guidance": request.guidance, "width": request.width, "height": request.height, "step": step,
-            "strength": strength,
+            "strength": strength, "base": self.name,
         }  # fmt: skip
         return {"parameters": "\n".join(lines), "emotrain": json.dumps(own)}
 

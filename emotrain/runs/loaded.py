@@ -17,7 +17,7 @@ from emotrain.lora.file import read_lora
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.pulse.stopping import StopRule
 from emotrain.ranks import ALONE, Ranks
-from emotrain.runs import adapters, build, changes, parents
+from emotrain.runs import adapters, build, changes, parents, sample_base
 from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.draw import Sampler
 from emotrain.runs.plan import plan_run
@@ -41,6 +41,7 @@ class Loaded:
     data: build.Data
     size: int
     sampler: Sampler | None
+    sample_base: sample_base.SampleBase | None
     optimizer: OptimizerLike
     stop_rule: StopRule
     dataset_digest: str
@@ -56,6 +57,7 @@ class Loaded:
             "dataset_sha256": self.dataset_digest,
             "parents": self.model.parents,
             "family": self.found.family,
+            "sample_base": None if self.sample_base is None else self.sample_base.record(),
             "held_out": [example.id for example in self.pictures.held_out],
             **({"ranks": self.ranks.world, "launch": list(self.ranks.launch)} if self.ranks.world > 1 else {}),
         }
@@ -106,7 +108,8 @@ def load(
     if earlier is not None:
         words = f"the LoRA that is continued sets the network: {parents.continued(earlier)}"
         notify(Notice(words, level="info"))
-    plan = plan_run(preset, found, pictures, settings, ranks)
+    other = sample_base.look(preset, found)
+    plan = plan_run(preset, found, pictures, settings, ranks, other)
     if plan is not None:
         notify(Notice(plan.sentence, level="info"))
     model = build.load_model(preset, notify, earlier, plan)
@@ -117,14 +120,20 @@ def load(
             adapters.check_text_modules(found, counts)
     data = ranks.in_turn(partial(build.prepare_data, preset, model, pictures, settings, notify))
     size = settings.rules.resolutions[0]
-    sampler = build.build_sampler(preset, model, size, notify) if ranks.first else None
+    base = None
+    if other is not None and ranks.first:
+        base = sample_base.load_base(preset, other, model.family, model.adapter, earlier, notify)
+    drawn = other.found if other else found
+    sampler = build.build_sampler(preset, drawn, model, size, notify, base) if ranks.first else None
     model.family.free_encoders()  # all is encoded: the denoiser takes their place
+    if base is not None:
+        base.place()
     model.family.place_denoiser()
     model.adapter.use_half_precision(model.family.dtype)
     optimizer = build.build_optimizer_of(preset, model.adapter.parameters())
     stop_rule = build.build_stop_rule(preset, held_out=bool(pictures.held_out))
     digest = fingerprint(pictures.all)
-    loaded = Loaded(preset, found, pictures, model, data, size, sampler, optimizer, stop_rule, digest, ranks)
+    loaded = Loaded(preset, found, pictures, model, data, size, sampler, base, optimizer, stop_rule, digest, ranks)
     if ranks.world > 1:
         identities = ranks.meet(loaded.identity.to_document())
         if ranks.first:

@@ -16,24 +16,34 @@ from emotrain.lora.targets import part_of
 from emotrain.runs.folder import INFO, open_run
 
 
-def apply_stack(preset: Preset, family: LoadedFamily) -> list[dict[str, Any]]:
-    """Freeze the earlier LoRAs under the new one; what they are, for the records."""
-    files = [(read_lora(lora_of(item.path)), item.weight) for item in preset.start_from.stack]
+def apply_stack(
+    preset: Preset, family: LoadedFamily, *, in_samples: bool = False, texts: bool = True
+) -> list[dict[str, Any]]:
+    """Freeze the earlier LoRAs under the new one; what they are, for the records.
+
+    Args:
+        preset: whose stack.
+        family: the model.
+        in_samples: only those that samples are drawn with.
+        texts: on the text encoders too.
+    """
+    items = [item for item in preset.start_from.stack if item.sample or not in_samples]
+    files = [(read_lora(lora_of(item.path)), item.weight) for item in items]
     for file, _ in files:
         refuse_misfit(file, family)
-    for name, in_samples in ((STACK, True), (HIDDEN, False)):
+    for name, shown in ((STACK, True), (HIDDEN, False)):
         stack = [
             (file.state, file.alphas, weight)
-            for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
-            if item.sample == in_samples
+            for item, (file, weight) in zip(items, files, strict=True)
+            if item.sample == shown
         ]
         if stack:
             stack_frozen(family.denoiser, stack, part=part_of(family.name), name=name)
-            for part in family.text_encoders:
+            for part in family.text_encoders if texts else ():
                 stack_frozen(part.encoder, stack, part=part.name, name=name)
     return [
         {"kind": "stack", **name_of(item.path), "sha256": file.sha256, "weight": weight}
-        for item, (file, weight) in zip(preset.start_from.stack, files, strict=True)
+        for item, (file, weight) in zip(items, files, strict=True)
     ]
 
 

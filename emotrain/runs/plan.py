@@ -31,6 +31,7 @@ from emotrain.runs.build import loader_settings, sniffed
 from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
+from emotrain.runs.sample_base import Other, look
 
 RANGE = (0.9, 1.25)  # of the estimate
 
@@ -116,7 +117,8 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     check_modules(found, network.targets, activation_memory.adapter.num_modules)
     if network.text_encoder:
         check_text_modules(found, dict(activation_memory.text.modules))
-    memory = Memory(preset, found, activation_memory, low.itemsize, free_gib(device))
+    other = look(preset, found, by_size=True)
+    memory = Memory(preset, found, activation_memory, low.itemsize, free_gib(device), other)
     chosen = memory.choose()
     return Plan(
         found=found,
@@ -159,7 +161,7 @@ def _model(preset: Preset, may_assume: bool) -> tuple[tuple[str, ...], Sniffed]:
     if not may_assume or model.family == "auto" or Path(model.base).exists():
         found = sniffed(preset)
         if found.kind == "folder" and not is_builtin(model.base):
-            refuse_misfit(found, preset.sample.steps)
+            refuse_misfit(found, found.steps_of_sample(preset.sample.steps))
         return (), found
     spec = FAMILIES[model.family]
     found = public_model(next(variant.repository for variant in spec.variants.values() if variant.repository))
@@ -178,11 +180,17 @@ def _pictures(preset: Preset, side: int, may_assume: bool) -> tuple[tuple[str, .
 
 
 def plan_run(
-    preset: Preset, found: Sniffed, pictures: Pictures, settings: LoaderSettings, ranks: Ranks = ALONE
+    preset: Preset,
+    found: Sniffed,
+    pictures: Pictures,
+    settings: LoaderSettings,
+    ranks: Ranks = ALONE,
+    other: Other | None = None,
 ) -> MemoryPlan | None:
     """How `run` fits into this machine's GPU: by the same numbers as `plan`; None where there is none.
 
-    Of several processes' GPUs the one with the least room decides for all.
+    Of several processes' GPUs the one with the least room decides for all. `other` is the model that samples are drawn
+    on, where that is another one.
     """
     device = choose_device("auto")
     if device.type != "cuda":
@@ -190,10 +198,10 @@ def plan_run(
     low, work = planned_dtype(preset.model.dtype, device), _work(pictures, settings, preset)
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
     free = min(room or 0.0 for room in ranks.meet(free_gib(device)))
-    memory = Memory(preset, found, activation_memory, low.itemsize, free)
+    memory = Memory(preset, found, activation_memory, low.itemsize, free, other)
     if ranks.world > 1:
         free -= exchanged_gib(memory.trained)
-        memory = Memory(preset, found, activation_memory, low.itemsize, free)
+        memory = Memory(preset, found, activation_memory, low.itemsize, free, other)
     return memory.choose()
 
 

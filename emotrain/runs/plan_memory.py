@@ -35,6 +35,7 @@ from emotrain.families.sniff import Sniffed
 from emotrain.families.texts import encoder_parameters, quantizable_parameters, trainable_encoders
 from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
+from emotrain.runs.sample_base import Other
 from emotrain.train.validation import SMALL
 from emotrain.transfer import AT_ONCE
 
@@ -67,7 +68,13 @@ class Memory:
     """The numbers behind the parts, the verdicts and what each switch saves."""
 
     def __init__(
-        self, preset: Preset, found: Sniffed, kept: ActivationMemory, itemsize: int, free: float | None
+        self,
+        preset: Preset,
+        found: Sniffed,
+        kept: ActivationMemory,
+        itemsize: int,
+        free: float | None,
+        other: Other | None = None,
     ) -> None:
         self.preset, self.found, self.kept, self.itemsize, self.free = (
             preset,
@@ -76,6 +83,7 @@ class Memory:
             itemsize,
             free,
         )
+        self.other = other
         self.trained = kept.num_trained
         self.state_bytes = state_bytes_per_number(preset)
         linear = quantizable_parameters(found)
@@ -121,6 +129,8 @@ class Memory:
             validate=wide * forward * area,
             sample=at_once * forward * drawn,
             saved=self.state() + min(self.state() + self.lora(), AT_ONCE / GIB),
+            other_parameters=self.other.num_parameters if self.other else 0,
+            other_trained=self.lora() if self.other else 0.0,
             resident=(kept.other_weights + AWAY * kept.block_weights) * self.itemsize / GIB,
         )
 
@@ -157,6 +167,8 @@ class Memory:
             ("CUDA itself", CONTEXT_GIB),
             ("frozen base", min(weights, self.needs().resident) if chosen.offload else weights),
             ("VAE decoder, for samples", self.vae),
+            ("base for samples", 0.0 if chosen.in_turn else self.other_base(chosen)),
+            ("LoRA on it", self.needs().other_trained),
             ("text encoders", self.resident),
             ("LoRA weights and gradients", self.lora()),
             ("optimizer state", self.state()),
@@ -164,6 +176,11 @@ class Memory:
             ("workspace", activations * (SPARE - 1)),
         ]
         return tuple((name, gib) for name, gib in rows if gib)
+
+    def other_base(self, chosen: MemoryPlan) -> float:
+        """What the base for samples takes while it is on the device, in GiB; 0 where the trained one draws."""
+        whole = weights_gib(self.needs().other_parameters, self.itemsize, chosen.quantize)
+        return min(whole, self.needs().resident) if chosen.offload else whole
 
     def savings(self, chosen: MemoryPlan, least: float = 0.01) -> tuple[tuple[str, float], ...]:
         """What a switch would save, beginning with the one that saves most; those below `least` GiB are left out."""

@@ -86,6 +86,7 @@ def preflight(
                 result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
     _look_at_parts(preset, result, at)
     _look_at_parents(preset, result, at)
+    _look_at_sample_base(preset, result, at)
     _rehearse(preset, result)
     _look_at_data(preset, result, progress)
     result.failures.extend(_missing_packages(preset, at))
@@ -297,6 +298,34 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
             continue
         if key == "start_from.continue":
             result.facts.append(("continues", parents.continued(file)))
+
+
+def _look_at_sample_base(preset: Preset, result: Preflight, at: Where) -> None:
+    """The model that samples are drawn on, and in how many steps."""
+    sample, found = preset.sample, result.found
+    if found is None or not sample.every or not sample.prompts:
+        return
+    if sample.base is not None and not result.failures:
+        from emotrain.runs.sample_base import look  # needs torch, which costs seconds
+
+        try:
+            other = look(preset, found)
+        except EmotrainError as error:
+            result.failures.append(type(error)(f"{at('sample.base')}: sample.base: {error.message}", error.hint))
+            return
+        found = other.found if other is not None else found
+    if sample.base is not None or found.distilled:
+        result.facts.append(("samples", _how_drawn(preset, found)))
+
+
+def _how_drawn(preset: Preset, found: Sniffed) -> str:
+    """Which model draws, with what."""
+    sample = preset.sample
+    steps = found.steps_of_sample(sample.steps)
+    scale = found.sample_guidance if sample.guidance == "auto" else sample.guidance
+    guidance = "the family's guidance" if scale is None else "no guidance" if scale == 1.0 else f"guidance {scale:g}"
+    kind = "distilled: " if found.distilled else ""
+    return f"drawn on {found.name}, {kind}{steps} steps, {guidance}"
 
 
 def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) -> None:

@@ -34,7 +34,7 @@ def rehearse(preset: Preset, found: Sniffed, whole: bool) -> None:
             layout has no name for.
     """
     if found.kind == "folder":
-        family = refuse_misfit(found, preset.sample.steps)
+        family = refuse_misfit(found, found.steps_of_sample(preset.sample.steps))
     elif found.kind == "file":
         refuse_misfit_file(found, preset.model.tokenizer)
     if not whole:

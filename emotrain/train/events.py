@@ -130,6 +130,7 @@ class SamplesDrawn(Record):
     paths: tuple[Path, ...]
     prompts: tuple[str, ...]
     sheet: Path
+    base: str = ""  # name of the model that drew them
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,16 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "python": {"version": version, "words": list(words), "gauss_next": gauss_next},
     }
     return tensors, document
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Work after which all global random states are what they were."""
+    states, document = capture()
+    try:
+        yield
+    finally:
+        restore(states, document)
 
 
 def restore(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> tuple[str, ...]:

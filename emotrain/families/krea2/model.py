@@ -23,10 +23,15 @@ BEFORE = (
 )
 AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 LEFT_OUT, SUFFIX = 34, 5  # tokens of the two
+TURBO_MU = 1.15  # the logarithm of its sampler's shift
 
 
 class Krea2(QwenVae):
-    """Raw, and small ones of the same build."""
+    """Raw, Turbo, and small ones of the same build."""
+
+    def mu(self, scheduler_config: Any, num_tokens: int, steps: int) -> float:
+        """Of Turbo one for all sizes."""
+        return TURBO_MU if self.distilled else super().mu(scheduler_config, num_tokens, steps)
 
     def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
         """[S, L, D]: the real tokens. Padding stands between prompt and suffix, and takes no position."""
