@@ -31,7 +31,7 @@ def away(model: nn.Module, device: torch.device, stays: Iterable[Tensor]) -> Ite
 def leave(model: nn.Module, device: torch.device, stays: Iterable[Tensor]) -> list[tuple[Any, str]]:
     """The first half of `away`: the owners and names of the tensors that were moved."""
     kept = {id(tensor) for tensor in stays}
-    moved = [place for place, tensor in _places(model) if tensor.device == device and id(tensor) not in kept]
+    moved = [place for place, tensor in _places(model) if tensor.device.type == device.type and id(tensor) not in kept]
     _move(moved, torch.device("cpu"))
     if device.type == "cuda":
         torch.cuda.empty_cache()

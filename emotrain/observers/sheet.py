@@ -45,6 +45,7 @@ def make_sheet(
     strengths: Mapping[str, Sequence[Path]] | None = None,
     lora: Sequence[Path] = (),
     best_step: int | None = None,
+    drawn_on: str = "",
     max_columns: int = MAX_COLUMNS,
 ) -> Image.Image:
     """Draw the sheet.
@@ -60,6 +61,7 @@ def make_sheet(
         strengths: label -> pictures of the LoRA file at other strengths: columns before its own.
         lora: pictures of the LoRA file itself, if there are any: the last column, whatever `max_columns` says.
         best_step: column to mark.
+        drawn_on: name of the model that drew, for the corner.
         max_columns: widest sheet, at least 2.
 
     Returns:
@@ -78,6 +80,10 @@ def make_sheet(
     height = HEADER + len(prompts) * (cell_h + GAP) + GAP
     sheet = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
+    if drawn_on:
+        text = f"on {clean(drawn_on)}"
+        font = _font(text)
+        draw.text((GAP, HEADER / 2), _shorten(draw, text, LABEL_WIDTH - 2 * GAP, font), FAINT, font, anchor="lm")
     for column, (label, paths) in enumerate(shown):
         left = LABEL_WIDTH + GAP + column * (cell_w + GAP)
         _draw_label(draw, label, left, cell_w, marked=label == LORA or label.endswith("(best)"))
@@ -98,9 +104,10 @@ def save_sheet(
     strengths: Mapping[str, Sequence[Path]] | None = None,
     lora: Sequence[Path] = (),
     best_step: int | None = None,
+    drawn_on: str = "",
 ) -> Path:
     """Draw the sheet and put it at `path` (PNG) in one move: nobody sees half of it."""
-    sheet = make_sheet(columns, prompts, strengths=strengths, lora=lora, best_step=best_step)
+    sheet = make_sheet(columns, prompts, strengths=strengths, lora=lora, best_step=best_step, drawn_on=drawn_on)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

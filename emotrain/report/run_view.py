@@ -28,7 +28,7 @@ class PromptRow:
 
     prompt: str
     negative: str = ""
-    details: str = ""  # seed, steps, guidance, size
+    details: str = ""  # seed, steps, guidance, size, the model that drew
     pictures: tuple[bytes, ...] = ()
 
 

@@ -209,7 +209,9 @@ class Sampler:
         path = self.folder / "sheet.png"
         try:
             strengths = {f"strength {strength:g}": paths for strength, paths in self._strengths.items()} if lora else {}
-            save_sheet(path, columns, self.prompts, strengths=strengths, lora=lora, best_step=best_step)
+            save_sheet(
+                path, columns, self.prompts, strengths=strengths, lora=lora, best_step=best_step, drawn_on=self.name
+            )
         except OSError as error:
             self.notify(Notice(f"{path.name} was not written: {error.strerror}"))
             return None

@@ -330,6 +330,8 @@ def _prompt_row(files: Sequence[Path], preset: Preset | None, number: int) -> tu
     details = [text.format(f"{numbers[key]:.12g}") for key, text in words.items() if numbers[key] is not None]
     if numbers["width"] is not None and numbers["height"] is not None:
         details.append(f"{numbers['width']:g} × {numbers['height']:g}")
+    if isinstance(base := said.get("base"), str) and base:
+        details.append(f"on {base}")
     pictures = tuple(_preview(path, SAMPLE_SIDE) for path in files)
     return PromptRow(str(prompt), str(negative), ", ".join(details), pictures), side
 

@@ -234,6 +234,7 @@ def start_event(loaded: Loaded, folder: RunFolder, state: TrainState) -> RunStar
             ("data", f"{data.num_images} pictures, {held_words}"),
             ("LoRA", f"{model.adapter.title}, {describe_modules(model.adapter.num_modules_by_part())}"),
             *many_facts(loaded, state),
+            *([("samples", f"drawn on {base.name}")] if (base := loaded.sample_base) else []),
             *([("step", "length measured by the validation")] if loaded.stop_rule.gain else []),
             *([("trigger", preset.dataset.trigger)] if preset.dataset.trigger else []),
         ),

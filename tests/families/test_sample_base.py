@@ -268,6 +268,30 @@ def test_what_the_stack_needs_is_asked_of_the_other_model_too(zimage: Path, tmp_
             assert look(preset, sniff(zimage)) is not None
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_layers_may_leave_and_come_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An int8 layer has its weights under two names, before its first pass and after it: they stay one tensor."""
+    pytest.importorskip("bitsandbytes")
+    from emotrain.families import turns
+    from emotrain.families.quantize import quantize_linears
+
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256)).to(torch.bfloat16).requires_grad_(False)
+    quantize_linears(model, kind, torch.device("cpu"))
+    x, outputs = torch.randn(2, 256, dtype=torch.bfloat16), []
+    real = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: real(self, *args).clone())  # elsewhere, on one device
+    for _ in range(3):
+        places = turns.leave(model, torch.device("cpu"), ())
+        assert (model[0], "weight") in places
+        assert len({getattr(owner, name).data_ptr() for owner, name in places if name in ("weight", "CB")}) == 1
+        turns.come_back(places, torch.device("cpu"))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", real)
+            outputs.append(model(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
 @pytest.mark.parametrize(
     ("family", "name", "distilled"),
     [

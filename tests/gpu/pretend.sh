@@ -22,6 +22,8 @@ done
 PRETEND_BF16=0 try run quickstart "${short[@]}" --name no-bf16
 try run quickstart "${short[@]}" --name text --set network.text_encoder=true
 try run quickstart "${short[@]}" --name checkpointed --set train.gradient_checkpointing=true --set train.gradient_accumulation_steps=2
+try run quickstart "${short[@]}" --name beside --set sample.base=builtin:tiny-sd
+PRETEND_FREE_GIB=0.62 try run quickstart "${short[@]}" --name in-turn --set sample.base=builtin:tiny-sd --set model.quantize=fp8
 for optimizer in emoairy emocats emonavi; do
   try run quickstart "${short[@]}" --name "$optimizer" --set "train.optimizer=$optimizer" --set sample.every=0
 done
