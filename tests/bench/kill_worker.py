@@ -247,7 +247,7 @@ def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
         preset = preset.model_copy(update={"save": save})
     loaded = replace(case.loaded, preset=preset)
     lock.FileLock = ForkableLock  # type: ignore[misc, assignment]
-    start.load = lambda preset, notify: loaded  # type: ignore[assignment]
+    start.load = lambda *args, **kwargs: loaded  # type: ignore[assignment]
     write_digest(plan.out or case.out)
     watching = (Restless(case.trail),)
     rng.seed_all(preset.train.seed)  # what `load` would do here
