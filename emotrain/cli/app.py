@@ -22,7 +22,7 @@ import typer
 
 import emotrain
 from emotrain.cli import output
-from emotrain.cli.helptext import help_text, shape_group
+from emotrain.cli.helptext import colour_help, help_text, shape_group
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem, ResourceError
 from emotrain.ranks import is_launched, leave
 
@@ -204,6 +204,8 @@ def _as_path_error(failure: Exception) -> EmotrainError | None:
 
 
 def _run(words: list[str]) -> int:
+    if len(words) < 2 or {"-h", "--help"} & set(words):  # what may show help; rich is not imported for the others
+        colour_help()
     command = typer.main.get_command(build_app(_wanted(words)))
     code = command.main(args=words, prog_name="emotrain", standalone_mode=False, obj=words)
     return code if isinstance(code, int) else ExitCode.OK

@@ -30,3 +30,15 @@ def shape_group(app: typer.Typer) -> None:
     for command in app.registered_commands:
         if command.callback is not None and command.help is None:
             command.help = help_text(command.callback.__doc__)
+
+
+def colour_help() -> None:
+    """Give typer's help colours that a light terminal shows too: its yellow, dim yellow and cyan are lost on white."""
+    from typer import rich_utils
+
+    rich_utils.STYLE_OPTION = rich_utils.STYLE_COMMANDS_TABLE_FIRST_COLUMN = "bold color(31)"
+    rich_utils.STYLE_SWITCH = "bold color(28)"
+    rich_utils.STYLE_TYPES = "bold color(130)"
+    rich_utils.STYLE_USAGE = rich_utils.STYLE_OPTION_ENVVAR = "color(130)"
+    rich_utils.STYLE_REQUIRED_LONG = "color(160)"
+    rich_utils.STYLE_HELPTEXT = ""

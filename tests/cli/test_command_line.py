@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -297,3 +298,19 @@ def test_completion_offers_runs_and_the_presets_that_lie_here(tmp_path: Path, mo
     assert run_names("ro") == ["rose"]
     assert preset_names("mi") == ["mika.yaml"]
     assert "sdxl" in preset_names("s")
+
+
+@pytest.mark.parametrize("words", [["run", "--help"], ["--help"], ["lora"]])
+def test_no_help_is_written_in_a_colour_that_is_lost_on_white(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from typer import rich_utils
+
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(rich_utils, "FORCE_TERMINAL", True)
+    main(words)
+    styles = [one.split(";") for one in re.findall(r"\x1b\[([\d;]+)m", capsys.readouterr().out)]
+    codes = {code for style in styles if "40" not in style for code in style}  # quoted code has a ground of its own
+    assert "38" in codes  # there are colours
+    assert not codes & {"32", "33", "36", "92", "93", "96"}  # green, yellow, cyan of the 16: a contrast below 2
