@@ -258,8 +258,8 @@ def test_option_names_are_few_and_known() -> None:
         for name in ("run", "resume", "check", "doctor")
     }
     assert flags == {
-        "run": ["--fail-fast", "--json", "--name", "--plain", "--runs-dir", "--set"],
-        "resume": ["--allow-config-change", "--checkpoint", "--json", "--plain", "--runs-dir", "--set"],
+        "run": ["--fail-fast", "--gpus", "--json", "--name", "--plain", "--runs-dir", "--set"],
+        "resume": ["--allow-config-change", "--checkpoint", "--gpus", "--json", "--plain", "--runs-dir", "--set"],
         "check": ["--json", "--name", "--runs-dir", "--set"],
         "doctor": ["--json"],
     }
