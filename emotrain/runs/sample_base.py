@@ -18,6 +18,7 @@ from emotrain.errors import ModelError
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.component import guard
+from emotrain.families.fitting import refuse_misfit
 from emotrain.families.loading import load_beside
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.sniff_file import public_model, refuse_incomplete
@@ -66,6 +67,8 @@ def look(preset: Preset, found: Sniffed, *, by_size: bool = False) -> Other | No
         raise ModelError(f"`{base}` has {other.latent_channels} latent channels instead of {found.latent_channels}")
     if not shares_parts(found):
         refuse_incomplete(other, has_vae=preset.model.vae is not None)
+    if other.kind == "folder":
+        refuse_misfit(other, other.steps_of_sample(preset.sample.steps))
     theirs = _on_meta(other)
     _refuse_misfit(preset, found, theirs, base)
     return Other(other, sum(p.numel() for p in theirs.parameters()))

@@ -184,6 +184,9 @@ def smaller(folder: Path, place: Path) -> Path:
     shutil.copytree(folder, place)
     config = place / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "n_layers": 1}))
+    (file,) = (place / "transformer").glob("*.safetensors")
+    kept = {key: value for key, value in load_file(file).items() if not key.startswith("layers.1.")}
+    save_file(kept, file, metadata={"format": "pt"})
     return place
 
 
