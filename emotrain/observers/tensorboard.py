@@ -88,12 +88,15 @@ class TensorBoard:
         self._writer.add_text("run", as_code(facts), start.start_step)
 
     def _sheet(self, writer: SummaryWriter, event: SamplesDrawn) -> None:
-        try:
-            with Image.open(event.sheet) as picture:
-                pixels = np.asarray(picture.convert("RGB"))  # [H, W, 3], uint8
-        except OSError:
-            return  # the sheet is gone or half written: a picture less, not a run less
-        writer.add_image("samples", pixels, event.step, dataformats="HWC")
+        """The sheet as `samples`, and each prompt's own picture as `samples/1`, which has a slider over the steps."""
+        own = [(f"samples/{number}", path) for number, path in enumerate(event.paths, start=1)]
+        for tag, path in [("samples", event.sheet), *own]:
+            try:
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))  # [H, W, 3], uint8
+            except OSError:
+                continue  # gone or half written: a picture less, not a run less
+            writer.add_image(tag, pixels, event.step, dataformats="HWC")
         prompts = [(f"prompt {i}", text) for i, text in enumerate(event.prompts, start=1)]
         writer.add_text("samples/prompts", as_code(prompts), event.step)
 

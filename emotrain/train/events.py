@@ -97,7 +97,7 @@ class StepEnd(Record):
     reading: Reading
     ready: bool  # the optimizer's own stop signal
     grad_norm: Annotated[float, "grad_norm"]
-    lr: float
+    lr: Annotated[float, "lr"]
     step_s: Annotated[float, "step_s"]
     stop_meter: Annotated[float, "emo/stop_meter"]  # 0..1: how far the stop rule is towards its decision
     expected_end: tuple[int, int] | None = None  # first and last step it may end at, once that can be said

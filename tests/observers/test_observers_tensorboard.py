@@ -67,11 +67,16 @@ def test_sample_sheets_are_pictures(tmp_path: Path, make_start: MakeStart, make_
     Image.new("RGB", (30, 20), "red").save(sheet)
     board = TensorBoard(tmp_path / "tensorboard")
     board.handle(make_start())
-    board.handle(SamplesDrawn(4, (), ("a fox",), sheet))
+    fox = tmp_path / "fox.png"
+    Image.new("RGB", (8, 9), "blue").save(fox)
+    board.handle(SamplesDrawn(4, (fox, tmp_path / "gone.png"), ("a fox", "a pear"), sheet))
     board.handle(SamplesDrawn(8, (), ("a fox",), tmp_path / "gone.png"))
     board.close()
     pictures = read(tmp_path / "tensorboard").Images("samples")
     assert [(p.step, p.width, p.height) for p in pictures] == [(4, 30, 20)]
+    own = read(tmp_path / "tensorboard").Images("samples/1")
+    assert [(p.step, p.width, p.height) for p in own] == [(4, 8, 9)]
+    assert "samples/2" not in read(tmp_path / "tensorboard").Tags()["images"]
     with Image.open(io.BytesIO(pictures[0].encoded_image_string)) as shown, Image.open(sheet) as drawn:
         assert shown.tobytes() == drawn.tobytes()
 
