@@ -45,6 +45,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder_2": {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4},
     },
 }  # fmt: skip
+KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
 FEW_BLOCKS = {"transformer": {"num_layers": 2, "num_single_layers": 2}, "text_encoder_2": {"num_layers": 2}}
 
 
@@ -56,13 +57,20 @@ def change(variant: str, tiny: bool, few_blocks: bool = False, few_encoder_layer
     return lambda part, config: {**config, **words.get(part, {})}
 
 
-def write_folder(folder: Path, variant: str, dtype: torch.dtype, device: torch.device, how: real_size.Change) -> Any:
-    """A diffusers folder with random weights and the built-in models' tokenizers; gives the live denoiser."""
+def write_folder(
+    folder: Path, variant: str, dtype: torch.dtype, device: torch.device, how: real_size.Change, *, holes: bool = False
+) -> Any:
+    """A diffusers folder with random weights and the built-in models' tokenizers; gives the live denoiser.
+
+    With `holes` all weights are zero, and the files have holes in place of them: what takes memory takes as much, and
+    24 GiB are written in a moment. The denoiser is then on the meta device.
+    """
+    device = torch.device("meta") if holes else device
     family = str(family_of_variant(variant))
     spec, public = FAMILIES[family], configs(family)
     loaded = real_size.build(variant, dtype, device, how)
-    loaded.denoiser.save_pretrained(folder / spec.denoiser)
-    loaded.vae.save_pretrained(folder / "vae")
+    _save(loaded.denoiser, folder / spec.denoiser, holes=holes)
+    _save(loaded.vae, folder / "vae", holes=holes)
     loaded.scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
         "_class_name": spec.pipeline, "_diffusers_version": "0.42.0", "vae": ["diffusers", spec.vae_class],
@@ -70,12 +78,38 @@ def write_folder(folder: Path, variant: str, dtype: torch.dtype, device: torch.d
     }  # fmt: skip
     for encoder in spec.text_encoders:
         kind, config = public["text_encoders"][encoder.name]
-        _encoder(kind, how(encoder.name, config), dtype, device).save_pretrained(folder / encoder.name)
+        _save(_encoder(kind, how(encoder.name, config), dtype, device), folder / encoder.name, holes=holes)
         tokenizer = encoder.tokenizer_name
         _tokenizer(folder / tokenizer, encoder.kind, encoder.max_tokens)
         index |= {encoder.name: ["transformers", kind], tokenizer: ["transformers", encoder.tokenizer_class]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return loaded.denoiser
+
+
+def _save(model: Any, folder: Path, *, holes: bool) -> None:
+    if not holes:
+        model.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True)
+    is_diffusers = hasattr(model, "save_config")
+    model.save_config(folder) if is_diffusers else model.config.save_pretrained(folder)
+    header, size, seen = {"__metadata__": {"format": "pt"}}, 0, set[int]()
+    for name, tensor in model.state_dict().items():
+        storage = tensor.untyped_storage()._cdata
+        if storage not in seen:  # a T5 has two names for its table
+            seen.add(storage)
+            span = [size, size + tensor.nbytes]
+            header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}  # type: ignore[dict-item]
+            size += tensor.nbytes
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    with (
+        (folder / ("diffusion_pytorch_model" if is_diffusers else "model"))
+        .with_suffix(".safetensors")
+        .open("wb") as file
+    ):
+        file.write(len(words).to_bytes(8, "little") + words)
+        file.truncate(8 + len(words) + size)
 
 
 def _encoder(kind: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:

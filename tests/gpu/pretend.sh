@@ -33,5 +33,5 @@ echo "== pretend CUDA: what a CUDA graph could not hold"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/captures.py 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
 echo "== pretend CUDA: the check"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/check.py --tiny --out "$runs/check.jsonl" \
-  --stages doctor,exact,kernels,sdxl,sdxl-memory,flux-kinds,flux,fp16
+  --stages recorded,sd15,flux,sdxl-memory,flux-memory,exact,doctor,sdxl,flux-kinds,fp16,kernels,newer,compiled
 echo "pretend CUDA: all runs ended well"

@@ -302,11 +302,19 @@ WAYS = {  # checkpointed, compiled, recorded as CUDA graphs
 }  # fmt: skip
 
 
-def speed(tiny: bool, variant: str, size: int, steps: int, ways: Sequence[str], base: Path | str | None) -> Rows:
+def speed(
+    tiny: bool,
+    variant: str,
+    size: int,
+    steps: int,
+    ways: Sequence[str],
+    base: Path | str | None,
+    beside: bool = True,
+) -> Rows:
     """A model with random weights: our step in each way, and the bare loop's; `base` is what `plan` is asked about."""
     plans = {}
     if base is not None:
-        for way in ("eager", "checkpointed"):
+        for way in [way for way in ("eager", "checkpointed") if way in ways]:
             words = f"train.gradient_checkpointing={str(way == 'checkpointed').lower()}"
             plans[way] = Planned("sdxl", base, size, words)
             plans[way].gib() if tiny else None
@@ -325,7 +333,7 @@ def speed(tiny: bool, variant: str, size: int, steps: int, ways: Sequence[str], 
         del family, trainer
         good, more = found[way]["finite"] and found[way]["waits"] <= 1, dict[str, Any]()
         plain = "checkpointed" if checkpointing else "eager"
-        if way != plain:
+        if way != plain and plain in found:
             more["times_eager"] = found[plain]["s_step"] / found[way]["s_step"]
             good = good and abs(found[way]["loss"] / found[plain]["loss"] - 1) < 0.01 and not found[way].get("said")
         yield row(f"{variant} {size} px, {way}", good, **found[way], **more)
@@ -333,7 +341,7 @@ def speed(tiny: bool, variant: str, size: int, steps: int, ways: Sequence[str], 
         said = plan.gib() if not tiny else found[way]["peak_gib"]
         share = found[way]["peak_gib"] / said
         yield row(f"{variant} {size} px, {way}, peak of plan", 0.9 <= share <= 1.1, planned_gib=said, of_plan=share)
-    for way in [way for way in ("eager", "checkpointed") if way in found]:
+    for way in [way for way in ("eager", "checkpointed") if beside and way in found]:
         clean()
         family = real_size.build(variant, torch.bfloat16, CUDA, models.change(variant, tiny))
         text = real_size.text_of(family)
@@ -345,14 +353,28 @@ def speed(tiny: bool, variant: str, size: int, steps: int, ways: Sequence[str], 
         del family
 
 
+def recorded(tiny: bool) -> Rows:
+    """SDXL as it is and recorded as CUDA graphs, and the bare loop: what is not known of speed, first."""
+    ways = ("eager",) if tiny else ("eager", "recorded")
+    yield from speed(tiny, "sdxl", 128 if tiny else 1024, 2 if tiny else 6, ways, None)
+
+
+def compiled(tiny: bool) -> Rows:
+    """SDXL's blocks compiled; last, since compiling may take all the time that there is."""
+    if tiny:
+        yield row("nothing is compiled for a GPU that is not there", None)
+        return
+    yield from speed(tiny, "sdxl", 1024, 6, ("eager", "compiled", "compiled, recorded"), None, beside=False)
+
+
 def sdxl(tiny: bool) -> Rows:
-    """SDXL: every way, against the plan and against the bare loop."""
+    """SDXL: plain and checkpointed against the plan, checkpointed and recorded, the bare loop checkpointed."""
     with tempfile.TemporaryDirectory() as work:
         base: Path | str = "stabilityai/stable-diffusion-xl-base-1.0"
         if tiny:
             base = Path(work) / "sdxl"
             models.write_folder(base, "sdxl", torch.bfloat16, torch.device("cpu"), models.change("sdxl", tiny))
-        ways = ("eager", "checkpointed") if tiny else tuple(WAYS)
+        ways = ("eager", "checkpointed") if tiny else ("checkpointed", "checkpointed, recorded", "eager")
         yield from speed(tiny, "sdxl", 128 if tiny else 1024, 2 if tiny else 6, ways, base)
 
 
@@ -502,8 +524,7 @@ def sdxl_memory(tiny: bool) -> Rows:
     size = 128 if tiny else 1024
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "sdxl"
-        models.write_folder(folder, "sdxl", torch.bfloat16, CUDA, models.change("sdxl", tiny))
-        clean()
+        models.write_folder(folder, "sdxl", torch.bfloat16, CUDA, models.change("sdxl", tiny), holes=True)
         for number, gib in enumerate((8, 24) if tiny else (8,)):
             good, numbers = whole_run(Path(work), "sdxl", gib, [f"model.base={folder}", f"dataset.resolution={size}"])
             yield row(f"SDXL whole run in {gib} GiB", good, **numbers, first=not number)
@@ -517,8 +538,7 @@ def flux_memory(tiny: bool) -> Rows:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "flux"
         how = models.change("flux1-dev", False, few_encoder_layers=True)
-        models.write_folder(folder, "flux1-dev", torch.bfloat16, CUDA, how)
-        clean()
+        models.write_folder(folder, "flux1-dev", torch.bfloat16, CUDA, how, holes=True)
         sets = [f"model.base={folder}", "dataset.resolution=1024", "model.quantize=nf4"]
         good, numbers = whole_run(Path(work), "flux", 10, sets, told=12)
         yield row("FLUX.1 nf4 whole run in 10 GiB", good, **numbers)
@@ -527,7 +547,7 @@ def flux_memory(tiny: bool) -> Rows:
 STAGES: dict[str, Callable[[bool], Rows]] = {
     "doctor": doctor, "quickstart": quickstart, "exact": exact, "kernels": optimizer_kernels, "sdxl": sdxl,
     "sd15": sd15, "sdxl-memory": sdxl_memory, "flux-memory": flux_memory, "flux-kinds": flux_kinds,
-    "flux": flux, "fp16": fp16, "newer": newer,
+    "flux": flux, "fp16": fp16, "newer": newer, "recorded": recorded, "compiled": compiled,
 }  # fmt: skip
 
 
