@@ -28,6 +28,7 @@ SIZES_GIB = {"24gb": 24.0, "16gb": 16.0, "12gb": 12.0, "8gb": 8.0}
 USABLE = 0.95  # of a GPU of that size, beside a desktop
 BYTES_PER_PARAMETER = {"int8": 1.03, "nf4": 0.56, "fp8": 1.02}  # with their scales
 BACKENDS = {"nf4": "bitsandbytes"}  # int8 and fp8 need none
+COSTLY = {"nf4": 1, "cpu": 2}  # forms of a text encoder that tiles of the VAE are better than
 ON_CPU = "cpu"  # the form of a text encoder that stays whole and works on the CPU
 
 
@@ -252,7 +253,7 @@ def _plan(
 def _encode_stage(
     needs: Needs, budget: float | None, place: Callable[[float | None], dict[str, str]]
 ) -> tuple[bool, dict[str, str], float]:
-    """Whether the VAE works in tiles (rather that than an encoder on the CPU), the encoders' forms, and the peak."""
+    """Whether the VAE works in tiles (rather that than an encoder in nf4 or on the CPU), their forms, and the peak."""
     held = CONTEXT_GIB + needs.vae + needs.vae_encoder
     found = []
     for tiles in (False, True):
@@ -260,7 +261,7 @@ def _encode_stage(
         sizes = (encoder.gib(forms[encoder.name], needs.bytes_per_parameter) for encoder in needs.encoders)
         found.append((tiles, forms, held + needs.encode[tiles] + sum(sizes)))
     fitting = [one for one in found if budget is None or one[2] <= budget] or found[1:]
-    return next((one for one in fitting if ON_CPU not in one[1].values()), fitting[0])
+    return min(fitting, key=lambda one: (max((COSTLY.get(form, 0) for form in one[1].values()), default=0), one[0]))
 
 
 def available(backends: frozenset[str]) -> tuple[str, ...]:

@@ -99,6 +99,9 @@ def test_the_vae_works_in_tiles_before_a_text_encoder_goes_to_the_cpu() -> None:
     plan = choose_memory(FLUX, free_gib=6.5)
     assert (plan.tile_encode, dict(plan.encoders)["t5"]) == (True, "int8")
     assert dict(plan.stages)["encode"] <= 6.5
+    for free, expected in ((8.5, (False, "int8")), (7.0, (True, "int8")), (5.0, (True, "nf4"))):
+        plan = choose_memory(FLUX, free_gib=free, backends=frozenset({"nf4"}))
+        assert (plan.tile_encode, dict(plan.encoders)["t5"]) == expected
 
 
 @pytest.mark.parametrize("size", [512, 1024])
