@@ -35,7 +35,7 @@ from emotrain.families.sniff import MAX_SIZE, Sniffed, odd_value, refuse_other_v
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
 from emotrain.families.structure import by_masks
-from emotrain.families.understood import PARTS, SCALES, refuse_quantised, scaled_layers
+from emotrain.families.understood import PARTS, STATED, refuse_quantised, scaled_layers
 
 LATENT_INPUTS = tuple(  # of a VAE's decoder: their second side is the latent channels
     f"{head}decoder.{name}.weight" for head in ("", "first_stage_model.", "vae.") for name in ("conv_in", "conv1")
@@ -134,7 +134,7 @@ def refuse_misfit_file(found: Sniffed, tokenizer: str | None = None) -> None:
         held = {
             name: torch.empty(shape)
             for name, shape in header.shapes.items()
-            if not own_name(name).startswith((*apart, *PARTS)) and not name.endswith((*SCALES, "scaled_fp8"))
+            if not own_name(name).startswith((*apart, *PARTS)) and not name.endswith(STATED)
         }
         convert = SINGLE_FILE_LOADABLE_CLASSES[spec.denoiser_class]["checkpoint_mapping_fn"]
         made = guard(str(path), "", lambda: convert(config=dict(found.denoiser_config), checkpoint=held))

@@ -25,7 +25,7 @@ from emotrain.families.single import check_complete, copy_tokenizer, unscaled, w
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
-from emotrain.families.understood import SCALES, scaled_layers
+from emotrain.families.understood import STATED, refuse_quantised, scaled_layers
 
 Stored = TypeVar("Stored")
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table of T5's, of which files hold either name
@@ -133,6 +133,7 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
     if not path.is_dir():
         model_class = getattr(transformers, kind)
         header = read_header(path)
+        refuse_quantised(path, header)
         with torch.device("meta"):
             model = guard(str(path), "", lambda: model_class(model_class.config_class(**words)))
         model = without_upper_layers(model, encoder)
@@ -163,7 +164,7 @@ def _own_names(kind: str, tensors: Mapping[str, Stored], encoder: TextEncoder, s
     """
     named = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
     unused = ("lm_head.", "logit_scale", "tekken_model", *(("visual.",) if "VL" in kind else ()))
-    applied = (*SCALES, "scaled_fp8") if scaled else ()
+    applied = STATED if scaled else ()
     kept = {key: value for key, value in named.items() if not key.startswith(unused) and not key.endswith(applied)}
     for one, other in (EMBEDDINGS, EMBEDDINGS[::-1]):
         if encoder.kind == "t5" and one in kept:

@@ -28,7 +28,7 @@ from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import TextEncoder
-from emotrain.families.understood import PARTS, SCALES, scaled_layers
+from emotrain.families.understood import PARTS, STATED, quantised_layers, scaled_layers
 
 
 def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None, denoiser: Any = None) -> dict[str, Any]:
@@ -73,9 +73,30 @@ def unscaled(path: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
             "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
         )
     tensors = load_file(path)
+    forms = quantised_layers(path, read_header(path))
     for name, scale in scales.items():
-        tensors[name] = (tensors[name].float() * tensors[scale].float()).to(dtype)
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith((*SCALES, "scaled_fp8"))}
+        form = forms.get(name.removesuffix(".weight"))
+        weight = tensors[name].float() * _beside_rows(tensors[scale].float(), tensors[name])
+        tensors[name] = (rotated(weight, form.group) if form is not None and form.group else weight).to(dtype)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(STATED)}
+
+
+def _beside_rows(scale: Tensor, weight: Tensor) -> Tensor:
+    """One scale for all, or [out, 1...]: one for each row."""
+    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def rotated(weight: Tensor, group: int) -> Tensor:
+    """A weight [out, in] times a Hadamard matrix on each `group` inputs: its own inverse, a rotation and back.
+
+    The regular Hadamard matrix of 4 and its Kronecker powers, as ComfyUI's ConvRot has it.
+    """
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = torch.ones(1, 1)
+    while len(matrix) < group:
+        matrix = torch.kron(matrix, four)
+    turned: Tensor = weight.reshape(len(weight), -1, group) @ matrix.to(weight)
+    return turned.reshape(weight.shape)
 
 
 def _has_weights(folder: Path) -> bool:

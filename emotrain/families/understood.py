@@ -6,23 +6,31 @@ edit model with wider inputs, or weights in a quantised form would be trained as
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
 from emotrain.families.headers import Header, own_name
 from emotrain.families.registry import FAMILIES
+from emotrain.files import MAX_HEADER, header_at
 
 # Other models that share names with those that are trained here, by a tensor that they alone have.
 OTHERS = {
     "pipe.": "a model of another kind",
 }
 QUANTISED = re.compile(
-    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|qweight|qzeros|lut|svd\w*|comfy_quant)$"
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|qweight|qzeros|lut|svd\w*)$"
 )
+LAYER_FORM, MAX_FORM = "comfy_quant", 4096  # bytes of what a file says of one layer
+TOKENIZERS = ("tekken_model", "spiece_model")  # which text encoders' files hold as bytes
+FORMS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2")  # whose weights are numbers times a scale
 SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
+STATED = (*SCALES, "scaled_fp8", LAYER_FORM)  # what stands beside the weights of a file with scales
 PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "model_ema.")
 # Tables and settings of the programs that these files were trained with; they can be computed again.
 TABLES = re.compile(
@@ -74,13 +82,84 @@ def refuse_quantised(path: Path, header: Header) -> None:
         ModelError: with the first such tensor.
     """
     found = next((name for name in header.shapes if QUANTISED.search(name)), None)
+    layers = quantised_layers(path, header)
     if found is None:
-        found = next((name for name, dtype in header.dtypes.items() if dtype in ("U8", "I8")), None)
+        found = next((f"{name}: {form.name}" for name, form in layers.items() if form.name not in FORMS), None)
+    if found is None:
+        rows = {f"{name}.weight" for name in layers if f"{name}.weight_scale" in header.shapes}
+        beside = (f".{LAYER_FORM}", *TOKENIZERS)
+        whole = ((name, dtype) for name, dtype in header.dtypes.items() if not name.endswith(beside))
+        found = next((name for name, dtype in whole if dtype == "U8" or (dtype == "I8" and name not in rows)), None)
+    if found is None:
+        scales = scaled_layers(header)
+        found = next((name for name, scale in scales.items() if not _applies(name, scale, header, layers)), None)
     if found is not None:
         raise ModelError(
             f"`{path}` holds weights in a quantised form that emotrain does not read (`{found}`)",
             "use the bf16, fp16 or plain fp8 file, and `model.quantize` to quantise it while training",
         )
+
+
+def _applies(weight: str, scale: str, header: Header, layers: Mapping[str, Form]) -> bool:
+    """Whether a weight's scale is one for all or one a row, and its inputs can be rotated as is said."""
+    shape = header.shapes[weight]
+    form = layers.get(weight.removesuffix(".weight"))
+    group = form.group if form is not None else 0
+    rotates = group == 0 or (group in (4, 16, 64, 256, 1024) and len(shape) == 2 and shape[1] % group == 0)
+    return rotates and math.prod(header.shapes[scale]) in (1, shape[0] if shape else 1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How ComfyUI says that a layer's weights are stored.
+
+    Attributes:
+        name: of the form.
+        group: inputs that were rotated together before rounding (ConvRot); 0 where none were.
+    """
+
+    name: str
+    group: int
+
+
+def quantised_layers(path: Path, header: Header) -> dict[str, Form]:
+    """Layers whose form ComfyUI's files state, beside the layer as JSON in bytes, or for all of them in the header.
+
+    Raises:
+        ModelError: the statement is not what ComfyUI writes.
+    """
+    try:
+        stated = json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        for name, text in _texts(path, [name for name in header.shapes if name.endswith(f".{LAYER_FORM}")]).items():
+            stated[name.removesuffix(f".{LAYER_FORM}")] = json.loads(text)
+        return {name: _form(words) for name, words in stated.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"`{path}` holds weights in a quantised form that it does not state as ComfyUI does",
+            "use the bf16 or fp16 file",
+        ) from error
+
+
+def _form(words: Mapping[str, Any]) -> Form:
+    inner = words.get("params")
+    words = {**(inner if isinstance(inner, dict) else {}), **words}
+    return Form(str(words["format"])[:40], int(words.get("convrot_groupsize", 256)) if words.get("convrot") else 0)
+
+
+def _texts(path: Path, names: list[str]) -> dict[str, bytes]:
+    """The bytes of small tensors."""
+    if not names:
+        return {}
+    with path.open("rb") as file:
+        entries, _ = header_at(file, path.stat().st_size, MAX_HEADER)
+        file.seek(0)
+        start = 8 + int.from_bytes(file.read(8), "little")
+        found = {}
+        for name in names:
+            begin, end = entries[name]["data_offsets"]
+            file.seek(start + begin)
+            found[name] = file.read(min(end - begin, MAX_FORM))
+    return found
 
 
 def scaled_layers(header: Header) -> dict[str, str]:

@@ -282,6 +282,54 @@ def test_scaled_fp8_files_are_read_with_their_scales(separable: tuple[str, Any, 
                 assert torch.allclose(value, original[key], rtol=0.07, atol=2e-3 * float(original[key].abs().max()))
 
 
+def rounded_to_int8(tensors: dict[str, torch.Tensor], group: int, said: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """As ComfyUI stores them: a scale a row, the inputs rotated by a regular Hadamard matrix before."""
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    matrix = torch.kron(four, four) / 4 if group else None
+    stored = {}
+    for key, value in tensors.items():
+        layer = key.removesuffix(".weight")
+        if value.ndim != 2 or "embed" in key or not key.endswith(".weight") or value.shape[1] % 16:
+            stored[key] = value
+            continue
+        if matrix is not None:
+            parts = [value[:, i : i + group] @ matrix.T for i in range(0, value.shape[1], group)]
+            value = torch.cat(parts, dim=1)
+        scale = value.abs().amax(dim=1, keepdim=True) / 127
+        stored[key] = (value / scale).round().to(torch.int8)
+        stored[f"{layer}.weight_scale"] = scale
+        stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+    return stored
+
+
+@pytest.mark.parametrize("group", [0, 16], ids=["rows", "convrot"])
+def test_int8_files_of_comfyui_are_read_with_their_scales_and_rotation(
+    separable: tuple[str, Any, Path], group: int, tmp_path: Path
+) -> None:
+    kind, pipeline, _ = separable
+    files = separate_files(kind, pipeline, tmp_path / "comfy")
+    said = {"format": "int8_tensorwise", **({"convrot": True, "convrot_groupsize": group} if group else {})}
+    for name in ("denoiser", "text_encoder"):
+        save_file(rounded_to_int8(load_file(files[name]), group, said), files[name])
+    words = {name: str(files[name]) for name in ("vae", "text_encoder", "tokenizer")}
+    family = load_family(str(files["denoiser"]), device="cpu", **words)
+    for ours, theirs in ((family.denoiser, pipeline.transformer), (family.text_encoders[0].encoder, None)):
+        original = (theirs or text_model(pipeline)).state_dict()
+        for key, value in ours.state_dict().items():
+            if value.ndim == 2 and value.numel() > 100:
+                most = original[key].abs().amax(dim=1, keepdim=True) * (group or 1) ** 0.5
+                assert bool(((value - original[key]).abs() <= most / 100 + 1e-6).all()), key
+    for other in ({**said, "format": "nvfp4"}, {**said, "convrot": True, "convrot_groupsize": 8}):
+        save_file(
+            rounded_to_int8(
+                load_file(separate_files(kind, pipeline, tmp_path / other["format"])["denoiser"]), 0, other
+            ),
+            files["denoiser"],
+        )
+        with pytest.raises(ModelError, match="quantised form"):
+            sniff(files["denoiser"])
+
+
 def test_what_is_missing_is_named_with_its_key(separable: tuple[str, Any, Path], tmp_path: Path) -> None:
     kind, pipeline, _ = separable
     files = separate_files(kind, pipeline, tmp_path / "comfy")
