@@ -541,3 +541,63 @@ def test_any_value_of_a_section_is_a_preset_or_its_problem(section: str, value: 
         path.write_bytes(yaml.safe_dump({**words, section: value}).encode("utf-8", "surrogatepass"))
         with contextlib.suppress(ConfigError):
             load_preset(path)
+
+
+# ------------------------------------------------------------ pictures whose decoders work in one call
+
+
+def obus(data: bytes) -> list[bytes]:
+    """The units of an AVIF picture's bits, all of which say their size in at most four bytes."""
+    units, at = [], 0
+    while at < len(data):
+        size, end = 0, at + 1
+        for place in range(4):
+            size |= (data[end] & 127) << 7 * place
+            end += 1
+            if data[end - 1] < 128:
+                break
+        units.append(data[at : end + size])
+        at = end + size
+    return units
+
+
+def with_hidden_frames(count: int) -> bytes:
+    """An AVIF picture whose only frame is stored `count` times: each is decoded."""
+    buffer = io.BytesIO()
+    Image.effect_noise((640, 640), 40).convert("RGB").save(buffer, "AVIF", quality=5)
+    data = buffer.getvalue()
+    start = data.index(b"mdat") + 4
+    units = obus(data[start:])
+    bits = b"".join(units[:-1]) + units[-1] * count
+    head = bytearray(data[:start])
+    head[start - 8 : start - 4] = struct.pack(">I", 8 + len(bits))
+    place = data.index(struct.pack(">I", len(data) - start), data.index(b"iloc"))
+    head[place : place + 4] = struct.pack(">I", len(bits))
+    return bytes(head) + bits
+
+
+def test_an_avif_of_frames_that_are_never_shown_is_refused_before_it_is_decoded() -> None:
+    pytest.importorskip("PIL._avif")
+    assert decode_picture(with_hidden_frames(1), path="a.avif").header.width == 640
+    with pytest.raises(FileProblem, match="takes far longer"):
+        read_header(with_hidden_frames(400), path="a.avif")
+    film = io.BytesIO()
+    frames = [Image.effect_noise((64, 64), 40).convert("RGB") for _ in range(30)]
+    frames[0].save(film, "AVIF", save_all=True, append_images=frames[1:])
+    assert decode_picture(film.getvalue(), path="film.avif").header.width == 64
+
+
+def test_a_tiff_whose_strips_lie_on_each_other_or_have_thousands_of_passes_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 40).save(buffer, "TIFF", compression="tiff_deflate", tiffinfo={278: 1})
+    data = buffer.getvalue()
+    assert decode_picture(data, path="a.tif").header.width == 64
+    at = data.index(struct.pack("<HHI", 279, 3, 64))  # the strips' sizes, 64 of 16 bits
+    (table,) = struct.unpack("<I", data[at + 8 : at + 12])
+    lying = data[:table] + struct.pack("<H", 65_000) * 64 + data[table + 2 * 64 :]
+    with pytest.raises(FileProblem, match="takes far longer"):
+        read_header(lying, path="a.tif")
+    passes = io.BytesIO()
+    Image.effect_noise((2000, 2000), 40).save(passes, "TIFF", compression="jpeg")
+    with pytest.raises(FileProblem, match="passes"):
+        read_header(passes.getvalue() + b"\xff\xda" * 2000, path="a.tif")

@@ -7,15 +7,17 @@ is ever written.
 from __future__ import annotations
 
 import io
+import math
 import threading
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageColor, UnidentifiedImageError, features
 
+from emotrain.dataset.avif import num_frames
 from emotrain.dataset.colour import Note as Note
 from emotrain.dataset.colour import split_alpha
 from emotrain.dataset.textfile import FileProblem, read_bytes
@@ -68,6 +70,8 @@ MODES = frozenset(
         "I;16N",
     )
 )
+TIFF_STRIP_BYTES, TIFF_TILE_BYTES, TIFF_TILE_SIDES = 279, 325, (322, 323)  # tags
+MAX_AVIF_FRAMES = 16  # a picture is one, with its transparency two, a large one a grid of them
 ORIENTATION = 0x0112  # EXIF tag
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -284,7 +288,8 @@ def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
         raise FileProblem("unsupported-depth", path, reason, "save it as an 8- or 16-bit picture")
     if image.mode not in MODES:
         raise FileProblem("unsupported-mode", path, f"is in {image.mode}, which is not read", "save it as RGB")
-    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    _refuse_costly(image, data, path)
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO", "TIFF") else 0
     if scans > USUAL_SCANS and scans * max(width * height, 64 * 64) > MAX_SCANNED:
         raise FileProblem("too-slow", path, f"is stored in {scans:,} passes, which take minutes to decode", FIX)
     if image.format == "PNG" and PNG_END not in data:
@@ -296,6 +301,25 @@ def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
     if turn >= 5 and name != "TIFF":  # Pillow turns TIFF by itself, its size included
         width, height = height, width
     return Header(name, width, height, image.mode, tuple(notes))
+
+
+def _refuse_costly(image: Any, data: bytes, path: str | Path) -> None:
+    """Refuse what a decoder that works in one call, which no clock stops, would work on for long.
+
+    TIFF: strips that are stored on top of each other, or tiles that are larger together than the picture. AVIF: frames
+    that are decoded and never shown.
+
+    Raises:
+        FileProblem: more work than a picture of its size and file needs.
+    """
+    if image.format == "TIFF":
+        tags = image.tag_v2
+        stored = tags.get(TIFF_STRIP_BYTES, ()) or tags.get(TIFF_TILE_BYTES, ())
+        tiles = len(tags.get(TIFF_TILE_BYTES, ())) * math.prod(int(tags.get(tag, 0)) for tag in TIFF_TILE_SIDES)
+        if sum(map(int, stored)) > 2 * len(data) or tiles > 16 * image.width * image.height + 2**24:
+            raise _too_slow(path)
+    if image.format == "AVIF" and num_frames(data) > MAX_AVIF_FRAMES:
+        raise _too_slow(path)
 
 
 def _kind_notes(image: Image.Image, data: bytes, name: str, path: str | Path) -> list[Note]:
