@@ -237,6 +237,17 @@ def test_the_folders_come_with_their_own_settings(here: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "taken"), [("STABLE_DIFFUSION_XL_10_BASE", False), ("FLUX_DEV_1", False), ("Z_IMAGE", True)]
+)
+def test_a_text_encoder_apart_is_taken_only_where_the_model_has_it_apart(kind: str, taken: bool, here: Path) -> None:
+    words = json.loads((here / "onetrainer.json").read_text(encoding="utf-8"))
+    words |= {"model_type": kind, "text_encoder": {"model_name": "models/text.safetensors"}}
+    (here / "onetrainer.json").write_text(json.dumps(words), encoding="utf-8")
+    found = became("onetrainer.json")["text_encoder.model_name"]
+    assert (found[0] != "no equivalent") == taken, found
+
+
 def test_a_concept_of_file_names_and_one_of_validation_are_told_apart(here: Path) -> None:
     preset = load(written(here, imported("onetrainer.json"))).preset
     assert [(folder.repeats, folder.flip, folder.prior, folder.caption) for folder in preset.dataset.folders] == [

@@ -6,6 +6,7 @@ A preset of OneTrainer's is a difference to its defaults, as a file of ours is. 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ _PLACES = {
     "lora_rank": "network.rank", "lora_alpha": "network.alpha", "rolling_backup_count": "save.keep_last",
 }  # fmt: skip
 _PARTS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "vae")
+_WITH_CLIP = (
+    "STABLE_DIFFUSION",
+    "FLUX_DEV_1",
+    "FLUX_FILL",
+)  # models that hold their text encoders
 _SILENT = (
     "concepts", "concept_file_name", "samples", "sample_definition_file_name", "optimizer", "learning_rate",
     "model_type", "__version", "save_every_unit", "sample_after_unit", "backup_after_unit", "validate_after_unit",
@@ -83,7 +89,8 @@ def read(words: Values, out: Import) -> None:
         "gradient_checkpointing": because("it is on where the model does not fit without"),
         "layer_filter": SKIP if "layer_filter_preset" in words else Import.lack,
         "tensorboard": switch("log.tensorboard"),
-        **dict.fromkeys(_PARTS, _part), **dict.fromkeys(_SILENT, SKIP),
+        **dict.fromkeys(_PARTS, partial(_part, kind=str(words.get("model_type", "STABLE_DIFFUSION_15")))),
+        **dict.fromkeys(_SILENT, SKIP),
     }  # fmt: skip
     _optimizer(words, out)
     out.read(words, _PLACES, special)
@@ -137,8 +144,8 @@ def _every(out: Import, word: str, value: Any, words: Values, place: str) -> Non
         out.leave(word, f"{value} {str(unit).lower()}", f"{place} counts steps")
 
 
-def _part(out: Import, word: str, value: Any) -> None:
-    """A part of the model: its file, its dtype, whether it is trained."""
+def _part(out: Import, word: str, value: Any, kind: str) -> None:
+    """A part of the model: its file, its dtype, whether it is trained; `kind` is OneTrainer's `model_type`."""
     words = section({word: value}, word)
     weights = str(words.get("weight_dtype", "")).casefold()
     if word in ("unet", "transformer") and weights in QUANTIZED:
@@ -147,7 +154,7 @@ def _part(out: Import, word: str, value: Any) -> None:
     if not is_off(name):
         if word == "vae":
             out.vae(f"{word}.model_name", name)
-        elif word == "text_encoder":
+        elif word == "text_encoder" and not kind.startswith(_WITH_CLIP):
             out.text_encoder(f"{word}.model_name", name)
         else:
             out.lack(f"{word}.model_name", name)
