@@ -190,7 +190,7 @@ def _refuse_odd_sizes(where: Path | str, part: str, config: dict[str, Any]) -> N
 
     for name in (*SIZES, *LISTS):
         value = config.get(name)
-        right = is_size(value)
+        right = is_size(value) and name not in LISTS
         if isinstance(value, list) and name in (*LISTS, *ONE_A_LEVEL):
             right = all(map(is_size, value)) and 0 < len(value) <= MAX_LEVELS
         if name in config and not right and (value is not None or name in LISTS):
@@ -230,6 +230,11 @@ def _from_configs(
         )
     family = "sd15" if known[pipeline] == "sd21" else known[pipeline]
     spec = FAMILIES[family]
+    texts = [name for encoder in spec.text_encoders for name in (encoder.name, encoder.tokenizer_name)]
+    for part in (spec.denoiser, "vae", "scheduler", *texts):
+        entry = index.get(part, [None, None])
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(x, str | None) for x in entry):
+            raise odd_value(f"{where}/model_index.json", part, entry)
     denoiser = read(spec.denoiser, "config.json")
     vae = read("vae", "config.json")
     for part, config in ((spec.denoiser, denoiser), ("vae", vae)):

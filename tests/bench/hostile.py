@@ -898,6 +898,10 @@ def prepare(root: Path) -> None:
     os.environ["EMOTRAIN_CACHE"] = str(root / "cache")
     LORAS.update(lora_files())
     MODEL_HEADERS.update(model_headers())
+    from diffusers import StableDiffusionPipeline  # noqa: F401 - what is imported once takes no trial's time
+
+    import emotrain.runs.rehearsal
+    import emotrain.runs.start  # noqa: F401
 
 
 def plan(trials: int, kinds: list[str]) -> list[tuple[str, int]]:

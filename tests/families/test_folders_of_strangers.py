@@ -126,6 +126,22 @@ def test_what_only_building_or_calling_the_model_meets_is_refused_without_a_weig
         refuse_misfit(sniff(copy))
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "text_encoder", "tokenizer"])
+@pytest.mark.parametrize("entry", [7, "CLIPTextModel", [], ["transformers"], ["transformers", 7], {"x": 1}, True])
+def test_an_entry_of_the_index_that_names_no_class_is_refused(copy: Path, part: str, entry: Any) -> None:
+    file = copy / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), part: entry}), encoding="utf-8")
+    with pytest.raises(ModelError, match=part):
+        refuse_misfit(sniff(copy))
+
+
+@pytest.mark.parametrize(("part", "name"), [("unet", "block_out_channels"), ("vae", "block_out_channels")])
+def test_levels_that_are_no_list_are_refused(copy: Path, part: str, name: str) -> None:
+    spoil(copy, part, **{name: 64})
+    with pytest.raises(ModelError, match=f"says {name} is 64"):
+        sniff(copy)
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("how", ["missing", "other shape", "left over", "quantised"])
 def test_weights_that_do_not_belong_to_the_config_are_refused_in_run_s_words(copy: Path, part: str, how: str) -> None:
