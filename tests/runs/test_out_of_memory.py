@@ -152,7 +152,7 @@ def test_a_run_that_fills_the_memory_later_keeps_its_last_step_and_ends_with_the
     run = RunFolder(tmp_path / "full" / "one")
     assert caught.value.exit_code == ExitCode.RESOURCES
     assert "train.gradient_checkpointing: true" in caught.value.hint
-    assert "go on with `emotrain resume one --set KEY=VALUE --allow-config-change`" in caught.value.hint
+    assert "resume with `emotrain resume one --set KEY=VALUE --allow-config-change`" in caught.value.hint
     assert CheckpointStore(run.checkpoints_dir).steps() == (2, 3)
     assert (run.info()["stop_reason"], run.info()["steps"]) == ("out of memory", 3)
     start.resume(run, preset(place, "save.every=2"), observers=())
