@@ -6,7 +6,6 @@ python docs/build_reference.py --check    # exit 1 if a page is not current
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import typer
 
 from emotrain.cli.app import COMMANDS, build_app
-from emotrain.config.reference import preset_page, preset_schema
+from emotrain.config.reference import preset_page, schema_text
 
 HERE = Path(__file__).parent / "reference"
 EXIT_CODES = """\
@@ -97,11 +96,10 @@ def _row(parameter: Any) -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated file with its text."""
-    schema = json.dumps(preset_schema(), indent=2, ensure_ascii=False) + "\n"
     return {
         HERE / "cli.md": cli_page(),
         HERE / "preset.md": preset_page(),
-        HERE / "presets.schema.json": schema,
+        HERE / "presets.schema.json": schema_text(),
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.written import folder_of, new_file
+from emotrain.cli.written import folder_of, new_preset
 
 if TYPE_CHECKING:
     from emotrain.config.trainers.imported import Row
@@ -39,7 +39,7 @@ def import_(
 
     beside = folder_of(out)
     found = import_config(config, model, beside)
-    path = new_file(out or Path(f"{found.name}.yaml"), found.text, "import")
+    path = new_preset(out or Path(f"{found.name}.yaml"), found.text, "import")
     _tell(found.rows, found.num_off)
     for missing in found.missing:
         output.warning(f"{missing} is not on this machine")

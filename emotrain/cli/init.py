@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.written import folder_of, new_file
+from emotrain.cli.written import folder_of, new_preset
 
 
 def init(
@@ -30,7 +30,7 @@ def init(
     from emotrain.runs.propose import propose
 
     proposal = propose(folder, model, folder_of(out))
-    path = new_file(out or Path(f"{proposal.name}.yaml"), proposal.text, "init")
+    path = new_preset(out or Path(f"{proposal.name}.yaml"), proposal.text, "init")
     for reason in proposal.reasons:
         output.note(reason)
     shown = shlex.quote(str(path))

@@ -9,9 +9,10 @@ import typer
 
 from emotrain.cli import output
 from emotrain.cli.complete import preset_names
+from emotrain.cli.written import new_preset
 from emotrain.config.builtin import shipped_presets
 from emotrain.config.guess import likely
-from emotrain.errors import CheckpointError, ConfigError
+from emotrain.errors import ConfigError
 
 app = typer.Typer(help="List, show and copy presets")
 
@@ -69,13 +70,7 @@ def copy(
     path = target if target is not None else Path(f"{name}.yaml")
     if path.is_dir():
         path = path / f"{name}.yaml"
-    try:
-        with path.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(presets[name].read_text(encoding="utf-8"))
-    except FileExistsError as error:
-        raise CheckpointError(f"{path} exists", "give another file name") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    new_preset(path, presets[name].read_text(encoding="utf-8"), "presets copy")
     output.result(str(path))
 
 

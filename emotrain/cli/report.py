@@ -26,9 +26,9 @@ def report(
     """Write one page about a run, or several runs side by side.
 
     Curves with the emotion's signals underneath, why it ended, samples of every step and of the LoRA itself, settings,
-    the ranking of the pictures, how to use the file. One run's page is RUN/report.html, which `run` writes at its end;
-    that of several is report.html beside them. Running and crashed runs have pages too. Nothing is loaded from
-    elsewhere: the page is one file.
+    the ranking of the pictures, how to use the file. One run's page is RUN/report.html, which `run` writes as it goes
+    and at its end; that of several is report.html beside them, and a folder of runs stands for all of them. Running and
+    crashed runs have pages too. Nothing is loaded from elsewhere: a page is one file.
 
     Examples:
       emotrain report mika_v2
@@ -40,7 +40,7 @@ def report(
     check_page(target)
     from emotrain.runs.report import page_of, page_of_several
 
-    write_page(target, page_of(folders[0]) if len(folders) == 1 else page_of_several(folders))
+    write_page(target, page_of(folders[0]) if len(folders) == 1 else page_of_several(folders, target.parent))
     output.result(str(target))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from emotrain.errors import CheckpointError, ConfigError
 
+TITLE = b'"title": "emotrain preset"'  # at the end of a schema of ours
+
 
 def folder_of(out: Path | None) -> Path:
     """The folder that `--output` lies in.
@@ -33,8 +35,28 @@ def new_file(path: Path, text: str, command: str) -> Path:
             f"give another name: -o {path.with_stem(f'{path.stem}-{number}')}",
         )
     try:
-        with path.open("x", encoding="utf-8") as file:  # never through a link, nor over what came in the meantime
+        # never through a link, nor over what came in the meantime
+        with path.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror})") from error
+    return path
+
+
+def new_preset(path: Path, text: str, command: str) -> Path:
+    """Write a new preset, with the schema that editors complete and check its keys by beside it.
+
+    The schema is one file for all presets of a folder. A file of its name that is not ours stays as it is.
+
+    Raises:
+        CheckpointError: the preset exists.
+        ConfigError: it cannot be written.
+    """
+    from emotrain.config.reference import SCHEMA_FILE, SCHEMA_LINE, schema_text
+    from emotrain.files import replace_file
+
+    new_file(path, SCHEMA_LINE + text, command)
+    schema = path.parent / SCHEMA_FILE
+    if not schema.exists() or (schema.is_file() and TITLE in schema.read_bytes()[-200:]):
+        replace_file(schema, schema_text().encode("utf-8"))
     return path

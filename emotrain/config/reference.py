@@ -12,6 +12,14 @@ from pydantic.fields import FieldInfo
 from emotrain.config.aliases import FOLDER_WORDS, INSIDE, ONE_FOLDER, TOP
 from emotrain.config.schema import Preset
 
+SCHEMA_FILE = "preset.schema.json"  # beside the presets that are written for the user
+SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
+
+
+def schema_text() -> str:
+    """The schema as a file."""
+    return json.dumps(preset_schema(), indent=2, ensure_ascii=False) + "\n"
+
 
 def preset_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a preset as it is written, with the short forms that loading accepts."""

@@ -50,12 +50,13 @@ def environment() -> Environment:
     return found
 
 
-def render(template: str, *, script: str | None = None, **values: Any) -> str:
+def render(template: str, *, script: str | None = None, refresh: int = 0, **values: Any) -> str:
     """A whole document.
 
     Args:
         template: its name.
         script: name of the one script that may run in it; the policy names its hash.
+        refresh: seconds after which the open page loads itself again; 0: never.
         values: what the template shows.
     """
     policy, code = POLICY, None
@@ -63,4 +64,4 @@ def render(template: str, *, script: str | None = None, **values: Any) -> str:
         code = Markup(environment().get_template(script).render())
         digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
         policy = f"{POLICY}; script-src 'sha256-{digest}'"
-    return environment().get_template(template).render(policy=policy, script=code, **values)
+    return environment().get_template(template).render(policy=policy, script=code, refresh=refresh, **values)

@@ -16,6 +16,7 @@ from emotrain.report.run_view import Points, PromptRow, RunView
 WIDE, NARROW = 1000, 380  # pixels of the charts: one for each kind of screen, so that their text stays readable
 MOST_POINTS = 400  # of a curve; a longer one keeps the lowest and highest value of each stretch
 SMOOTHED = 40  # the mean goes over a 40th of the run
+SIDE_BY_SIDE = 6  # runs whose facts, samples and settings stand in a column each
 LARGE = ("steps", "training time", "pictures")  # facts in the head of the page; the others are in a line below
 HEADLINES = {
     "signal": ("stopped automatically", "good"),
@@ -28,8 +29,8 @@ HEADLINES = {
 }
 
 
-def run_page(run: RunView) -> str:
-    """The whole page as one string, ready for a file."""
+def run_page(run: RunView, refresh_s: int = 0) -> str:
+    """The whole page as one string, ready for a file; it loads itself again every `refresh_s` seconds, 0: never."""
     sections = [
         ("curves", "Curves", True),
         ("samples", "Samples", True),
@@ -40,6 +41,7 @@ def run_page(run: RunView) -> str:
     return render(
         "run.html",
         script="gallery.js",
+        refresh=refresh_s,
         title=f"{run.name}: run report",
         run=run,
         headline=headline(run),
@@ -53,12 +55,15 @@ def run_page(run: RunView) -> str:
     )
 
 
-def compare_page(runs: Sequence[RunView], differences: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Several runs side by side.
+def compare_page(
+    runs: Sequence[RunView], differences: Sequence[tuple[str, Sequence[str]]], links: Sequence[str]
+) -> str:
+    """A line for each run; up to SIDE_BY_SIDE of them beside each other, too.
 
     Args:
         runs: two or more.
         differences: preset keys in which they are not all alike, with each run's value.
+        links: the page of each, empty where there is none.
     """
     groups = comparable(runs)
     labels = list(dict.fromkeys(label for run in runs for label, _ in run.facts))
@@ -66,7 +71,9 @@ def compare_page(runs: Sequence[RunView], differences: Sequence[tuple[str, Seque
         "compare.html",
         title="runs: " + ", ".join(run.name for run in runs),
         runs=runs,
-        headlines=[headline(run) for run in runs],
+        overview=list(zip(runs, [headline(run) for run in runs], links, map(newest_sample, runs), strict=True)),
+        beside=len(runs) <= SIDE_BY_SIDE,
+        most=SIDE_BY_SIDE,
         facts=[(label, [dict(run.facts).get(label, "–") for run in runs]) for label in labels],
         groups=groups,
         without=[run for run in runs if not any(run in group for group in groups)],
@@ -74,6 +81,12 @@ def compare_page(runs: Sequence[RunView], differences: Sequence[tuple[str, Seque
         rows=shared_prompts(runs),
         differences=differences,
     )
+
+
+def newest_sample(run: RunView) -> bytes:
+    """The last sample of the first prompt, a JPEG; empty where there is none."""
+    pictures = run.gallery.rows[0].pictures if run.gallery.rows else ()
+    return next((one for one in reversed(pictures) if one), b"")
 
 
 def headline(run: RunView) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""A first preset from a folder of pictures and a model's file, each decision with its reason (no torch)."""
+"""A first preset from a folder of pictures and a model's file, each decision with its reason."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import json
 import os
 import re
 import statistics
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emotrain.config.builtin import shipped_presets
+from emotrain.config.load import load
 from emotrain.dataset.examples import Example
-from emotrain.dataset.scan import FolderSpec, require_pictures, scan
 from emotrain.dataset.walk import REPEATS
+from emotrain.errors import EmotrainError
 from emotrain.families.table import FAMILIES, Sniffed, sniff
+from emotrain.runs.layout import Layout, layout_of
 
 DEFAULT = "sdxl"  # where no model is named
 SHARED = 0.8  # share of captions that begin with the trigger
 TAGS = 0.6  # share of captions that are lists of tags
-SCHEMA = "preset.schema.json"
 # First words of captions that are about anything; a trigger is a word that is about one thing alone.
 ORDINARY = frozenset((
     "", "a", "an", "the", "this", "that", "there", "in", "on", "at", "my", "two", "three", "one", "1girl", "1boy",
@@ -30,6 +32,7 @@ ORDINARY = frozenset((
     "no_humans", "rating_safe",
 ))  # fmt: skip
 MAX_PROMPT = 160  # characters
+NO_MODEL = "memory: chosen at the start by what is free on the GPU; `emotrain plan` counts it beforehand"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def propose(folder: Path, model: str | None, beside: Path) -> Proposal:
         ModelError: the model is missing or of no known kind.
         ConfigError: an unknown `builtin:` name.
     """
-    examples = require_pictures(scan((FolderSpec(path=str(folder)),))).examples
+    layout = layout_of(folder)
+    examples = layout.examples
     found = None if model is None else sniff(model)
     repeats, plain = kohya_name(folder.name)
     reasons: list[str] = []
@@ -68,18 +72,31 @@ def propose(folder: Path, model: str | None, beside: Path) -> Proposal:
         reasons.append(
             f"repeats: the folder's name asks for {repeats}, which change nothing with one folder; it is no trigger"
         )
+    reasons += layout.reasons
     usual = FAMILIES[found.family if found else DEFAULT].resolution
     resolution, why = resolution_of(examples, found.resolution if found else usual)
     reasons.append(why)
     reasons.append(_why_captions(len(examples), captions, tags))
-    masked = sum(example.mask is not None for example in examples)
-    if masked:
-        reasons.append(f"masks: {masked} of {len(examples)} pictures have one")
     prompts = prompts_of(captions, trigger)
     reasons.append(f"sample.prompts: {len(prompts)}, from the longest to the shortest of your captions")
-    reasons.append("memory: chosen at the start by what is free on the GPU; `emotrain plan` counts it beforehand")
-    text = _preset(base, model, found, folder, beside, trigger, resolution, usual, tags, prompts)
+    first = Draft(base, model, found, layout, trigger, resolution, usual, tags, tuple(prompts))
+    quantize, why = (None, NO_MODEL) if model is None else _memory(first)
+    reasons.append(why)
+    text = replace(first, quantize=quantize).text(beside)
     return Proposal(_slug(plain) or "my-lora", text, tuple(reasons))
+
+
+def _memory(draft: Draft) -> tuple[str | None, str]:
+    """What the card means for the preset; what cannot be planned yet is said, and `emotrain check` says all of it."""
+    from emotrain.runs.card import memory_proposal
+
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "preset.yaml"
+        path.write_text(draft.text(Path(name)), encoding="utf-8")
+        try:
+            return memory_proposal(load(path).preset)
+        except EmotrainError as error:
+            return None, f"memory: it cannot be planned yet: {error.message}"
 
 
 def kohya_name(name: str) -> tuple[int, str]:
@@ -169,28 +186,57 @@ def _why_captions(count: int, captions: Sequence[str], tags: bool) -> str:
     return f"{said}; lists of tags, so they are shuffled behind the first" if tags else f"{said}; kept as they are"
 
 
-def _preset(
-    base: str | None, model: str | None, found: Sniffed | None, folder: Path, beside: Path, trigger: str,
-    resolution: int, usual: int, tags: bool, prompts: Sequence[str],
-) -> str:  # fmt: skip
-    lines = [
-        f"# yaml-language-server: $schema={SCHEMA}",
-        f"# (`emotrain presets schema > {SCHEMA}` writes it; editors then complete and check the keys)",
-    ]
-    if base is not None:
-        lines.append(f"extends: {base}")
-    if model is not None:
-        lines.append(f"model: {_quoted(relative_path(model, beside) if found and found.kind != 'hub' else model)}")
-    lines += ["dataset:", f"  trigger: {_quoted(trigger)}  # the word that will call the LoRA"]
-    if resolution != usual or base is None:
-        lines.append(f"  resolution: {resolution}")
-        step = found.bucket_step if found else 64
-        lines.append(f"  buckets: {{step: {step}, min: {max(resolution // 2 // step, 1) * step}, max: null}}")
-    if tags:
-        lines.append("  captions: {shuffle: true, keep_tokens: 1, variants: 8}  # tags, the first of which stays")
-    lines += ["  folders:", f"    - path: {_quoted(relative_path(str(folder), beside))}"]
-    lines += ["sample:", "  prompts:", *(f"    - {_quoted(prompt)}" for prompt in prompts)]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Draft:
+    """All that goes into the preset."""
+
+    base: str | None
+    model: str | None
+    found: Sniffed | None
+    layout: Layout
+    trigger: str
+    resolution: int
+    usual: int
+    tags: bool
+    prompts: tuple[str, ...]
+    quantize: str | None = None
+
+    def text(self, beside: Path) -> str:
+        """The preset's text; its paths are relative to the folder `beside`."""
+        return "\n".join((*self._model(beside), *self._dataset(beside), *self._sample())) + "\n"
+
+    def _model(self, beside: Path) -> Iterator[str]:
+        if self.base is not None:
+            yield f"extends: {self.base}"
+        if self.model is None:
+            return
+        hub = self.found is None or self.found.kind == "hub"
+        base = _quoted(self.model if hub else relative_path(self.model, beside))
+        if self.quantize is None:
+            yield f"model: {base}"
+        else:
+            yield from ("model:", f"  base: {base}", f"  quantize: {self.quantize}  # to fit into this machine's card")
+
+    def _dataset(self, beside: Path) -> Iterator[str]:
+        yield from ("dataset:", f"  trigger: {_quoted(self.trigger)}  # the word that will call the LoRA")
+        if self.resolution != self.usual or self.base is None:
+            yield f"  resolution: {self.resolution}"
+            step = self.found.bucket_step if self.found else 64
+            yield f"  buckets: {{step: {step}, min: {max(self.resolution // 2 // step, 1) * step}, max: null}}"
+        if self.tags:
+            yield "  captions: {shuffle: true, keep_tokens: 1, variants: 8}  # tags, the first of which stays"
+        yield "  folders:"
+        for part in self.layout.parts:
+            yield f"    - path: {_quoted(relative_path(str(part.path), beside))}"
+            if part.mask is not None:
+                yield f"      mask: {_quoted(relative_path(str(part.mask), beside))}"
+            if part.prior:
+                yield "      prior: 1.0  # regularisation pictures, and what their loss counts"
+        if self.layout.equal:
+            yield "  balance: equal  # or a share for each: {name: 0.7, other: 0.3}"
+
+    def _sample(self) -> Iterator[str]:
+        yield from ("sample:", "  prompts:", *(f"    - {_quoted(prompt)}" for prompt in self.prompts))
 
 
 def relative_path(path: str, beside: Path) -> str:

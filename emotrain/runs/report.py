@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -60,29 +63,84 @@ def write_at_end(folder: RunFolder, examples: Sequence[Example], notify: Callabl
     return folder.path / PAGE
 
 
-def page_of(folder: RunFolder, examples: Sequence[Example] | None = None) -> str:
-    """The page of one run; `examples` are its pictures where they are already known."""
-    return run_page(view(folder, examples))
+def page_of(
+    folder: RunFolder, examples: Sequence[Example] | None = None, previews: Previews | None = None, refresh_s: int = 0
+) -> str:
+    """The page of one run.
+
+    Args:
+        folder: of a run in whatever state.
+        examples: its pictures where they are already known.
+        previews: those of an earlier page of it.
+        refresh_s: seconds after which the open page loads itself again; 0: never.
+    """
+    return run_page(view(folder, examples, previews=previews), refresh_s)
 
 
-def page_of_several(folders: Sequence[RunFolder]) -> str:
-    """The page that sets runs side by side."""
+def page_of_several(folders: Sequence[RunFolder], beside: Path) -> str:
+    """The page that sets runs side by side, or lists many; its links are relative to the folder `beside`."""
     views = [view(folder, (), brief=True) for folder in folders]
+    links = [_link(folder.path / PAGE, beside) for folder in folders]
     try:
         rows = differences([read_run(folder) for folder in folders])
     except EmotrainError:  # the run's own view says which preset cannot be read
         rows = []
-    return compare_page(views, [(key, [_text(value) for value in values]) for key, values in rows])
+    return compare_page(views, [(key, [_text(value) for value in values]) for key, values in rows], links)
 
 
-def view(folder: RunFolder, examples: Sequence[Example] | None = None, *, brief: bool = False) -> RunView:
+def _link(page: Path, beside: Path) -> str:
+    """A page as another one links to it; empty where it is not there, or on another drive."""
+    try:
+        return quote(Path(os.path.relpath(page, beside)).as_posix()) if is_regular(page) else ""
+    except ValueError:
+        return ""
+
+
+class Previews:
+    """Small JPEGs, kept from one page of a run to the next.
+
+    Args:
+        seconds: how long one page may make new ones, from `begin` on; pictures that come later wait for the next page.
+    """
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self._seconds = seconds
+        self._made: dict[tuple[str, int, int, int], bytes] = {}
+        self._until = math.inf
+
+    def begin(self) -> None:
+        """A new page."""
+        self._until = time.monotonic() + self._seconds
+
+    def of(self, path: Path, side: int) -> bytes:
+        """A JPEG of at most `side` pixels; empty where there is no picture that can be read, or no time is left."""
+        try:
+            found = path.stat()
+            key = (str(path), found.st_mtime_ns, found.st_size, side)
+            if key not in self._made and is_regular(path) and time.monotonic() < self._until:
+                self._made[key] = preview_of(open_picture(path), side)
+            return self._made.get(key, b"")
+        except (EmotrainError, OSError):
+            return b""
+
+
+def view(
+    folder: RunFolder,
+    examples: Sequence[Example] | None = None,
+    *,
+    brief: bool = False,
+    previews: Previews | None = None,
+) -> RunView:
     """Everything that a page shows of a run.
 
     Args:
         folder: of a run in whatever state.
         examples: the pictures; None scans the preset's folders for them, empty shows none.
         brief: one sample of each prompt is enough: the LoRA's own, or the best or last step's.
+        previews: those of an earlier page of the run.
     """
+    previews = previews or Previews()
+    previews.begin()
     run, missing = read_run(folder), list[str]()
     info, status = run.info, _status(run)
     steps, validations = (_rows(folder.path / name, missing) for name in ("metrics.jsonl", "validation.jsonl"))
@@ -108,11 +166,11 @@ def view(folder: RunFolder, examples: Sequence[Example] | None = None, *, brief:
         base_loss=base_loss,
         same_validation=_same_validation(info, base_loss),
         curves=curves,
-        gallery=_gallery(folder, preset, None if best_step is None else int(best_step), status, brief),
+        gallery=_gallery(folder, preset, None if best_step is None else int(best_step), status, brief, previews),
         settings=_settings(info, preset, missing),
         ranking=ranking,
         actions=actions_of(info),
-        pictures=_pictures(ranking[:RANKED], preset, examples, missing),
+        pictures=_pictures(ranking[:RANKED], preset, examples, missing, previews),
         lora=_lora(folder, info, preset, missing),
         missing=tuple(dict.fromkeys(missing)),
     )
@@ -252,7 +310,11 @@ def _ranking(folder: RunFolder, missing: list[str]) -> tuple[PictureScore, ...]:
 
 
 def _pictures(
-    ranking: Sequence[PictureScore], preset: Preset | None, examples: Sequence[Example] | None, missing: list[str]
+    ranking: Sequence[PictureScore],
+    preset: Preset | None,
+    examples: Sequence[Example] | None,
+    missing: list[str],
+    previews: Previews,
 ) -> dict[str, PictureRow]:
     """The ranked pictures with their captions and a preview, as far as they are still there."""
     if examples is None and preset is not None and ranking:
@@ -266,20 +328,14 @@ def _pictures(
     for score in ranking:
         one = known.get(score.id)
         if one is not None:
-            preview = _preview(one.path, PICTURE_SIDE)
+            preview = previews.of(one.path, PICTURE_SIDE)
             rows[one.id] = PictureRow(one.id, one.width, one.height, one.captions, preview=preview)
     return rows
 
 
-def _preview(path: Path, side: int) -> bytes:
-    """A small JPEG; empty where there is no picture that can be read."""
-    try:
-        return preview_of(open_picture(path), side) if is_regular(path) else b""
-    except (EmotrainError, OSError):
-        return b""
-
-
-def _gallery(folder: RunFolder, preset: Preset | None, best: int | None, status: str, brief: bool) -> Gallery:
+def _gallery(
+    folder: RunFolder, preset: Preset | None, best: int | None, status: str, brief: bool, previews: Previews
+) -> Gallery:
     """The samples; the LoRA file's own last, once the run has ended well."""
     try:
         names = sorted(path.name for path in folder.samples_dir.iterdir() if not path.is_symlink())
@@ -302,7 +358,7 @@ def _gallery(folder: RunFolder, preset: Preset | None, best: int | None, status:
         files = [folder.samples_dir / drawn.get((step, number), "-") for step in steps]
         files += [folder.samples_dir / f"strength-{strength}-{number}.png" for strength in strengths]
         files += [folder.samples_dir / f"lora-{number}.png"] if own else []
-        row, side = _prompt_row(files, preset, number)
+        row, side = _prompt_row(files, preset, number, previews)
         rows.append(row)
         sides.append(side)
     labels = [f"step {step}" + (" (best)" if step == best else "") for step in steps]
@@ -310,7 +366,7 @@ def _gallery(folder: RunFolder, preset: Preset | None, best: int | None, status:
     return Gallery(tuple(labels), tuple(rows), lora=bool(own), pixelated=max(sides) <= TINY)
 
 
-def _prompt_row(files: Sequence[Path], preset: Preset | None, number: int) -> tuple[PromptRow, int]:
+def _prompt_row(files: Sequence[Path], preset: Preset | None, number: int, previews: Previews) -> tuple[PromptRow, int]:
     """One prompt's pictures, what their files say of it, and the longest side in pixels."""
     said: dict[str, Any] = {}
     side = 0
@@ -332,7 +388,7 @@ def _prompt_row(files: Sequence[Path], preset: Preset | None, number: int) -> tu
         details.append(f"{numbers['width']:g} × {numbers['height']:g}")
     if isinstance(base := said.get("base"), str) and base:
         details.append(f"on {base}")
-    pictures = tuple(_preview(path, SAMPLE_SIDE) for path in files)
+    pictures = tuple(previews.of(path, SAMPLE_SIDE) for path in files)
     return PromptRow(str(prompt), str(negative), ", ".join(details), pictures), side
 
 

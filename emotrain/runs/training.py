@@ -15,6 +15,7 @@ from emotrain.errors import ResourceError
 from emotrain.runs import build
 from emotrain.runs.contrast import Watch
 from emotrain.runs.folder import RunFolder
+from emotrain.runs.live_page import LivePage
 from emotrain.runs.loaded import Beginning, Loaded
 from emotrain.runs.logs import Log, PictureLosses, file_observers, sync
 from emotrain.runs.out_of_memory import run_with_advice
@@ -149,7 +150,7 @@ def open_outputs(
     """The logs of the run, and its loss baseline, which a new run measures; `closed` closes them."""
     preset, state, ranks = loaded.preset, begin.state, loaded.ranks
     files = file_observers(preset, folder) if ranks.first else []
-    observers.all += files
+    observers.all += [*files, LivePage(folder, loaded.pictures.all, observers.notify)] if ranks.first else []
     baseline = LossBaseline(list(begin.expected))
     if begin.checkpoint is None:
         measure = partial(build.build_loss_baseline, preset, loaded.model, loaded.data.train, observers.notify, ranks)

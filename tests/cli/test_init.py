@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,9 @@ import yaml
 from PIL import Image
 
 from emotrain.cli.app import main
+from emotrain.config.load import load_preset
+from emotrain.families.memory import MemoryPlan
+from emotrain.runs import card
 
 
 def pictures(folder: Path, captions: list[str], side: int = 1024) -> Path:
@@ -161,3 +167,123 @@ def test_a_folder_without_pictures_is_one_line(make: str, code: int, capsys: Any
 def test_a_missing_model_is_exit_4(capsys: Any, here: Path) -> None:
     assert main(["init", str(pictures(here / "data", SENTENCES)), "./none.safetensors"]) == 4
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_subfolders_of_unequal_size_are_balanced(capsys: Any, here: Path) -> None:
+    pictures(here / "data" / "mika", SENTENCES * 2)
+    pictures(here / "data" / "car", SENTENCES)
+    preset, said, path = wrote(capsys, "data", "builtin:tiny-sd")
+    assert preset["dataset"]["folders"] == [{"path": "./data/car"}, {"path": "./data/mika"}]
+    assert preset["dataset"]["balance"] == "equal"
+    assert "dataset.balance: equal, since there are 3 in car, 6 in mika" in said
+    assert main(["check", str(path)]) == 0
+    assert "car 50 % (3 pictures x 2)" in capsys.readouterr().out
+
+
+def test_subfolders_of_equal_size_need_no_balance(capsys: Any, here: Path) -> None:
+    pictures(here / "data" / "mika", SENTENCES)
+    pictures(here / "data" / "car", SENTENCES[:2])
+    pictures(here / "data" / "reg", SENTENCES)
+    shutil.rmtree(here / "data" / "car")
+    preset, said, _ = wrote(capsys, "data")
+    assert preset["dataset"]["folders"] == [{"path": "./data/mika"}, {"path": "./data/reg", "prior": 1.0}]
+    assert "balance" not in preset["dataset"]
+    assert "prior: reg holds regularisation pictures, by its name" in said
+
+
+def test_kohyas_subfolders_keep_the_repeats_of_their_names(capsys: Any, here: Path) -> None:
+    pictures(here / "data" / "10_mika woman", SENTENCES)
+    pictures(here / "data" / "2_car", SENTENCES)
+    preset, said, _ = wrote(capsys, "data")
+    assert preset["dataset"]["folders"] == [{"path": "./data"}]
+    assert "repeats: those in the subfolders' names (10_mika woman: 10, 2_car: 2)" in said
+
+
+def test_pictures_beside_subfolders_are_one_folder(capsys: Any, here: Path) -> None:
+    pictures(here / "data", SENTENCES)
+    pictures(here / "data" / "more", SENTENCES * 3)
+    preset, _, _ = wrote(capsys, "data")
+    assert preset["dataset"]["folders"] == [{"path": "./data"}]
+
+
+@pytest.mark.parametrize("place", ["data/masks", "data_masks", "masks", "data-mask"])
+def test_masks_are_found_inside_and_beside_the_folder(place: str, capsys: Any, here: Path) -> None:
+    pictures(here / "data", SENTENCES)
+    pictures(here / place, ["", ""])
+    preset, said, path = wrote(capsys, "data", "builtin:tiny-sd")
+    assert preset["dataset"]["folders"] == [{"path": "./data", "mask": f"./{place}"}]
+    assert f"mask: {place}, which has one for 2 of 3 pictures" in said
+    assert main(["check", str(path)]) == 0
+
+
+def test_a_folder_called_masks_without_masks_is_none(capsys: Any, here: Path) -> None:
+    pictures(here / "data", SENTENCES)
+    pictures(here / "masks", [""] * 9)
+    preset, _, _ = wrote(capsys, "data")
+    assert preset["dataset"]["folders"] == [{"path": "./data"}]
+
+
+def planned(
+    free: float | None, needs: dict[str, tuple[float, bool]], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, str]:
+    """The proposal for a card with so much memory free, where a plan needs (GiB, offload) by its quantisation."""
+
+    def make_plan(preset: Any) -> Any:
+        kind = preset.model.quantize
+        needed, offload = needs[kind]
+        memory = MemoryPlan(kind, True, offload, needed, free, f"memory: {kind}; about {needed} GiB of {free} GiB")
+        large = tuple((size, replace(memory, budget_gib=float(size))) for size in (8, 12, 16, 24))
+        saving = (("model.quantize: nf4", 3.0),)
+        return SimpleNamespace(free_gib=free, memory=memory, verdicts=large, savings=saving)
+
+    monkeypatch.setattr(card, "make_plan", make_plan)
+    monkeypatch.setattr(card, "choose_device", lambda _: "cuda")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some Card")
+    return card.memory_proposal(load_preset("quickstart"))
+
+
+def test_what_the_card_means_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize, why = planned(None, {"none": (10.5, False)}, monkeypatch)
+    assert (quantize, why) == (
+        None,
+        "memory: no GPU was found here; by the numbers of `emotrain plan`, cards of 12 GB and more can train it",
+    )
+    _, why = planned(None, {"none": (40.0, False)}, monkeypatch)
+    assert why.endswith("no card of up to 24 GB can train it")
+    quantize, why = planned(22.0, {"none": (10.5, False)}, monkeypatch)
+    assert quantize is None
+    assert (
+        why
+        == "memory: 22.0 GiB are free on Some Card; the run will choose at its start: none; about 10.5 GiB of 22.0 GiB"
+    )
+
+
+@pytest.mark.parametrize("without", [(7.0, True), (10.5, False)])
+def test_fp8_is_proposed_where_the_base_does_not_stay_on_the_card(
+    without: tuple[float, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize, why = planned(7.5, {"none": without, "fp8": (6.0, False)}, monkeypatch)
+    assert quantize == "fp8"
+    assert why == "model.quantize: fp8, since 7.5 GiB are free on Some Card: fp8; about 6.0 GiB of 7.5 GiB"
+
+
+def test_a_card_that_is_too_small_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize, why = planned(4.0, {"none": (10.5, True), "fp8": (6.0, False)}, monkeypatch)
+    assert quantize is None
+    assert "4.0 GiB are free on Some Card, which is not enough: none; about 10.5 GiB of 4.0 GiB" in why
+    assert "`model.quantize: nf4` saves most; close what else uses the card" in why
+
+
+def test_the_cards_proposal_is_in_the_preset(capsys: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "memory_proposal", lambda preset: ("fp8", f"because of {Path(preset.model.base).name}"))
+    preset, said, path = wrote(capsys, str(pictures(here / "data", SENTENCES, side=64)), "builtin:tiny-sd")
+    assert preset["model"] == {"base": "builtin:tiny-sd", "quantize": "fp8"}
+    assert "because of builtin:tiny-sd" in said
+    assert main(["check", str(path)]) == 0
+
+
+def test_a_run_on_this_machine_is_planned_before_the_preset_is_written(capsys: Any, here: Path) -> None:
+    _, said, _ = wrote(capsys, str(pictures(here / "data", SENTENCES, side=64)), "builtin:tiny-sd")
+    assert re.search(
+        r"memory: (no GPU was found here; by the numbers of `emotrain plan`, cards of 8 GB|.* are free on)", said
+    )

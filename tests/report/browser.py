@@ -68,7 +68,11 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=page.as_uri())
-        while self._next().get("method") != "Page.loadEventFired":
+        self.wait("Page.loadEventFired")
+
+    def wait(self, event: str) -> None:
+        """Read until an event comes."""
+        while self._next().get("method") != event:
             pass
 
     def run(self, script: str) -> Any:

@@ -67,7 +67,7 @@ def test_attributes_in_templates_are_quoted_and_none_can_run_or_fetch() -> None:
         assert not re.search(r"=\s*\{\{", source), f"{name} has an attribute without quotes"
         assert not re.search(r"""\son\w+\s*=|\sstyle\s*=|javascript:|\|\s*safe\b""", source), name
         for link in re.findall(r"""\b(?:href|src)="([^"]*)""", source):
-            assert link.startswith("#") or link.endswith("|data_url }}"), f"{name} links to {link}"
+            assert link.startswith(("#", "./")) or link.endswith("|data_url }}"), f"{name} links to {link}"
 
 
 def test_sections_without_content_are_left_out() -> None:

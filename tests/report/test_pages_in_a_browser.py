@@ -52,7 +52,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     finding = Finding("blurred", "warning", "y" * 90, "is blurred", "take a sharper one")
     texts = {
         "run": report.page_of(one),
-        "compare": report.page_of_several([one, two]),
+        "compare": report.page_of_several([one, two], folder),
         "lint": lint_page(Report((finding,), (PictureRow("y" * 90, 64, 64, ("z" * 200,)),), trigger="w" * 60)),
     }
     for name, text in texts.items():
@@ -88,6 +88,24 @@ def test_the_slider_shows_one_step_beside_the_loras_own(browser: Browser, pages:
     assert browser.run(SHOWN) == ["step 0", "step 20 (best)", "lora.safetensors"]
     browser.run("document.querySelector('.slider button').click()")
     assert browser.run(SHOWN) == ["step 0", "lora.safetensors"]
+    assert browser.complaints == []
+
+
+def test_the_page_of_a_running_run_loads_itself_again_and_keeps_what_was_chosen(
+    browser: Browser, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path, best_step=20)
+    path = tmp_path / "page.html"
+    path.write_text(report.page_of(folder, refresh_s=1), encoding="utf-8")
+    browser.open(path, 1280, "light")
+    browser.run("document.querySelector('.slider input').value = 0")
+    browser.run("document.querySelector('.slider input').dispatchEvent(new Event('input'))")
+    draw(folder.samples_dir / "step-00000010-1.png", 10)
+    path.write_text(report.page_of(folder), encoding="utf-8")
+    browser.wait("Page.loadEventFired")
+    assert browser.run("document.querySelector('.slider input').max") == "2"  # the new step is there
+    assert browser.run(SHOWN) == ["step 0", "lora.safetensors"]
+    assert browser.run("document.body.dataset.refresh === undefined")  # it has ended
     assert browser.complaints == []
 
 

@@ -168,14 +168,15 @@ def hostile_view() -> RunView:
 
 def test_hostile_text_stays_text_on_every_page() -> None:
     run = hostile_view()
-    for text in (run_page(run), compare_page([run, replace(run, name=HOSTILE[0])], [(t, (t, t)) for t in HOSTILE])):
+    pair, differences = [run, replace(run, name=HOSTILE[0])], [(text, (text, text)) for text in HOSTILE]
+    for text in (run_page(run), compare_page(pair, differences, ("", "../a%22b/report.html"))):
         elements = read(text)
         assert_harmless(elements, RUN_ELEMENTS)
         for hostile in HOSTILE[:6]:
             assert elements.text.count(hostile) >= 4, hostile
         assert text.encode("utf-8")
     assert run_page(run).count("<script>") == 1
-    assert "<script>" not in compare_page([run, run], [])
+    assert "<script>" not in compare_page([run, run], [], ("", ""))
 
 
 def test_nothing_is_read_through_a_link(tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_prompts_that_were_drawn_otherwise_are_not_set_side_by_side(tmp_path: Pa
     one, two = make_run(tmp_path, "one"), make_run(tmp_path, "two")
     for path in two.samples_dir.iterdir():
         draw(path, 9, seed=8)
-    text = read(report.page_of_several([one, two])).text
+    text = read(report.page_of_several([one, two], tmp_path)).text
     assert "The runs have no prompt in common" in text
     assert "rocket" not in text.replace('"[trigger], rocket"', "")
 
@@ -292,3 +293,30 @@ def test_a_page_that_fails_at_a_runs_end_is_a_warning(tmp_path: Path, monkeypatc
     monkeypatch.setattr(report, "page_of", fail)
     report.write_at_end(folder, (), told.append)
     assert told[-2] == Notice("report.html was not written: ZeroDivisionError: of a decoder")
+
+
+def test_a_folder_of_many_runs_is_an_overview(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path, f"run {k}", best_step=k) for k in range(7)]
+    (folders[3].path / "report.html").write_text("<!doctype html>")
+    page = report.page_of_several(folders, tmp_path / "beside")
+    text = read(page).words
+    assert "7 runs Overview" in text
+    assert page.count('href="./../run%203/report.html"') == page.count("report.html") == 1  # the one that has a page
+    assert "run 6 it got no better stopped automatically 6 30 0:15 builtin:tiny-sd" in text
+    assert "Settings that differ" not in text
+    assert "emotrain report A B" in text
+    few = read(report.page_of_several(folders[:2], tmp_path)).words
+    assert "2 runs side by side Overview" in few
+    assert "Settings that differ" in few
+
+
+def test_previews_are_kept_and_wait_where_their_time_is_used_up(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    none = report.Previews(seconds=0.0)
+    assert all(not one for row in report.view(folder, (), previews=none).gallery.rows for one in row.pictures)
+    kept = report.Previews()
+    before = report.view(folder, (), previews=kept).gallery.rows[0].pictures
+    assert all(before)
+    kept._seconds = 0.0
+    draw(folder.samples_dir / "step-00000025-1.png", 99, "mika_ch, another prompt")
+    assert report.view(folder, (), previews=kept).gallery.rows[0].pictures == (*before[:2], b"", before[2])
