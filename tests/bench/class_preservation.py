@@ -80,9 +80,9 @@ def measure(preset: str, trigger: str, seed: int, word: str | None, work: Path) 
         model.family, model.objective, model.adapter, plain, {}, draws=1, seed=6
     ).parts:
         noisy = model.objective.add_noise(batch.latents, noise, timesteps)
-        on, _ = predict(model.family, batch, noisy, timesteps)
+        on = predict(model.family, batch, noisy, timesteps)
         with model.adapter.off():
-            off, _ = predict(model.family, batch, noisy, timesteps)
+            off = predict(model.family, batch, noisy, timesteps)
         changes.append((on - off).pow(2).flatten())
     return {
         "loss": judge.loss(),
