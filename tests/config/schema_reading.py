@@ -11,8 +11,8 @@ KINDS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 KNOWN = {
     "type", "anyOf", "enum", "const", "$ref", "properties", "additionalProperties", "items", "prefixItems", "required",
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems", "minProperties",
-    "pattern", "title", "description", "default", "$defs", "$schema",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems",
+    "minProperties", "pattern", "title", "description", "default", "$defs", "$schema",
 }  # fmt: skip
 
 
