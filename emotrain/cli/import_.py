@@ -57,7 +57,7 @@ def _tell(rows: tuple[Row, ...], num_off: int) -> None:
             output.table([(kind, "", header), *lines], write=output.note)
             output.note("")
     if num_off:
-        output.note(f"{num_off} settings that are off or empty are not shown")
+        output.note(f"{num_off} settings that are off, empty or say nothing of the training are not shown")
 
 
 def _short(value: str) -> str:

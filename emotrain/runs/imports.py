@@ -13,7 +13,7 @@ from emotrain.config.dump import dump_values
 from emotrain.config.names import name_from_file
 from emotrain.config.trainers.files import parse_file
 from emotrain.config.trainers.imported import Import, Model, Row
-from emotrain.config.trainers.known import TRAINERS, trainer_of
+from emotrain.config.trainers.known import TRAINERS, is_simple_tuner, trainer_of
 from emotrain.errors import ConfigError, ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.families.table import is_hub_id, sniff
@@ -51,6 +51,9 @@ def import_config(config: Path, model: str | None, beside: Path) -> Imported:
     if trainer is None:
         if isinstance(values, dict) and {"model", "dataset", "extends"} & set(values):
             raise ConfigError(f"{shown} is a preset already", f"emotrain check {shown}")
+        if is_simple_tuner(values):
+            hint = "begin with `emotrain init FOLDER MODEL`"
+            raise ConfigError(f"{shown} is a config of SimpleTuner, which is not read", hint)
         raise ConfigError(
             f"{shown} is of no trainer that is known here",
             f"known are {', '.join(one.NAME.rpartition(' of ')[2] for one in TRAINERS)}",
@@ -89,6 +92,9 @@ def _base(out: Import) -> str | None:
     """The shipped preset to stand on: the model's own files say more than the config."""
     base = out.values.get("model", {}).get("base")
     named = (out.kind.preset if out.kind else "") or None
+    words = set(re.split(r"[^a-z0-9]+", str(base or "").casefold()))
+    if named and named.startswith("klein") and "dev" in words and "klein" not in words:
+        raise ConfigError(f"{base} is FLUX.2-dev, which cannot be trained here", "FLUX.2 klein can: 4B and 9B")
     if base is None:
         out.leave("a model", "none", f"{named or DEFAULT}'s: `emotrain import CONFIG MODEL` names another")
         return named or DEFAULT

@@ -42,8 +42,8 @@ def layout_of(folder: Path) -> Layout:
         DatasetError: it is missing, or holds no usable picture.
     """
     examples = require_pictures(scan((FolderSpec(path=str(folder)),))).examples
-    if (found := _with_masks(folder)) is not None:
-        return found
+    if (masked := _with_masks(folder)) is not None:
+        return masked
     below: dict[str, list[Example]] = defaultdict(list)
     for one in examples if folder.is_dir() else ():
         first, *more = one.path.relative_to(folder).parts

@@ -92,7 +92,6 @@ KOHYA = {
     "cache_latents": ("left out", "always cached"),
     "xformers": ("left out", "fused"),
     "clip_skip": ("taken", "model.clip_skip"),
-    "huber_c": ("no equivalent", ""),
 }
 GUI = {
     "max_resolution": ("taken", "dataset.resolution: [1024]"),
@@ -202,7 +201,6 @@ DIFFUSION_PIPE = {
     "optimizer.lr": ("left out", "it is 1.0"),
     "optimizer.type": ("left out", "adamw, lr: 2e-05"),
     "blocks_to_swap": ("left out", "by themselves"),
-    "pipeline_stages": ("no equivalent", ""),
 }
 
 
@@ -321,9 +319,16 @@ def test_a_preset_in_json_is_still_one(here: Path) -> None:
         ("bad.toml", "a = C:\\x", "is not TOML"),
         ("bad.json", "{", "is not JSON"),
         ("video.toml", "dataset = 'x.toml'\n[model]\ntype = 'wan'\n", "model.type is `wan`, which cannot be trained"),
-        ("chroma.yaml", "config: {process: [{model: {arch: chroma}}]}", "model.arch is `chroma`"),
+        ("chroma.yaml", "config: {process: [{train: {lr: 1}, model: {arch: chroma}}]}", "model.arch is `chroma`"),
+        ("edit.yaml", "config: {process: [{train: {lr: 1}, model: {arch: 'krea2:o_edit'}}]}", "arch is `krea2:o_edit`"),
+        ("lumina.yaml", "config: {process: [{train: {lr: 1}, model: {is_lumina2: true}}]}", "arch is `is_lumina2`"),
+        ("merge.yaml", "config: {process: [{type: merge, models: []}]}", "`merge`: nothing is trained by it"),
+        ("slide.yaml", "config: {process: [{type: slider, slider: {}, train: {lr: 1}}]}", "sliders are not trained"),
+        ("chroma.toml", "network_module = 'networks.lora_flux'\nmodel_type = 'chroma'\n", "model_type is `chroma`"),
+        ("dev.json", '{"model_type": "FLUX_2", "base_model_name": "a/FLUX.2-dev"}', "FLUX.2-dev, which cannot be"),
+        ("simple.json", '{"model_family": "sdxl", "data_backend_config": "x"}', "is a config of SimpleTuner"),
+        ("simple2.json", '{"--model_family": "sdxl", "--rank": 16}', "is a config of SimpleTuner"),
         ("sana.json", '{"model_type": "SANA", "training_method": "LORA"}', "model_type is `SANA`"),
-        ("away.toml", "dataset_config = 'nowhere.toml'\n", "nowhere.toml does not exist"),
     ],
 )
 def test_what_cannot_be_imported_is_refused_in_a_line(
@@ -414,3 +419,116 @@ def test_a_lokr_stays_one_with_its_factor(config: str, before: str, after: str, 
     Path(config).write_text(text.replace(before, after))
     preset = load(written(here, imported(config))).preset
     assert (preset.network.type, preset.network.factor) == ("lokr", 16)
+
+
+MINIMAL: dict[str, tuple[str, Any]] = {
+    "kohya": ("k.json", {"network_module": "networks.lora_flux", "pretrained_model_name_or_path": "x.safetensors"}),
+    "gui": ("g.json", {"LoRA_type": "Standard", "noise_offset_type": "Original", "loss_type": "l2"}),
+    "ai-toolkit": ("a.json", {"config": {"name": "a", "process": [
+        {"train": {"steps": 9}, "network": {"linear": 4}, "model": {"arch": "flux"}, "datasets": [{"folder_path": "x"}],
+         "sample": {"samples": [{"prompt": "a cat"}]}, "save": {}}]}}),
+    "onetrainer": ("o.json", {"model_type": "STABLE_DIFFUSION_15", "training_method": "LORA"}),
+    "sdxl": ("s.json", {"model_type": "STABLE_DIFFUSION_XL_10_BASE", "training_method": "LORA"}),
+    "diffusion-pipe": ("d.json", {"model": {"type": "flux"}, "adapter": {"type": "lora"}, "dataset": "away.toml"}),
+}  # fmt: skip
+NOTHING = ("", "")  # a word that says nothing of the training: it is counted, and not in the table
+
+
+@pytest.mark.parametrize(
+    ("trainer", "place", "value", "became"),
+    [
+        ("kohya", "gradient_checkpointing", True, ("left out", "where the model does not fit")),
+        ("kohya", "blocks_to_swap", 18, ("left out", "blocks move by themselves")),
+        ("kohya", "no_half_vae", True, ("left out", "precision that it needs")),
+        ("kohya", "cache_text_encoder_outputs_to_disk", True, ("left out", "always cached")),
+        ("kohya", "timestep_sampling", "sigmoid", ("taken", "train.loss.timesteps: logit-normal")),
+        ("kohya", "timestep_sampling", "flux_shift", ("taken", "train.loss.shift: auto")),
+        ("kohya", "timestep_sampling", "sigma", NOTHING),
+        ("kohya", "timestep_sampling", "qinglong", ("no equivalent", "")),
+        ("kohya", "weighting_scheme", "logit_normal", ("taken", "train.loss.timesteps: logit-normal")),
+        ("kohya", "weighting_scheme", "cosmap", ("no equivalent", "")),
+        ("kohya", "t5xxl", "t5.safetensors", ("no equivalent", "one file that holds them all")),
+        ("kohya", "learning_rate_te2", 1e-5, ("left out", "one rate")),
+        ("kohya", "huber_c", 0.1, NOTHING),
+        ("kohya", "max_timestep", 1000, NOTHING),
+        ("kohya", "max_timestep", 900, ("no equivalent", "")),
+        ("kohya", "persistent_data_loader_workers", True, NOTHING),
+        ("kohya", "dataset_config", "away.toml", ("left out", "no such file")),
+        ("kohya", "full_bf16", True, ("left out", "in float32")),
+        ("gui", "lora_network_weights", "old.safetensors", ("taken", "start_from.continue")),
+        ("gui", "multires_noise_iterations", 8, NOTHING),
+        ("gui", "huber_schedule", "snr", NOTHING),
+        ("gui", "loss_type", "huber", ("no equivalent", "")),
+        ("gui", "resume_from_huggingface", "False", NOTHING),
+        ("gui", "LoRA_type", "Kohya LoCon", ("left out", "it is a LoRA")),
+        ("gui", "LoRA_type", "LyCORIS/LoHa", ("no equivalent", "a plain LoRA")),
+        ("gui", "image_folder", "pictures", ("taken", "dataset.folders")),
+        ("gui", "train_text_encoder", True, ("taken", "network.text_encoder")),
+        ("ai-toolkit", "model.qtype", "uint3|a/b/c.safetensors", ("no equivalent", "belongs to their quantisation")),
+        ("ai-toolkit", "model.text_encoder_bits", 8, ("left out", "text encoders leave")),
+        ("ai-toolkit", "model.layer_offloading", True, ("left out", "blocks move by themselves")),
+        ("ai-toolkit", "model.assistant_lora_path", "a.safetensors", ("taken", "weight 1, sample: false")),
+        ("ai-toolkit", "model.lora_path", "a.safetensors", ("taken", "start_from.stack, weight 1")),
+        ("ai-toolkit", "train.content_or_style", "balanced", NOTHING),
+        ("ai-toolkit", "train.content_or_style", "style", ("no equivalent", "")),
+        ("ai-toolkit", "train.timestep_type", "flux_shift", ("taken", "train.loss.shift: auto")),
+        ("ai-toolkit", "train.ema_config", {"use_ema": False}, NOTHING),
+        ("ai-toolkit", "train.max_denoising_steps", 1000, NOTHING),
+        ("ai-toolkit", "train.unload_text_encoder", True, ("left out", "text encoders leave")),
+        ("ai-toolkit", "datasets.mask_min_value", 0.1, NOTHING),
+        ("ai-toolkit", "sample.network_multiplier", 1.0, NOTHING),
+        ("ai-toolkit", "sample.network_multiplier", 0.8, ("no equivalent", "sample.strengths")),
+        ("ai-toolkit", "save.save_format", "diffusers", ("taken", "save.format")),
+        ("onetrainer", "text_encoder_layer_skip", 1, ("taken", "model.clip_skip: 2")),
+        ("sdxl", "text_encoder_layer_skip", 1, ("no equivalent", "")),
+        ("onetrainer", "layer_filter_preset", "blocks", ("taken", "network.targets: all")),
+        ("onetrainer", "output_model_format", "ORIGINAL_SINGLE_FILE", ("left out", "a LoRA is written")),
+        ("onetrainer", "attention_mechanism", "CUDNN", ("left out", "fused")),
+        ("onetrainer", "compile", True, NOTHING),
+        ("onetrainer", "unmasked_weight", 0.1, NOTHING),
+        ("onetrainer", "normalize_masked_area_loss", True, ("left out", "always is")),
+        ("onetrainer", "effnet_encoder", {"train": False}, NOTHING),
+        ("onetrainer", "backup_after", 30, ("left out", "save.every")),
+        ("onetrainer", "max_noising_strength", 0.8, ("no equivalent", "")),
+        ("diffusion-pipe", "dataset", "away.toml", ("left out", "no such file")),
+        ("diffusion-pipe", "caching_batch_size", 8, NOTHING),
+    ],
+)
+def test_words_of_their_own_examples(trainer: str, place: str, value: Any, became: tuple[str, str], here: Path) -> None:
+    name, config = MINIMAL[trainer]
+    config = json.loads(json.dumps(config))
+    *sections, word = place.split(".")
+    at = config["config"]["process"][0] if trainer == "ai-toolkit" else config
+    for section in sections:
+        at = at.setdefault(section, {})
+        at = at[0] if isinstance(at, list) else at
+    at[word] = value
+    if word == "qtype":
+        at["quantize"] = True
+    (here / name).write_text(json.dumps(config))
+    found = imported(name)
+    rows = [(row.kind, row.what) for row in found.rows if row.word == place or row.word == word]
+    if became == NOTHING:
+        assert rows == []
+        assert found.num_off >= 1
+    else:
+        assert rows[-1][0] == became[0]
+        assert became[1] in rows[-1][1]
+    load(written(here, found))
+
+
+def test_a_quantisation_of_fewer_bits_is_nf4(here: Path) -> None:
+    name, config = MINIMAL["ai-toolkit"]
+    config["config"]["process"][0]["model"] |= {"quantize": True, "qtype": "uint3|a/b/c.safetensors"}
+    (here / name).write_text(json.dumps(config))
+    assert load(written(here, imported(name))).preset.model.quantize == "nf4"
+
+
+def test_sizes_of_buckets_and_splits_are_taken(here: Path) -> None:
+    (here / "b.toml").write_text("size_buckets = [[960, 960, 1], [1280, 720, 1]]\n[[directory]]\npath = 'pictures'\n")
+    assert "resolution:\n  - 960\n" in imported("b.toml").text
+    (here / "v.toml").write_text(
+        "[general]\nvalidation_split = 0.1\n[[datasets]]\nresolution = 512\n"
+        "[[datasets.subsets]]\nimage_dir = 'pictures'\n"
+    )
+    assert load(written(here, imported("v.toml"))).preset.validate_.fraction == 0.1

@@ -8,7 +8,12 @@ from typing import Any
 
 from emotrain.config.aliases import INSIDE
 from emotrain.config.trainers.imported import (
+    BLOCKS,
+    CACHED,
+    CHECKPOINTING,
     DTYPES,
+    ENCODERS,
+    IDLE,
     QUANTIZED,
     SKIP,
     Import,
@@ -21,6 +26,7 @@ from emotrain.config.trainers.imported import (
     items,
     kind_of_adapter,
     number,
+    off_at,
     prompt_line,
     repeats_of,
     section,
@@ -42,8 +48,8 @@ _FOLDER = (
     "mask_path",
     "alpha_mask",
     "is_reg",
-    "loss_multiplier",
 )
+_PERCENT = ("layer_offloading_transformer_percent", "layer_offloading_text_encoder_percent")
 _SAMPLE = ("prompts", "samples", "neg", "width", "height", "walk_seed", "skip_first_sample")
 
 
@@ -64,6 +70,9 @@ def read(words: Values, out: Import) -> None:
     if not processes:
         raise ConfigError("the config has no process to import")
     process = _named(processes[0], str(config.get("name", "")))
+    if not section(process, "train") or "slider" in process:
+        what = "sliders are not trained here" if "slider" in process else "nothing is trained by it"
+        raise ConfigError(f"config.process is of type `{process.get('type')}`: {what}", "its training configs are read")
     for other in processes[1:]:
         out.leave("config.process", other.get("type", ""), "one process makes one preset: the first")
     sections = {key: section(process, key) for key in ("model", "network", "save", "train", "sample", "logging")}
@@ -78,11 +87,12 @@ def read(words: Values, out: Import) -> None:
     _train(sections["train"], out)
     _sample(sections["sample"], sections["train"], out)
     places = {word: INSIDE["save"].get(word, "save.dtype") for word in ("save_every", "max_step_saves_to_keep")}
-    out.read(sections["save"], places, {"dtype": chosen("save.dtype", DTYPES)}, "save.")
-    out.read(
-        {key: value for key, value in process.items() if key not in (*sections, "datasets", "trigger_word")}, {},
-        dict.fromkeys(("type", "device", "sqlite_db_path", "performance_log_every"), SKIP),
-    )  # fmt: skip
+    formats = {"diffusers": "diffusers", "safetensors": "auto"}
+    special = {"dtype": chosen("save.dtype", DTYPES), "save_format": chosen("save.format", formats)}
+    out.read(sections["save"], places, special, "save.")
+    idle = ("type", "device", "sqlite_db_path", "performance_log_every", "log_dir")
+    rest = {key: value for key, value in process.items() if key not in (*sections, "datasets", "trigger_word")}
+    out.read(rest, {}, dict.fromkeys(idle, IDLE))
 
 
 def _named(value: Any, name: str) -> Any:
@@ -95,34 +105,44 @@ def _named(value: Any, name: str) -> Any:
 
 
 def _kind(model: Values, out: Import) -> None:
-    arch = str(model.get("arch") or next((word for word in model if word in out.models and model[word]), "sd1"))
+    switches = [word for word, value in model.items() if value and (word in out.models or _is_kind(word))]
+    arch = str(model.get("arch") or next(iter(switches), "sd1"))
     turbo = f"{arch}:turbo"
     named = "turbo" in str(model.get("name_or_path", "")).casefold() and turbo in out.models
-    out.choose("model.arch", turbo if named else arch if arch in out.models else arch.partition(":")[0])
+    known = arch in out.models or "edit" in arch  # `krea2:o_edit` is no `krea2`
+    out.choose("model.arch", turbo if named else arch if known else arch.partition(":")[0])
+
+
+def _is_kind(word: str) -> bool:
+    """`is_lumina2`: the older way to say what `arch` says."""
+    return word.startswith("is_") and word != "is_v_pred"
 
 
 def _model(words: Values, out: Import) -> None:
     def quantize(out: Import, word: str, value: Any, qtype: str = "qtype", key: str = "model.quantize") -> None:
-        kind = str(words.get(qtype, "qfloat8"))
+        kind, _, adapter = str(words.get(qtype, "qfloat8")).partition("|")
         if is_off(value):
             out.num_off += 1
         elif kind in QUANTIZED:
             out.take(word, f"{str(value).lower()}, {kind}", key, QUANTIZED[kind])
+            if adapter:
+                out.lack(f"model.{qtype}", adapter, "an adapter that belongs to their quantisation")
         else:
             out.lack(word, kind, f"{key} has int8, fp8 and nf4")
 
-    def assistant(out: Import, word: str, value: Any) -> None:
+    def below(out: Import, word: str, value: Any) -> None:
         if is_off(value):
             out.num_off += 1
         else:
-            out.stack(word, value, 1.0)
+            out.stack(word, value, 1.0, sample=not word.endswith("assistant_lora_path"))
 
     special: dict[str, Any] = {
         "name_or_path": Import.model, "vae_path": Import.vae, "te_name_or_path": Import.text_encoder,
         "quantize": quantize, "dtype": SKIP, "qtype": SKIP, "qtype_te": SKIP,
         "quantize_te": partial(quantize, qtype="qtype_te", key="model.quantize_text_encoders"),
-        "arch": SKIP, **dict.fromkeys(out.models, SKIP),
-        "assistant_lora_path": assistant, "lora_path": assistant,
+        "arch": SKIP, **dict.fromkeys(out.models, SKIP), "assistant_lora_path": below, "lora_path": below,
+        "text_encoder_bits": ENCODERS, "layer_offloading": BLOCKS, "auto_memory": BLOCKS,
+        **dict.fromkeys((*_PERCENT, "compile", "vae_dtype", "te_dtype", "attn_masking"), IDLE),
         "is_v_pred": switch("model.prediction", "v"),
     }  # fmt: skip
     out.read(words, {}, special, "model.")
@@ -145,9 +165,6 @@ def _dataset(words: Values, out: Import, train: Values) -> None:
     resolution = words.get("resolution")
     if resolution is not None:
         out.sizes("datasets.resolution", resolution)
-    multiplier = words.get("loss_multiplier")
-    if multiplier not in (None, 1, 1.0):
-        out.lack("datasets.loss_multiplier", multiplier)
     known = (
         *_CAPTIONS,
         *_FOLDER,
@@ -158,7 +175,16 @@ def _dataset(words: Values, out: Import, train: Values) -> None:
         "shrink_video_to_frames",
         "network_weight",
     )
-    out.read(words, {}, dict.fromkeys(known, SKIP), "datasets.")
+    special = dict.fromkeys(known, SKIP) | {
+        "loss_multiplier": off_at(1), "mask_min_value": off_at(0) if mask_is_used(words) else IDLE,
+        "cache_tensors_to_disk": CACHED, **dict.fromkeys(("fps", "num_workers", "prefetch_factor"), IDLE),
+    }  # fmt: skip
+    out.read(words, {}, special, "datasets.")
+
+
+def mask_is_used(words: Values) -> bool:
+    """Whether a dataset has masks."""
+    return not is_off(words.get("mask_path")) or bool(words.get("alpha_mask"))
 
 
 def _network(words: Values, out: Import) -> None:
@@ -203,8 +229,12 @@ def _train(words: Values, out: Import) -> None:
         "ema_config": _ema, "timestep_type": _timesteps,
         "disable_sampling": switch("sample.every", 0),
         "noise_scheduler": because("the model's own"),
-        "gradient_checkpointing": because("it is on where the model does not fit without"),
-        "loss_type": lambda out, word, value: value in ("mse", None) or out.lack(word, value),
+        "gradient_checkpointing": CHECKPOINTING, "unload_text_encoder": ENCODERS,
+        "loss_type": off_at("mse"), "content_or_style": off_at("balanced"),
+        "max_denoising_steps": IDLE if words.get("max_denoising_steps") in (999, 1000) else Import.lack,
+        "diff_output_preservation_multiplier": off_at(1, "dataset.class has one strength") if preserves else IDLE,
+        "bypass_guidance_embedding": off_at(None) if out.kind and out.kind.preset == "flux" else IDLE,
+        "switch_boundary_every": IDLE, "force_first_sample": SKIP,
     }  # fmt: skip
     places = {word: place for word, place in INSIDE["train"].items() if word not in ("learning_rate", "optimizer_type")}
     places |= {word: f"train.{word}" for word in ("max_grad_norm", "gradient_accumulation_steps", "seed")} | {
@@ -214,10 +244,10 @@ def _train(words: Values, out: Import) -> None:
 
 
 def _ema(out: Import, word: str, value: Any) -> None:
-    used = isinstance(value, Mapping) and value.get("use_ema")
-    out.take(word, value, "train.ema", True) if used else out.leave(
-        word, value, "the average of the last steps is always taken here"
-    )
+    if isinstance(value, Mapping) and value.get("use_ema"):
+        out.take(word, value, "train.ema", True)
+    else:
+        out.num_off += 1
 
 
 def _class(out: Import, word: str, value: Any) -> None:
@@ -232,6 +262,9 @@ def _class(out: Import, word: str, value: Any) -> None:
 
 def _timesteps(out: Import, word: str, value: Any) -> None:
     words = {"sigmoid": "logit-normal", "linear": "uniform"}
+    if str(value) == "flux_shift" and out.kind is not None and out.kind.flow:
+        out.take(word, value, "train.loss.shift", "auto")
+        return
     if str(value) in words:
         out.take(word, value, "train.loss.timesteps", words[str(value)])
     else:
@@ -248,6 +281,10 @@ def _sample(words: Values, train: Values, out: Import) -> None:
     lines = []
     for one in each(words.get("samples")) or each(words.get("prompts")):
         own = section({"sample": {"prompt": one} if isinstance(one, str) else one}, "sample")
+        for word, value in own.items():
+            if word in ("network_multiplier", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"):
+                instead = "sample.strengths, for all prompts" if word == "network_multiplier" else ""
+                off_at(usual_multiplier(value), instead)(out, f"sample.samples: {word}", value)
         lines.append(
             prompt_line(
                 str(own.get("prompt", "")), n=own.get("neg", words.get("neg")),
@@ -263,7 +300,16 @@ def _sample(words: Values, train: Values, out: Import) -> None:
         for word in ("seed", "sample_every", "sample_steps", "guidance_scale")
     }
     special = {
+        "network_multiplier": off_at(usual_multiplier(words.get("network_multiplier")), "sample.strengths"),
         **dict.fromkeys((*_SAMPLE, "sampler", "sample_start_step", "num_frames", "fps", "format"), SKIP),
         "sample_every": lambda out, word, value: train.get("disable_sampling") or out.take(word, value, "sample.every"),
     }
     out.read(words, places, special, "sample.")
+
+
+def usual_multiplier(value: Any) -> Any:
+    """The value itself where it says "as it is": `1`, `"1.0"`."""
+    try:
+        return value if float(value) == 1.0 else None
+    except (TypeError, ValueError):
+        return None

@@ -8,7 +8,11 @@ from typing import Any
 
 from emotrain.config.trainers.files import parse_file
 from emotrain.config.trainers.imported import (
+    BLOCKS,
+    CHECKPOINTING,
     DTYPES,
+    IDLE,
+    IN_FLOAT32,
     QUANTIZED,
     SKIP,
     Import,
@@ -34,8 +38,14 @@ _PLACES = {
     "max_steps": "train.max_steps", "save_every_n_steps": "save.every", "eval_every_n_steps": "validate.every",
 }  # fmt: skip
 _BASES = ("checkpoint_path", "diffusers_path", "diffusion_model", "transformer_path")
-_DATASET = ("directory", "resolutions", "enable_ar_bucket", "frame_buckets", "path", "mask_path", "num_repeats",
-            "cache_shuffle_num", "shuffle_tags", "caption_prefix")  # fmt: skip
+# How the work is shared out, what is printed, and what is of videos.
+_IDLE = (
+    "pipeline_stages", "partition_method", "partition_split", "caching_batch_size", "map_num_proc", "steps_per_print",
+    "video_clip_mode", "eval_micro_batch_size_per_gpu", "eval_gradient_accumulation_steps", "x_axis_examples",
+    "checkpoint_every_n_minutes", "checkpoint_every_n_epochs", "compile",
+)  # fmt: skip
+_DATASET = ("directory", "resolutions", "size_buckets", "enable_ar_bucket", "frame_buckets", "path", "mask_path",
+            "num_repeats", "cache_shuffle_num", "shuffle_tags", "caption_prefix")  # fmt: skip
 _TIMESTEPS = {"logit_normal": "logit-normal", "uniform": "uniform"}
 _BUCKETS = "pictures keep their shape, in buckets of the sizes that fit"
 
@@ -67,15 +77,15 @@ def read(words: Values, out: Import) -> None:
     special = {
         **dict.fromkeys(("model", "adapter", "optimizer", "dataset", "monitoring", "eval_datasets"), SKIP),
         "save_dtype": chosen("save.dtype", DTYPES),
-        "activation_checkpointing": because("it is on where the model does not fit without"),
+        "activation_checkpointing": CHECKPOINTING,
         "warmup_steps": because("EmoSens has no learning rate to warm up"),
         "force_constant_lr": because("EmoSens has no learning rate to set"),
-        "blocks_to_swap": because("blocks move by themselves where memory is short"),
+        "blocks_to_swap": BLOCKS, **dict.fromkeys(_IDLE, IDLE),
         "eval_before_first_step": because("the base is always measured first"),
     }  # fmt: skip
     out.read(words, _PLACES, special)
     if not is_off(words.get("dataset")):
-        _dataset(parse_file(Path(out.path(str(words["dataset"]))), str(words["dataset"])), out)
+        _dataset(out.beside("dataset", words["dataset"]), out)
     for held_out in each(words.get("eval_datasets")):
         _held_out(held_out, out)
 
@@ -119,7 +129,7 @@ def _adapter(words: Values, out: Import) -> None:
             out.stack(word, one.get("path"), number(one.get("weight")))
 
     special = {
-        "type": kind_of_adapter("lora"), "decompose_factor": factor, "dtype": because("the LoRA is trained in float32"),
+        "type": kind_of_adapter("lora"), "decompose_factor": factor, "dtype": IN_FLOAT32,
         "init_from_existing": Import.continues, "fuse_adapters": fused,
     }  # fmt: skip
     out.read(words, {"rank": "network.rank", "alpha": "network.alpha"}, special, "adapter.")
@@ -134,8 +144,9 @@ def _dataset(words: Any, out: Import) -> None:
             repeats=repeats_of(out, "directory.num_repeats", own.get("num_repeats")),
             mask=None if is_off(mask) else out.path(str(mask)),
         )  # fmt: skip
-        if own.get("resolutions"):
-            out.sizes("resolutions", own["resolutions"])
+        for sizes in ("resolutions", "size_buckets"):
+            if own.get(sizes):
+                out.sizes(sizes, own[sizes])
         if own.get("shuffle_tags") or own.get("cache_shuffle_num"):
             out.caption("cache_shuffle_num", own.get("cache_shuffle_num", 1), "shuffle", True)
         if own.get("cache_shuffle_num"):

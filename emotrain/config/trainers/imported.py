@@ -19,6 +19,7 @@ from emotrain.config.paths import absolute, model_or_hub
 from emotrain.config.prompts import FLAG, parse_prompt
 from emotrain.config.schema import EMO_OPTIMIZERS, OPTIMIZERS
 from emotrain.config.text import read_text
+from emotrain.config.trainers.files import parse_file
 from emotrain.errors import ConfigError
 
 Kind = Literal["taken", "left out", "no equivalent"]
@@ -31,8 +32,10 @@ DTYPES = {
 }  # fmt: skip
 QUANTIZED = {
     "float8": "fp8", "float_8": "fp8", "qfloat8": "fp8", "float_w8a8": "fp8", "int_8": "int8", "int_w8a8": "int8",
-    "qint8": "int8", "nfloat_4": "nf4",
+    "qint8": "int8", "int8": "int8", "uint8": "int8", "convrot8": "int8", "nfloat_4": "nf4", "nf4": "nf4",
+    **dict.fromkeys(("uint4", "int4", "qint4", "uint3", "uint2"), "nf4"),
 }  # fmt: skip
+OFF = ("none", "off", "never", "0", "0.0", "false", "no")
 OPTIMIZER_OPTIONS = ("use_shadow", "stopcoef", "notify", "weight_decay", "eps", "betas")
 SD_ALONE = ("train.loss.min_snr_gamma", "train.loss.noise_offset")
 
@@ -173,11 +176,27 @@ class Import:
         else:
             self.take(word, value, "start_from.continue", self.path(str(value)))
 
-    def stack(self, word: str, value: Any, weight: float) -> None:
-        """An earlier LoRA that lies frozen below the new one."""
+    def stack(self, word: str, value: Any, weight: float, *, sample: bool = True) -> None:
+        """An earlier LoRA that lies frozen below the new one; `sample` says whether samples are drawn with it."""
         listed = self.values.setdefault("start_from", {}).setdefault("stack", [])
-        listed.append({"path": self.path(str(value)), "weight": weight})
-        self.rows.append(Row(word, shown(value), "taken", f"start_from.stack, weight {weight:g}"))
+        listed.append({"path": self.path(str(value)), "weight": weight} | ({} if sample else {"sample": False}))
+        told = f"start_from.stack, weight {weight:g}" + ("" if sample else ", sample: false")
+        self.rows.append(Row(word, shown(value), "taken", told))
+
+    def fraction(self, word: str, value: Any) -> None:
+        """The share of the pictures that is held out."""
+        if is_off(value):
+            self.num_off += 1
+        else:
+            self.take(word, value, "validate.fraction")
+
+    def beside(self, word: str, value: Any) -> Any:
+        """The values of a file that a config names; None, and said, where it is not there."""
+        path = Path(self.path(str(value)))
+        if not path.is_file():
+            self.leave(word, value, "no such file")
+            return None
+        return parse_file(path, str(value))
 
     def name(self, word: str, value: Any) -> None:
         """The run's name."""
@@ -301,7 +320,7 @@ def _kind_of(place: str) -> TypeAdapter[Any]:
 
 def is_off(value: Any) -> bool:
     """Whether a value says that a setting is not used: zero, false, nothing."""
-    return not value or (isinstance(value, str) and value.casefold() in ("none", "off", "never", "0", "0.0"))
+    return not value or (isinstance(value, str) and value.casefold() in OFF)
 
 
 def shown(value: Any) -> str:
@@ -438,8 +457,31 @@ def repeats_of(out: Import, word: str, value: Any) -> int | None:
     return whole if whole > 1 else None
 
 
+def off_at(usual: Any, instead: str = "") -> Special:
+    """A word without an equivalent, of which nothing is said where it has the value that it has by itself."""
+
+    def lack(out: Import, word: str, value: Any) -> None:
+        if is_off(value) or value == usual:
+            out.num_off += 1
+        else:
+            out.lack(word, value, instead)
+
+    return lack
+
+
+def _idle(out: Import, word: str, value: Any) -> None:
+    out.num_off += 1
+
+
 def _skip(out: Import, word: str, value: Any) -> None:
     """A word that is read elsewhere."""
 
 
 SKIP: Special = _skip
+IDLE: Special = _idle  # a word that says nothing of what is trained: how it is started, what is shown
+IN_FLOAT32 = because("the LoRA is trained in float32")
+CHECKPOINTING = because("it is on where the model does not fit without")
+BLOCKS = because("blocks move by themselves where memory is short")
+ATTENTION = because("attention is always the fused one")
+ENCODERS = because("text encoders leave the GPU when all is encoded")
+CACHED = because("latents and text are always cached")

@@ -14,6 +14,14 @@ from emotrain.errors import ConfigError
 TRAINERS: tuple[ModuleType, ...] = (ai_toolkit, diffusion_pipe, onetrainer, kohya)
 
 
+SIMPLE_TUNER = frozenset(("model_family", "--model_family"))
+
+
+def is_simple_tuner(values: Any) -> bool:
+    """Whether it is a config of SimpleTuner, which is not read."""
+    return isinstance(values, Mapping) and bool(SIMPLE_TUNER & set(values))
+
+
 def trainer_of(values: Any) -> ModuleType | None:
     """The module that reads a config of that form; None for everything else, a preset of ours among it."""
     if not isinstance(values, Mapping):

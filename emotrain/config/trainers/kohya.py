@@ -17,10 +17,17 @@ from emotrain.config.prompts import is_prompt_file
 from emotrain.config.text import read_text
 from emotrain.config.trainers.files import parse_file
 from emotrain.config.trainers.imported import (
+    BLOCKS,
+    CACHED,
+    CHECKPOINTING,
     DTYPES,
+    IDLE,
+    IN_FLOAT32,
     SKIP,
     Import,
+    Special,
     Values,
+    because,
     chosen,
     each,
     factor,
@@ -28,6 +35,7 @@ from emotrain.config.trainers.imported import (
     items,
     kind_of_adapter,
     number,
+    off_at,
     prompt_line,
     repeats_of,
     section,
@@ -53,14 +61,27 @@ _CAPTIONS = {
 _FOLDERS = frozenset(
     (
         "image_dir", "class_tokens", "is_reg", "num_repeats", "flip_aug", "conditioning_data_dir", "alpha_mask",
-        "subsets", "train_data_dir", "reg_data_dir", "prior_loss_weight", "masked_loss", "dataset_repeats",
+        "subsets", "train_data_dir", "image_folder", "reg_data_dir", "prior_loss_weight", "masked_loss",
+        "dataset_repeats",
     )
 )  # fmt: skip
 
 
 _KIND = kind_of_adapter(
-    "Standard", "Flux1", "networks.lora", "networks.lora_flux", "networks.lora_sd3", "networks.lora_anima"
-)
+    "Standard", "Flux1", "Kohya LoCon", "LyCORIS/LoCon", "locon", "lora", "networks.lora", "networks.lora_flux",
+    "networks.lora_sd3", "networks.lora_anima",
+)  # fmt: skip
+# How it is started, how files are read, and what the GUI keeps for itself.
+_IDLE = (
+    "num_cpu_threads_per_process", "num_processes", "num_machines", "multi_gpu", "gpu_ids", "main_process_port",
+    "dynamo_mode", "dynamo_backend", "dynamo_use_dynamic", "dynamo_use_fullgraph", "extra_accelerate_launch_args",
+    "max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "sd3_text_encoder_batch_size",
+    "model_list", "train_on_input", "unit", "full_path", "save_model_as", "use_safetensors", "sample_sampler",
+    "LyCORIS_preset", "use_cp", "bypass_mode", "dora_wd", "vae_chunk_size", "vae_disable_cache", "highvram", "lowvram",
+    "skip_cache_check", "t5xxl_max_token_length", "t5xxl_dtype", "interpolation_type", "latent_metadata_filename",
+    "noise_offset_type", "dim_from_weights",
+)  # fmt: skip
+_L2 = ("l2", "mse", "", None)
 
 
 def recognise(words: Values) -> bool:
@@ -91,10 +112,11 @@ def read(words: Values, out: Import) -> None:
         "factor": factor if str(flat.get("LoRA_type")).endswith("LoKr") else SKIP,
         "conv_dim": _conv if "LoCon" in str(flat.get("LoRA_type")) else SKIP, "network_args": _network_args,
         "network_train_unet_only": switch("network.text_encoder", False),
-        "text_encoder_lr": switch("network.text_encoder"),
         "sample_prompts": _sample_prompts,
         "resolution": _resolution, "max_resolution": _resolution,
-        "network_weights": Import.continues, "clip_skip": _clip_skip,
+        "network_weights": Import.continues, "lora_network_weights": Import.continues, "clip_skip": _clip_skip,
+        "train_text_encoder": switch("network.text_encoder"),
+        "timestep_sampling": _timesteps, "weighting_scheme": _weighting, **_left_out(flat),
         "base_weights": lambda out, word, value: _base_weights(out, word, value, flat),
         **dict.fromkeys(("dataset_config", "optimizer_type", "optimizer", "optimizer_args", "learning_rate",
                          "base_weights_multiplier",
@@ -105,11 +127,35 @@ def read(words: Values, out: Import) -> None:
     if is_off(config):
         _folders(flat, out, weight)
     else:
-        _datasets(parse_file(Path(out.path(str(config))), str(config)), out, weight)
+        _datasets(out.beside("dataset_config", config), out, weight)
+
+
+def _left_out(flat: Values) -> dict[str, Special]:
+    """Words that are left out for a reason, and those that say nothing at the values that they have by themselves."""
+    losses = IDLE if flat.get("loss_type") in _L2 else Import.lack
+    pyramid = IDLE if flat.get("noise_offset_type") == "Original" else off_at(0)
+    mode = IDLE if "mode" not in str(flat.get("weighting_scheme")) else off_at(0)
+    encoders = off_at(None, "name a folder of diffusers, or one file that holds them all, as model.base")
+    rates = (word for word in flat if word.startswith(("learning_rate_te", "text_encoder_lr")))
+    return {
+        "gradient_checkpointing": CHECKPOINTING, "blocks_to_swap": BLOCKS,
+        **dict.fromkeys(("full_bf16", "full_fp16"), IN_FLOAT32),
+        **dict.fromkeys(("no_half_vae", "sdxl_no_half_vae"), because("the VAE takes the precision that it needs")),
+        **dict.fromkeys((word for word in flat if "cache_text_encoder_outputs" in word), CACHED),
+        **dict.fromkeys(("lr_warmup", "lr_scheduler_power", "lr_decay_steps"), because("there is no schedule")),
+        **dict.fromkeys(rates, because("there is one rate, and EmoSens needs none")),
+        **dict.fromkeys(("clip_l", "clip_g", "t5xxl"), encoders),
+        "model_prediction_type": because("the model's own"), "max_timestep": off_at(1000),
+        "train_blocks": off_at("all"), "text_encoder_lr": switch("network.text_encoder"),
+        **dict.fromkeys(("loss_type", "huber_c", "huber_schedule", "huber_scale"), losses),
+        **dict.fromkeys(("multires_noise_iterations", "multires_noise_discount"), pyramid),
+        **dict.fromkeys(("mode_scale", "logit_std", "logit_mean"), mode), **dict.fromkeys(_IDLE, IDLE),
+    }  # fmt: skip
 
 
 def _is_dataset(words: Values) -> bool:
-    return any("subsets" in one for one in items(words, "datasets"))
+    found = items(words, "datasets")
+    return any("subsets" in one for one in found) or bool(found) and set(words) <= {"datasets", "general"}
 
 
 def _flat(words: Values) -> dict[str, Any]:
@@ -121,6 +167,8 @@ def _flat(words: Values) -> dict[str, Any]:
 
 def _kind(flat: Values, out: Import) -> None:
     """The kind of model, by the network's module or the GUI's switches; for SD 1.x nothing says it."""
+    if not is_off(other := flat.get("model_type")) and other != "flux":  # of lora_flux: `chroma`
+        out.choose("model_type", str(other))
     module = str(flat.get("network_module", "")).rpartition(".")[2]
     for word in (module, str(flat.get("LoRA_type")), *(word for word, value in flat.items() if not is_off(value))):
         if word in out.models:
@@ -152,7 +200,7 @@ def _literal(text: str) -> Any:
 def _folders(flat: Values, out: Import, weight: float) -> None:
     """Folders of the arguments themselves; their subfolders are named `10_mika woman`."""
     mask = _mask(flat, out)
-    for word, prior in (("train_data_dir", None), ("reg_data_dir", weight)):
+    for word, prior in (("train_data_dir", None), ("image_folder", None), ("reg_data_dir", weight)):
         if not is_off(flat.get(word)):
             out.add_folder(word, flat[word], prior=prior, flip=bool(flat.get("flip_aug")), mask=mask)
     _captions(flat, out)
@@ -161,7 +209,8 @@ def _folders(flat: Values, out: Import, weight: float) -> None:
 def _datasets(words: Any, out: Import, weight: float) -> None:
     for dataset in items(words, "datasets"):
         whole = {**section(words, "general"), **dataset}
-        out.read(whole, _PLACES, {"resolution": _resolution, **dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP)})
+        special = {"resolution": _resolution, "validation_split": Import.fraction, **dict.fromkeys(_IDLE, IDLE)}
+        out.read(whole, _PLACES, special | dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP))
         for subset in items(dataset, "subsets"):
             own = {**whole, **subset}
             if is_off(own.get("image_dir")):
@@ -175,7 +224,7 @@ def _datasets(words: Any, out: Import, weight: float) -> None:
             )  # fmt: skip
             if not own.get("is_reg"):
                 _captions(own, out)
-            out.read(subset, {}, dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP))
+            out.read(subset, {}, {"validation_split": Import.fraction} | dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP))
 
 
 def _mask(words: Values, out: Import) -> str | None:
@@ -207,6 +256,24 @@ def _conv(out: Import, word: str, value: Any) -> None:
         out.take(word, value, "network.targets", "all")
 
 
+def _timesteps(out: Import, word: str, value: Any) -> None:
+    """`sigmoid` is a logit-normal density; `shift` and `flux_shift` are it with a shift, given or by the resolution."""
+    known = {"uniform": "uniform", "sigmoid": "logit-normal", "shift": "logit-normal", "flux_shift": "logit-normal"}
+    if value in known:
+        out.take(word, value, "train.loss.timesteps", known[value])
+        if value == "flux_shift":
+            out.take(word, value, "train.loss.shift", "auto")
+    else:  # `sigma` leaves it to weighting_scheme
+        off_at("sigma")(out, word, value)
+
+
+def _weighting(out: Import, word: str, value: Any) -> None:
+    if value == "logit_normal":
+        out.take(word, value, "train.loss.timesteps", "logit-normal")
+    else:
+        off_at("uniform")(out, word, value)
+
+
 def _clip_skip(out: Import, word: str, value: Any) -> None:
     """SD 1.x and 2.x alone, of which no word tells: SDXL takes the last layer but one whatever kohya is told."""
     if is_off(value) or value == 1:
@@ -227,8 +294,6 @@ def _network_args(out: Import, word: str, value: Any) -> None:
             factor(out, f"{word}: {key}", text)
         elif key == "algo":
             _KIND(out, f"{word}: {key}", text)
-        elif key == "factor" and str(text).isdigit() and int(text):
-            out.take(f"{word}: {key}", text, "network.factor", int(text))
         else:
             out.lack(f"{word}: {key}", text)
 

@@ -12,10 +12,16 @@ from typing import Any
 
 from emotrain.config.trainers.files import parse_file
 from emotrain.config.trainers.imported import (
+    ATTENTION,
+    CACHED,
+    CHECKPOINTING,
     DTYPES,
+    IDLE,
+    IN_FLOAT32,
     QUANTIZED,
     SKIP,
     Import,
+    Special,
     Values,
     because,
     chosen,
@@ -25,6 +31,7 @@ from emotrain.config.trainers.imported import (
     items,
     kind_of_adapter,
     number,
+    off_at,
     prompt_line,
     repeats_of,
     section,
@@ -50,6 +57,21 @@ _SILENT = (
     "loss_weight_strength", "optimizer_defaults", "secrets", "cloud", "embedding", "additional_embeddings",
     "debug_dir", "concept_stats", "masked_training", "mse_strength", "vb_loss_strength", "weight_dtype",
 )  # fmt: skip
+# How it is started, what is shown, how files are read, and models and methods that are not trained here.
+_IDLE = (
+    "tensorboard_port", "tensorboard_expose", "tensorboard_always_on", "samples_to_tensorboard", "train_device",
+    "temp_device", "fallback_train_dtype", "enable_autocast_cache", "dataloader_threads", "async_offloading",
+    "gradient_reduce_precision", "fused_gradient_reduce", "async_gradient_reduce", "async_gradient_reduce_buffer",
+    "clear_cache_before_training", "frames", "embedding_weight_dtype", "bundle_additional_embeddings", "compile",
+    "effnet_encoder", "decoder", "decoder_text_encoder", "decoder_vqgan", "unconditional_transformer", "huber_delta",
+    "sample_image_format", "sample_video_format", "sample_audio_format", "non_ema_sampling", "backup_before_save",
+    "include_train_config", "text_encoder_sequence_length", "text_encoder_2_sequence_length", "learning_rate_cycles",
+    "lora_decompose_norm_epsilon", "oft_block_size", "lokr_dora_on_output", "lokr_vec_trick", "layer_filter_regex",
+)  # fmt: skip
+# Their sets of layers by name; `blocks` is all that lies in the transformer's blocks, modulations among it.
+_FORMATS = {"kohya_lora": "kohya", "diffusers_lora": "diffusers", "comfy_lora": "comfyui", "legacy_lora": "auto",
+            "safetensors": "auto", "original_lora": "auto"}  # fmt: skip
+_TARGETS = {"attn-mlp": "attn-mlp", "attn-only": "attn", "full": "all", "blocks": "all"}
 
 
 def recognise(words: Values) -> bool:
@@ -64,16 +86,15 @@ def read(words: Values, out: Import) -> None:
         ConfigError: it trains a model of a kind that cannot be trained here.
     """
     out.choose("model_type", str(words.get("model_type", "STABLE_DIFFUSION_15")))
+    is_lokr = str(words.get("peft_type")).lower() == "lokr"
     special = {
         "base_model_name": Import.model,
         "output_model_destination": lambda out, word, value: out.name(word, Path(str(value)).stem),
         "train_dtype": chosen("model.dtype", DTYPES), "output_dtype": chosen("save.dtype", DTYPES),
-        "output_model_format": chosen("save.format", {"kohya_lora": "kohya", "diffusers_lora": "diffusers",
-                                                      "comfy_lora": "comfyui", "legacy_lora": "auto",
-                                                      "safetensors": "auto", "original_lora": "auto"}),
+        "output_model_format": _format,
         "resolution": lambda out, word, value: out.sizes(word, _sizes(str(value))),
-        "layer_filter_preset": chosen("network.targets", {"attn-mlp": "attn-mlp", "attn-only": "attn", "full": "all"}),
-        "lokr_decompose_factor": factor if str(words.get("peft_type")).lower() == "lokr" else SKIP,
+        "layer_filter_preset": chosen("network.targets", _TARGETS),
+        "lokr_decompose_factor": factor if is_lokr else SKIP,
         "training_method": kind_of_adapter("LORA"), "peft_type": kind_of_adapter("LORA"),
         "lora_model_name": Import.continues,
         "ema": chosen("train.ema", {"gpu": True, "cpu": True}),
@@ -86,7 +107,7 @@ def read(words: Values, out: Import) -> None:
         "loss_weight_fn": lambda out, word, value: _loss_weight(out, word, value, words),
         "save_every": lambda out, word, value: _every(out, word, value, words, "save.every"),
         "sample_after": lambda out, word, value: _every(out, word, value, words, "sample.every"),
-        "gradient_checkpointing": because("it is on where the model does not fit without"),
+        "text_encoder_layer_skip": _layer_skip, **_left_out(words),
         "layer_filter": SKIP if "layer_filter_preset" in words else Import.lack,
         "tensorboard": switch("log.tensorboard"),
         **dict.fromkeys(_PARTS, partial(_part, kind=str(words.get("model_type", "STABLE_DIFFUSION_15")))),
@@ -97,6 +118,31 @@ def read(words: Values, out: Import) -> None:
     for concept in _listed(words, "concepts", "concept_file_name", out):
         _concept(concept, out)
     _samples(_listed(words, "samples", "sample_definition_file_name", out), out)
+
+
+def _format(out: Import, word: str, value: Any) -> None:
+    if str(value).casefold() in _FORMATS:
+        chosen("save.format", _FORMATS)(out, word, value)
+    else:
+        out.leave(word, value, "a LoRA is written")
+
+
+def _left_out(words: Values) -> dict[str, Special]:
+    """Words that are left out for a reason, and those that say nothing at the values that they have by themselves."""
+    masks = Import.lack if words.get("masked_training") else IDLE
+    is_lokr = str(words.get("peft_type")).casefold() == "lokr"
+    return {
+        "gradient_checkpointing": CHECKPOINTING, "attention_mechanism": ATTENTION, "latent_caching": CACHED,
+        "aspect_ratio_bucketing": because("pictures always keep their shape, in buckets"),
+        "quantization": because("which layers are quantized is chosen here"), "lora_weight_dtype": IN_FLOAT32,
+        "normalize_masked_area_loss": because("it always is"), "max_noising_strength": off_at(1.0),
+        "unmasked_probability": masks, "unmasked_weight": masks,
+        "ema_decay": IDLE, "ema_update_step_interval": IDLE,
+        "lokr_dim": because("a LoKr's factors are whole") if is_lokr else IDLE,
+        "backup_after": because("checkpoints come with save.every"),
+        "validate_after": because("validate.every counts steps") if words.get("validation") else IDLE,
+        **dict.fromkeys(_IDLE, IDLE),
+    }  # fmt: skip
 
 
 def _listed(words: Values, inside: str, beside: str, out: Import) -> list[Values]:
@@ -133,6 +179,16 @@ def _loss_weight(out: Import, word: str, value: Any, words: Values) -> None:
     if value == "MIN_SNR_GAMMA":
         out.take(word, value, "train.loss.min_snr_gamma", number(words.get("loss_weight_strength"), 5.0))
     elif value != "CONSTANT":
+        out.lack(word, value)
+
+
+def _layer_skip(out: Import, word: str, value: Any) -> None:
+    """Layers of CLIP that are left out at its end, beyond what the model leaves out by itself."""
+    if is_off(value):
+        out.num_off += 1
+    elif out.kind is not None and out.kind.preset in ("sd15", "") and isinstance(value, int):
+        out.take(word, value, "model.clip_skip", value + 1)
+    else:
         out.lack(word, value)
 
 
