@@ -44,6 +44,7 @@ def caption(
     propose: Annotated[
         Path | None, typer.Option("--propose", help="A captioning model's folder, for pictures without a caption")
     ] = None,
+    ask: Annotated[str | None, typer.Option("--ask", help="With --propose: what to ask the model")] = None,
     again: Annotated[bool, typer.Option("--again", help="With --propose: also for those that have one")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write what the diff shows")] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Take the last --write back")] = False,
@@ -59,6 +60,7 @@ def caption(
       emotrain caption ./mika --replace "brown hair=auburn hair" --remove watermark
       emotrain caption ./mika --trigger mika_ch --write
       emotrain caption ./mika --propose ./models/blip --write
+      emotrain caption ./mika --propose ./models/Qwen3-VL-4B-Instruct --ask "List what is in this picture as tags."
       emotrain caption ./mika --undo
     """
     from emotrain.dataset.edit_captions import Edits
@@ -79,11 +81,13 @@ def caption(
         raise ConfigError(
             "--write without a change", "name one: --add, --remove, --replace, --move, --trigger, --propose"
         )
+    if ask is not None and (propose is None or not ask.strip()):
+        raise ConfigError("--ask is for a model", "--propose FOLDER --ask 'What is in this picture?'")
     examples = _pictures(folder)
     if not edits and propose is None:
         _statistics(examples)
         return
-    changes, left = _changes(examples, folder, edits, _proposals(examples, propose, again))
+    changes, left = _changes(examples, folder, edits, _proposals(examples, propose, again, ask or ""))
     _show(changes, left, folder)
     _finish(changes, folder, write)
 
@@ -130,7 +134,7 @@ def _statistics(examples: Sequence[Example]) -> None:
     output.note(f"{len(with_caption)} of {len(examples)} pictures have a caption")
 
 
-def _proposals(examples: Sequence[Example], model: Path | None, again: bool) -> dict[Path, str]:
+def _proposals(examples: Sequence[Example], model: Path | None, again: bool, ask: str) -> dict[Path, str]:
     """Picture -> what a captioning model says."""
     if model is None:
         return {}
@@ -141,7 +145,7 @@ def _proposals(examples: Sequence[Example], model: Path | None, again: bool) -> 
     from emotrain.dataset.images import open_picture
     from emotrain.runs.captioner import load_captioner
 
-    describe = load_captioner(model)
+    describe = load_captioner(model, ask.strip())
     found = {}
     with progress("describing pictures") as tell:
         for index, example in enumerate(wanted):

@@ -12,14 +12,19 @@ from PIL import Image
 from emotrain.errors import ModelError
 from emotrain.families.component import guard
 from emotrain.families.headers import read_json
+from emotrain.runs.chat_captioner import LOCAL, is_asked, load_asked
 
 WRITERS = ("blip", "git", "vision-encoder-decoder")  # they take pixels alone
 MAX_TOKENS = 96  # of a caption
 LIKELY = 0.35  # probability from where a tagger's tag is taken
 
 
-def load_captioner(folder: Path) -> Callable[[Image.Image], str]:
+def load_captioner(folder: Path, ask: str = "") -> Callable[[Image.Image], str]:
     """A function from a picture to its caption.
+
+    Args:
+        folder: of the model.
+        ask: the question to a vision-language model; "" asks the usual one.
 
     Raises:
         ModelError: no folder of transformers, of a kind that is not known, or damaged.
@@ -32,24 +37,34 @@ def load_captioner(folder: Path) -> Callable[[Image.Image], str]:
     config = read_json(folder / "config.json")
     classes = config.get("architectures")
     is_tagger = isinstance(classes, list) and str(classes[0] if classes else "").endswith("ForImageClassification")
-    if not is_tagger and config.get("model_type") not in WRITERS:
+    kind = str(config.get("model_type"))
+    if is_tagger or kind in WRITERS:
+        if ask:
+            raise ModelError(f"`{where}` takes no question", "leave --ask out: it is for vision-language models")
+        return guard(where, "", lambda: _tagger(where) if is_tagger else _writer(where))
+    if not is_asked(kind):
         raise ModelError(
-            f"`{where}` is of kind `{str(config.get('model_type'))[:60]}`, which writes no captions here",
-            f"known are {', '.join(WRITERS)}, and image classifiers as taggers",
+            f"`{where}` is of kind `{kind[:60]}`, which writes no captions here",
+            f"known are {', '.join(WRITERS)}, vision-language models, and image classifiers as taggers",
         )
-    return guard(where, "", lambda: _tagger(where) if is_tagger else _writer(where))
+    return guard(where, "", lambda: load_asked(where, kind, ask, _load))
 
 
 def _load(kind: Any, where: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = kind.from_pretrained(where, use_safetensors=True, local_files_only=True, trust_remote_code=False)
+    model, found = kind.from_pretrained(where, use_safetensors=True, output_loading_info=True, **LOCAL)
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights
+        what = f"{len(missing)} weights that a {type(model).__name__} has, such as {missing[0]}"
+        raise ModelError(
+            f"`{where}` is without {what}", "of Florence-2 there are two forms: take the one for transformers"
+        )
     return model.to(device).eval()
 
 
 def _processor(where: str) -> Callable[[Any, Image.Image], torch.Tensor]:
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(where, **LOCAL)
 
     def pixels(model: Any, image: Image.Image) -> torch.Tensor:
         found: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
@@ -62,7 +77,7 @@ def _writer(where: str) -> Callable[[Image.Image], str]:
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     pixels = _processor(where)
-    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(where, **LOCAL)
     model = _load(AutoModelForImageTextToText, where)
 
     @torch.no_grad()
