@@ -1,4 +1,4 @@
-"""Captions by vision-language models, which are asked in words: Qwen-VL, LLaVA (JoyCaption), Gemma, SmolVLM, Florence-2.
+"""Captions by vision-language models, which are asked in words: Qwen-VL, LLaVA (JoyCaption), Florence-2 and others.
 
 Everything about a model comes from its folder: transformers picks the class, and the chat template says how a question
 with a picture is written.

@@ -92,9 +92,6 @@ def _base(out: Import) -> str | None:
     """The shipped preset to stand on: the model's own files say more than the config."""
     base = out.values.get("model", {}).get("base")
     named = (out.kind.preset if out.kind else "") or None
-    words = set(re.split(r"[^a-z0-9]+", str(base or "").casefold()))
-    if named and named.startswith("klein") and "dev" in words and "klein" not in words:
-        raise ConfigError(f"{base} is FLUX.2-dev, which cannot be trained here", "FLUX.2 klein can: 4B and 9B")
     if base is None:
         out.leave("a model", "none", f"{named or DEFAULT}'s: `emotrain import CONFIG MODEL` names another")
         return named or DEFAULT
@@ -110,6 +107,8 @@ def _base(out: Import) -> str | None:
 def _by_file_name(preset: str | None, name: str) -> str | None:
     """`zimage` and z_image_turbo.safetensors: `zimage-turbo`; `klein-4b` and flux-2-klein-9b: `klein-9b`."""
     words = re.split(r"[^a-z0-9]+", name.casefold())
+    if preset in ("klein-4b", "klein-9b") and "dev" in words and "klein" not in words:
+        return "flux2-dev"  # others have one word for all of FLUX.2
     for other in shipped_presets():
         family, _, variant = other.rpartition("-")
         if variant in words and family and preset in (family, *(f"{family}-{word}" for word in ("4b", "9b"))):

@@ -319,13 +319,12 @@ def test_a_preset_in_json_is_still_one(here: Path) -> None:
         ("bad.toml", "a = C:\\x", "is not TOML"),
         ("bad.json", "{", "is not JSON"),
         ("video.toml", "dataset = 'x.toml'\n[model]\ntype = 'wan'\n", "model.type is `wan`, which cannot be trained"),
-        ("chroma.yaml", "config: {process: [{train: {lr: 1}, model: {arch: chroma}}]}", "model.arch is `chroma`"),
+        ("hidream.yaml", "config: {process: [{train: {lr: 1}, model: {arch: hidream}}]}", "model.arch is `hidream`"),
         ("edit.yaml", "config: {process: [{train: {lr: 1}, model: {arch: 'krea2:o_edit'}}]}", "arch is `krea2:o_edit`"),
         ("lumina.yaml", "config: {process: [{train: {lr: 1}, model: {is_lumina2: true}}]}", "arch is `is_lumina2`"),
         ("merge.yaml", "config: {process: [{type: merge, models: []}]}", "`merge`: nothing is trained by it"),
         ("slide.yaml", "config: {process: [{type: slider, slider: {}, train: {lr: 1}}]}", "sliders are not trained"),
-        ("chroma.toml", "network_module = 'networks.lora_flux'\nmodel_type = 'chroma'\n", "model_type is `chroma`"),
-        ("dev.json", '{"model_type": "FLUX_2", "base_model_name": "a/FLUX.2-dev"}', "FLUX.2-dev, which cannot be"),
+        ("other.toml", "network_module = 'networks.lora_flux'\nmodel_type = 'other'\n", "model_type is `other`"),
         ("simple.json", '{"model_family": "sdxl", "data_backend_config": "x"}', "is a config of SimpleTuner"),
         ("simple2.json", '{"--model_family": "sdxl", "--rank": 16}', "is a config of SimpleTuner"),
         ("sana.json", '{"model_type": "SANA", "training_method": "LORA"}', "model_type is `SANA`"),
@@ -429,6 +428,7 @@ MINIMAL: dict[str, tuple[str, Any]] = {
          "sample": {"samples": [{"prompt": "a cat"}]}, "save": {}}]}}),
     "onetrainer": ("o.json", {"model_type": "STABLE_DIFFUSION_15", "training_method": "LORA"}),
     "sdxl": ("s.json", {"model_type": "STABLE_DIFFUSION_XL_10_BASE", "training_method": "LORA"}),
+    "z-image": ("z.json", {"model_type": "Z_IMAGE", "training_method": "LORA"}),
     "diffusion-pipe": ("d.json", {"model": {"type": "flux"}, "adapter": {"type": "lora"}, "dataset": "away.toml"}),
 }  # fmt: skip
 NOTHING = ("", "")  # a word that says nothing of the training: it is counted, and not in the table
@@ -485,6 +485,7 @@ NOTHING = ("", "")  # a word that says nothing of the training: it is counted, a
         ("onetrainer", "output_model_format", "ORIGINAL_SINGLE_FILE", ("left out", "a LoRA is written")),
         ("onetrainer", "attention_mechanism", "CUDNN", ("left out", "fused")),
         ("onetrainer", "compile", True, NOTHING),
+        ("z-image", "text_encoder.weight_dtype", "FLOAT_8", ("taken", "model.quantize_text_encoders: fp8")),
         ("onetrainer", "unmasked_weight", 0.1, NOTHING),
         ("onetrainer", "normalize_masked_area_loss", True, ("left out", "always is")),
         ("onetrainer", "effnet_encoder", {"train": False}, NOTHING),
@@ -515,6 +516,17 @@ def test_words_of_their_own_examples(trainer: str, place: str, value: Any, becam
         assert rows[-1][0] == became[0]
         assert became[1] in rows[-1][1]
     load(written(here, found))
+
+
+def test_one_word_for_several_models_is_told_apart(here: Path) -> None:
+    for name, config, preset in (
+        ("c.json", {"network_module": "networks.lora_flux", "model_type": "chroma"}, "chroma"),
+        ("f.json", {"network_module": "networks.lora_flux", "model_type": "flux"}, "flux"),
+        ("d.json", {"model_type": "FLUX_2", "base_model_name": "black-forest-labs/FLUX.2-dev"}, "flux2-dev"),
+        ("k.json", {"model_type": "FLUX_2", "base_model_name": "./flux-2-klein-base-9b.safetensors"}, "klein-9b"),
+    ):
+        (here / name).write_text(json.dumps(config))
+        assert f"extends: {preset}\n" in imported(name).text
 
 
 def test_a_quantisation_of_fewer_bits_is_nf4(here: Path) -> None:

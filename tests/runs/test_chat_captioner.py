@@ -1,4 +1,4 @@
-"""Captions by vision-language models: tiny random ones of each kind, with the chat templates of the real ones in form."""
+"""Captions by vision-language models: tiny random ones of each kind, with chat templates in the forms in use."""
 
 from __future__ import annotations
 

@@ -169,6 +169,7 @@ def _kind(flat: Values, out: Import) -> None:
     """The kind of model, by the network's module or the GUI's switches; for SD 1.x nothing says it."""
     if not is_off(other := flat.get("model_type")) and other != "flux":  # of lora_flux: `chroma`
         out.choose("model_type", str(other))
+        return
     module = str(flat.get("network_module", "")).rpartition(".")[2]
     for word in (module, str(flat.get("LoRA_type")), *(word for word, value in flat.items() if not is_off(value))):
         if word in out.models:

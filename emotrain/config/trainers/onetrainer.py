@@ -206,6 +206,8 @@ def _part(out: Import, word: str, value: Any, kind: str) -> None:
     weights = str(words.get("weight_dtype", "")).casefold()
     if word in ("unet", "transformer") and weights in QUANTIZED:
         out.take(f"{word}.weight_dtype", words["weight_dtype"], "model.quantize", QUANTIZED[weights])
+    if word.startswith("text_encoder") and weights in QUANTIZED and out.kind is not None and out.kind.flow:
+        out.take(f"{word}.weight_dtype", words["weight_dtype"], "model.quantize_text_encoders", QUANTIZED[weights])
     name = words.get("model_name")
     if not is_off(name):
         if word == "vae":
