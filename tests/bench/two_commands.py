@@ -5,9 +5,8 @@
 Three layouts: a folder of pictures with captions (`init`); kohya's, a folder `10_mika` and a TOML (`import`);
 ai-toolkit's, a folder and a YAML (`import`). Each then runs for 3 steps by `--set train.max_steps=3`. The photographs
 are blurred noise of 2,000 x 1,500 pixels, as JPEGs. The model is one SD 1.5 file in the original layout, of random
-weights and small: two blocks of 32 and 64 channels, a text encoder of two layers with 768 channels, a VAE of eight
-times smaller latents with 16 channels. Seconds are wall clock and CPU of each command, the start of Python
-and its imports in them.
+weights: a UNet of the real shape but 32 to 64 channels wide, a text encoder of two layers with 768 channels, a VAE of
+16 channels. Seconds are wall clock and CPU of each command, the start of Python and its imports in them.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from report_page import picture
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 
 from original_files import clip_of, small_vae
-from test_single_file import unet_of, write_sd
+from test_single_file import write_sd
 
 from emotrain.assets import make_assets
 
@@ -83,7 +83,11 @@ def make_model(path: Path) -> None:
     levels = {"block_out_channels": (16,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4,
               "up_block_types": ("UpDecoderBlock2D",) * 4}  # fmt: skip
     vae = type(vae)(**{**dict(vae.config), **levels})
-    parts = {"unet": unet_of(768), "vae": vae, "tokenizer": tokenizer, "text_encoder": clip_of(768, tokenizer, False)}
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(32, 64, 64, 64), layers_per_block=2, cross_attention_dim=768,
+        attention_head_dim=4, norm_num_groups=8,
+    )  # fmt: skip
+    parts = {"unet": unet, "vae": vae, "tokenizer": tokenizer, "text_encoder": clip_of(768, tokenizer, False)}
     write_sd(path, parts)
 
 
@@ -118,7 +122,7 @@ def main() -> None:
             for k in range(args.photographs):
                 picture(rng, 2000, 1500).save(folder / pictures / f"{k:02d}.jpg", quality=90)
                 (folder / pictures / f"{k:02d}.txt").write_text(f"m1ka, a street with {k} lamps", encoding="utf-8")
-            if config:
+            if config:  # name, text
                 (folder / config[0]).write_text(config[1], encoding="utf-8")
             for words in (first, "run run.yaml --set train.max_steps=3 --plain"):
                 wall, cpu = timed(words, folder)
