@@ -24,7 +24,7 @@ def problems(value: Any, schema: dict[str, Any], root: dict[str, Any], where: st
     if "anyOf" in schema:
         tries = [list(problems(value, one, root, where)) for one in schema["anyOf"]]
         if all(tries):
-            yield from min(tries, key=len)
+            yield from min(tries, key=lambda found: (found[0].startswith(f"{where} is not of type"), len(found)))
     if "type" in schema:
         kinds = KINDS[schema["type"]]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
