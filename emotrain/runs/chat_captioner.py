@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from emotrain.errors import ModelError
@@ -76,7 +77,7 @@ def _question(processor: Any, ask: str, where: str) -> str:
             text: str = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-        except Exception:  # noqa: S112  a template raises anything where it is given another form than it expects
+        except (TypeError, ValueError, LookupError, AttributeError, TemplateError):  # it expects another form
             continue
         if text.count(token) == 1 and "'type'" not in text:
             return text

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from emotrain.dataset.examples import Example
-from emotrain.files import replace_file
 from emotrain.runs.folder import RunFolder
-from emotrain.runs.report import PAGE, Previews, page_of
+from emotrain.runs.report import PAGE, Previews, write_page
 from emotrain.train.events import Event, Notice, RunStart, SamplesDrawn, ValidationEnd
 
 SHARE = 0.01  # of a run's time, at most
@@ -60,13 +59,9 @@ class LivePage:
     def write(self) -> None:
         """The page of what there is now, in place of the one before it as a whole."""
         begun = self.clock()
-        try:
-            page = page_of(self.folder, self.examples, self.previews, REFRESH_S)
-            replace_file(self.folder.path / PAGE, page.encode("utf-8"))
-        except Exception as error:  # decoders and templates raise anything
+        if reason := write_page(self.folder, self.examples, self.previews, REFRESH_S):
             self.on = False
-            reason = (str(error).splitlines() or [""])[0]
-            self.notify(Notice(f"{PAGE} is not kept up to date: {type(error).__name__}: {reason}"))
+            self.notify(Notice(f"{PAGE} is not kept up to date: {reason}"))
         self.expected = self.clock() - begun
         self.spent += self.expected
 

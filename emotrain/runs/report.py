@@ -52,15 +52,21 @@ def write_at_end(folder: RunFolder, examples: Sequence[Example], notify: Callabl
         Its path, or None where it could not be written.
     """
     notify(Phase("writing the page"))
+    if reason := write_page(folder, examples):
+        notify(Notice(f"{PAGE} was not written: {reason}"))
+    notify(Phase("writing the page", 1, 1))
+    return None if reason else folder.path / PAGE
+
+
+def write_page(
+    folder: RunFolder, examples: Sequence[Example], previews: Previews | None = None, refresh_s: int = 0
+) -> str:
+    """Put the page of a run, see `page_of`, in the place of an earlier one; why it was not, "" where it was."""
     try:
-        replace_file(folder.path / PAGE, page_of(folder, examples).encode("utf-8"))
-    except Exception as error:  # decoders and templates raise anything, and the LoRA is already written
-        reason = (str(error).splitlines() or [""])[0]
-        notify(Notice(f"{PAGE} was not written: {type(error).__name__}: {reason}"))
-        return None
-    finally:
-        notify(Phase("writing the page", 1, 1))
-    return folder.path / PAGE
+        replace_file(folder.path / PAGE, page_of(folder, examples, previews, refresh_s).encode("utf-8"))
+    except Exception as error:  # decoders and templates raise anything, and the LoRA is worth more than its page
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return ""
 
 
 def page_of(

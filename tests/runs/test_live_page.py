@@ -8,7 +8,7 @@ import pytest
 
 from emotrain.config.load import load_preset
 from emotrain.files import strict_json
-from emotrain.runs import live_page
+from emotrain.runs import live_page, report
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.live_page import SHARE, LivePage
 from emotrain.runs.start import run
@@ -41,7 +41,7 @@ def test_a_page_is_written_where_its_share_of_the_time_allows_it(
         written.append(clock.now)
         return "<!doctype html>"
 
-    monkeypatch.setattr(live_page, "page_of", page)
+    monkeypatch.setattr(report, "page_of", page)
     watch = LivePage(RunFolder(tmp_path), (), [].append, clock)
     watch.handle(begin(tmp_path))
     for step in range(1, 2000):
@@ -60,7 +60,7 @@ def test_a_page_that_fails_is_said_once_and_costs_nothing_else(tmp_path: Path, m
 
     told: list[Event] = []
     clock = Clock()
-    monkeypatch.setattr(live_page, "page_of", fail)
+    monkeypatch.setattr(report, "page_of", fail)
     watch = LivePage(RunFolder(tmp_path), (), told.append, clock)
     watch.handle(begin(tmp_path))
     for step in range(1, 4):

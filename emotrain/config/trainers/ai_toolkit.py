@@ -233,7 +233,7 @@ def _train(words: Values, out: Import) -> None:
         "loss_type": off_at("mse"), "content_or_style": off_at("balanced"),
         "max_denoising_steps": IDLE if words.get("max_denoising_steps") in (999, 1000) else Import.lack,
         "diff_output_preservation_multiplier": off_at(1, "dataset.class has one strength") if preserves else IDLE,
-        "bypass_guidance_embedding": off_at(None) if out.kind and out.kind.preset == "flux" else IDLE,
+        "bypass_guidance_embedding": IDLE,
         "switch_boundary_every": IDLE, "force_first_sample": SKIP,
     }  # fmt: skip
     places = {word: place for word, place in INSIDE["train"].items() if word not in ("learning_rate", "optimizer_type")}

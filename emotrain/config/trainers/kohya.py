@@ -167,7 +167,7 @@ def _flat(words: Values) -> dict[str, Any]:
 
 def _kind(flat: Values, out: Import) -> None:
     """The kind of model, by the network's module or the GUI's switches; for SD 1.x nothing says it."""
-    if not is_off(other := flat.get("model_type")) and other != "flux":  # of lora_flux: `chroma`
+    if not is_off(other := flat.get("model_type")) and f"lora_{other}" not in out.models:  # of lora_flux: `chroma`
         out.choose("model_type", str(other))
         return
     module = str(flat.get("network_module", "")).rpartition(".")[2]

@@ -107,7 +107,7 @@ def read(words: Values, out: Import) -> None:
         "loss_weight_fn": lambda out, word, value: _loss_weight(out, word, value, words),
         "save_every": lambda out, word, value: _every(out, word, value, words, "save.every"),
         "sample_after": lambda out, word, value: _every(out, word, value, words, "sample.every"),
-        "text_encoder_layer_skip": _layer_skip, **_left_out(words),
+        "text_encoder_layer_skip": off_at(0) if "_XL_" in str(words.get("model_type")) else _layer_skip, **_left_out(words),
         "layer_filter": SKIP if "layer_filter_preset" in words else Import.lack,
         "tensorboard": switch("log.tensorboard"),
         **dict.fromkeys(_PARTS, partial(_part, kind=str(words.get("model_type", "STABLE_DIFFUSION_15")))),
@@ -186,7 +186,7 @@ def _layer_skip(out: Import, word: str, value: Any) -> None:
     """Layers of CLIP that are left out at its end, beyond what the model leaves out by itself."""
     if is_off(value):
         out.num_off += 1
-    elif out.kind is not None and out.kind.preset in ("sd15", "") and isinstance(value, int):
+    elif out.kind is not None and out.kind.unet and isinstance(value, int):
         out.take(word, value, "model.clip_skip", value + 1)
     else:
         out.lack(word, value)
