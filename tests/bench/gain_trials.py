@@ -9,8 +9,8 @@ the lowest one for 100 steps (EmoSens: where its own stop lies 100 steps back). 
 models are the two that are built in and a third, trained differently (third_base.py). Rows:
 
 * gain auto, gain fixed: EmoSens at LR 1.0 as a run has it, with its own stop and a validation as often as a run has one
-* adamw RATE, prodigy 1, schedulefree: constant, without an average of the weights; Prodigy with bias correction and
-  safeguard
+* adamw RATE, prodigy 1, schedulefree: constant, without an average of the weights; of 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2
+  those from 3e-3 outwards, until one is worse than its neighbour; Prodigy with bias correction and safeguard
 * adamw, cosine: a schedule over as many steps as the best constant rate took, at that rate: what a user could have who
   knew both
 * emocats, emoairy: "gain fixed" is what a run does with them; "gain auto from 1" is a trial with the measured unit,
@@ -68,7 +68,7 @@ THIRD = [
 TASKS = [*BUILT_IN, *THIRD]
 COMMAND = "python tests/bench/gain_trials.py --styles STYLES --third WORK/third"
 SAID = "## What it says"  # from here on the report is written by hand
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ POLICIES = (
     Policy("gain auto, flipped", gain="auto", flipped=True, every=20),
     Policy("gain fixed, flipped", flipped=True, every=30),
 )
+
+
+DEFAULT = ("adamw", "gain auto", "gain fixed", "adamw, cosine", "prodigy 1", "schedulefree 0.0025")
 
 
 class Watched(StopRule):
@@ -177,8 +180,9 @@ class Place:
         """Train and judge one row; `rows` has those of AdamW where the policy needs them."""
         run, own, limit, rate, started = self.run, policy.own, STEPS, policy.lr, time.process_time()
         if policy.cosine:
-            best = min(rivals_of(self.name, self.seed, rows), key=lambda row: row["true"])
-            limit, rate = best["chosen"], float(best["policy"].split()[-1])
+            rivals = rivals_of(self.name, self.seed, rows)
+            rate = min(rivals, key=lambda rate: float(rivals[rate]["true"]))
+            limit = rivals[rate]["chosen"]
         # START times the length; a run of emosens does that itself
         scaled = policy.gain == "auto" and policy.optimizer != "emosens"
         cell = replace(self.cell, optimizer=policy.optimizer, lr=(rate or 1.0) * START if scaled else rate, ema=own)
@@ -246,18 +250,28 @@ class Place:
         return best, self.true(weights[best]), known
 
 
-def rivals_of(task: str, seed: int, rows: Sequence[dict[str, Any]], network: str = "lora") -> list[dict[str, Any]]:
-    """AdamW's rows of a task and seed at constant rates."""
-    names = [policy.name for policy in POLICIES if policy.optimizer == "adamw" and policy.network == network]
-    names = [name for name in names if "cosine" not in name]
-    return [row for row in rows if (row["task"], row["seed"]) == (task, seed) and row["policy"] in names]
+def rivals_of(
+    task: str, seed: int, rows: Sequence[dict[str, Any]], network: str = "lora"
+) -> dict[float, dict[str, Any]]:
+    """AdamW's rows of a task and seed by their constant rates."""
+    names = {policy.name: policy.lr for policy in POLICIES if policy.optimizer == "adamw" and policy.network == network}
+    found = [row for row in rows if (row["task"], row["seed"]) == (task, seed) and names.get(row["policy"])]
+    return {names[row["policy"]]: row for row in found}  # type: ignore[misc]
+
+
+def next_rate(rivals: dict[float, dict[str, Any]]) -> float | None:
+    """The rate of AdamW to try next: 3e-3, then the best one's neighbours, the larger first; None: they are worse."""
+    if not rivals:
+        return 3e-3
+    place = RATES.index(min(rivals, key=lambda rate: float(rivals[rate]["true"])))
+    return next((rate for rate in reversed(RATES[max(place - 1, 0) : place + 2]) if rate not in rivals), None)
 
 
 def best_rival(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The best AdamW row of a row's task, seed and network; None before all rates were tried."""
+    """The best AdamW row of a row's task, seed and network; None before enough rates were tried."""
     network = "lokr" if row["policy"].startswith("lokr") else "lora"
     rivals = rivals_of(row["task"], row["seed"], rows, network)
-    return min(rivals, key=lambda rival: rival["true"]) if len(rivals) == len(RATES) else None
+    return None if next_rate(rivals) else min(rivals.values(), key=lambda rival: float(rival["true"]))
 
 
 def share_of(row: dict[str, Any], rival: dict[str, Any]) -> float:
@@ -355,6 +369,19 @@ def reached(row: dict[str, Any]) -> int:
     return min(step for step, mean in means.items() if mean <= least + 0.01 * (means[0] - least))
 
 
+def next_policy(
+    task: str, seed: int, network: str, rows: Sequence[dict[str, Any]], wanted: Sequence[str]
+) -> Policy | None:
+    """The row to train next, None when there are all: AdamW's rates first, since others are compared with them."""
+    done = [row["policy"] for row in rows if (row["task"], row["seed"]) == (task, seed)]
+    rest = [p for p in POLICIES if p.name in wanted and p.network == network and p.name not in done]
+    if "adamw" in wanted and (rest or network == "lora"):
+        rate = next_rate(rivals_of(task, seed, rows, network))
+        rest += [p for p in POLICIES if p.optimizer == "adamw" and p.network == network and p.lr == rate and rate]
+    rest.sort(key=lambda policy: policy.optimizer != "adamw" or policy.cosine)
+    return rest[0] if rest else None
+
+
 def main() -> None:
     """Train what is not kept yet, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -363,22 +390,19 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=Path("gain-trials.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("bench-cells"))
     parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--policies", nargs="+", default=[policy.name for policy in POLICIES[:8]])
+    parser.add_argument("--policies", nargs="+", default=DEFAULT, help="adamw: its rates, as many as are needed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--report", type=Path)
     parser.add_argument("--kept-only", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in args.kept.read_text().splitlines()] if args.kept.exists() else []
-    done = {(row["task"], row["seed"], row["policy"]) for row in rows}
     networks = list(dict.fromkeys(policy.network for policy in POLICIES))
     places = [(task, seed, network) for task in args.tasks for seed in args.seeds for network in networks]
     for task, seed, network in [] if args.kept_only else places:
-        named = [p for p in POLICIES if p.name in args.policies and p.network == network]
-        wanted = [policy for policy in named if (task, seed, policy.name) not in done]
-        place = Place(task, seed, network, args) if wanted else None
-        for policy in wanted:
-            assert place is not None
+        place = None
+        while policy := next_policy(task, seed, network, rows, args.policies):
+            place = place or Place(task, seed, network, args)
             rows.append(place.measure(policy, rows))
             with args.kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")

@@ -9,7 +9,8 @@ lowest true held-out loss of all of them, found by halving around the lowest of 
 The other trainers' optimizers run as those trainers run them, without an average of the weights (`train.ema: false`);
 one row shows what it does for AdamW. "as published" is EmoSens without the three things that a run adds (bias
 correction, the base's mean loss to begin at, the average); the rows after it leave out one of them each.
-All have the published step length (`train.gain: fixed`); gain_trials.py has the measured one.
+All have the published step length (`train.gain: fixed`): this says what the other additions to the published rule
+bring. The step length that a run measures by default is in gain_trials.py.
 
 "of the gain" is the distance to the best AdamW's lowest loss, as a share of what that gained over the base: above zero
 is better. Seeds differ in the LoRA's start, noise, timesteps and the order of pictures; a range is that of all seeds.

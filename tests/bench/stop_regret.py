@@ -12,7 +12,9 @@ hear only what was known at each step. Cells are kept in the work folder and use
 both as often as the product does when left to itself, so that validations take a tenth of the run: every 20 steps with
 micro-batches of 4 and every 30 with 1; flipped, every 30 and every 50.
 
-The runs have the published step length (`train.gain: fixed`); gain_trials.py has those that measure it.
+The runs have the published step length (`train.gain: fixed`). That is the rule of a run that does not measure its
+steps: with another optimizer than EmoSens, or where the preset says so. How the default ends is in
+gain_trials.py.
 """
 
 from __future__ import annotations
