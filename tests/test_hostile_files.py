@@ -111,7 +111,7 @@ def test_a_text_encoder_whose_config_is_of_other_types_is_the_model_s_fault(mode
     words = ["run", str(model / "p.yaml"), "--runs-dir", str(model / "runs"), "--plain"]
     code, text = said(words, capsys)
     assert code == 4, text
-    assert "text_encoder` cannot be loaded" in text
+    assert "text_encoder/config.json` says hidden_size is '1_000', which no model has" in text
 
 
 def test_a_tokenizer_nested_too_deeply_leaves_the_estimate(tmp_path: Path) -> None:

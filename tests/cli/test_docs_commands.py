@@ -21,6 +21,7 @@ STANDS_FOR = {
     "FILE": "mika-a.safetensors",
     "FAMILY": "sdxl",
     "MODEL": "",
+    "PRESET": "mika.yaml",
     "CONFIG": "config.toml",
 }
 TRAINS = {"run", "resume", "verify-resume"}  # whole runs: other tests have them

@@ -17,6 +17,7 @@ from emotrain.errors import ExitCode
 from emotrain.lora.adapter import Adapter
 from emotrain.observers.metrics_log import MetricsLog
 from emotrain.pulse.stopping import StopRule
+from emotrain.ranks import Ranks
 from emotrain.runs import finish, start
 from emotrain.train.events import Event, Notice, RunEnd, StepEnd
 from emotrain.train.loop import StopReason
@@ -126,8 +127,8 @@ def test_printed_commands_can_be_pasted_whatever_the_names(tmp_path: Path) -> No
     result, watch = train(tmp_path, name="a; echo b")
     end = next(event for event in watch.events if isinstance(event, RunEnd))
     assert end.session_steps == 4
-    pictures = SimpleNamespace(held_out=[1])
-    made: Any = SimpleNamespace(preset=load_preset("quickstart", (), name="x"), pictures=pictures, stop_rule=StopRule())
+    preset, pictures = load_preset("quickstart", (), name="x"), SimpleNamespace(held_out=[1])
+    made: Any = SimpleNamespace(preset=preset, pictures=pictures, stop_rule=StopRule(), ranks=Ranks())
     command = finish.all_command(made, TrainState(best_step=3), StopReason.SIGNAL, result.folder)
     assert command is not None
     words = shlex.split(command)

@@ -122,7 +122,8 @@ def test_samples_at_other_strengths_are_what_stock_draws_at_them(tmp_path):
     width, _ = read_picture(folder.samples_dir / "sheet.png").size
     assert width == LABEL_WIDTH + 5 * (128 + GAP) + GAP
     page = (folder.path / "report.html").read_text()
-    assert page.index("strength 0.5") < page.index("strength 2") < page.index("<figcaption>lora.safetensors")
+    last = page.index('<figcaption data-step="lora.safetensors">')
+    assert page.index("strength 0.5") < page.index("strength 2") < last
 
 
 def test_a_lokr_is_drawn_at_other_strengths_too(tmp_path):

@@ -70,7 +70,7 @@ def read(words: Values, out: Import) -> None:
     if not processes:
         raise ConfigError("the config has no process to import")
     process = _named(processes[0], str(config.get("name", "")))
-    if not section(process, "train") or "slider" in process:
+    if "slider" in process or not (section(process, "train") or section(process, "network")):
         what = "sliders are not trained here" if "slider" in process else "nothing is trained by it"
         raise ConfigError(f"config.process is of type `{process.get('type')}`: {what}", "its training configs are read")
     for other in processes[1:]:
