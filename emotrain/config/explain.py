@@ -84,6 +84,11 @@ _WANTED = {
     "dict_type": "a mapping (`key: value` lines)",
     "model_type": "a mapping (`key: value` lines)",
 }
+_MISSING: dict[Loc, str] = {
+    **dict.fromkeys((("model",), ("dataset",)), "two keys are enough: `model:` and `dataset:`"),
+    ("model", "base"): "`model: ./models/x.safetensors` names a file, a folder or a hub id; a lone `~` is nothing",
+    ("dataset", "folders"): "`dataset: ./mika` names the folder of the pictures; a lone `~` is nothing in YAML",
+}
 _BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -150,10 +155,7 @@ def _explain_place(loc: Loc, details: list[ErrorDetails], root: Node) -> Problem
     node = _node_at(root, loc)
     kinds = {detail["type"] for detail in details}
     if "missing" in kinds:
-        hint = None
-        if loc in (("model",), ("dataset",)):
-            hint = "two keys are enough: `model:` and `dataset:`"
-        return Problem(f"{node.where}: {show(loc)} is missing", hint)
+        return Problem(f"{node.where}: {show(loc)} is missing", _MISSING.get(loc))
     if "extra_forbidden" in kinds:
         return _explain_extra(loc, node)
     value = _written(node)
@@ -165,10 +167,10 @@ def _explain_place(loc: Loc, details: list[ErrorDetails], root: Node) -> Problem
                 what = f"{show(loc[:-1])} has the key `{loc[-1]}`"
             return Problem(f"{node.where}: {what}, {reason}", hint or None)
     expected, words = _expected(details)
-    hint = _type_hint(node, words, kinds)
+    type_hint = _type_hint(node, words, kinds)
     if kinds <= set(_WANTED) and len(kinds) == 1:
-        return Problem(f"{node.where}: {show(loc)} is {value}, which is not {expected}", hint)
-    return Problem(f"{node.where}: {show(loc)} is {value}, but must be {expected}", hint)
+        return Problem(f"{node.where}: {show(loc)} is {value}, which is not {expected}", type_hint)
+    return Problem(f"{node.where}: {show(loc)} is {value}, but must be {expected}", type_hint)
 
 
 def _expected(details: list[ErrorDetails]) -> tuple[str, list[str]]:
@@ -196,6 +198,8 @@ def _type_hint(node: Node, words: list[str], kinds: set[str]) -> str | None:
     if not isinstance(value, str):
         if value is None:
             return "leave the line out to get the default"
+        if "string_type" in kinds and isinstance(value, dict | list):
+            return "put the text in quotes: in YAML `[a]` is a list and `a: b` a mapping"
         return None
     if "bool_type" in kinds and value.casefold() in ("yes", "on", "no", "off"):
         return f"write `{'true' if value.casefold() in ('yes', 'on') else 'false'}`"

@@ -143,7 +143,7 @@ def _alias_lines() -> list[str]:
     lines = [
         "## Words from other trainers",
         "",
-        "They are accepted, and a note says what they were read as.",
+        "They are accepted; a note says what they were read as, but for a key of our own one level up.",
         "",
         "| word | read as |",
         "|---|---|",

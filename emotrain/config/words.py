@@ -120,7 +120,8 @@ def normalise(root: Node) -> tuple[Node, list[Problem], list[str]]:
     for key, node in as_mapping(root).items():
         children = _section_children(key, node)
         if key in TOP:
-            tree.put(tuple(TOP[key].split(".")), node, key, foreign=True)
+            path = tuple(TOP[key].split("."))
+            tree.put(path, node, key, foreign=path[-1] != key)  # a key's own name, one level up, needs no note
         elif children is None:
             tree.put((key,), node, key)
         else:

@@ -46,6 +46,20 @@ def test_missing_keys_are_both_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model: ~\ndataset: ./p\n", "p.yaml:1: model.base is missing | `model: ./models/x.safetensors` names"),
+        ("model: m\ndataset: ~\n", "p.yaml:2: dataset.folders is missing | `dataset: ./mika` names the folder"),
+        (f"{GOOD}\ntrigger: [mika]\n", "dataset.trigger is a list, which is not text | put the text in quotes"),
+        (f"{GOOD}\nprompts: [[trigger], a cat: asleep]\n", "prompts[0] is a list, which is not text | put the text"),
+        (f"{GOOD}\nprompts: [{{a cat: asleep}}]\n", "prompts[0] is a mapping, which is not text | put the text"),
+    ],
+)
+def test_what_yaml_read_otherwise_is_answered_with_the_right_way(tmp_path: Path, text: str, problem: str) -> None:
+    assert any(problem in error for error in errors(write(tmp_path / "p.yaml", text)))
+
+
 def test_every_error_comes_at_once_in_the_order_of_the_lines(tmp_path: Path) -> None:
     text = """\
 model: {base: builtin:tiny-sd, famly: flux, dtype: bf61}
