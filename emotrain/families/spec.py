@@ -147,8 +147,9 @@ class NameTable:
 
     @property
     def joins(self) -> bool:
-        """Whether an original module may be several of diffusers'."""
-        return any(len(parts) > 1 for _, parts in self.rows)
+        """Whether an original module may be several of diffusers'; not where it is only read so, in others' files."""
+        alone = {parts[0] for _, parts in self.rows if len(parts) == 1}
+        return any(len(parts) > 1 and parts[0] not in alone for _, parts in self.rows)
 
     def to_original(self, path: str) -> Group | None:
         """The original module that a diffusers path belongs to; None where there is none."""

@@ -54,7 +54,14 @@ def variant_of(name: str) -> Callable[[Path, Shapes], str | None]:
 
 
 class SgmNames:
-    """The names of the SGM UNet (two resnets a level, as in SD and SDXL)."""
+    """The names of the SGM UNet (two resnets a level, as in SD and SDXL).
+
+    Attributes:
+        plain: the levels on the way up that have no attention; their upsamplers stand one place further forward.
+    """
+
+    def __init__(self, plain: tuple[int, ...] = ()) -> None:
+        self.plain = plain
 
     heads = FILE_HEADS
     words = (
@@ -68,7 +75,7 @@ class SgmNames:
 
     def to_original(self, path: str) -> Group | None:
         """The SGM module of a diffusers path; None where there is none."""
-        name = to_sgm(path)
+        name = to_sgm(path, self.plain)
         return None if name is None else Group(name, (path,))
 
     def from_original(self, path: str) -> Group | None:
@@ -93,8 +100,10 @@ _TOP = {
 }
 
 
-def to_sgm(path: str) -> str | None:
+def to_sgm(path: str, plain: tuple[int, ...] = ()) -> str | None:
     """The name in the SGM UNet of a diffusers path (two resnets a level, as in SD and SDXL); None where there is none.
+
+    `plain` are the levels on the way up without attention: SD's first.
 
     >>> to_sgm("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
     'input_blocks.4.1.transformer_blocks.0.attn1.to_q'
@@ -115,7 +124,9 @@ def to_sgm(path: str) -> str | None:
         if rest != "conv":
             return None
         row = 3 * (int(level) + 1) if side == "down" else 3 * int(level) + 2
-        return f"input_blocks.{row}.0.op" if side == "down" else f"output_blocks.{row}.2.conv"
+        if side == "down":
+            return f"input_blocks.{row}.0.op"
+        return f"output_blocks.{row}.{1 if int(level) in plain else 2}.conv"
     column = {"attentions": 1, "resnets": 0}.get(kind)
     if column is None:
         return None

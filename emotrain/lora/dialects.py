@@ -36,7 +36,7 @@ _REFUSED = (
     (r"\.processor\.(?:qkv|proj)_lora[12]\.", "an XLabs LoRA"),
     (r"\.lora_[AB]\.(?:\w+\.)?bias$", "a LoRA with biases"),
     (r"\.diff(?:_b)?$|\.[wb]_norm$", "a LoRA with full differences (diff, norms)"),
-    (r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.", "a whole model"),
+    (r"^(?:model\.diffusion_model|first_stage_model|cond_stage_model)\.(?!.*\.lora_)", "a whole model"),
     (r"^emb_params$|^clip_[lg]$|^string_to_param", "a textual-inversion embedding"),
     (r"^text_encoders\.t5xxl\.|^lora_te3_|^text_encoder_3\.", "a LoRA of the T5 text encoder too"),
 )
@@ -65,6 +65,8 @@ _PREFIXES = (
     ("lora_transformer_", "", "onetrainer", True),
     ("lycoris_", "", "lycoris", True),
     ("diffusion_model.", "", "comfyui", False),
+    ("model.diffusion_model.", "", "comfyui", False),
+    ("net.", "", "comfyui", False),
     ("text_encoders.clip_l.transformer.", "text_encoder", "comfyui", False),
     ("text_encoders.clip_g.transformer.", "text_encoder_2", "comfyui", False),
     ("unet.", "", "diffusers", False),
@@ -111,8 +113,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
         raise ModelError(f"no LoRA weights in it: {len(tensors)} tensors, none of a known name, such as `{some}`")
     krons = _krons(halves, alphas)
     family = detect_family({**halves, **{place: _widths(kron) for place, kron in krons.items()}}, metadata)
-    state: dict[str, Tensor] = {}
-    own_alphas: dict[str, float] = {}
+    updates: dict[str, Pair | Kron] = {}
     notes: list[str] = []
     missing = 0
     for place, found in halves.items():
@@ -128,15 +129,26 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
         if group is None:
             unknown += [place.stem + suffix for suffix in place.suffixes(tensors)]
         for path, part in parts.items():
-            if path in own_alphas:
-                raise ModelError(f"two sets of weights for `{path}`")
-            state |= part.named(path)
-            own_alphas[path] = part.alpha
+            updates[path] = part if path not in updates else _the_trained_one(path, updates[path], part)
     unknown += [f"{place.stem}.alpha" for place in alphas]
     if missing:
         notes.append(f"{missing} modules have no alpha: taken as their rank")
-    _refuse_unmatched(unknown, len(own_alphas), family, allow_partial)
-    return Parsed(state, own_alphas, family, _dialect(halves), tuple(notes), tuple(unknown))
+    _refuse_unmatched(unknown, len(updates), family, allow_partial)
+    state = {key: value for path, part in updates.items() for key, value in part.named(path).items()}
+    alphas_of = {path: part.alpha for path, part in updates.items()}
+    return Parsed(state, alphas_of, family, _dialect(halves), tuple(notes), tuple(unknown))
+
+
+def _the_trained_one(path: str, one: Pair | Kron, other: Pair | Kron) -> Pair | Kron:
+    """Of two sets of weights, where one is still zero: LyCORIS writes untrained layers beside the joined one.
+
+    Raises:
+        ModelError: both do something.
+    """
+    trained = [update for update in (one, other) if all(bool(factor.any()) for factor in update.named("").values())]
+    if len(trained) > 1:
+        raise ModelError(f"two sets of weights for `{path}`")
+    return trained[0] if trained else one
 
 
 def refuse_other_networks(keys: Iterable[str]) -> None:
@@ -232,10 +244,12 @@ def _unfused(group: Group, pair: Pair) -> dict[str, Pair]:
 
 
 def _rows(group: Group, rows: int, width: int) -> list[int]:
-    """Output rows of each part of a joined layer."""
+    """Output rows of each part of a joined layer; keys and values have fewer heads than queries in some models."""
     count = len(group.parts)
     widths = [width, width, width, rows - 3 * width] if count == 4 else [rows // count] * count
-    if min(widths) <= 0:
+    if count == 3 and rows < 3 * width:
+        widths = [width, (rows - width) // 2, (rows - width) // 2]
+    if min(widths) <= 0 or sum(widths) != rows:
         raise ModelError(f"`{group.name}` has {rows} output rows for an input of {width}")
     return widths
 

@@ -126,6 +126,7 @@ def known_to_comfyui(family: str, variant: str) -> set[str]:
         pairs = list(sd3_layers(*SD3_BLOCKS[variant]) if family == "sd3" else flux_layers(*FLUX_BLOCKS))
         names = {f"transformer.{there}" for _, there in pairs}
     names |= {"lora_unet_" + here.replace(".", "_") for here, _ in pairs}
+    names |= {f"diffusion_model.{here}" for here, _ in pairs}
     for number, layers in CLIP_LAYERS[family].items():
         for layer in range(layers):
             for inner in ("mlp.fc1", "mlp.fc2", *(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out"))):
@@ -163,6 +164,15 @@ def test_every_name_of_a_default_file_is_known(variant: str) -> None:
 def test_the_kohya_layout_of_transformers_is_known_too(variant: str) -> None:
     found = lora_keys(variant, target_set="all", text_encoder=True, format="kohya")
     assert stems(found["keys"]) <= known_to_comfyui(found["family"], variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_comfyui_layout_is_known_too(variant: str) -> None:
+    """SD's first level on the way up has no attention: its upsampler is the second of its row, not the third."""
+    found = lora_keys(variant, target_set="all", format="comfyui")
+    named = stems(found["keys"])
+    assert named <= known_to_comfyui(found["family"], variant)
+    assert len(named) == found["modules"]
 
 
 @pytest.mark.parametrize("variant", ["sd15", "sdxl"])
@@ -213,6 +223,14 @@ def newer_layers(family: str, double: int = 0, single: int = 0) -> set[str]:
         names |= {"img_in", "txt_in", "norm_out.linear", "proj_out"}
         names |= {f"time_text_embed.timestep_embedder.linear_{n}" for n in (1, 2)}
         return {f"{prefix}{name}" for prefix in ("diffusion_model.", "transformer.", "") for name in names}
+    if family == "qwen21":  # two layers of the feed-forward are one in ComfyUI: known by diffusers' names alone
+        names = {f"attn.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")} | {"img_mlp.out"}
+        names = {f"transformer_blocks.{i}.{x}" for i in range(32) for x in names}
+        names |= {"img_in", "txt_in.in_layer", "txt_in.out_layer", "modulation.1", "norm_out.linear", "proj_out"}
+        names |= {f"time_text_embed.timestep_embedder.linear_{n}" for n in (1, 2)}
+        halves = {f"transformer_blocks.{i}.img_mlp.{x}" for i in range(32) for x in ("gate_layer", "proj")}
+        known = {f"{prefix}{name}" for prefix in ("transformer.", "") for name in names | halves}
+        return known | {f"diffusion_model.{name}" for name in names}
     names = {there for _, there in flux_layers(double, single)}  # FLUX.1's map, to which FLUX.2's layers were added
     for i in range(double):
         names |= {f"transformer_blocks.{i}.{ff}.linear_{x}" for ff in ("ff", "ff_context") for x in ("in", "out")}
@@ -225,7 +243,7 @@ def newer_layers(family: str, double: int = 0, single: int = 0) -> set[str]:
 NEWER = {
     "z-image": ("zimage",), "krea2-raw": ("krea2",), "anima": ("anima",), "qwen-image": ("qwen",),
     "klein-4b": ("flux2", 5, 20), "klein-9b": ("flux2", 8, 24), "flux2-dev": ("flux2", 8, 48),
-    "chroma": ("flux", 19, 38),
+    "chroma": ("flux", 19, 38), "qwen-image-2.1": ("qwen21",),
 }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.lora.check import compare, read_as_diffusers, self_check
 from emotrain.lora.convert import convert
 from emotrain.lora.file import canonical, read_lora, save_lora
-from emotrain.lora.formats import LAYOUTS, pairs, to_kohya
+from emotrain.lora.formats import LAYOUTS, pairs, to_kohya, updates
+from emotrain.lora.kron import Kron
 from emotrain.lora.origin import require_family
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
@@ -75,7 +76,7 @@ def test_the_default_layout_has_the_names_that_comfyui_and_diffusers_both_read(k
         keys = set(file.keys())
     double = "transformer.transformer_blocks.0.attn.to_q"
     head = {"zimage": "diffusion_model.layers.0.attention.to_q", "flux2": double, "krea2": double, "chroma": double}
-    head["qwen"] = head["qwen21"] = "diffusion_model.transformer_blocks.0.attn.to_q"
+    head["qwen21"], head["qwen"] = double, "diffusion_model.transformer_blocks.0.attn.to_q"
     head["flux3"] = "diffusion_model.single_blocks.0.q_proj"
     head["anima"] = "diffusion_model.blocks.0.self_attn.q_proj"
     assert {head[kind] + names.DOWN, head[kind] + names.UP} <= keys
@@ -161,3 +162,42 @@ def test_keys_of_no_module_are_named(kind: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "odd.safetensors")
     with pytest.raises(ModelError, match="2 of its keys belong to no module"):
         read_lora(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("network", ["lora", "lokr"])
+def test_krea2s_queries_keys_and_values_in_one_layer_are_taken_apart(network: str, tmp_path: Path) -> None:
+    """SimpleTuner writes LyCORIS so, with untrained layers of the three beside it; keys have fewer heads."""
+    generator = torch.Generator().manual_seed(5)
+    stem, width, rows = "lycoris_transformer_blocks_0_attn_to_qkv", 64, 64 + 32 + 32
+    if network == "lora":
+        factors = {"lora_down.weight": (4, width), "lora_up.weight": (rows, 4)}
+    else:
+        factors = {"lokr_w1": (4, 4), "lokr_w2": (rows // 4, width // 4)}
+    tensors = {f"{stem}.{name}": torch.randn(shape, generator=generator) for name, shape in factors.items()}
+    first, second = tensors.values()
+    whole = second @ first if network == "lora" else torch.kron(first, second)
+    tensors |= {f"{stem}.alpha": torch.tensor(4.0)}
+    for letter, size in (("q", 64), ("k", 32), ("v", 32)):
+        own = stem.replace("qkv", letter)
+        tensors |= {f"{own}.lora_down.weight": torch.randn(4, width), f"{own}.lora_up.weight": torch.zeros(size, 4)}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    lora = read_lora(tmp_path / "theirs.safetensors")
+    assert lora.family == "krea2"
+    found = {
+        path.rsplit(".", 1)[1]: part.dense() if isinstance(part, Kron) else part.up @ part.down * part.strength
+        for path, part in updates(lora.state, lora.alphas).items()
+    }
+    assert torch.allclose(torch.cat([found.pop(f"to_{letter}") for letter in "qkv"]), whole, atol=1e-5)
+    assert not found
+    tensors["lycoris_transformer_blocks_0_attn_to_q.lora_up.weight"] = torch.ones(64, 4)
+    save_file(tensors, tmp_path / "both.safetensors")
+    with pytest.raises(ModelError, match="two sets of weights"):
+        read_lora(tmp_path / "both.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.diffusion_model."])
+def test_names_of_whole_checkpoints_stand_before_loras_too(prefix: str, tmp_path: Path) -> None:
+    stem = f"{prefix}blocks.0.self_attn.q_proj"
+    save_file({f"{stem}.lora_A.weight": torch.ones(2, 64), f"{stem}.lora_B.weight": torch.ones(64, 2)}, tmp_path / "a")
+    lora = read_lora(tmp_path / "a")
+    assert (lora.family, *lora.alphas) == ("anima", "transformer.transformer_blocks.0.attn1.to_q")

@@ -49,6 +49,10 @@ NAMES = NameTable(
         ("txtmlp.1", ("txt_in.linear_1",)),
         ("txtmlp.3", ("txt_in.linear_2",)),
         ("last.linear", ("final_layer.linear",)),
+        *(  # SimpleTuner's LyCORIS files join the three
+            (f"{block}.attn.to_qkv", tuple(f"{block}.attn.to_{x}" for x in "qkv"))
+            for block in ("transformer_blocks.{i}", *(f"text_fusion.{part}.{{i}}" for part in _FUSION))
+        ),
     ),
     heads=("txtfusion.", "txtmlp.", "tmlp.", "tproj."),
 )
@@ -89,7 +93,7 @@ KREA2 = FamilySpec(
             "transformer_blocks.", "text_fusion.", "img_in", "time_embed.", "time_mod_proj", "txt_in.", "final_layer.",
         ),
         marks=(
-            r"transformer_blocks\.\d+\.(?:attn\.to_gate|ff\.(?:gate|up|down))",
+            r"transformer_blocks\.\d+\.(?:attn\.(?:to_gate|to_qkv)|ff\.(?:gate|up|down))",
             r"blocks\.\d+\.(?:attn\.(?:w[qkvo]|gate)|mlp\.(?:gate|up|down))",
             r"(?:text_fusion|txtfusion)\..*",
         ),

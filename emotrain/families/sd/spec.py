@@ -12,7 +12,7 @@ def _lora(base_version: str, stated: tuple[str, ...]) -> LoraFacts:
     return LoraFacts(
         targets=TARGETS,
         heads=LORA_HEADS,
-        originals=SgmNames(),
+        originals=SgmNames(plain=(0,)),
         layout="kohya",
         loader="StableDiffusionLoraLoaderMixin",
         loader_alphas="always",
