@@ -21,7 +21,7 @@ from emotrain.errors import ModelError
 from emotrain.families.component import guard, load_one, refuse_filled_up
 from emotrain.families.headers import own_name, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
-from emotrain.families.single import check_complete, copy_tokenizer, unscaled, write_json
+from emotrain.families.single import as_published, check_complete, copy_tokenizer, unscaled, write_json
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
@@ -72,7 +72,7 @@ def load_denoiser_file(found: Sniffed, dtype: torch.dtype, denoiser: Any = None)
     words = read_json(own) if own.is_file() else found.scheduler_config
     pieces = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)}
     adapters = FAMILIES[found.family].encoders_of(found.variant)[1:]
-    tensors = (unscaled(path, dtype) or load_file(path)) if denoiser is None or adapters else {}
+    tensors = as_published(unscaled(path, dtype) or load_file(path)) if denoiser is None or adapters else {}
     for adapter in adapters:
         own_tensors = {key: tensors.pop(key) for key in list(tensors) if own_name(key).startswith(adapter.prefixes)}
         pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import TextEncoder
 from emotrain.families.understood import PARTS, STATED, quantised_layers, scaled_layers
+
+_NORM = re.compile(r"(\.norm\.(?:key|query)_norm|distilled_guidance_layer\.norms\.\d+)\.weight$")
 
 
 def load_single_file(found: Sniffed, dtype: torch.dtype, vae: Any = None, denoiser: Any = None) -> dict[str, Any]:
@@ -79,6 +82,11 @@ def unscaled(path: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
         weight = tensors[name].float() * _beside_rows(tensors[scale].float(), tensors[name])
         tensors[name] = (rotated(weight, form.group) if form is not None and form.group else weight).to(dtype)
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(STATED)}
+
+
+def as_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The norms of FLUX and Chroma by their makers' names: ComfyUI calls `scale` `weight`, in what it saves too."""
+    return {_NORM.sub(r"\1.scale", name): tensor for name, tensor in tensors.items()}
 
 
 def _beside_rows(scale: Tensor, weight: Tensor) -> Tensor:
@@ -152,7 +160,10 @@ def _denoiser(found: Sniffed, folder: Path, dtype: torch.dtype) -> Any:
     import diffusers
 
     spec, path = FAMILIES[found.family], str(found.path)
-    source = unscaled(Path(path), dtype) or path
+    source: Any = unscaled(Path(path), dtype) or path
+    if source == path and any(_NORM.search(name) for name in read_header(Path(path)).shapes):
+        source = load_file(path)
+    source = as_published(source) if isinstance(source, dict) else source
     denoiser = guard(
         path, "", lambda: getattr(diffusers, spec.denoiser_class).from_single_file(
             source, config=str(folder), subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True

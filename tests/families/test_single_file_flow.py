@@ -16,6 +16,7 @@ import emotrain.assets.make_assets as maker
 from emotrain.cli.app import main
 from emotrain.errors import ModelError
 from emotrain.families import load_family
+from emotrain.families.single import as_published
 from emotrain.families.table import sniff
 
 FLOW_TOP = {
@@ -272,14 +273,17 @@ def flux_parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_flux_file_is_read_back_tensor_by_tensor(tmp_path: Path, flux_parts: dict[str, Any]) -> None:
-    """As ComfyUI's files with everything in them: the VAE under `vae.`, a projection in CLIP that nobody uses."""
+@pytest.mark.parametrize("norm", ["scale", "weight"])
+def test_a_flux_file_is_read_back_tensor_by_tensor(tmp_path: Path, flux_parts: dict[str, Any], norm: str) -> None:
+    """As ComfyUI's files with everything in them: the VAE under `vae.`, a projection in CLIP that nobody uses.
+
+    What newer ComfyUI saves (merges, for one) has other names of the norms.
+    """
     extra = {"text_encoders.clip_l.transformer.text_projection.weight": torch.eye(48)}
     t5 = t5_tensors(flux_parts["text_encoder_2"])
-    path = write(
-        tmp_path / "flux.safetensors", flux_parts, flux_tensors(flux_parts["transformer"]), clips(flux_parts), t5,
-        extra, vae="vae.",
-    )  # fmt: skip
+    named = flux_tensors(flux_parts["transformer"])
+    named = {key.replace("_norm.scale", f"_norm.{norm}"): value for key, value in named.items()}
+    path = write(tmp_path / "flux.safetensors", flux_parts, named, clips(flux_parts), t5, extra, vae="vae.")
     found = sniff(str(path))
     assert (found.family, found.variant, found.prediction) == ("flux", "flux1-dev", "flow")
     family = load_family(str(path), device="cpu", dtype="bf16")
@@ -288,6 +292,16 @@ def test_a_flux_file_is_read_back_tensor_by_tensor(tmp_path: Path, flux_parts: d
     assert [part.name for part in family.text_encoders] == ["text_encoder", "text_encoder_2"]
     for part in family.text_encoders:
         same(part.encoder, flux_parts[part.name])
+
+
+def test_the_guidance_layer_of_chroma_has_its_makers_names_again() -> None:
+    names = (
+        "distilled_guidance_layer.norms.0",
+        "single_blocks.0.norm.key_norm",
+        "double_blocks.0.txt_attn.norm.query_norm",
+    )
+    found = as_published({f"{name}.weight": torch.ones(1) for name in (*names, "final_layer.linear")})
+    assert list(found) == [*(f"{name}.scale" for name in names), "final_layer.linear.weight"]
 
 
 def test_the_transformer_of_flux_alone_needs_the_rest_beside_it(tmp_path: Path, flux_parts: dict[str, Any]) -> None:
