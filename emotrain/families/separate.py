@@ -287,13 +287,15 @@ def load_separate_vae(path: Path, found: Sniffed) -> Any:
 def original_vae(tensors: dict[str, Tensor], kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
     """Original names in diffusers': of Wan's VAE, which is Qwen-Image's too, or of latent diffusion's.
 
-    The statistics that FLUX.2 adds to the latter have one name in both.
+    The statistics that FLUX.2 adds to the latter have one name in both; its maker's file has the convolutions between
+    the halves inside these.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
 
     if kind == "AutoencoderKLQwenImage":
         film: dict[str, Tensor] = convert_wan_vae_to_diffusers(dict(tensors))
         return film
+    tensors = {re.sub(r"^(?:en|de)coder\.((?:post_)?quant_conv\.)", r"\1", key): t for key, t in tensors.items()}
     own = {key: value for key, value in tensors.items() if key.startswith("bn.")}
     converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(
         {key: value for key, value in tensors.items() if key not in own}, config

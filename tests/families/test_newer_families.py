@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from newer_models import pipeline_of, separate_files, text_model
+from newer_models import pipeline_of, separate_files, text_model, vae_of
+from original_files import vae_tensors
 from safetensors.torch import load_file, save_file
 
 from emotrain.batch import Conditioning
@@ -25,7 +27,7 @@ from emotrain.families.flux.model import unpack
 from emotrain.families.loading import family_class
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sampling import draw_sample
-from emotrain.families.separate import refuse_other_encoder, without_upper_layers
+from emotrain.families.separate import original_vae, refuse_other_encoder, without_upper_layers
 from emotrain.families.table import sniff
 
 KINDS = ["zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma"]
@@ -255,6 +257,20 @@ def test_comfyuis_separate_files_are_the_same_model(separable: tuple[str, Any, P
         }
     one, other = family.encode_texts(PROMPTS), whole.encode_texts(PROMPTS)
     assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["comfyui", "maker"])
+def test_flux2s_vae_is_read_under_its_original_names(inside: bool) -> None:
+    """Its maker's file has the convolutions between the halves inside these, diffusers' and others beside them."""
+    vae = vae_of("flux2")
+    tensors = {key.removeprefix("first_stage_model."): value for key, value in vae_tensors(vae).items()}
+    if inside:
+        tensors = {re.sub("^post_quant_conv", "decoder.post_quant_conv", key): t for key, t in tensors.items()}
+        tensors = {re.sub("^quant_conv", "encoder.quant_conv", key): t for key, t in tensors.items()}
+    found = original_vae(tensors, "AutoencoderKLFlux2", dict(vae.config))
+    own = vae.state_dict()
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[key], own[key]) for key in own)
 
 
 def test_scaled_fp8_files_are_read_with_their_scales(separable: tuple[str, Any, Path], tmp_path: Path) -> None:
