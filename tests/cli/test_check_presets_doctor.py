@@ -13,6 +13,7 @@ import pytest
 from emotrain.cli.app import main
 from emotrain.config.builtin import shipped_presets
 from emotrain.config.load import load
+from emotrain.config.reference import SCHEMA_LINE
 from emotrain.config.schema import Preset
 from emotrain.runs.preflight import preflight
 
@@ -169,7 +170,7 @@ def test_presets_copy_writes_once_and_never_over(
     assert main(["presets", "copy", "quickstart"]) == 0
     assert capsys.readouterr().out == "quickstart.yaml\n"
     copied = Path("quickstart.yaml")
-    assert copied.read_text() == shipped_presets()["quickstart"].read_text()
+    assert copied.read_text() == SCHEMA_LINE + shipped_presets()["quickstart"].read_text()
     assert load(copied).preset == load("quickstart").preset
     copied.write_text("mine")
     assert main(["presets", "copy", "quickstart"]) == 5
