@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from emotrain.cli.app import main
 from emotrain.config.load import load_preset
@@ -112,6 +113,20 @@ def test_a_text_encoder_whose_config_is_of_other_types_is_the_model_s_fault(mode
     code, text = said(words, capsys)
     assert code == 4, text
     assert "text_encoder/config.json` says hidden_size is '1_000', which no model has" in text
+
+
+@pytest.mark.parametrize(("part", "value"), [("unet", "nan"), ("text_encoder", "inf"), ("vae", "-inf")])
+def test_a_model_with_a_number_that_is_not_finite_is_named(model: Path, part: str, value: str, capsys: Any) -> None:
+    """Of the VAE this was a decoder that drew black, with exit 0."""
+    file = next((model / "m" / part).glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(key for key in weights if key.endswith("weight"))[-1]
+    weights[name].view(-1)[3] = float(value)
+    save_file(weights, file)
+    code, text = said(["run", str(model / "p.yaml"), "--runs-dir", str(model / "runs"), "--plain"], capsys)
+    assert code == 4, text
+    assert f"the {'denoiser' if part == 'unet' else part} of " in text
+    assert f"a number that is not finite in `{name}`" in text
 
 
 def test_a_tokenizer_nested_too_deeply_leaves_the_estimate(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.blocks import checkpoint_blocks
 from emotrain.families.common import LoadedFamily, Parts
+from emotrain.families.component import refuse_non_finite
 from emotrain.families.memory import GIB, ON_CPU, MemoryPlan, require_backend
 from emotrain.families.pieces import load_denoiser, load_pieces, load_vae, text_parts
 from emotrain.families.quantize import quantize_linears
@@ -100,6 +101,7 @@ def load(
     pieces = load_pieces(found, kind, revision, Given(own_vae, text_encoder, tokenizer))
     if own_vae is not None:
         pieces["vae"] = own_vae
+    refuse_non_finite(str(found.path), pieces)
     if found.prediction != "flow" and pieces["scheduler"].config.get("prediction_type") != found.prediction:
         config = {**pieces["scheduler"].config, "prediction_type": found.prediction}
         pieces["scheduler"] = type(pieces["scheduler"]).from_config(config)
@@ -133,6 +135,7 @@ def load_beside(found: Sniffed, family: LoadedFamily, plan: MemoryPlan | None) -
         ModelError: missing, or not readable.
     """
     pieces = load_denoiser(found, family.dtype)
+    refuse_non_finite(str(found.path), pieces)
     parts = Parts(
         name=found.family, variant=found.variant, prediction=found.prediction, denoiser=pieces["denoiser"],
         vae=family.vae, text_encoders=[], scheduler=pieces["scheduler"], device=family.device, dtype=family.dtype,
