@@ -20,6 +20,7 @@ from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem
 
 if TYPE_CHECKING:
     from emotrain.config.load import LoadedPreset
+    from emotrain.families.kept import KeptBase
     from emotrain.ranks import Ranks
 
 ENDED_BY_HAND = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
@@ -46,8 +47,8 @@ def run(
     Reads the preset, checks data and model, trains until the stop rule says that the run is done, and prints the
     path of the LoRA. Ctrl-C saves; the command to resume is printed.
 
-    Several presets are run one after another. One that fails does not stop the next, Ctrl-C does; the exit code is that
-    of the first failure.
+    Several presets are run one after another; a base model that two in a row share stays loaded. One that fails does
+    not stop the next, Ctrl-C does; the exit code is that of the first failure.
 
     Examples:
       emotrain run quickstart
@@ -68,7 +69,9 @@ def run(
             raise typer.Exit(failed[0])
 
 
-def _one(loaded: LoadedPreset, runs_dir: Path, plain: bool, as_json: bool, ranks: Ranks) -> None:
+def _one(
+    loaded: LoadedPreset, runs_dir: Path, plain: bool, as_json: bool, ranks: Ranks, kept: KeptBase | None = None
+) -> None:
     from emotrain.cli.training import show
 
     preset = loaded.preset
@@ -76,7 +79,7 @@ def _one(loaded: LoadedPreset, runs_dir: Path, plain: bool, as_json: bool, ranks
         go_on(ranks, str(runs_dir / preset.name), runs_dir, plain=plain, as_json=as_json)
         return
     with show(preset, loaded.notes, plain=plain, as_json=as_json, ranks=ranks) as training:
-        training.run(runs_dir, loaded.where, loaded.extends)
+        training.run(runs_dir, loaded.where, loaded.extends, kept)
 
 
 def _load_all(presets: Sequence[str], overrides: Sequence[str], name: str | None) -> list[LoadedPreset]:
@@ -112,10 +115,11 @@ def _queue(
 ) -> list[int]:
     """Run one after another; the exit codes of those that were begun."""
     from emotrain.cli.app import guarded
+    from emotrain.families.kept import WORDS, KeptBase
 
     def work(one: LoadedPreset) -> int:
         try:
-            _one(one, runs_dir, plain, as_json, ranks)
+            _one(one, runs_dir, plain, as_json, ranks, kept)
         except typer.Exit as ending:
             return ending.exit_code
         return ExitCode.OK
@@ -124,7 +128,9 @@ def _queue(
     if ranks.first:
         _warn(loaded, runs_dir)
     codes: list[int] = []
+    kept = KeptBase()
     for number, one in enumerate(loaded, 1):
+        kept.next = tuple(getattr(one.preset.model, word) for one in loaded[number : number + 1] for word in WORDS)
         tell(f"run {number} of {len(loaded)}: {one.preset.name}")
         codes.append(guarded(lambda one=one: work(one), as_json=as_json))  # type: ignore[misc]
         _free()

@@ -22,6 +22,7 @@ from emotrain.ranks import ALONE, Ranks
 from emotrain.train.events import Notice, Observer, Phase, RunEnd
 
 if TYPE_CHECKING:
+    from emotrain.families.kept import KeptBase
     from emotrain.runs.folder import RunFolder
     from emotrain.runs.preflight import Where
     from emotrain.runs.start import Result
@@ -57,8 +58,8 @@ class Training:
         for observer in self.observers:
             observer.handle(Phase("looking at pictures", done, total))
 
-    def run(self, runs_dir: Path, where: Where, extends: str | None) -> None:
-        """Start a new run; what can be found out without torch is found out first."""
+    def run(self, runs_dir: Path, where: Where, extends: str | None, kept: KeptBase | None = None) -> None:
+        """Start a new run; what can be found out without torch is found out first; `kept` is a queue's base."""
         from emotrain.runs.preflight import preflight
 
         ranks = self.ranks
@@ -72,7 +73,9 @@ class Training:
             self.wait("loading the libraries")
             from emotrain.runs import start
 
-            result = start.run(self.preset, runs_dir=runs_dir, observers=self.observers, extends=extends, ranks=ranks)
+            result = start.run(
+                self.preset, runs_dir=runs_dir, observers=self.observers, extends=extends, ranks=ranks, kept=kept
+            )
         self._hand_over(result)
 
     def resume(self, folder: RunFolder, step: int | None, *, allow_config_change: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from emotrain.families.common import LoadedFamily
+    from emotrain.families.kept import KeptBase
     from emotrain.families.memory import MemoryPlan
 
 
@@ -28,6 +29,7 @@ def load_family(
     gradient_checkpointing: bool | str = "auto",
     prediction: str = "auto",
     clip_skip: int | str = "auto",
+    kept: KeptBase | None = None,
 ) -> LoadedFamily:
     """Load a model, frozen, ready for a LoRA.
 
@@ -47,6 +49,7 @@ def load_family(
         gradient_checkpointing: whether activations are computed again in the backward pass; auto is not.
         prediction: auto | epsilon | v | flow, where the files do not say it or say it wrongly.
         clip_skip: which layer of CLIP the prompt is taken from: 1 is the last; auto is the family's own.
+        kept: what the run before in a queue has loaded, and what is kept for the next.
 
     Returns:
         The family; `placement` says in one sentence what was decided about memory.
@@ -62,4 +65,5 @@ def load_family(
         base, family=family, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, revision=revision, dtype=dtype,
         quantize=quantize, quantize_text_encoders=quantize_text_encoders, plan=plan, device=device,
         gradient_checkpointing=gradient_checkpointing, prediction=prediction, clip_skip=clip_skip,
+        kept=kept,
     )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -11,6 +13,7 @@ from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.blocks import checkpoint_blocks
 from emotrain.families.common import LoadedFamily, Parts
 from emotrain.families.component import refuse_non_finite
+from emotrain.families.kept import KeptBase
 from emotrain.families.memory import GIB, ON_CPU, MemoryPlan, require_backend
 from emotrain.families.pieces import load_denoiser, load_pieces, load_vae, text_parts
 from emotrain.families.quantize import quantize_linears
@@ -85,6 +88,7 @@ def load(
     gradient_checkpointing: bool | str,
     prediction: str = "auto",
     clip_skip: int | str = "auto",
+    kept: KeptBase | None = None,
 ) -> LoadedFamily:
     """See `emotrain.families.load_family`."""
     where = choose_device(device)
@@ -97,11 +101,10 @@ def load(
     require_backend(plan.quantize)
     for _, form in plan.encoders:
         require_backend(form, "model.quantize_text_encoders")
-    own_vae = load_vae(vae, found) if vae is not None else None
-    pieces = load_pieces(found, kind, revision, Given(own_vae, text_encoder, tokenizer))
-    if own_vae is not None:
-        pieces["vae"] = own_vae
-    refuse_non_finite(str(found.path), pieces)
+    read = partial(_read, found, kind, revision, Given(vae, text_encoder, tokenizer))
+    paths = [path for path in (str(found.path), vae, text_encoder, tokenizer) if path is not None]
+    model = base, family, vae, text_encoder, tokenizer, revision, dtype, prediction  # as `kept.WORDS`
+    pieces = read() if kept is None else kept.load(model, paths, read)
     if found.prediction != "flow" and pieces["scheduler"].config.get("prediction_type") != found.prediction:
         config = {**pieces["scheduler"].config, "prediction_type": found.prediction}
         pieces["scheduler"] = type(pieces["scheduler"]).from_config(config)
@@ -124,6 +127,16 @@ def load(
         built.clip_skip = clip_skip
     _place(built, plan)
     return built
+
+
+def _read(found: Sniffed, dtype: torch.dtype, revision: str | None, given: Given) -> dict[str, Any]:
+    """All pieces of a model, on the CPU; of what is given, the VAE is still a path."""
+    own_vae = load_vae(given.vae, found) if given.vae is not None else None
+    pieces = load_pieces(found, dtype, revision, replace(given, vae=own_vae))
+    if own_vae is not None:
+        pieces["vae"] = own_vae
+    refuse_non_finite(str(found.path), pieces)
+    return pieces
 
 
 def load_beside(found: Sniffed, family: LoadedFamily, plan: MemoryPlan | None) -> LoadedFamily:

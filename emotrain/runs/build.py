@@ -21,6 +21,7 @@ from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, config_values, digest_module
+from emotrain.families.kept import KeptBase
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
 from emotrain.lora.adapter import Adapter, hidden_off
@@ -89,7 +90,11 @@ def has_frozen_encoder(family: str) -> bool:
 
 
 def load_model(
-    preset: Preset, notify: Notify, earlier: LoraFile | None = None, plan: MemoryPlan | None = None
+    preset: Preset,
+    notify: Notify,
+    earlier: LoraFile | None = None,
+    plan: MemoryPlan | None = None,
+    kept: KeptBase | None = None,
 ) -> Model:
     """Load the base, apply the stack, add the new LoRA (or the one that is continued); `plan` says how to fit."""
     notify(Phase("loading the model"))
@@ -108,7 +113,10 @@ def load_model(
         prediction=model.prediction,
         clip_skip=model.clip_skip,
         gradient_checkpointing=preset.train.gradient_checkpointing,
+        kept=kept,
     )
+    if kept is not None and kept.reused:
+        notify(Notice("the model is that of the run before: nothing of it is loaded again", level="info"))
     base_digest = digest_module(family.denoiser, config_values(family.denoiser.config))
     objective, adapter, ancestors = equip(preset, family, earlier)
     notify(Phase("loading the model", 1, 1))

@@ -12,6 +12,7 @@ from typing import Any
 from emotrain.config.schema import Preset
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.families.common import config_values
+from emotrain.families.kept import KeptBase
 from emotrain.families.table import Sniffed
 from emotrain.lora.file import read_lora
 from emotrain.optim.protocol import OptimizerLike
@@ -92,8 +93,11 @@ def load(
     notify: Callable[[Event], None],
     known: Mapping[str, str] | None = None,
     ranks: Ranks = ALONE,
+    kept: KeptBase | None = None,
 ) -> Loaded:
     """Model, pictures, sampler, optimizer and stop rule of a preset; `known` as in `read_pictures`.
+
+    `kept` is the base of a queue's run before.
 
     Raises:
         EmotrainError: with the exit code that belongs to it.
@@ -112,7 +116,7 @@ def load(
     plan = plan_run(preset, found, pictures, settings, ranks, other)
     if plan is not None:
         notify(Notice(plan.sentence, level="info"))
-    model = build.load_model(preset, notify, earlier, plan)
+    model = build.load_model(preset, notify, earlier, plan, kept)
     counts = model.adapter.num_modules_by_part()
     if earlier is None:
         adapters.check_modules(found, preset.network.targets, counts[model.adapter.part])

@@ -10,6 +10,7 @@ from typing import Any
 
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ExitCode
+from emotrain.families.kept import KeptBase
 from emotrain.observers.dashboard import Dashboard
 from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import changes, out_of_memory
@@ -32,8 +33,17 @@ def run(
     observers: Sequence[Observer],
     extends: str | None = None,
     ranks: Ranks = ALONE,
+    kept: KeptBase | None = None,
 ) -> Result:
-    """Train a new LoRA; `extends` is the preset that its own changes, for run.json.
+    """Train a new LoRA.
+
+    Args:
+        preset: checked.
+        runs_dir: where the run's folder is made.
+        observers: which are told what happens.
+        extends: the preset that its own changes, for run.json.
+        ranks: the processes that train together.
+        kept: the base of the run before in a queue.
 
     Raises:
         EmotrainError: with the exit code that belongs to it; see `errors`.
@@ -44,7 +54,7 @@ def run(
             target = runs_dir / preset.name
             if ranks.first and target.exists():
                 raise name_taken(target)
-            loaded = load(preset, watching.notify, ranks=ranks)
+            loaded = load(preset, watching.notify, ranks=ranks, kept=kept)
             begin = Beginning(TrainState(micro_batches=preset.train.gradient_accumulation_steps * ranks.world))
             out_of_memory.try_largest(loaded, begin.state, watching.notify)  # not saved yet: a signal ends it here
         with stop_signals(observers, ranks) as signals:

@@ -55,10 +55,13 @@ def test_a_failure_does_not_stop_the_next_and_gives_the_exit_code(capsys: pytest
     assert told()[0]["lora"] == str(Path("runs", "a", "lora.safetensors"))
 
 
-def test_a_run_of_the_queue_is_the_run_alone() -> None:
+def test_a_run_of_the_queue_is_the_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second trains on the first one's base, which is not loaded again."""
     first, second = preset("a", more="save: {dtype: fp32}"), preset("b", more="save: {dtype: fp32}")
     assert main(["run", first, second, "--plain"]) == 0
+    assert capsys.readouterr().err.count("nothing of it is loaded again") == 1
     assert main(["run", second, "--plain", "--runs-dir", "alone"]) == 0
+    assert "nothing of it is loaded again" not in capsys.readouterr().err
     from safetensors.numpy import load_file
 
     queued, alone = load_file("runs/b/lora.safetensors"), load_file("alone/b/lora.safetensors")

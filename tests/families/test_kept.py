@@ -1,0 +1,72 @@
+"""The base that a queue keeps: what a run does to its modules does not reach it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from emotrain.families.kept import WORDS, KeptBase
+
+A, B = tuple("a" * len(WORDS)), tuple("b" * len(WORDS))
+
+
+def fresh() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[2].weight = model[0].weight  # tied
+    return {"denoiser": model, "tokenizer": object()}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "x.safetensors").write_bytes(b"x")
+    return str(tmp_path)
+
+
+def test_each_run_has_modules_of_its_own_around_the_same_weights(file: str) -> None:
+    kept = KeptBase()
+    kept.next = A
+    first = kept.load(A, [file], fresh)
+    assert not kept.reused
+    model = first["denoiser"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model[2].weight is model[0].weight
+    model.to(torch.bfloat16)
+    model[0] = nn.Identity()
+    model[1].extra = nn.Linear(2, 2)
+    second = kept.load(A, [file], pytest.fail)
+    assert kept.reused
+    assert second["tokenizer"] is first["tokenizer"]
+    after = second["denoiser"].state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    third = kept.load(A, [file], pytest.fail)["denoiser"]
+    assert third[0].weight.data_ptr() == second["denoiser"][0].weight.data_ptr()
+
+
+def test_only_what_the_next_run_needs_is_kept(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeptBase()
+    kept.next = B
+    kept.load(A, [file], fresh)
+    kept.load(A, [file], fresh)
+    assert not kept.reused
+    kept.next = A
+    kept.load(A, [file], fresh)
+    kept.load(B, [file], fresh)
+    kept.load(A, [file], fresh)
+    assert not kept.reused
+    kept.load(A, [file], fresh)
+    assert kept.reused
+    os.utime(Path(file) / "unet" / "x.safetensors", ns=(1, 1))
+    kept.load(A, [file], fresh)
+    assert not kept.reused  # other files since
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Full", (), {"available": 1 << 30}))
+    kept.load(A, [file], fresh)
+    kept.load(A, [file], fresh)
+    assert not kept.reused  # no room for two
