@@ -74,6 +74,7 @@ def resolve_paths(root: Node, folder: Path) -> None:
     change(as_mapping(top.get("model")), "tokenizer", absolute)
     change(as_mapping(top.get("sample")), "base", model_or_hub)
     change(as_mapping(top.get("validate")), "folder", absolute)
+    change(as_mapping(top.get("validate")), "likeness", absolute)
     change(as_mapping(top.get("start_from")), "continue", run_or_file)
     for section, key in (("dataset", "folders"), ("start_from", "stack")):
         items = as_mapping(top.get(section)).get(key)

@@ -44,6 +44,7 @@ def check_rules(root: Node) -> tuple[list[Problem], list[str]]:
         *_bare_trigger(root),
         *_foreign_prompt_words(root),
         *_repeats_without_effect(root),
+        *_likeness_without_effect(root),
     ]
 
 
@@ -162,6 +163,7 @@ def _path_variables(root: Node) -> list[Problem]:
         "start_from.continue",
         "sample.base",
         "validate.folder",
+        "validate.likeness",
     )
     nodes = [leaf(root, key) for key in keys]
     nodes += [*_folder_nodes(root, "path"), *_folder_nodes(root, "mask")]
@@ -219,6 +221,13 @@ def _repeats_without_effect(root: Node) -> list[str]:
         for node in _folder_nodes(root, "repeats")
         if node.value != 1
     ]
+
+
+def _likeness_without_effect(root: Node) -> list[str]:
+    model, every = leaf(root, "validate.likeness"), leaf(root, "sample.every")
+    if model is None or model.value is None or every is None or every.value != 0:
+        return []
+    return [f"{model.where}: validate.likeness has no effect with sample.every 0: it looks at the samples"]
 
 
 def _folder_nodes(root: Node, key: str) -> list[Node]:

@@ -277,6 +277,11 @@ class ValidateSection(Section):
         "auto",
         description="share of the pictures held out; auto: 3 of 12 and more, 4 of 24 and more; 0: none",
     )
+    likeness: Text | None = Field(
+        None,
+        description="a folder of a CLIP or DINO vision model in transformers form: at each sampling, how alike samples"
+        " and held-out (else training) pictures are to it",
+    )
 
 
 class SampleSection(Section):

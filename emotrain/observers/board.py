@@ -19,6 +19,7 @@ from emotrain.observers.pace import Pace, Smoother
 from emotrain.observers.text import clean, duration
 from emotrain.train.events import (
     Event,
+    LikenessMeasured,
     Notice,
     Phase,
     RunEnd,
@@ -114,6 +115,7 @@ class Board:
         self.start: RunStart | None = None
         self.end: RunEnd | None = None
         self.samples: SamplesDrawn | None = None
+        self.likeness: LikenessMeasured | None = None
         self.saved: Saved | None = None
         self.notices: deque[tuple[str, str]] = deque(maxlen=MAX_NOTICES)  # level, message
         self.num_warnings = 0
@@ -164,6 +166,8 @@ class Board:
                     self.validations.append((event.step, event.loss))
             case SamplesDrawn():
                 self.samples = event
+            case LikenessMeasured():
+                self.likeness = event
             case Saved():
                 self.saved = event
             case Phase():
@@ -196,6 +200,9 @@ class Board:
         with contextlib.suppress(*damaged):
             for row in _rows(start.run_dir / "validation.jsonl", start.start_step):
                 self.note(ValidationEnd(**row))
+        with contextlib.suppress(*damaged):
+            for row in _rows(start.run_dir / "likeness.jsonl", start.start_step):
+                self.note(LikenessMeasured(**row))
 
 
 def _rows(log: Path, last_step: int) -> Iterator[dict[str, Any]]:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TextIO
 
 from emotrain.observers.pace import Pace, Smoother
-from emotrain.observers.text import clean, duration, number, short_path, speed
+from emotrain.observers.text import clean, duration, likeness_words, number, short_path, speed
 from emotrain.train.events import (
     Event,
+    LikenessMeasured,
     Notice,
     Phase,
     RunEnd,
@@ -180,6 +181,8 @@ class ConsoleLines:
                     self._line(f"stop: {event.forecast}")
             case SamplesDrawn():
                 self._line(f"samples at step {event.step}: {short_path(event.sheet)}")
+            case LikenessMeasured():
+                self._line(f"likeness at step {event.step}: {likeness_words(event)}")
             case Saved():
                 what = "saved the best" if event.best else "saved"
                 self._line(f"{what} at step {event.step}: {short_path(event.path)}")

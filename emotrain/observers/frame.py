@@ -18,7 +18,7 @@ from rich.text import Text
 
 from emotrain.observers.board import MAX_NOTICES, Board
 from emotrain.observers.curve import Plot, Points, Scale, Source, scale_for
-from emotrain.observers.text import clean, duration, number, short_path, speed
+from emotrain.observers.text import clean, duration, likeness_words, number, short_path, speed
 from emotrain.train.events import RunEnd, ValidationEnd
 
 STYLES = {  # of the 256 colours, those of middling brightness: readable on a dark terminal and on a light one
@@ -187,6 +187,9 @@ def _add_questions(table: Table, board: Board) -> None:
     skipped = f", {last.skipped} steps skipped: not finite" if last.skipped else ""
     gradient = f"  gradient norm {number(last.grad_norm, digits=3)}"
     table.add_row("memory", Text.assemble(memory, (gradient, "label"), (skipped, "warning")))
+    if board.likeness is not None:
+        words = likeness_words(board.likeness)
+        table.add_row("likeness", Text.assemble((f"step {board.likeness.step}  ", "label"), words))
     if board.samples is not None:
         path = short_path(board.samples.sheet)
         table.add_row("samples", Text.assemble((f"step {board.samples.step}  ", "label"), clean(path)))

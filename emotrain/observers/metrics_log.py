@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step; validation.jsonl: a line a validation. Both go on exactly at a resume."""
+"""metrics.jsonl: a line a step; validation.jsonl and likeness.jsonl: one each time. All go on exactly at a resume."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import IO
 
 from emotrain.errors import ResourceError
 from emotrain.files import fsync_folder
-from emotrain.train.events import Event, RunStart, StepEnd, ValidationEnd
+from emotrain.train.events import Event, LikenessMeasured, RunStart, StepEnd, ValidationEnd
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+LIKENESS_FILE = "likeness.jsonl"  # only where validate.likeness names a model
 MAX_WAITING = 200  # lines that may wait for a full disk to get room before the run is ended
 
 
@@ -29,14 +30,16 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._logs = {name: _Log(run_dir / name) for name in (METRICS_FILE, VALIDATION_FILE)}
+        self._logs = {name: _Log(run_dir / name) for name in (METRICS_FILE, VALIDATION_FILE, LIKENESS_FILE)}
 
     def handle(self, event: Event) -> None:
-        """Cut at the start, then write steps and validations."""
+        """Cut at the start, then write steps, validations and likenesses."""
         if isinstance(event, StepEnd):
             self._logs[METRICS_FILE].append(event.line())
         elif isinstance(event, ValidationEnd):
             self._logs[VALIDATION_FILE].append(event.line())
+        elif isinstance(event, LikenessMeasured):
+            self._logs[LIKENESS_FILE].append(event.line())
         elif isinstance(event, RunStart):
             self.close()
             self._run_dir.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from emotrain.errors import ConfigError
 from emotrain.observers.text import clean
-from emotrain.train.events import Event, RunEnd, RunStart, SamplesDrawn, StepEnd, ValidationEnd
+from emotrain.train.events import Event, LikenessMeasured, RunEnd, RunStart, SamplesDrawn, StepEnd, ValidationEnd
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -45,12 +45,12 @@ class TensorBoard:
             ) from error
 
     def handle(self, event: Event) -> None:
-        """Write steps, validations, sheets and facts."""
+        """Write steps, validations, likenesses, sheets and facts."""
         if isinstance(event, RunStart):
             self._open(event)
         if self._writer is None:
             return
-        if isinstance(event, StepEnd | ValidationEnd):
+        if isinstance(event, StepEnd | ValidationEnd | LikenessMeasured):
             for tag, value in event.curves().items():
                 self._writer.add_scalar(tag, value, event.step)
         elif isinstance(event, SamplesDrawn):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import unicodedata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emotrain.train.events import LikenessMeasured
 
 _DROPPED = {"Cc", "Cf", "Cs", "Co", "Cn"}
 _MAX_MARKS = 2  # combining marks kept on one character; more of them paint over neighbouring lines
@@ -70,6 +74,13 @@ def number(value: float | None, *, digits: int = 4, signed: bool = False) -> str
     if size != 0.0 and (size < 1e-3 or size >= 1e4):
         return f"{value:{sign}.2e}"
     return f"{value:{sign}.{digits}f}"
+
+
+def likeness_words(event: LikenessMeasured) -> str:
+    """The likeness, and what it is held against."""
+    beside = {"base model": event.base_likeness, "pictures among themselves": event.among_pictures}
+    words = ", ".join(f"{name} {number(value)}" for name, value in beside.items() if value is not None)
+    return number(event.likeness) + (f" ({words})" if words else "")
 
 
 def speed(step_s: float | None) -> str:

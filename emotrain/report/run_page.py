@@ -144,9 +144,14 @@ def run_panels(run: RunView) -> list[Panel]:
     base: Points = ()
     if run.base_loss is not None and curves.validation:
         base = tuple((x, run.base_loss) for x in (curves.validation[0][0], float(run.last_step or 1)))
+    likeness: list[tuple[str, Points]] = [("samples", curves.likeness)]
+    if curves.likeness:
+        ends = (curves.likeness[0][0], float(run.last_step or 1))
+        likeness += [(label, tuple((x, value) for x in ends)) for label, value in run.likeness]
     return [
         Panel("training loss", [("mean", thin(smooth(curves.loss))), ("each step", thin(curves.loss))], marks=marks),
         Panel("validation loss", [("with the LoRA", thin(curves.validation)), ("without", base)], marks=marks),
+        Panel("likeness of samples and pictures", likeness, marks=marks),
         Panel("scalar", [("", thin(curves.scalar))]),
         Panel("trust", [("", thin(curves.trust))]),
         Panel("emoPulse (logarithmic)", [("", thin(curves.pulse))], log=True),

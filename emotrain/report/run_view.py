@@ -20,6 +20,7 @@ class Curves:
     scalar: Points = ()
     trust: Points = ()
     pulse: Points = ()
+    likeness: Points = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class RunView:
         best_step: of the LoRA.
         best_loss: its validation loss.
         base_loss: without the LoRA.
+        likeness: what the samples' likeness to the pictures is held against: (label, value).
         same_validation: runs with equal values were validated on the same pictures and noise.
         missing: what could not be read, a sentence each.
     """
@@ -88,6 +90,7 @@ class RunView:
     best_step: int | None = None
     best_loss: float | None = None
     base_loss: float | None = None
+    likeness: tuple[tuple[str, float], ...] = ()
     same_validation: object = None
     curves: Curves = field(default_factory=Curves)
     gallery: Gallery = field(default_factory=Gallery)

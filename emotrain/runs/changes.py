@@ -71,7 +71,7 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
 
 
 OWN = re.compile(  # keys whose values each process may have for itself
-    r"name|model\.(base|vae|text_encoder|tokenizer)|dataset\.folders\.\d+\.(path|mask)|validate\.folder|"
+    r"name|model\.(base|vae|text_encoder|tokenizer)|dataset\.folders\.\d+\.(path|mask)|validate\.(folder|likeness)|"
     r"start_from\.continue|start_from\.stack\.\d+\.path|log\..*|sample\..*"
 )
 

@@ -85,28 +85,38 @@ class Sampler:
         """Where the picture of one step and prompt (counted from 1) lies."""
         return self.folder / f"step-{step:08d}-{number}.png"
 
-    def draw(self, step: int, best_step: int | None = None) -> None:
+    def draw(self, step: int, best_step: int | None = None) -> list[Path]:
         """Draw all prompts at this step and bring the contact sheet up to date.
 
         A full disk, or too little memory, costs the pictures and not the run.
+
+        Returns:
+            A path a prompt; empty where they were not drawn.
         """
         numbers = range(1, len(self.prompts) + 1)
         paths = [self.path(step, number) for number in numbers]
-        if self._draw_all(paths, step, f"step {step}"):
-            sheet = self.sheet(step, best_step)
-            if sheet is not None:
-                self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet, self.name))
+        if not self._draw_all(paths, step, f"step {step}"):
+            return []
+        sheet = self.sheet(step, best_step)
+        if sheet is not None:
+            self.notify(SamplesDrawn(step, tuple(paths), self.prompts, sheet, self.name))
+        return paths
 
-    def draw_lora(self, step: int, best_step: int | None = None) -> None:
+    def draw_lora(self, step: int, best_step: int | None = None) -> list[Path]:
         """Draw all prompts with the LoRA file's weights, which the model must hold: the sheet's last column.
 
         Args:
             step: that the file is of.
             best_step: column to mark.
+
+        Returns:
+            As `draw`.
         """
         paths = self.lora_paths()
-        if self._draw_all(paths, step, LORA):
-            self.sheet(None, best_step, paths)
+        if not self._draw_all(paths, step, LORA):
+            return []
+        self.sheet(None, best_step, paths)
+        return paths
 
     def draw_strength(self, step: int, strength: float) -> None:
         """Draw all prompts with the LoRA file's weights times a strength, which the model must hold."""

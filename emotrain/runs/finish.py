@@ -51,6 +51,8 @@ def finish(loaded: Loaded, trained: Trained, folder: RunFolder, notify: Notify, 
         lora, outcome = hand_over(loaded, state, trained.outcome, folder, notify)
         trained = replace(trained, outcome=outcome)
         draw_written(loaded, state, lora, outcome.reason, notify)
+    if loaded.likeness is not None:
+        folder.update_info(likeness=loaded.likeness.summary())
     reason, sentence = trained.outcome.reason, trained.outcome.sentence
     interrupted = reason is StopReason.INTERRUPTED
     for notice in last_words(loaded, state):
@@ -175,7 +177,9 @@ def draw_written(loaded: Loaded, state: TrainState, lora: Path | None, reason: S
         )
         sampler.draw_strength(step, strength)
     adapter.load_state(written)
-    sampler.draw_lora(step, state.best_step)
+    paths = sampler.draw_lora(step, state.best_step)
+    if loaded.likeness is not None and paths:
+        loaded.likeness.of_lora(paths)
     adapter.load_state(live)
     sync([sampler], notify)
 

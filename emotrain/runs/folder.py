@@ -282,8 +282,8 @@ def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
 
 
 OWN_FILES = (
-    "run.json", "preset.yaml", "metrics.jsonl", "validation.jsonl", "picture_losses.jsonl", "lora.safetensors",
-    "lora-last.safetensors", "report.html", ".lock",
+    "run.json", "preset.yaml", "metrics.jsonl", "validation.jsonl", "likeness.jsonl",
+    "picture_losses.jsonl", "lora.safetensors", "lora-last.safetensors", "report.html", ".lock",
 )  # fmt: skip
 OWN_FOLDERS = ("samples", "tensorboard", "checkpoints")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from emotrain.dataset.examples import Example
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.report import PAGE, Previews, write_page
-from emotrain.train.events import Event, Notice, RunStart, SamplesDrawn, ValidationEnd
+from emotrain.train.events import Event, LikenessMeasured, Notice, RunStart, SamplesDrawn, ValidationEnd
 
 SHARE = 0.01  # of a run's time, at most
 FIRST_S = 0.2  # what the first page is expected to take
@@ -49,7 +49,7 @@ class LivePage:
         """Write the page where something new can be seen and its share of the time is not used up."""
         if isinstance(event, RunStart):
             self.started = self.clock()
-        elif isinstance(event, ValidationEnd | SamplesDrawn) and self.on and self.is_due():
+        elif isinstance(event, ValidationEnd | SamplesDrawn | LikenessMeasured) and self.on and self.is_due():
             self.write()
 
     def is_due(self) -> bool:

@@ -21,6 +21,7 @@ from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import adapters, build, changes, parents, sample_base
 from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.draw import Sampler
+from emotrain.runs.likeness import Likeness, build_likeness
 from emotrain.runs.plan import plan_run
 from emotrain.train import rng
 from emotrain.train.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ class Loaded:
     stop_rule: StopRule
     dataset_digest: str
     ranks: Ranks = ALONE
+    likeness: Likeness | None = None
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the beginning."""
@@ -137,7 +139,10 @@ def load(
     optimizer = build.build_optimizer_of(preset, model.adapter.parameters())
     stop_rule = build.build_stop_rule(preset, held_out=bool(pictures.held_out))
     digest = fingerprint(pictures.all)
-    loaded = Loaded(preset, found, pictures, model, data, size, sampler, base, optimizer, stop_rule, digest, ranks)
+    likeness = build_likeness(preset, pictures, notify) if ranks.first else None
+    loaded = Loaded(
+        preset, found, pictures, model, data, size, sampler, base, optimizer, stop_rule, digest, ranks, likeness
+    )
     if ranks.world > 1:
         identities = ranks.meet(loaded.identity.to_document())
         if ranks.first:

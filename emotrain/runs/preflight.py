@@ -87,6 +87,7 @@ def preflight(
     _look_at_parts(preset, result, at)
     _look_at_parents(preset, result, at)
     _look_at_sample_base(preset, result, at)
+    _look_at_likeness(preset, result, at)
     _rehearse(preset, result)
     _look_at_data(preset, result, progress)
     result.failures.extend(_missing_packages(preset, at))
@@ -316,6 +317,23 @@ def _look_at_sample_base(preset: Preset, result: Preflight, at: Where) -> None:
         found = other.found if other is not None else found
     if sample.base is not None or found.distilled:
         result.facts.append(("samples", _how_drawn(preset, found)))
+
+
+def _look_at_likeness(preset: Preset, result: Preflight, at: Where) -> None:
+    """The vision model that samples and pictures are compared with."""
+    folder = preset.validate_.likeness
+    if folder is None or not preset.sample.every or not preset.sample.prompts:
+        return
+    from emotrain.runs.likeness import refuse_unusable  # needs torch, which costs seconds
+
+    try:
+        refuse_unusable(Path(folder))
+    except EmotrainError as error:
+        result.failures.append(
+            type(error)(f"{at('validate.likeness')}: validate.likeness: {error.message}", error.hint)
+        )
+        return
+    result.facts.append(("likeness", f"samples and pictures are compared by {Path(folder).name}"))
 
 
 def _how_drawn(preset: Preset, found: Sniffed) -> str:

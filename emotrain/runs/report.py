@@ -151,7 +151,8 @@ def view(
     info, status = run.info, _status(run)
     steps, validations = (_rows(folder.path / name, missing) for name in ("metrics.jsonl", "validation.jsonl"))
     preset = _preset(folder, missing)
-    curves = _curves(steps, validations)
+    likenesses = _rows(path, missing) if is_regular(path := folder.path / "likeness.jsonl") else []
+    curves = _curves(steps, validations, likenesses)
     base_loss = _number(info.get("base_loss")) or _last(validations, "base_loss")
     best_loss, best_step = _number(info.get("best_loss")), _number(info.get("best_step"))
     if best_loss is None or best_step is None:  # run.json says it at the end alone
@@ -170,6 +171,7 @@ def view(
         best_step=None if best_step is None else int(best_step),
         best_loss=best_loss,
         base_loss=base_loss,
+        likeness=_held_against(likenesses),
         same_validation=_same_validation(info, base_loss),
         curves=curves,
         gallery=_gallery(folder, preset, None if best_step is None else int(best_step), status, brief, previews),
@@ -243,9 +245,17 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> Points:
     return tuple((step, value) for step, value in pairs if value is not None)
 
 
-def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> Curves:
-    names = ("loss", "scalar", "trust", "pulse")
-    return Curves(validation=_points(validations, "loss"), **{name: _points(steps, name) for name in names})
+def _curves(*logs: Sequence[Mapping[str, Any]]) -> Curves:
+    """The curves of metrics.jsonl, validation.jsonl and likeness.jsonl."""
+    steps, validations, likenesses = logs
+    own = {name: _points(steps, name) for name in ("loss", "scalar", "trust", "pulse")}
+    return Curves(validation=_points(validations, "loss"), likeness=_points(likenesses, "likeness"), **own)
+
+
+def _held_against(likenesses: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, float], ...]:
+    """What the likeness is held against, as the last row of its log says it."""
+    names = (("without the LoRA", "base_likeness"), ("the pictures among themselves", "among_pictures"))
+    return tuple((label, value) for label, key in names if (value := _last(likenesses, key)) is not None)
 
 
 def _same_validation(info: Mapping[str, Any], base_loss: float | None) -> object:
@@ -263,6 +273,7 @@ def _facts(
     facts = [("steps", "" if last is None else str(last))]
     facts.append(("training time", duration(seconds)))
     facts.append(("pictures", str(ranked) if ranked else ""))
+    facts.append(("likeness of the LoRA", _likeness_of_lora(info)))
     if preset is not None:
         facts.append(("base model", Path(preset.model.base).name))
         facts.append(("optimizer", preset.train.optimizer.name))
@@ -271,6 +282,14 @@ def _facts(
     facts.append(("started (UTC)", str(info.get("started") or "")[:16].replace("T", " ")))
     facts.append(("emotrain", str(info.get("emotrain") or "")))
     return tuple((label, value) for label, value in facts if value)
+
+
+def _likeness_of_lora(info: Mapping[str, Any]) -> str:
+    found = info.get("likeness")
+    value, base = (_number(found.get(key)) for key in ("lora", "base")) if isinstance(found, dict) else (None, None)
+    if value is None:
+        return ""
+    return f"{value:.3f}" + ("" if base is None else f" (without: {base:.3f})")
 
 
 def _preset(folder: RunFolder, missing: list[str]) -> Preset | None:

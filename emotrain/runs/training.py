@@ -44,6 +44,7 @@ class Outputs:
     """What the loop writes as it goes; of several processes the leading one alone has a store and records."""
 
     loaded: Loaded
+    folder: RunFolder
     expected: list[float]
     observers: Observers
     state: TrainState
@@ -53,9 +54,12 @@ class Outputs:
     watch: Watch | None = None
 
     def sample(self, step: int, best_step: int | None) -> None:
-        """Draw the sample prompts, where there are any."""
-        if self.loaded.sampler is not None:
-            self.loaded.sampler.draw(step, best_step)
+        """Draw the sample prompts, where there are any, and compare them with the pictures, where that is wanted."""
+        sampler, likeness = self.loaded.sampler, self.loaded.likeness
+        paths = sampler.draw(step, best_step) if sampler is not None else []
+        if likeness is not None and paths:
+            likeness.at_step(step, paths)
+            self.folder.update_info(likeness=likeness.summary())
 
     def record(self, step: int, samples: Sequence[Sample]) -> None:
         """Keep the loss of every picture for `emotrain images`, and for what the run itself does about pictures."""
@@ -159,14 +163,16 @@ def open_outputs(
     observers.notify(start_event(loaded, folder, state))
     watch = Watch(loaded, folder, observers.notify) if preset.dataset.suspects != "report" else None
     if not ranks.first:
-        return Outputs(loaded, baseline.expected, observers, state, watch=watch), baseline
+        return Outputs(loaded, folder, baseline.expected, observers, state, watch=watch), baseline
     store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
     records = closed.enter_context(contextlib.closing(PictureLosses(folder.path / "picture_losses.jsonl", state.step)))
     logs: list[Log] = [records, *(one for one in files if isinstance(one, Log))]
     if loaded.sampler is not None:
         loaded.sampler.folder = folder.samples_dir
         logs.append(loaded.sampler)
-    return Outputs(loaded, baseline.expected, observers, state, store, records, tuple(logs), watch), baseline
+    if loaded.likeness is not None:
+        loaded.likeness.go_on(folder.info().get("likeness"))
+    return Outputs(loaded, folder, baseline.expected, observers, state, store, records, tuple(logs), watch), baseline
 
 
 def loop_parts(

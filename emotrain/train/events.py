@@ -134,6 +134,17 @@ class SamplesDrawn(Record):
 
 
 @dataclass(frozen=True)
+class LikenessMeasured(Record):
+    """How alike a step's samples and the user's pictures are to a vision model: mean cosine similarity, -1 to 1."""
+
+    kind: ClassVar[str] = "likeness"
+    step: int
+    likeness: Annotated[float, "likeness"]
+    base_likeness: float | None = None  # of step 0, where samples were drawn then
+    among_pictures: float | None = None  # of the pictures among themselves, where there are several
+
+
+@dataclass(frozen=True)
 class Saved(Record):
     """A checkpoint or LoRA file that is complete on disk."""
 
@@ -192,7 +203,18 @@ class RunEnd(Record):
     report: Path | None = None  # the page of the run
 
 
-Event = RunStart | StepEnd | ValidationEnd | SamplesDrawn | Saved | Phase | Notice | PictureAction | RunEnd
+Event = (
+    RunStart
+    | StepEnd
+    | ValidationEnd
+    | SamplesDrawn
+    | LikenessMeasured
+    | Saved
+    | Phase
+    | Notice
+    | PictureAction
+    | RunEnd
+)
 
 
 class Observer(Protocol):
