@@ -48,6 +48,10 @@ class KeptBase:
         self._held = model, stamp, pieces
         return {part: _around_the_same_weights(piece) for part, piece in pieces.items()}
 
+    def drop(self) -> None:
+        """Let go of what is held: the next run reads its files."""
+        self._held = None
+
 
 def _around_the_same_weights(piece: Any) -> Any:
     from torch import nn

@@ -48,7 +48,7 @@ def run(
     Raises:
         EmotrainError: with the exit code that belongs to it; see `errors`.
     """
-    watching = Observers(observers)
+    watching, whole = Observers(observers), False
     try:
         with ranks.together():
             target = runs_dir / preset.name
@@ -63,8 +63,12 @@ def run(
                 if ranks.first:
                     folder = create_run(runs_dir, preset.name, preset.to_dict(), extends=extends, **loaded.facts())
             with holding(folder, ranks):
-                return train_and_finish(loaded, begin, folder, watching, signals)
+                result = train_and_finish(loaded, begin, folder, watching, signals)
+                whole = not result.exit_code
+                return result
     finally:
+        if kept is not None and not whole:
+            kept.drop()  # what broke this run may have reached the weights that the next one would share
         watching.close()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import yaml
 
 from emotrain.cli.app import main
 from emotrain.cli.training import tell_command
+from emotrain.config.load import load
+from emotrain.errors import ExitCode, ResourceError
 
 TINY = """
 extends: quickstart
@@ -47,6 +51,7 @@ def test_a_failure_does_not_stop_the_next_and_gives_the_exit_code(capsys: pytest
     assert said.err.startswith("warning: b would be refused as things are")
     assert "run 2 of 3: b" in said.err
     assert "2 of 3 runs ended well" in said.err
+    assert said.err.count("nothing of it is loaded again") == 1  # for c: b was refused before it had a model
     assert [(line["run"], line["stop_reason"], line["exit_code"]) for line in told()] == [
         ("a", "max_steps", 0),
         ("b", "failed", 3),
@@ -67,6 +72,36 @@ def test_a_run_of_the_queue_is_the_run_alone(capsys: pytest.CaptureFixture[str])
     queued, alone = load_file("runs/b/lora.safetensors"), load_file("alone/b/lora.safetensors")
     assert queued.keys() == alone.keys()
     assert all((queued[name] == alone[name]).all() for name in alone)
+
+
+def test_a_run_that_fails_hands_no_base_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What broke it may have reached the weights that the next run would share."""
+    from emotrain.families.kept import KeptBase
+    from emotrain.runs import start
+
+    endings = iter([ExitCode.OK, ExitCode.DIVERGED, ResourceError("full"), ExitCode.OK, ExitCode.OK])
+
+    def load_only(*_: Any, kept: KeptBase, **__: Any) -> Any:
+        kept.load(kept.next, [], dict)
+        return SimpleNamespace(facts=dict)
+
+    def train_and_finish(*_: Any) -> Any:
+        ending = next(endings)
+        if isinstance(ending, ResourceError):
+            raise ending
+        return SimpleNamespace(exit_code=ending)
+
+    monkeypatch.setattr(start, "load", load_only)
+    monkeypatch.setattr(start.out_of_memory, "try_largest", lambda *_: None)
+    monkeypatch.setattr(start, "train_and_finish", train_and_finish)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    kept, reused = KeptBase(), []
+    kept.next = ("the model of all",)
+    for name in ("ends-well", "diverges", "fails", "ends-well-too", "last"):
+        with contextlib.suppress(ResourceError):
+            start.run(load(preset("a"), (), name).preset, runs_dir=Path("runs"), observers=[], kept=kept)
+        reused.append(kept.reused)
+    assert reused == [False, True, False, False, True]
 
 
 def test_fail_fast_stops_at_the_first(capsys: pytest.CaptureFixture[str]) -> None:
