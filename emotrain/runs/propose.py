@@ -66,6 +66,11 @@ def propose(folder: Path, model: str | None, beside: Path) -> Proposal:
     tags = are_tags(captions)
     base = family_preset(found, tags)
     reasons.append(_why_base(model, found, base))
+    if found is not None and found.distilled:
+        reasons.append(
+            f"model: {found.name} is distilled to few steps, which plain training undoes: train on the base model and "
+            "draw on this one (sample.base), or put a training adapter under the LoRA (start_from.stack)"
+        )
     trigger, why = trigger_of(captions, plain)
     reasons.append(why)
     if repeats:
@@ -122,7 +127,9 @@ def family_preset(found: Sniffed | None, tags: bool) -> str | None:
     if tags and (preset := FAMILIES[found.family].tag_presets.get(found.prediction)):
         return preset
     names = (found.variant, found.family, next(iter(FAMILIES[found.family].variants)))
-    return next((name for name in names if name in shipped_presets()), None)
+    shipped = shipped_presets()
+    name = next((name for name in names if name in shipped), None)
+    return f"{name}-turbo" if found.distilled and f"{name}-turbo" in shipped else name
 
 
 def trigger_of(captions: Sequence[str], plain: str) -> tuple[str, str]:

@@ -14,9 +14,12 @@ import yaml
 from PIL import Image
 
 from emotrain.cli.app import main
+from emotrain.config.builtin import shipped_presets
 from emotrain.config.load import load_preset
 from emotrain.families.memory import MemoryPlan
-from emotrain.runs import card
+from emotrain.families.registry import FAMILIES
+from emotrain.families.table import sniff
+from emotrain.runs import card, propose
 
 
 def pictures(folder: Path, captions: list[str], side: int = 1024) -> Path:
@@ -129,6 +132,40 @@ def test_the_model_chooses_the_preset_and_the_result_can_be_checked(capsys: Any,
     assert preset["dataset"]["resolution"] == 64
     assert re.search(r"next: emotrain check mine\.yaml, then emotrain run mine\.yaml", said)
     assert main(["check", str(path)]) == 0
+
+
+@pytest.mark.parametrize(("prediction", "by_tags"), [("epsilon", "illustrious"), ("v_prediction", "noobai-vpred")])
+def test_captions_of_tags_choose_the_preset_of_a_model_that_learned_from_tags(prediction: str, by_tags: str) -> None:
+    found = SimpleNamespace(family="sdxl", variant="sdxl", prediction=prediction, distilled=False)
+    assert propose.family_preset(found, tags=True) == by_tags
+    assert propose.family_preset(found, tags=False) == "sdxl"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_variant_of_every_family_stands_on_a_preset_of_its_own(family: str) -> None:
+    variants = FAMILIES[family].variants
+    for variant in (*variants, "custom"):
+        found = SimpleNamespace(family=family, variant=variant, prediction="flow", distilled=False)
+        name = propose.family_preset(found, tags=False)
+        assert name in shipped_presets() or family == "sd21"
+        preset = load_preset(name) if name else None
+        assert preset is None or preset.model.family in ("auto", family)
+        assert name == variant or variant not in shipped_presets()
+
+
+def test_a_distilled_model_has_its_own_preset_and_a_warning(
+    capsys: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(family="zimage", variant="z-image", prediction="flow", distilled=True)
+    assert propose.family_preset(found, tags=False) == "zimage-turbo"
+    found.distilled = False
+    assert propose.family_preset(found, tags=False) == "zimage"
+    folder = pictures(here / "data", SENTENCES)
+    _, said, _ = wrote(capsys, str(folder), "builtin:tiny-sd", "-o", "one.yaml")
+    assert "distilled" not in said
+    monkeypatch.setattr(propose, "sniff", lambda model: replace(sniff(model), distilled=True))
+    _, said, _ = wrote(capsys, str(folder), "builtin:tiny-sd", "-o", "two.yaml")
+    assert "tiny-sd is distilled to few steps" in said
 
 
 def test_without_a_model_it_says_so(capsys: Any, here: Path) -> None:
