@@ -493,6 +493,104 @@ NOTHING = ("", "")  # a word that says nothing of the training: it is counted, a
         ("onetrainer", "max_noising_strength", 0.8, ("no equivalent", "")),
         ("diffusion-pipe", "dataset", "away.toml", ("left out", "no such file")),
         ("diffusion-pipe", "caching_batch_size", 8, NOTHING),
+        ("kohya", "ae", "ae.safetensors", ("taken", "model.vae")),
+        ("kohya", "base_weights", ["a.safetensors"], ("taken", "start_from.stack, weight 1")),
+        ("kohya", "clip_g", "g.safetensors", ("no equivalent", "one file that holds them all")),
+        ("kohya", "clip_l", "l.safetensors", ("no equivalent", "one file that holds them all")),
+        ("kohya", "full_fp16", True, ("left out", "in float32")),
+        ("kohya", "huber_scale", 2.0, NOTHING),
+        ("kohya", "logit_mean", 0.5, NOTHING),
+        ("kohya", "lr_decay_steps", 10, ("left out", "no schedule")),
+        ("kohya", "lr_scheduler_power", 1, ("left out", "no schedule")),
+        ("kohya", "model_prediction_type", "raw", ("left out", "the model's own")),
+        ("kohya", "network_weights", "old.safetensors", ("taken", "start_from.continue")),
+        ("kohya", "qwen3", "q.safetensors", ("taken", "model.text_encoder")),
+        ("kohya", "train_blocks", "all", NOTHING),
+        ("kohya", "train_blocks", "single", ("no equivalent", "")),
+        ("kohya", "timestep_sampling", "uniform", ("taken", "train.loss.timesteps")),
+        ("kohya", "weighting_scheme", "uniform", NOTHING),
+        ("kohya", "use_8bit_adam", True, ("left out", "optimizer: adamw")),
+        ("kohya", "use_lion_optimizer", True, ("left out", "optimizer: lion")),
+        ("kohya", "validation_split", 0.1, ("taken", "validate.fraction")),
+        ("kohya", "validation_split", 0.0, NOTHING),
+        ("kohya", "caption_prefix", "p, ", ("taken", "dataset.captions.prefix")),
+        ("gui", "caption_suffix", ", s", ("taken", "dataset.captions.suffix")),
+        ("gui", "caption_tag_dropout_rate", 0.1, ("taken", "dataset.captions.tag_dropout")),
+        ("gui", "fp8_base_unet", True, ("taken", "model.quantize: fp8")),
+        ("gui", "lr_warmup", 10, ("left out", "no schedule")),
+        ("gui", "multires_noise_discount", 0.3, NOTHING),
+        ("gui", "sdxl_no_half_vae", True, ("left out", "precision that it needs")),
+        ("gui", "v_parameterization", True, ("taken", "model.prediction: v")),
+        ("ai-toolkit", "train.attn_masking", True, ("no equivalent", "")),
+        ("ai-toolkit", "model.attn_masking", True, NOTHING),
+        ("ai-toolkit", "model.auto_memory", True, ("left out", "blocks move by themselves")),
+        ("ai-toolkit", "model.is_v_pred", True, ("taken", "model.prediction: v")),
+        ("ai-toolkit", "model.quantize_te", True, ("taken", "model.quantize_text_encoders: fp8")),
+        ("ai-toolkit", "model.te_dtype", "bf16", NOTHING),
+        ("ai-toolkit", "model.te_name_or_path", "t", ("taken", "model.text_encoder")),
+        ("ai-toolkit", "model.vae_dtype", "bf16", NOTHING),
+        ("ai-toolkit", "model.vae_path", "v.safetensors", ("taken", "model.vae")),
+        ("ai-toolkit", "train.bypass_guidance_embedding", True, NOTHING),
+        ("ai-toolkit", "train.diff_output_preservation_multiplier", 0.5, NOTHING),
+        ("ai-toolkit", "train.disable_sampling", True, ("taken", "sample.every: 0")),
+        ("ai-toolkit", "train.switch_boundary_every", 1, NOTHING),
+        ("ai-toolkit", "datasets.cache_tensors_to_disk", True, ("left out", "always cached")),
+        ("ai-toolkit", "datasets.default_caption", "a cat", ("taken", "dataset.captions.default")),
+        ("ai-toolkit", "datasets.loss_multiplier", 1.0, NOTHING),
+        ("ai-toolkit", "datasets.loss_multiplier", 0.5, ("no equivalent", "")),
+        ("ai-toolkit", "datasets.num_workers", 2, NOTHING),
+        ("ai-toolkit", "datasets.prefetch_factor", 2, NOTHING),
+        ("ai-toolkit", "datasets.token_dropout_rate", 0.1, ("taken", "dataset.captions.tag_dropout")),
+        ("ai-toolkit", "network.conv", 16, ("left out", "no convolutions")),
+        ("ai-toolkit", "network.pretrained_lora_path", "old.safetensors", ("taken", "start_from.continue")),
+        ("ai-toolkit", "sample.sample_start_step", 0, NOTHING),
+        ("ai-toolkit", "sample.sample_start_step", 100, ("no equivalent", "")),
+        ("onetrainer", "aspect_ratio_bucketing", True, ("left out", "keep their shape")),
+        ("onetrainer", "clip_grad_norm", 0.5, ("taken", "train.max_grad_norm")),
+        ("onetrainer", "dynamic_timestep_shifting", True, ("taken", "train.loss.shift: auto")),
+        ("onetrainer", "ema", "GPU", ("taken", "train.ema: true")),
+        ("onetrainer", "ema", "CPU", ("taken", "train.ema: true")),
+        ("onetrainer", "ema", "OFF", NOTHING),
+        ("onetrainer", "ema_update_step_interval", 5, NOTHING),
+        ("onetrainer", "force_epsilon_prediction", True, ("taken", "model.prediction: epsilon")),
+        ("onetrainer", "force_v_prediction", True, ("taken", "model.prediction: v")),
+        ("onetrainer", "latent_caching", True, ("left out", "always cached")),
+        ("onetrainer", "layer_filter_preset", "attn-mlp", ("taken", "network.targets")),
+        ("onetrainer", "layer_filter_preset", "full", ("taken", "network.targets: all")),
+        ("onetrainer", "lokr_dim", 4, NOTHING),
+        ("onetrainer", "lora_model_name", "old.safetensors", ("taken", "start_from.continue")),
+        ("onetrainer", "lora_weight_dtype", "BFLOAT_16", ("left out", "in float32")),
+        ("onetrainer", "output_model_format", "COMFY_LORA", ("taken", "save.format: comfyui")),
+        ("onetrainer", "output_model_format", "DIFFUSERS_LORA", ("taken", "save.format: diffusers")),
+        ("onetrainer", "output_model_format", "LEGACY_LORA", ("taken", "save.format: auto")),
+        ("onetrainer", "output_model_format", "ORIGINAL_LORA", ("taken", "save.format: auto")),
+        ("onetrainer", "quantization", {"layer_filter": "x"}, ("left out", "chosen here")),
+        ("onetrainer", "rolling_backup_count", 3, ("taken", "save.keep_last")),
+        ("onetrainer", "tensorboard", True, ("taken", "log.tensorboard")),
+        ("onetrainer", "timestep_distribution", "UNIFORM", ("taken", "train.loss.timesteps: uniform")),
+        ("onetrainer", "timestep_distribution", "SIGMOID", ("taken", "train.loss.timesteps: logit-normal")),
+        ("onetrainer", "timestep_distribution", "COS_MAP", ("no equivalent", "")),
+        ("onetrainer", "timestep_shift", 3.0, ("taken", "train.loss.shift")),
+        ("onetrainer", "unmasked_probability", 0.1, NOTHING),
+        ("onetrainer", "validate_after", 100, NOTHING),
+        (
+            "diffusion-pipe",
+            "adapter.fuse_adapters",
+            [{"path": "a.safetensors", "weight": 0.5}],
+            ("taken", "start_from.stack, weight 0.5"),
+        ),
+        ("diffusion-pipe", "adapter.init_from_existing", "/runs/old", ("taken", "start_from.continue")),
+        ("diffusion-pipe", "eval_before_first_step", True, ("left out", "always measured first")),
+        ("diffusion-pipe", "force_constant_lr", 1e-05, ("left out", "no learning rate to set")),
+        ("diffusion-pipe", "model.llm_path", "llm", ("taken", "model.text_encoder")),
+        ("diffusion-pipe", "model.merge_adapters", ["a.safetensors"], ("taken", "start_from.stack, weight 1")),
+        ("diffusion-pipe", "model.text_encoder_1_lr", 1e-05, ("taken", "network.text_encoder: true")),
+        ("diffusion-pipe", "model.text_encoder_2_lr", 0, NOTHING),
+        ("diffusion-pipe", "model.text_encoder_path", "t", ("taken", "model.text_encoder")),
+        ("diffusion-pipe", "model.transformer_dtype", "float8", ("taken", "model.quantize: fp8")),
+        ("diffusion-pipe", "model.timestep_sample_method", "uniform", ("taken", "train.loss.timesteps")),
+        ("diffusion-pipe", "model.v_pred", True, ("taken", "model.prediction: v")),
+        ("diffusion-pipe", "model.vae_path", "v.safetensors", ("taken", "model.vae")),
     ],
 )
 def test_words_of_their_own_examples(trainer: str, place: str, value: Any, became: tuple[str, str], here: Path) -> None:
@@ -516,6 +614,55 @@ def test_words_of_their_own_examples(trainer: str, place: str, value: Any, becam
         assert rows[-1][0] == became[0]
         assert became[1] in rows[-1][1]
     load(written(here, found))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "place", "words", "became"),
+    [
+        ("kohya", "", {"base_weights": ["a.safetensors"], "base_weights_multiplier": [0.5]},
+         ("base_weights", "taken", "weight 0.5")),
+        ("kohya", "", {"weighting_scheme": "logit_normal", "logit_mean": 0.5}, ("logit_mean", "no equivalent", "")),
+        ("kohya", "", {"weighting_scheme": "logit_normal", "logit_std": 2.0}, ("logit_std", "no equivalent", "")),
+        ("kohya", "", {"weighting_scheme": "mode", "mode_scale": 1.3}, ("mode_scale", "no equivalent", "")),
+        ("ai-toolkit", "train", {"diff_output_preservation": True, "diff_output_preservation_class": "woman",
+                                 "diff_output_preservation_multiplier": 0.5},
+         ("train.diff_output_preservation_multiplier", "no equivalent", "one strength")),
+        ("ai-toolkit", "model", {"quantize_te": True, "qtype_te": "qint4"},
+         ("model.quantize_te", "taken", "model.quantize_text_encoders: nf4")),
+        ("ai-toolkit", "network", {"type": "lokr", "lokr_full_rank": False},
+         ("network.lokr_full_rank", "left out", "whole")),
+        ("onetrainer", "", {"validation": True, "validate_after": 50, "validate_after_unit": "STEP"},
+         ("validate_after", "taken", "validate.every")),
+        ("onetrainer", "", {"validation": True, "validate_after": 1, "validate_after_unit": "EPOCH"},
+         ("validate_after", "left out", "counts steps")),
+        ("onetrainer", "", {"peft_type": "LOKR", "lokr_dim": 4}, ("lokr_dim", "left out", "whole")),
+        ("onetrainer", "", {"masked_training": True, "unmasked_probability": 0.1},
+         ("unmasked_probability", "no equivalent", "")),
+    ],
+)  # fmt: skip
+def test_words_that_mean_something_beside_another(
+    trainer: str, place: str, words: dict[str, Any], became: tuple[str, str, str], here: Path
+) -> None:
+    name, config = MINIMAL[trainer]
+    config = json.loads(json.dumps(config))
+    at = config["config"]["process"][0] if trainer == "ai-toolkit" else config
+    (at.setdefault(place, {}) if place else at).update(words)
+    (here / name).write_text(json.dumps(config))
+    found = imported(name)
+    rows = [(row.kind, row.what) for row in found.rows if row.word == became[0]]
+    assert rows[-1][0] == became[1]
+    assert became[2] in rows[-1][1]
+    load(written(here, found))
+
+
+def test_regularisation_folders_of_ai_toolkit_count_what_reg_weight_says(here: Path) -> None:
+    name, config = MINIMAL["ai-toolkit"]
+    config = json.loads(json.dumps(config))
+    process = config["config"]["process"][0]
+    process["train"]["reg_weight"] = 0.5
+    process["datasets"].append({"folder_path": "regular", "is_reg": True})
+    (here / name).write_text(json.dumps(config))
+    assert [folder.prior for folder in load(written(here, imported(name))).preset.dataset.folders] == [None, 0.5]
 
 
 def test_one_word_for_several_models_is_told_apart(here: Path) -> None:

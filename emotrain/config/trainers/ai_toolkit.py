@@ -200,12 +200,18 @@ def _network(words: Values, out: Import) -> None:
             out.leave(word, value, "this model has no convolutions to adapt")
 
     special = {
-        "type": kind_of_adapter("lora"), "conv": conv, "pretrained_lora_path": Import.continues, "lokr_full_rank": SKIP,
+        "type": kind_of_adapter("lora"), "conv": conv, "pretrained_lora_path": Import.continues,
+        "lokr_full_rank": _full_rank if words.get("type") == "lokr" else SKIP,
         "lokr_factor": factor if words.get("type") == "lokr" else SKIP, "network_kwargs": _network_kwargs,
         "conv_alpha": because("one strength for all layers: network.alpha / rank"),
     }  # fmt: skip
     places = {word: place for word, place in INSIDE["network"].items() if place in ("network.rank", "network.alpha")}
     out.read(words, {**places, "rank": "network.rank", "alpha": "network.alpha"}, special, "network.")
+
+
+def _full_rank(out: Import, word: str, value: Any) -> None:
+    if value is False:
+        out.leave(word, value, "a LoKr's factors are whole")
 
 
 def _network_kwargs(out: Import, word: str, value: Any) -> None:
@@ -301,7 +307,8 @@ def _sample(words: Values, train: Values, out: Import) -> None:
     }
     special = {
         "network_multiplier": off_at(usual_multiplier(words.get("network_multiplier")), "sample.strengths"),
-        **dict.fromkeys((*_SAMPLE, "sampler", "sample_start_step", "num_frames", "fps", "format"), SKIP),
+        **dict.fromkeys((*_SAMPLE, "sampler", "num_frames", "fps", "format"), SKIP),
+        "sample_start_step": off_at(0),
         "sample_every": lambda out, word, value: train.get("disable_sampling") or out.take(word, value, "sample.every"),
     }
     out.read(words, places, special, "sample.")

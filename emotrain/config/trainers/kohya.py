@@ -102,7 +102,7 @@ def read(words: Values, out: Import) -> None:
         **dict.fromkeys(out.models, SKIP),
         "pretrained_model_name_or_path": Import.model,
         "vae": Import.vae, "ae": Import.vae, "qwen3": Import.text_encoder,
-        "output_name": Import.name,
+        "output_name": Import.name, "validation_split": Import.fraction,
         "mixed_precision": chosen("model.dtype", DTYPES), "save_precision": chosen("save.dtype", DTYPES),
         "fp8_base": switch("model.quantize", "fp8"),
         "fp8_base_unet": switch("model.quantize", "fp8"),
@@ -134,7 +134,8 @@ def _left_out(flat: Values) -> dict[str, Special]:
     """Words that are left out for a reason, and those that say nothing at the values that they have by themselves."""
     losses = IDLE if flat.get("loss_type") in _L2 else Import.lack
     pyramid = IDLE if flat.get("noise_offset_type") == "Original" else off_at(0)
-    mode = IDLE if "mode" not in str(flat.get("weighting_scheme")) else off_at(0)
+    scheme = str(flat.get("weighting_scheme"))
+    normal = {"logit_mean": off_at(0), "logit_std": off_at(1)}
     encoders = off_at(None, "name a folder of diffusers, or one file that holds them all, as model.base")
     rates = (word for word in flat if word.startswith(("learning_rate_te", "text_encoder_lr")))
     return {
@@ -149,7 +150,8 @@ def _left_out(flat: Values) -> dict[str, Special]:
         "train_blocks": off_at("all"), "text_encoder_lr": switch("network.text_encoder"),
         **dict.fromkeys(("loss_type", "huber_c", "huber_schedule", "huber_scale"), losses),
         **dict.fromkeys(("multires_noise_iterations", "multires_noise_discount"), pyramid),
-        **dict.fromkeys(("mode_scale", "logit_std", "logit_mean"), mode), **dict.fromkeys(_IDLE, IDLE),
+        "mode_scale": off_at(0) if "mode" in scheme else IDLE,
+        **(normal if scheme == "logit_normal" else dict.fromkeys(normal, IDLE)), **dict.fromkeys(_IDLE, IDLE),
     }  # fmt: skip
 
 

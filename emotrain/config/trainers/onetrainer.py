@@ -141,7 +141,7 @@ def _left_out(words: Values) -> dict[str, Special]:
         "ema_decay": IDLE, "ema_update_step_interval": IDLE,
         "lokr_dim": because("a LoKr's factors are whole") if is_lokr else IDLE,
         "backup_after": because("checkpoints come with save.every"),
-        "validate_after": because("validate.every counts steps") if words.get("validation") else IDLE,
+        "validate_after": partial(_every, words=words, place="validate.every") if words.get("validation") else IDLE,
         **dict.fromkeys(_IDLE, IDLE),
     }  # fmt: skip
 
