@@ -151,7 +151,7 @@ def run_panels(run: RunView) -> list[Panel]:
     return [
         Panel("training loss", [("mean", thin(smooth(curves.loss))), ("each step", thin(curves.loss))], marks=marks),
         Panel("validation loss", [("with the LoRA", thin(curves.validation)), ("without", base)], marks=marks),
-        Panel("likeness of samples and pictures", likeness, marks=marks),
+        Panel("likeness", likeness, marks=marks),
         Panel("scalar", [("", thin(curves.scalar))]),
         Panel("trust", [("", thin(curves.trust))]),
         Panel("emoPulse (logarithmic)", [("", thin(curves.pulse))], log=True),

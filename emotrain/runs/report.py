@@ -254,7 +254,7 @@ def _curves(*logs: Sequence[Mapping[str, Any]]) -> Curves:
 
 def _held_against(likenesses: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, float], ...]:
     """What the likeness is held against, as the last row of its log says it."""
-    names = (("without the LoRA", "base_likeness"), ("the pictures among themselves", "among_pictures"))
+    names = (("without", "base_likeness"), ("pictures", "among_pictures"))
     return tuple((label, value) for label, key in names if (value := _last(likenesses, key)) is not None)
 
 

@@ -16,7 +16,7 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.dataset.lint_types import PictureRow
 from emotrain.dataset.ranking import PictureScore
-from emotrain.report.run_page import compare_page, run_page, smooth, thin
+from emotrain.report.run_page import NARROW, compare_page, run_page, run_panels, smooth, thin
 from emotrain.report.run_view import Curves, Gallery, LoraFacts, PromptRow, RunView, Settings
 from emotrain.runs import report
 from emotrain.runs.folder import RunFolder
@@ -215,6 +215,21 @@ def test_every_picture_is_ranked_and_the_first_have_previews() -> None:
     assert sum(name == "img" for name, _ in elements.found) == 60
     assert "40 more (further down)" in elements.words
     assert "p99" in elements.words
+
+
+def test_the_names_of_the_curves_have_room_beside_their_title(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, likeness={"base": 0.41, "pictures": 0.78, "last": 0.69, "lora": 0.7})
+    rows = [{"step": step, "likeness": 0.5, "base_likeness": 0.41, "among_pictures": 0.78} for step in (0, 20)]
+    (folder.path / "likeness.jsonl").write_text(lines([*rows, {"step": 25, "likeness": None}]))
+    panels = run_panels(report.view(folder))
+    names = {panel.title: [name for name, curve in panel.curves if curve] for panel in panels}
+    assert names["likeness"] == ["samples"]  # the last row says nothing of the others
+    (folder.path / "likeness.jsonl").write_text(lines(rows))
+    names = {panel.title: [name for name, curve in panel.curves if curve] for panel in run_panels(report.view(folder))}
+    assert names["likeness"] == ["samples", "without", "pictures"]
+    for title, own in names.items():  # as `svg` sets them: 7 px a letter, and 18 px between
+        assert 7 * len(title) + sum(7 * len(name) + 18 for name in own) <= NARROW - 80, title
+    assert "likeness of the LoRA 0.700 (without: 0.410)" in read(page(folder)).words
 
 
 def test_a_long_series_is_thinned_and_keeps_its_extremes() -> None:
