@@ -31,6 +31,8 @@ echo "== pretend CUDA: copies of a checkpoint"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/saves.py 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
 echo "== pretend CUDA: what a CUDA graph could not hold"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/captures.py 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
+echo "== pretend CUDA: small models of the newer families"
+"$python" tests/gpu/pretend_cuda.py run tests/gpu/families.py > "$runs/out" 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
 echo "== pretend CUDA: the check"
 "$python" tests/gpu/pretend_cuda.py run tests/gpu/check.py --tiny --out "$runs/check.jsonl" \
   --stages recorded,sd15,flux,sdxl-memory,flux-memory,exact,doctor,sdxl,flux-kinds,fp16,kernels,newer,compiled

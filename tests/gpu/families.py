@@ -1,0 +1,76 @@
+"""Small models of the newer families through the command line: a run of two steps with samples, its file checked.
+
+python tests/gpu/pretend_cuda.py run tests/gpu/families.py [KIND ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+
+from newer_models import modular_pipeline_of, pipeline_of, qwen_tokenizer  # noqa: E402
+
+from emotrain.cli.app import main as emotrain  # noqa: E402
+from emotrain.lora.file import read_lora  # noqa: E402
+
+KINDS = ("zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma", "qwen21", "flux3")
+TOKENIZERS = {"qwen21": "processor", "flux3": "tokenizer"}  # of those that diffusers has as modular blocks alone
+REST = (
+    "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
+    "network: {rank: 2}\ntrain: {max_steps: 2, gradient_checkpointing: true}\nvalidate: {every: 2, probe_images: 2}\n"
+    'save: {every: 2}\nsample: {every: 2, steps: 2, prompts: ["a [trigger]"]}\nstop: {mode: "off"}\n'
+)
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """A small random model as a folder."""
+    if kind not in TOKENIZERS:
+        pipeline_of(kind).save_pretrained(folder)
+        if kind == "flux2-dev":  # the public folder's tokenizer reads pictures too
+            index = json.loads((folder / "model_index.json").read_text())
+            index["tokenizer"] = ["transformers", "PixtralProcessor"]
+            (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+    pipeline: Any = modular_pipeline_of(kind)
+    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
+    qwen_tokenizer().save_pretrained(folder / TOKENIZERS[kind])
+    index = json.loads((folder / "modular_model_index.json").read_text())
+    index[TOKENIZERS[kind]] = ["transformers", "Qwen3VLProcessor", {}]
+    (folder / "modular_model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def whole_run(kind: str, work: Path) -> None:
+    """Two steps on the GPU, saved and checked.
+
+    Raises:
+        AssertionError: the run fails, or did not train on the GPU.
+    """
+    preset = work / f"{kind}.yaml"
+    preset.write_text(f"model: {saved(kind, work / kind)}\n{REST}", encoding="utf-8")
+    code = emotrain(["run", str(preset), "--plain", "--runs-dir", str(work / "runs")])
+    assert code == 0, f"{kind}: exit code {code}"
+    folder = work / "runs" / kind
+    assert json.loads((folder / "run.json").read_text())["device"].startswith("cuda"), kind
+    assert read_lora(folder / "lora.safetensors").family == kind.split("-")[0]
+    assert list((folder / "samples").glob("lora-1.png")), kind
+
+
+def main() -> None:
+    """All kinds, or those that are named."""
+    assert torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as work:
+        for kind in sys.argv[1:] or KINDS:
+            whole_run(kind, Path(work))
+            print(f"== {kind}: well", flush=True)
+
+
+if __name__ == "__main__":
+    main()
