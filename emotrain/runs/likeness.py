@@ -185,9 +185,11 @@ class Likeness:
         }
 
     def go_on(self, before: object) -> None:
-        """Take the base's value from an earlier `summary` of the run."""
-        if isinstance(before, dict) and isinstance(before.get("base"), float):
-            self.base = before["base"]
+        """Take the values of an earlier `summary` of the run, but the LoRA file's, which is written anew."""
+        values = before if isinstance(before, dict) else {}
+        self.base, self.last = (
+            value if isinstance(value := values.get(key), float) else None for key in ("base", "last")
+        )
 
 
 def embeddings(folder: Path, paths: Sequence[Path]) -> Tensor:

@@ -27,6 +27,7 @@ from emotrain.observers.frame import EMOTION, STYLES, compose, print_summary
 from emotrain.pulse.reading import Reading
 from emotrain.train.events import (
     Event,
+    LikenessMeasured,
     Notice,
     Phase,
     RunEnd,
@@ -57,6 +58,7 @@ def a_run(make_start: MakeStart, make_step: MakeStep, text: str, steps: int) -> 
         if step % 5 == 0:
             yield ValidationEnd(step, 0.6, -0.1, 1.5, 0.01, 5, 0.6, FORECAST)
     yield SamplesDrawn(steps, (path,), (text,), path / "sheet.png")
+    yield LikenessMeasured(steps, 0.7, 0.41, 0.78)
     yield Saved(steps, path / "step", best=True)
     yield Notice(text)
     yield Notice("a plain note", "info")
@@ -114,7 +116,8 @@ def test_what_the_user_asks_comes_first_and_the_emotion_has_a_third(
     shown = " ".join(" ".join(frame).split())
     wanted = (
         "mika", "step 12", "epoch 1.5", "0.6000 at step 10, best 0.6000 at 5 (-60%), base model 1.5000",
-        FORECAST, "5.00 it/s", "left", "1.25 GiB peak of 24.0", "2 steps skipped", "sheet.png", "warning mika", "◆",
+        FORECAST, "5.00 it/s", "left", "1.25 GiB peak of 24.0", "2 steps skipped",
+        "0.7000 (base model 0.4100, pictures among themselves 0.7800)", "sheet.png", "warning mika", "◆",
     )  # fmt: skip
     for word in wanted:
         assert word in shown, word

@@ -21,11 +21,12 @@ from emotrain.cli.app import main
 from emotrain.config.load import load
 from emotrain.errors import ExitCode, ModelError
 from emotrain.observers.console import ConsoleLines
+from emotrain.observers.metrics_log import MetricsLog
 from emotrain.runs import likeness, start
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.preflight import preflight
 from emotrain.runs.report import page_of
-from emotrain.train.events import Event, LikenessMeasured, Notice
+from emotrain.train.events import Event, LikenessMeasured, Notice, RunStart
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIGHT = {**SIZES, "image_size": 32, "patch_size": 8}
@@ -123,6 +124,35 @@ def test_the_value_is_the_mean_over_all_pairs(tmp_path: Path) -> None:
     ConsoleLines(stream=stream).handle(events[1])
     said = "likeness at step 5: 0.4000 (base model 0.6400, pictures among themselves 0.6000)\n"
     assert stream.getvalue() == said
+
+
+def test_a_resumed_run_keeps_the_bases_value_and_cuts_the_log(tmp_path: Path) -> None:
+    told: list[Event] = []
+    first = likeness.Likeness(tmp_path, torch.eye(2), (0,), told.append)
+    first.base, first.last = 0.25, 0.5
+    log = MetricsLog(tmp_path)
+    for step in (0, 2, 4):
+        log.handle(LikenessMeasured(step, 0.25, 0.25))
+    log.close()
+    second = likeness.Likeness(tmp_path, torch.eye(2), (0,), told.append)
+    second.go_on(json.loads(json.dumps(first.summary())))
+    assert (second.base, second.last) == (0.25, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likeness, "embeddings", lambda folder, paths: torch.eye(2)[:1])
+        second.at_step(4, [tmp_path])
+    assert second.summary()["last"] == 0.5
+    event = told[-1]
+    assert isinstance(event, LikenessMeasured)
+    assert (event.likeness, event.base_likeness, event.among_pictures) == (0.5, 0.25, 0.0)
+    for damaged in (None, [], {}, {"base": "0.3"}):
+        third = likeness.Likeness(tmp_path, torch.eye(2), (0,), told.append)
+        third.go_on(damaged)
+        assert third.base is None
+    log = MetricsLog(tmp_path)
+    log.handle(RunStart("one", tmp_path, 2, 9, 1.0, "emosens", 3, 1, 1, "cpu"))
+    log.handle(event)
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "likeness.jsonl").read_text().splitlines()] == [0, 2, 4]
 
 
 def trained(runs: Path, name: str, *words: str) -> tuple[RunFolder, list[Event]]:
