@@ -147,6 +147,10 @@ def test_plan_prints_json_and_writes_nothing(capsys: Any, tmp_path: Path, monkey
     assert said["network"]["modules"] > 0
     assert said["data"]["pictures"] + said["data"]["held_out"] == 32
     assert set(said["verdicts"]) == {"8gb", "12gb", "16gb", "24gb"}
+    for size, verdict in said["verdicts"].items():
+        weights = said["model"]["parameters"] * {"none": 2, "int8": 1, "nf4": 0.5}[verdict["quantize"]] / 2**30
+        assert not verdict["fits"] or verdict["offload"] or weights < verdict["needed_gib"] < int(size[:-2])
+    assert not said["verdicts"]["8gb"]["fits"] or said["verdicts"]["24gb"]["fits"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +195,13 @@ def test_trained_text_encoders_are_counted_and_stay(sdxl_preset: Path, sdxl_plan
 
 @pytest.mark.parametrize(
     "name",
-    ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "zimage", "krea2", "illustrious"))],
+    [
+        "sd15",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("flux", "zimage", "krea2", "qwen-image", "illustrious")
+        ),
+    ],
 )
 def test_will_it_fit_my_card_is_answered_without_a_model_or_pictures(
     name: str, capsys: Any, tmp_path: Path, monkeypatch: Any
@@ -201,6 +211,10 @@ def test_will_it_fit_my_card_is_answered_without_a_model_or_pictures(
     streams = capsys.readouterr()
     said = json.loads(streams.out)
     assert set(said["verdicts"]) == {"8gb", "12gb", "16gb", "24gb"}
+    for size, verdict in said["verdicts"].items():
+        weights = said["model"]["parameters"] * {"none": 2, "int8": 1, "nf4": 0.5}[verdict["quantize"]] / 2**30
+        assert not verdict["fits"] or verdict["offload"] or weights < verdict["needed_gib"] < int(size[:-2])
+    assert not said["verdicts"]["8gb"]["fits"] or said["verdicts"]["24gb"]["fits"]
     assert said["data"]["pictures"] == 30
     assert len(said["data"]["assumed"]) == (2 if name == "illustrious" else 1)  # its sizes are SDXL's
     assert "planned for 30 pictures" in streams.err
