@@ -221,7 +221,7 @@ class TrainSection(Section):
     gain: Literal["auto", "fixed"] = Field(
         "auto",
         description="emosens: auto begins at three times the published step length and reduces it to a third, from the"
-        " best weights, where validations stop improving; fixed: as published",
+        " best weights, where validations stop improving, if pictures are held out; fixed: as published",
     )
     allow_small_lr: Bool = Field(False, description="emo: take a train.lr below 0.1, which is refused otherwise")
     micro_batch_size: Annotated[PositiveInt, Field(le=1024)] = Field(1, description="pictures in one forward pass")

@@ -232,20 +232,26 @@ def build_sampler(
         )
 
 
-def measures_gain(preset: Preset) -> bool:
-    """Whether the run measures how long its steps may be, in place of the published unit."""
+def measures_gain(preset: Preset, *, held_out: bool) -> bool:
+    """Whether the run measures how long its steps may be, in place of the published unit.
+
+    Not by flipped training pictures: they go on gaining a little while they are memorised, so that each shorter step
+    brings a new best and the run goes on for too long (docs/benchmarks/gain_trials.md, "flipped").
+    """
+    if not held_out:
+        return False
     optimizer = preset.train.optimizer
     return preset.train.gain == "auto" and optimizer.name == "emosens" and optimizer.generation != "3.7.0"
 
 
-def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter]) -> OptimizerLike:
+def build_optimizer_of(preset: Preset, params: list[torch.nn.Parameter], *, held_out: bool = True) -> OptimizerLike:
     """The optimizer with the settings of the preset, averaged unless it averages already."""
     settings = preset.train.optimizer
     kwargs = {k: v for k, v in settings.model_dump().items() if k != "name" and v is not None}
     if settings.name in EMO_OPTIMIZERS:
         kwargs["notify"] = False  # the loop says it, as an event
     lr = preset.train.lr
-    if measures_gain(preset):
+    if measures_gain(preset, held_out=held_out):
         lr = (lr or 1.0) * gain.START
     optimizer = build_optimizer(settings.name, params, lr=lr, **kwargs)
     return Averaged(optimizer) if preset.train.ema and settings.name != "schedulefree" else optimizer
@@ -278,7 +284,8 @@ def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:
             "use `trusted`, which looks at the held-out loss",
         )
     least = MIN_STEPS if preset.stop.min_steps == "auto" else preset.stop.min_steps
-    return StopRule(mode, least, held_out, gain.Gain() if measures_gain(preset) else None)
+    measured = gain.Gain() if measures_gain(preset, held_out=held_out) else None
+    return StopRule(mode, least, held_out, measured)
 
 
 def validate_every(preset: Preset, held_out: int, micro_batches: int | None = None) -> int:
@@ -297,7 +304,7 @@ def validate_every(preset: Preset, held_out: int, micro_batches: int | None = No
     samples = preset.train.micro_batch_size * micro_batches + (1.2 if tiny else 0.0)
     draws = VALIDATION_DRAWS if held_out else 2 * VALIDATION_DRAWS  # flipped, and as they are
     share = VALIDATION_SHARE_TINY if tiny else VALIDATION_SHARE
-    if measures_gain(preset):
+    if measures_gain(preset, held_out=held_out > 0):
         share *= GAIN_SHARE
     wanted = pictures * (draws + 1) / (share * 2.5 * samples)
     return max(10, math.ceil(wanted / 10) * 10)

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from emotrain.cli.app import main
 from emotrain.config.load import load, load_preset
 from emotrain.errors import DatasetError
-from emotrain.runs.build import validate_every
+from emotrain.pulse.gain import START
+from emotrain.runs.build import build_optimizer_of, build_stop_rule, validate_every
 from emotrain.runs.data import read_pictures
 from emotrain.runs.lint import lint_preset
 from emotrain.runs.preflight import SHOWN, preflight
@@ -189,6 +191,18 @@ def test_validations_of_a_built_in_model_take_a_tenth(tmp_path: Path, size: int,
     words = f"train: {{micro_batch_size: {size}, gain: fixed}}"
     loaded = load_preset(preset(tmp_path, "dataset: ./data", words), (), "one")
     assert validate_every(loaded, held_out) == every
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_step_length_is_measured_by_pictures_that_are_not_trained_on_alone(tmp_path: Path, held_out: bool) -> None:
+    loaded = load_preset(preset(tmp_path, "dataset: ./data"), (), "one")
+    weights = [torch.nn.Parameter(torch.zeros(2, 2))]
+    optimizer = build_optimizer_of(loaded, weights, held_out=held_out)
+    assert optimizer.param_groups[0]["scope"] == (START if held_out else 1.0)
+    assert (build_stop_rule(loaded, held_out=held_out).gain is not None) == held_out
+    fixed = load_preset(preset(tmp_path, "dataset: ./data", "train: {gain: fixed}"), (), "one")
+    assert validate_every(loaded, 0) == validate_every(fixed, 0)
+    assert validate_every(loaded, 4) < validate_every(fixed, 4)
 
 
 def test_the_preset_says_how_often_to_validation(tmp_path: Path) -> None:
