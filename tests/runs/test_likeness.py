@@ -104,6 +104,24 @@ def test_the_embedding_is_the_models_own(folder_of: Callable[[str], Path], name:
     assert float(cosine_similarity(ours, stock(name, folder, picture), dim=0)) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_preprocessing_that_has_no_form_without_torchvision_is_done_all_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SIGHT)).eval()
+    model.save_pretrained(tmp_path)
+    hf.ViTImageProcessorPil(size=32).save_pretrained(tmp_path)
+    pixels = hf.ViTImageProcessorPil.from_pretrained(tmp_path)(
+        images=Image.new("RGB", (60, 40), "teal"), return_tensors="pt"
+    )
+    words = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    words["image_processor_type"] = "DINOv3ViTImageProcessorFast"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(words))
+    likeness.refuse_unusable(tmp_path)
+    ours = likeness.load_embedder(tmp_path)(Image.new("RGB", (60, 40), "teal"))
+    with torch.no_grad():
+        stocks = model(**pixels).last_hidden_state[0, 0]
+    assert float(cosine_similarity(ours, stocks, dim=0)) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_the_value_is_the_mean_over_all_pairs(tmp_path: Path) -> None:
     told: list[Event] = []
     reference = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
