@@ -351,7 +351,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[str]:
          f"{median(quick):.2f}, {max(quick):.2f}" if quick else "-", len(quick)),
         ("regret of the runs that ended: median, worst", "at most 1 %, 4 %",
          f"{median(regrets):.1%}, {max(regrets):.1%}", len(regrets)),
-        ("regret, flipped: median, worst", "at most 2.5 %, 8 %",
+        ("regret, flipped (a trial, no run has it): median, worst", "at most 2.5 %, 8 %",
          f"{median(flipped):.1%}, {max(flipped):.1%}" if flipped else "-", len(flipped)),
         ("steps over the oracle's: median", "at most 1.4", f"{median(ratios):.2f}", len(ratios)),
         ("the same, runs that ended: least", "at least 0.8", f"{min(early):.2f}", len(early)),
