@@ -118,7 +118,7 @@ CASES = {
     "flux": ("model=builtin:tiny-flux",),
     "class-and-texts": ("dataset.class=square", "network.text_encoder=true"),
     "lokr-and-suspects": ("network.type=lokr", "dataset.suspects=weigh"),
-    "gain": ("train.lr=2000", "validate.every=1"),
+    "gain": ("train.lr=2000", "validate.every=1", "validate.fraction=0.3"),
     "corrected-batches": ("train.loss.baseline=corrected", "train.micro_batch_size=3", "dataset.balance=equal"),
     "adamw": ("train.optimizer=adamw", "train.lr=1e-3", "network.targets=all"),
     "bf16": ("model.dtype=bf16",),
