@@ -241,8 +241,13 @@ def a10() -> Answer:
 
 @entry("A11", "continue sets the network, and says so")
 def a11() -> Answer:
+    import torch
+    from safetensors.torch import save_file
+
     pics()
-    Path("x.safetensors").write_bytes(hostile.lora_files()["kohya"])
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    halves = {f"{stem}.lora_down.weight": torch.ones(2, 96), f"{stem}.lora_up.weight": torch.zeros(96, 2)}
+    save_file({**halves, f"{stem}.alpha": torch.tensor(2.0)}, "x.safetensors", {"ss_base_model_version": "sd_v1"})
     return wanted(emotrain("check", preset(more="start_from: {continue: ./x.safetensors}")), 0, "continues", "rank 2")
 
 
