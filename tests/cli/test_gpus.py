@@ -154,8 +154,8 @@ def test_torchrun_starts_again_from_the_last_checkpoint(place: Path) -> None:
     assert emotrain(place, "run", "p.yaml", "--gpus", "2", "--name", "straight").end()[0] == 0
     words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     run = Started([*words, "-m", "emotrain", "run", "p.yaml", "--name", "again", "--json"], place)
-    code, events, _ = run.at(5, lambda: os.kill(run.ranks()[1], signal.SIGKILL)).end()
-    assert code == 0
+    code, events, said = run.at(5, lambda: os.kill(run.ranks()[1], signal.SIGKILL)).end()
+    assert code == 0, said
     assert next(event["start_step"] for event in events if event.get("event") == "run_start") == 3
     assert_equal(place / "runs" / "again", place / "runs" / "straight")
 
