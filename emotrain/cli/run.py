@@ -130,7 +130,7 @@ def _queue(
     codes: list[int] = []
     kept = KeptBase()
     for number, one in enumerate(loaded, 1):
-        kept.next = tuple(getattr(one.preset.model, word) for one in loaded[number : number + 1] for word in WORDS)
+        kept.next = tuple(getattr(after.preset.model, word) for after in loaded[number : number + 1] for word in WORDS)
         tell(f"run {number} of {len(loaded)}: {one.preset.name}")
         codes.append(guarded(lambda one=one: work(one), as_json=as_json))  # type: ignore[misc]
         _free()

@@ -39,10 +39,10 @@ class KeptBase:
             paths: its files and folders.
             read: modules and what belongs to them, on the CPU.
         """
-        stamp, held = tuple(map(_stamp, paths)), self._held
-        self._held = None
-        self.reused = held is not None and held[:2] == (model, stamp)
-        pieces = held[2] if held is not None and self.reused else read()
+        stamp = tuple(map(_stamp, paths))
+        self.reused = self._held is not None and self._held[:2] == (model, stamp)
+        held, self._held = self._held if self.reused else None, None  # what is not used goes before another is read
+        pieces = read() if held is None else held[2]
         if model != self.next or not _room_for(pieces):
             return pieces
         self._held = model, stamp, pieces

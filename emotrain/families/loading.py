@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from emotrain.families.pieces import load_denoiser, load_pieces, load_vae, text_
 from emotrain.families.quantize import quantize_linears
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import Given
+from emotrain.families.sniff_file import companion
 from emotrain.families.table import Sniffed, sniff
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -102,7 +104,8 @@ def load(
     for _, form in plan.encoders:
         require_backend(form, "model.quantize_text_encoders")
     read = partial(_read, found, kind, revision, Given(vae, text_encoder, tokenizer))
-    paths = [path for path in (str(found.path), vae, text_encoder, tokenizer) if path is not None]
+    beside = str(companion(Path(found.path))) if found.kind == "file" else None
+    paths = [path for path in (str(found.path), beside, vae, text_encoder, tokenizer) if path is not None]
     model = base, family, vae, text_encoder, tokenizer, revision, dtype, prediction  # as `kept.WORDS`
     pieces = read() if kept is None else kept.load(model, paths, read)
     if found.prediction != "flow" and pieces["scheduler"].config.get("prediction_type") != found.prediction:

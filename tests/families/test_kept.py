@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ from emotrain.families.kept import WORDS, KeptBase
 A, B = tuple("a" * len(WORDS)), tuple("b" * len(WORDS))
 
 
+class Tokenizer:
+    """Something that is handed on as it is."""
+
+
 def fresh() -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     model[2].weight = model[0].weight  # tied
-    return {"denoiser": model, "tokenizer": object()}
+    return {"denoiser": model, "tokenizer": Tokenizer()}
 
 
 @pytest.fixture
@@ -70,3 +76,19 @@ def test_only_what_the_next_run_needs_is_kept(file: str, monkeypatch: pytest.Mon
     kept.load(A, [file], fresh)
     kept.load(A, [file], fresh)
     assert not kept.reused  # no room for two
+
+
+def test_what_is_not_used_is_let_go_before_another_is_read(file: str) -> None:
+    """Else two models lie in memory where one has room."""
+    kept = KeptBase()
+    kept.next = A
+    held = weakref.ref(kept.load(A, [file], fresh)["tokenizer"])
+    seen: list[object] = []
+
+    def read() -> dict[str, Any]:
+        gc.collect()
+        seen.append(held())
+        return fresh()
+
+    kept.load(B, [file], read)
+    assert seen == [None]

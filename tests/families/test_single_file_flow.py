@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import emotrain.assets.make_assets as maker
 from emotrain.cli.app import main
 from emotrain.errors import ModelError
 from emotrain.families import load_family
+from emotrain.families.kept import KeptBase
 from emotrain.families.single import as_published
 from emotrain.families.table import sniff
 
@@ -218,7 +220,14 @@ def test_an_sd3_file_without_the_t5_goes_without_it(tmp_path: Path, tokenizers: 
     """As the smaller of the two official files, which holds the CLIPs alone."""
     parts = sd3_parts(tokenizers)
     path = write(tmp_path / "model.safetensors", parts, sd3_tensors(parts["transformer"]), clips(parts))
-    family = load_family(str(path), device="cpu")
+    kept = KeptBase()
+    kept.next = (str(path), "auto", None, None, None, None, "auto", "auto")
+    family = load_family(str(path), device="cpu", kept=kept)
+    os.utime(path.with_suffix("") / "tokenizer", ns=(1, 1))
+    load_family(str(path), device="cpu", kept=kept)
+    assert not kept.reused  # something beside the file has changed
+    load_family(str(path), device="cpu", kept=kept)
+    assert kept.reused
     assert [part.name for part in family.text_encoders] == ["text_encoder", "text_encoder_2"]
     tokens = family.encode_texts(["tiger"])["prompt_embeds"][:, 32:]
     assert tokens.shape == (1, 256, 128)
