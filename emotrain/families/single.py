@@ -160,10 +160,10 @@ def _denoiser(found: Sniffed, folder: Path, dtype: torch.dtype) -> Any:
     import diffusers
 
     spec, path = FAMILIES[found.family], str(found.path)
-    source: Any = unscaled(Path(path), dtype) or path
-    if source == path and any(_NORM.search(name) for name in read_header(Path(path)).shapes):
-        source = load_file(path)
-    source = as_published(source) if isinstance(source, dict) else source
+    tensors = unscaled(Path(path), dtype)
+    if tensors is None and any(map(_NORM.search, read_header(Path(path)).shapes)):
+        tensors = load_file(path)
+    source: Any = path if tensors is None else as_published(tensors)
     denoiser = guard(
         path, "", lambda: getattr(diffusers, spec.denoiser_class).from_single_file(
             source, config=str(folder), subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True

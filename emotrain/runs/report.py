@@ -37,6 +37,7 @@ from emotrain.runs.lineage import Run, differences, file_digest, read_run
 from emotrain.runs.pictures import actions_of, rank_pictures
 from emotrain.train.events import Event, Notice, Phase
 
+Rows = Sequence[Mapping[str, Any]]  # of a log
 PAGE = "report.html"
 SAMPLE_SIDE, PICTURE_SIDE = 384, 112  # pixels of the pictures on the page
 MOST_SAMPLES = 240  # pictures: with more, evenly spaced steps are shown
@@ -236,23 +237,21 @@ def _number(value: object) -> float | None:
     return float(value) if abs(value) < 1e300 else None
 
 
-def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+def _last(rows: Rows, key: str) -> float | None:
     return _number(rows[-1].get(key)) if rows else None
 
 
-def _points(rows: Sequence[Mapping[str, Any]], key: str) -> Points:
+def _points(rows: Rows, key: str) -> Points:
     pairs = ((float(row["step"]), _number(row.get(key))) for row in rows)
     return tuple((step, value) for step, value in pairs if value is not None)
 
 
-def _curves(*logs: Sequence[Mapping[str, Any]]) -> Curves:
-    """The curves of metrics.jsonl, validation.jsonl and likeness.jsonl."""
-    steps, validations, likenesses = logs
+def _curves(steps: Rows, validations: Rows, likenesses: Rows) -> Curves:
     own = {name: _points(steps, name) for name in ("loss", "scalar", "trust", "pulse")}
     return Curves(validation=_points(validations, "loss"), likeness=_points(likenesses, "likeness"), **own)
 
 
-def _held_against(likenesses: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, float], ...]:
+def _held_against(likenesses: Rows) -> tuple[tuple[str, float], ...]:
     """What the likeness is held against, as the last row of its log says it."""
     names = (("without", "base_likeness"), ("pictures", "among_pictures"))
     return tuple((label, value) for label, key in names if (value := _last(likenesses, key)) is not None)
@@ -267,7 +266,7 @@ def _same_validation(info: Mapping[str, Any], base_loss: float | None) -> object
 
 
 def _facts(
-    info: Mapping[str, Any], preset: Preset | None, steps: Sequence[Mapping[str, Any]], last: int | None, ranked: int
+    info: Mapping[str, Any], preset: Preset | None, steps: Rows, last: int | None, ranked: int
 ) -> tuple[tuple[str, str], ...]:
     seconds = math.fsum(value for _, value in _points(steps, "step_s"))
     facts = [("steps", "" if last is None else str(last))]
