@@ -34,7 +34,7 @@ from emotrain.pulse.stopping import MIN_STEPS, StopRule
 from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import parents
 from emotrain.runs.adapters import build_adapter
-from emotrain.runs.data import Pictures
+from emotrain.runs.data import Pictures, evenly
 from emotrain.runs.draw import Sampler
 from emotrain.runs.encoding import Encoders
 from emotrain.runs.sample_base import SampleBase
@@ -194,9 +194,7 @@ def prepare_data(preset: Preset, model: Model, pictures: Pictures, settings: Loa
 
 def flipped_ids(preset: Preset, pictures: Pictures) -> list[str]:
     """Training pictures for the validation, evenly spread over the data set."""
-    own = [example.id for example in pictures.train if not example.prior]
-    count = min(preset.validate_.probe_images, len(own))
-    return list(dict.fromkeys(own[i * len(own) // count] for i in range(count)))
+    return list(dict.fromkeys(example.id for example in evenly(pictures.own, preset.validate_.probe_images)))
 
 
 def build_sampler(

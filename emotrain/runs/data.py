@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from emotrain.config.schema import Preset
@@ -67,6 +67,17 @@ class Pictures:
     def all(self) -> tuple[Example, ...]:
         """Both."""
         return (*self.train, *self.held_out)
+
+    @property
+    def own(self) -> list[Example]:
+        """Of those that are trained on, the subject's: no regularisation pictures."""
+        return [example for example in self.train if not example.prior]
+
+
+def evenly(examples: Sequence[Example], most: int) -> list[Example]:
+    """At most so many of them, evenly spaced."""
+    count = min(len(examples), most)
+    return [examples[number * len(examples) // count] for number in range(count)]
 
 
 def read_pictures(preset: Preset, known: Mapping[str, str] | None = None) -> Pictures:

@@ -20,9 +20,9 @@ from torch.nn.functional import normalize
 from emotrain.config.schema import Preset
 from emotrain.dataset.images import open_picture
 from emotrain.errors import EmotrainError, ModelError
-from emotrain.families.component import guard
+from emotrain.families.component import guard, refuse_filled_up
 from emotrain.families.headers import read_json
-from emotrain.runs.data import Pictures
+from emotrain.runs.data import Pictures, evenly
 from emotrain.train import rng
 from emotrain.train.events import Event, LikenessMeasured, Notice, Phase
 
@@ -99,8 +99,7 @@ def _model(where: str, kind: str, config: dict[str, Any]) -> Any:
     model, found = loader.from_pretrained(
         where, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **LOCAL, **more
     )
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights
-        raise ModelError(f"`{where}` is without {len(missing)} weights of its model, such as {missing[0]}", WHAT)
+    refuse_filled_up(where, found)
     return model.eval()
 
 
@@ -215,9 +214,7 @@ def build_likeness(preset: Preset, pictures: Pictures, notify: Callable[[Event],
         return None
     notify(Phase("looking at the pictures with the vision model"))
     folder = Path(validate.likeness)
-    own = pictures.held_out or [example for example in pictures.train if not example.prior]
-    count = min(len(own), MOST_PICTURES)
-    paths = [own[number * len(own) // count].path for number in range(count)]
+    paths = [example.path for example in evenly(pictures.held_out or pictures.own, MOST_PICTURES)]
     with rng.untouched():
         reference = embeddings(folder, paths)
     trigger = preset.dataset.trigger
