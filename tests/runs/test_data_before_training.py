@@ -16,7 +16,7 @@ from emotrain.config.load import load, load_preset
 from emotrain.errors import DatasetError
 from emotrain.pulse.gain import START
 from emotrain.runs.build import build_optimizer_of, build_stop_rule, validate_every
-from emotrain.runs.data import read_pictures
+from emotrain.runs.data import evenly, read_pictures
 from emotrain.runs.lint import lint_preset
 from emotrain.runs.preflight import SHOWN, preflight
 
@@ -208,3 +208,10 @@ def test_the_step_length_is_measured_by_pictures_that_are_not_trained_on_alone(t
 def test_the_preset_says_how_often_to_validation(tmp_path: Path) -> None:
     asked = load_preset(preset(tmp_path, "dataset: ./data", "validate: {every: 7}"), (), "one")
     assert validate_every(asked, 4) == 7
+
+
+def test_pictures_are_chosen_over_the_whole_set() -> None:
+    some: Any = list("abcdefg")
+    assert evenly(some, 3) == ["a", "c", "e"]
+    assert evenly(some, 9) == some
+    assert evenly([], 3) == []
