@@ -438,3 +438,43 @@ def separate_files(kind: str, pipeline: Any, folder: Path) -> dict[str, Path]:
         (folder / part / "config.json").write_text(json.dumps(config, default=str))
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     return {**files, "tokenizer": folder / "tokenizer"}
+
+
+def anima_parts(t5_tokenizer: Any) -> dict[str, Any]:
+    """Anima's parts by the names of diffusers' modular pipeline; it reads captions by two tokenizers."""
+    from diffusers import AnimaTextConditioner, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(21)
+    conditioner = AnimaTextConditioner(
+        source_dim=32, target_dim=32, model_dim=32, num_layers=2, num_attention_heads=4,
+        target_vocab_size=len(t5_tokenizer) + 8,
+    )  # fmt: skip
+    return {
+        "transformer": denoiser_of("anima"), "vae": vae_of("anima"), "text_encoder": qwen(32),
+        "text_conditioner": conditioner.eval(), "tokenizer": qwen_tokenizer(), "t5_tokenizer": t5_tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }  # fmt: skip
+
+
+def anima_files(parts: dict[str, Any], folder: Path) -> Path:
+    """A folder with anima.safetensors, vae.safetensors, text_encoder.safetensors and configs of these sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = {f"net.llm_adapter.{k}": v.contiguous() for k, v in parts["text_conditioner"].state_dict().items()}
+    save_file(
+        {k: v.contiguous() for k, v in original_denoiser("anima", parts["transformer"]).items()} | adapter,
+        folder / "anima.safetensors",
+    )
+    save_file({k: v.contiguous() for k, v in parts["vae"].state_dict().items()}, folder / "vae.safetensors")
+    language = {f"model.{k}": v.contiguous() for k, v in parts["text_encoder"].state_dict().items()}
+    save_file(language, folder / "text_encoder.safetensors")
+    beside = folder / "anima"
+    for name, config in (
+        ("anima/transformer", dict(parts["transformer"].config)), ("vae", dict(parts["vae"].config)),
+        ("anima/text_encoder_2", dict(parts["text_conditioner"].config)),
+        ("text_encoder", parts["text_encoder"].config.to_dict()),
+    ):  # fmt: skip
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config, default=str))
+    parts["tokenizer"].save_pretrained(beside / "tokenizer")
+    parts["t5_tokenizer"].save_pretrained(beside / "tokenizer_2")
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +10,7 @@ import diffusers.models.transformers.transformer_cosmos as cosmos
 import numpy as np
 import pytest
 import torch
-from newer_models import denoiser_of, original_denoiser, qwen, qwen_tokenizer, vae_of
-from safetensors.torch import save_file
+from newer_models import anima_files, anima_parts, denoiser_of
 
 from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
@@ -28,43 +26,12 @@ NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
 
 @pytest.fixture(scope="module")
 def parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
-    from diffusers import AnimaTextConditioner, FlowMatchEulerDiscreteScheduler
-
-    torch.manual_seed(21)
-    conditioner = AnimaTextConditioner(
-        source_dim=32, target_dim=32, model_dim=32, num_layers=2, num_attention_heads=4,
-        target_vocab_size=len(tokenizers["t5"]) + 8,
-    )  # fmt: skip
-    return {
-        "transformer": denoiser_of("anima"), "vae": vae_of("anima"), "text_encoder": qwen(32),
-        "text_conditioner": conditioner.eval(), "tokenizer": qwen_tokenizer(), "t5_tokenizer": tokenizers["t5"],
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-    }  # fmt: skip
+    return anima_parts(tokenizers["t5"])
 
 
 @pytest.fixture(scope="module")
 def files(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with anima.safetensors, vae.safetensors, text_encoder.safetensors and configs of these sizes."""
-    folder = tmp_path_factory.mktemp("anima")
-    adapter = {f"net.llm_adapter.{k}": v.contiguous() for k, v in parts["text_conditioner"].state_dict().items()}
-    save_file(
-        {k: v.contiguous() for k, v in original_denoiser("anima", parts["transformer"]).items()} | adapter,
-        folder / "anima.safetensors",
-    )
-    save_file({k: v.contiguous() for k, v in parts["vae"].state_dict().items()}, folder / "vae.safetensors")
-    language = {f"model.{k}": v.contiguous() for k, v in parts["text_encoder"].state_dict().items()}
-    save_file(language, folder / "text_encoder.safetensors")
-    beside = folder / "anima"
-    for name, config in (
-        ("anima/transformer", dict(parts["transformer"].config)), ("vae", dict(parts["vae"].config)),
-        ("anima/text_encoder_2", dict(parts["text_conditioner"].config)),
-        ("text_encoder", parts["text_encoder"].config.to_dict()),
-    ):  # fmt: skip
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(config, default=str))
-    parts["tokenizer"].save_pretrained(beside / "tokenizer")
-    parts["t5_tokenizer"].save_pretrained(beside / "tokenizer_2")
-    return folder
+    return anima_files(parts, tmp_path_factory.mktemp("anima"))
 
 
 def load(files: Path) -> LoadedFamily:

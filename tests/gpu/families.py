@@ -15,12 +15,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 
-from newer_models import modular_pipeline_of, pipeline_of, qwen_tokenizer  # noqa: E402
+from newer_models import (  # noqa: E402
+    anima_files,
+    anima_parts,
+    modular_pipeline_of,
+    pipeline_of,
+    qwen_tokenizer,
+    t5,
+)
 
 from emotrain.cli.app import main as emotrain  # noqa: E402
 from emotrain.lora.file import read_lora  # noqa: E402
 
-KINDS = ("zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma", "qwen21", "flux3")
+KINDS = ("zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma", "qwen21", "flux3", "anima")
 TOKENIZERS = {"qwen21": "processor", "flux3": "tokenizer"}  # of those that diffusers has as modular blocks alone
 REST = (
     "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
@@ -29,8 +36,17 @@ REST = (
 )
 
 
-def saved(kind: str, folder: Path) -> Path:
-    """A small random model as a folder."""
+def saved(kind: str, folder: Path) -> dict[str, str]:
+    """A small random model as a folder, Anima as the three files that it is used as; `model`'s keys of a preset."""
+    if kind != "anima":
+        return {"base": str(saved_folder(kind, folder))}
+    anima_files(anima_parts(t5(32)[1]), folder)
+    files = {"base": "anima", "vae": "vae", "text_encoder": "text_encoder"}
+    return {key: str(folder / f"{name}.safetensors") for key, name in files.items()}
+
+
+def saved_folder(kind: str, folder: Path) -> Path:
+    """A small random model as a folder of diffusers."""
     if kind not in TOKENIZERS:
         pipeline_of(kind).save_pretrained(folder)
         if kind == "flux2-dev":  # the public folder's tokenizer reads pictures too
@@ -54,7 +70,7 @@ def whole_run(kind: str, work: Path) -> None:
         AssertionError: the run fails, or did not train on the GPU.
     """
     preset = work / f"{kind}.yaml"
-    preset.write_text(f"model: {saved(kind, work / kind)}\n{REST}", encoding="utf-8")
+    preset.write_text(f"model: {json.dumps(saved(kind, work / kind))}\n{REST}", encoding="utf-8")
     code = emotrain(["run", str(preset), "--plain", "--runs-dir", str(work / "runs")])
     assert code == 0, f"{kind}: exit code {code}"
     folder = work / "runs" / kind
