@@ -114,7 +114,7 @@ def their_model(comfy: Any, model: nn.Module, shapes: dict[str, Tensor]) -> Any:
     else:
         config = comfy.model_detection.model_config_from_unet(shapes, "")
     if config is None:
-        raise LookupError("ComfyUI does not know a model of these names")
+        raise LookupError("not known to this ComfyUI")
     config.set_inference_dtype(torch.bfloat16, None)
     return config.get_model(shapes, "", device=torch.device("meta"))
 
@@ -251,6 +251,9 @@ def table(found: list[dict[str, Any]], version: str) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:
+        if "unknown" in row:
+            lines.append(f"| {row['variant']} | {row['unknown']} | | | | | |")
+            continue
         layout = row["layout"]
         if "refused" in row:
             lines.append(f"| {row['variant']} | {row['model']} | {layout} | not written: {row['refused']} | | | |")
@@ -289,8 +292,7 @@ def main() -> None:
             try:
                 found += list(rows(comfy, variant, Path(folder)))
             except LookupError as unknown:
-                print(f"{variant}: {unknown}", flush=True)
-                continue
+                found.append({"variant": variant, "unknown": str(unknown)})
             print(f"{variant}: {time.monotonic() - start:.0f} s", found[-len(LAYOUTS) - 1 :], flush=True)
     text = table(found, str(importlib.import_module("comfyui_version").__version__))
     print(text)
