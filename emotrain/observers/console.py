@@ -177,6 +177,8 @@ class ConsoleLines:
                     f"base {number(event.base_loss)}{drift}, "
                     f"best {number(event.best_loss)} at step {event.best_step}"
                 )
+                if event.comparison:
+                    self._line(f"beside the best: {event.comparison}")
                 if event.forecast:
                     self._line(f"stop: {event.forecast}")
             case SamplesDrawn():

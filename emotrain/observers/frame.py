@@ -203,11 +203,11 @@ def _validation_words(event: ValidationEnd) -> Text:
     change = (event.best_loss - event.base_loss) / event.base_loss if event.base_loss else 0.0
     best = (f"{change:+.0%}", "good" if change < 0.0 else "bad")
     text = Text.assemble((number(event.loss), "validation"), f" at step {event.step}, ")
-    if event.best_step == event.step:
-        return text.append_tokens([("the best so far (", None), best, (f"), {base}", None)])
-    return text.append_tokens(
-        [(f"best {number(event.best_loss)} at {event.best_step} (", None), best, (f"), {base}", None)]
+    which = (
+        "the best so far" if event.best_step == event.step else f"best {number(event.best_loss)} at {event.best_step}"
     )
+    text.append_tokens([(f"{which} (", None), best, (f"), {base}", None)])
+    return text.append(f"; {event.comparison}", "label") if event.comparison else text
 
 
 def _add_files(table: Table, board: Board) -> None:

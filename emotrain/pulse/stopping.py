@@ -13,18 +13,22 @@ unflipped, and can tell a standstill only.
 
 Where a run measures the gain of its step length (`emotrain.pulse.gain`), the same validations lower it, and the run
 ends when no other gain brings more.
+
+Each validation is compared with the best before it, picture by picture (`emotrain.pulse.paired`). That is said; it does
+not decide.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from emotrain.pulse.gain import NEGLIGIBLE, VAIN, Gain
 from emotrain.pulse.gain import PATIENCE as PATIENCE_OF_GAIN
+from emotrain.pulse.paired import Paired
 from emotrain.pulse.signal import update_averages
 from emotrain.pulse.state import Averages
 
@@ -69,6 +73,9 @@ class StopRule:
     observed_loss: float = field(default=math.nan, compare=False)  # what the last validation said
     best_step: int | None = None
     best_loss: float | None = None
+    best_pictures: list[float] = field(default_factory=list)  # the same, of single pictures
+    best_plain_pictures: list[float] = field(default_factory=list)  # unflipped
+    paired: Paired | None = None  # the last validation beside the best before it
     anchor_step: int = 0  # last best that was worth starting the wait again
     anchor_loss: float = math.inf
     anchor_plain: float | None = None
@@ -80,13 +87,22 @@ class StopRule:
     densest: int = 0  # most lit steps in any window so far
     densest_end: int = 0  # the last step of the first such window
 
-    def update_validation(self, step: int, loss: float, plain: float | None = None) -> bool:
+    def update_validation(
+        self,
+        step: int,
+        loss: float,
+        plain: float | None = None,
+        pictures: Sequence[float] = (),
+        plain_pictures: Sequence[float] = (),
+    ) -> bool:
         """Take in one validation; true when it is the best so far. Step 0 is the base.
 
         Args:
             step: steps done.
             loss: of the held-out or the flipped pictures, finite.
             plain: of the flipped pictures, unflipped.
+            pictures: what `loss` is the mean of.
+            plain_pictures: what `plain` is the mean of.
         """
         self.validations += 1
         if self.base_loss is None:
@@ -100,8 +116,12 @@ class StopRule:
         if plain is not None:
             counts = counts or self.anchor_loss - loss > FAST * gained
         is_best = (self.best_loss is None or loss < self.best_loss) if self.held_out else counts
+        if self.unfair:
+            pictures, plain_pictures = plain_pictures, ()
+        self._compare(step, loss, pictures, plain_pictures)
         if is_best:
             self.best_step, self.best_loss = step, loss
+            self.best_pictures, self.best_plain_pictures = list(pictures), list(plain_pictures)
         if counts:
             self.anchor_step, self.anchor_loss, self.anchor_plain = step, loss, plain
             self.averages, without = None, loss
@@ -111,6 +131,31 @@ class StopRule:
         self.failed_validations = self.failed_validations + 1 if no_fall else 0
         self._update_gain(step, is_best)
         return is_best
+
+    def _compare(self, step: int, loss: float, pictures: Sequence[float], plain: Sequence[float]) -> None:
+        """Note how a validation stands beside the best before it; flipped pictures without what comes of memorising."""
+        self.paired = None
+        if self.best_loss is None or not pictures or len(pictures) != len(self.best_pictures):
+            return
+        assert self.base_loss is not None
+        assert self.best_step is not None
+        gained = [old - new for old, new in zip(self.best_plain_pictures, plain, strict=True)]
+        if math.fsum(gained) > 0.0:
+            pictures = [each + SHARED * more for each, more in zip(pictures, gained, strict=True)]
+        self.paired = Paired.of(
+            pictures,
+            self.best_pictures,
+            step=step,
+            best_step=self.best_step,
+            gained=self.base_loss - min(loss, self.best_loss),
+            base_loss=self.base_loss,
+            negligible=NEGLIGIBLE_PLAIN if self.unfair else NEGLIGIBLE,
+        )
+
+    def evidence(self) -> str:
+        """How the last validation stood beside the best before it, to end a sentence with; empty where unknown."""
+        words = self.paired.words() if self.paired else ""
+        return f"; the last validation, at step {self.paired.step}, is {words}" if self.paired and words else ""
 
     def update_non_finite_validation(self, step: int) -> None:
         """Take in a validation that says nothing but that the steps may be too long."""
@@ -270,7 +315,7 @@ class StopRule:
                 "loss of training pictures",
                 f"last fell by more than {NEGLIGIBLE_PLAIN:.0%} of what was gained",
             )
-        return f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g}) and {why}"
+        return f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g}) and {why}{self.evidence()}"
 
     def to_document(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -284,6 +329,9 @@ class StopRule:
             "unfair": self.unfair,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
+            "best_pictures": self.best_pictures,
+            "best_plain_pictures": self.best_plain_pictures,
+            "paired": asdict(self.paired) if self.paired else None,
             "anchor_step": self.anchor_step,
             "anchor_loss": None if math.isinf(self.anchor_loss) else self.anchor_loss,
             "anchor_plain": self.anchor_plain,
@@ -302,6 +350,8 @@ class StopRule:
         self.base_loss, self.base_plain = document["base_loss"], document["base_plain"]
         self.unfair = document["unfair"]
         self.best_step, self.best_loss = document["best_step"], document["best_loss"]
+        self.best_pictures, self.best_plain_pictures = document["best_pictures"], document["best_plain_pictures"]
+        self.paired = Paired(**document["paired"]) if document["paired"] else None
         self.anchor_step = document["anchor_step"]
         self.anchor_loss = math.inf if document["anchor_loss"] is None else document["anchor_loss"]
         self.anchor_plain = document["anchor_plain"]

@@ -39,7 +39,7 @@ _KINDS: dict[type, tuple[str, ...]] = {  # of the fields of run.json; None stand
           "base_sha256", "dataset_sha256"),
     int: ("steps", "best_step", "seed", "resumes", "skipped", "ranks"),
     float: ("best_loss", "base_loss", "start_loss", "train_s"),
-    dict: ("libraries", "sample_base"),
+    dict: ("libraries", "sample_base", "last_validation"),
     list: ("held_out", "parents", "launch"),
 }  # fmt: skip
 LIBRARIES = (

@@ -119,6 +119,11 @@ class ValidationEnd(Record):
     best_step: int
     best_loss: Annotated[float, "validation/best_loss"]
     forecast: str = ""  # when the run will end if it does not get better
+    compared_step: int | None = None  # of the best validation before this one; 0 is the base
+    difference: Annotated[float | None, "validation/difference"] = None  # to that, mean of the same pictures
+    difference_error: Annotated[float | None, "validation/difference_error"] = None  # standard error, over pictures
+    improvement_chance: float | None = None  # of an improvement that counts
+    comparison: str = ""  # these figures in words
 
 
 @dataclass(frozen=True)

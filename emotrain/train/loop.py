@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
@@ -340,19 +341,20 @@ def _validate(parts: Parts, limits: Limits, validation: Validation, state: Train
     def progress(done: int, total: int) -> None:
         parts.notify(Phase("validating", done, total))
 
-    def measured() -> tuple[float, float | None]:
-        plain = plain_validation.loss(progress) if plain_validation else None
-        return (plain if was_unfair and plain is not None else validation.loss(progress)), plain
+    def measured() -> tuple[list[float], list[float]]:
+        plain = plain_validation.pictures(progress) if plain_validation else []
+        return (plain if was_unfair else validation.pictures(progress)), plain
 
     progress(0, 1)
     with parts.ranks.together():
-        loss, plain = with_memory(f"at the validation of step {state.step}", measured)
+        pictures, plain_pictures = with_memory(f"at the validation of step {state.step}", measured)
     progress(1, 1)
+    loss, plain = fmean(pictures), fmean(plain_pictures) if plain_pictures else None
     if not math.isfinite(loss) or not math.isfinite(plain or 0.0):
         parts.notify(Notice(f"the validation at step {state.step} was not finite and is left out"))
         rule.update_non_finite_validation(state.step)
         return
-    if rule.update_validation(state.step, loss, plain):
+    if rule.update_validation(state.step, loss, plain, pictures, plain_pictures):
         state.best_step, state.best_loss = state.step, rule.observed_loss
         state.best_adapter = parts.adapter.state()
     if rule.unfair and not was_unfair:
@@ -361,6 +363,7 @@ def _validate(parts: Parts, limits: Limits, validation: Validation, state: Train
     assert rule.best_step is not None
     assert rule.best_loss is not None
     drift = validation.drift() if state.step else 0.0
+    paired = rule.paired
     parts.notify(
         ValidationEnd(
             step=state.step,
@@ -371,6 +374,11 @@ def _validate(parts: Parts, limits: Limits, validation: Validation, state: Train
             best_step=rule.best_step,
             best_loss=rule.best_loss,
             forecast=rule.forecast(state.step, limits.max_steps, limits.validate_every),
+            compared_step=paired.best_step if paired else None,
+            difference=paired.difference if paired else None,
+            difference_error=paired.error if paired else None,
+            improvement_chance=paired.chance if paired else None,
+            comparison=paired.words() if paired else "",
         )
     )
 
@@ -420,7 +428,9 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
             if state.step % limits.save_every:
                 parts.save(state)
             return Outcome(StopReason.INTERRUPTED, f"stopped by you after step {state.step}")
-    return Outcome(StopReason.MAX_STEPS, f"the ceiling of {limits.max_steps} steps was reached")
+    return Outcome(
+        StopReason.MAX_STEPS, f"the ceiling of {limits.max_steps} steps was reached{parts.stop_rule.evidence()}"
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:

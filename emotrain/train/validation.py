@@ -109,9 +109,10 @@ class Validation:
                 )
             )
 
-    def loss(self, progress: Callable[[int, int], None] | None = None) -> float:
-        """Mean loss over all pictures and draws; `progress` is told how many of how many pieces are done."""
-        return float(self.losses(progress).mean())
+    def pictures(self, progress: Callable[[int, int], None] | None = None) -> list[float]:
+        """Mean loss of each picture over its draws; `progress` is told how many of how many pieces are done."""
+        each: list[float] = self.losses(progress).double().view(-1, self.draws).mean(dim=1).tolist()
+        return each
 
     @torch.no_grad()
     def losses(self, progress: Callable[[int, int], None] | None = None) -> Tensor:

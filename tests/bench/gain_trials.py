@@ -138,14 +138,14 @@ class Keeping:
         self.items: dict[int, list[float]] = {}  # losses of single pictures and draws
         self.weights: dict[int, dict[str, Tensor]] = {}
 
-    def loss(self, progress: object = None) -> float:
-        """Of the pictures."""
+    def pictures(self, progress: object = None) -> list[float]:
+        """Their losses."""
         step = self.state.step
         self.weights[step] = self.place.run.model.adapter.state()
         items = self.inner.losses()
         self.items[step] = [round(float(value), 7) for value in items]
         self.losses[step] = float(items.mean())
-        return self.losses[step]
+        return items.double().view(-1, self.inner.draws).mean(dim=1).tolist()
 
     def drift(self) -> float:
         """Not measured."""

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -183,11 +184,11 @@ class BothValidations:
     ):
         self.held, self.flipped, self.record, self.state, self.keep = held, flipped, record, state, keep
 
-    def loss(self, progress: object = None) -> float:
-        step = str(self.state.step)
-        self.record.held[step], self.record.flipped[step] = self.held.loss(), self.flipped.loss()
+    def pictures(self, progress: object = None) -> list[float]:
+        step, held = str(self.state.step), self.held.pictures()
+        self.record.held[step], self.record.flipped[step] = fmean(held), fmean(self.flipped.pictures())
         self.keep(self.state.step)
-        return self.record.held[step]
+        return held
 
     def drift(self) -> float:
         return 0.0
@@ -295,7 +296,7 @@ class LongRun:
                 self._build()
             assert self.plain_validation is not None
             self.model.adapter.load_state(load_file(self.folder / f"{step:05d}.safetensors"))
-            self.record.plain[str(step)] = self.plain_validation.loss()
+            self.record.plain[str(step)] = fmean(self.plain_validation.pictures())
             self.save()
         return self.record.plain[str(step)]
 

@@ -73,7 +73,7 @@ def test_every_event_is_told_in_whole_lines_without_control_codes(
         Notice(hostile),
         Notice("fine", "info"),
         make_step(1, skipped=2),
-        ValidationEnd(1, 0.6, -0.1, 1.5, 0.01, 1, 0.6),
+        ValidationEnd(1, 0.6, -0.1, 1.5, 0.01, 1, 0.6, comparison=hostile + "better than the base model"),
         SamplesDrawn(1, (path,), (hostile,), path / "sheet.png"),
         Saved(1, path, best=True),
         RunEnd(1, "signal", hostile, path, 1, 0.6, 61.0, "emotrain resume x"),
@@ -86,7 +86,8 @@ def test_every_event_is_told_in_whole_lines_without_control_codes(
     lines = lines_of(stream)
     assert [line for line in lines if line.startswith("warning: ")] == ["warning: [2J  evil"]
     assert "fine" in lines
-    for word in ("validation at step 1: loss 0.6000", "samples at step 1", "saved the best", "skipped 2",
+    for word in ("validation at step 1: loss 0.6000", "beside the best: [2J  evil", "than the base model",
+                 "samples at step 1", "saved the best", "skipped 2",
                  "ended at step 1 (signal)", "took 1:01", "resume with: emotrain resume x"):  # fmt: skip
         assert word in text, word
 

@@ -44,6 +44,8 @@ SIZES = [(80, 24), (120, 40), (200, 50), (40, 12), (60, 17), (400, 120), (24, 6)
 HOSTILE = "\x1b[2J\x07[bold]x[/] \u202eأهلا\u2066 日本語の名前" + "a\u0301" * 40 + "\n\ud800" * 9
 FORECAST = "1 of 2 validations without improvement; ends at step 310 to 380 if the next is no better"
 
+COMPARISON = "worse than step 5 by 0.2% of the gain, plus or minus 0.4%; the chance of an improvement of 0.5% is 7%"
+
 
 def a_run(make_start: MakeStart, make_step: MakeStep, text: str, steps: int) -> Iterator[Event]:
     path = Path("runs") / (text.replace("/", "") * 4)
@@ -56,7 +58,7 @@ def a_run(make_start: MakeStart, make_step: MakeStep, text: str, steps: int) -> 
     for step in range(1, steps + 1):
         yield make_step(step, observed_loss=0.4, memory_gib=1.25, skipped=2, ready=True)
         if step % 5 == 0:
-            yield ValidationEnd(step, 0.6, -0.1, 1.5, 0.01, 5, 0.6, FORECAST)
+            yield ValidationEnd(step, 0.6, -0.1, 1.5, 0.01, 5, 0.6, FORECAST, comparison=COMPARISON)
     yield SamplesDrawn(steps, (path,), (text,), path / "sheet.png")
     yield LikenessMeasured(steps, 0.7, 0.41, 0.78)
     yield Saved(steps, path / "step", best=True)
@@ -142,6 +144,7 @@ def test_a_forecast_and_a_warning_are_never_cut(board: Board, make_start: MakeSt
             shown = "".join("".join(frame_of(board, columns, rows)).split())
             assert notice.replace(" ", "") in shown
             assert FORECAST.replace(" ", "") in shown
+            assert COMPARISON.replace(" ", "") in shown
             assert "step12" in shown
 
 

@@ -63,6 +63,11 @@ def test_metrics_have_a_line_a_step_and_validations_their_own_file(
             "best_step": 5,
             "best_loss": 0.6,
             "forecast": "",
+            "compared_step": None,
+            "difference": None,
+            "difference_error": None,
+            "improvement_chance": None,
+            "comparison": "",
         }
     ]
 

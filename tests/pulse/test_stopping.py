@@ -112,23 +112,26 @@ def test_the_meter_stays_within_bounds_and_is_full_at_the_end():
 
 def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
     curve = valley(150)
-    straight = StopRule()
-    end, _ = play(straight, curve)
-    first = StopRule()
-    first.update_validation(0, curve(0))
-    for step in range(1, 131):
-        first.update_step(False)
-        if step % 10 == 0:
-            first.update_validation(step, curve(step))
-    second = StopRule()
-    second.load_document(json.loads(json.dumps(first.to_document())))
-    step = 130
-    while not second.decide(step):
-        step += 1
-        second.update_step(False)
-        if step % 10 == 0:
-            second.update_validation(step, curve(step))
-    assert step == end
+
+    def go_on(rule: StopRule, step: int, last: int) -> tuple[int, str | None]:
+        while step < last and not rule.decide(step):
+            step += 1
+            rule.update_step(False)
+            if step % 10 == 0:
+                pictures = [curve(step) + 0.01 * math.sin(step * k) / 3 for k in (1, 2, 3)]
+                rule.update_validation(step, sum(pictures) / 3, None, pictures)
+        return step, rule.decide(step)
+
+    straight, first, second = StopRule(), StopRule(), StopRule()
+    for rule in (straight, first):
+        rule.update_validation(0, curve(0), None, [curve(0)] * 3)
+    step, sentence = go_on(straight, 0, 1000)
+    for cut in (130, step):  # half-way, and between the decision and the hand-over
+        go_on(first, 0 if cut == 130 else 130, cut)
+        second.load_document(json.loads(json.dumps(first.to_document())))
+        assert second == first
+    assert "the last validation, at step" in str(sentence)
+    assert go_on(second, step, 1000) == (step, sentence)
 
 
 def test_the_saves_around_the_densest_signals_are_named():

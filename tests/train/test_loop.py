@@ -142,7 +142,7 @@ def test_the_best_adapter_is_kept_and_is_not_the_last_one():
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder)
     losses = iter([1.0, 0.5, 0.7, 0.8])
-    falling = {"loss": lambda s, progress: next(losses), "drift": lambda s: 0.0}
+    falling = {"pictures": lambda s, progress: [next(losses)], "drift": lambda s: 0.0}
     parts = replace(parts, validation=type("P", (), falling)())
     fit(parts, limits(), state)
     assert state.best_step == 2
@@ -153,7 +153,7 @@ def test_the_best_adapter_is_kept_and_is_not_the_last_one():
 def test_once_mirroring_is_unfair_only_the_pictures_as_they_are_are_measured_and_the_run_says_so_once():
     def validation(losses: list[float]) -> object:
         left = iter(losses)
-        return type("P", (), {"loss": lambda s, progress: next(left), "drift": lambda s: 0.0})()
+        return type("P", (), {"pictures": lambda s, progress: [next(left)], "drift": lambda s: 0.0})()
 
     recorder, state = Recorder(), TrainState()
     flipped, plain = (
@@ -180,7 +180,7 @@ def test_an_averaging_optimizer_is_validated_and_kept_with_its_averaged_weights(
     parts = replace(
         parts,
         optimizer=optimizer,
-        validation=type("P", (), {"loss": lambda s, progress: next(falling), "drift": lambda s: 0.0})(),
+        validation=type("P", (), {"pictures": lambda s, progress: [next(falling)], "drift": lambda s: 0.0})(),
     )
     fit(parts, limits(max_steps=6, validate_every=2), state)
     trained = parts.adapter.state()["layer.weight"]
@@ -196,7 +196,7 @@ def measured_run(losses: list[float], **numbers):
     recorder, state, left = Recorder(), TrainState(), iter(losses)
     parts = make_parts(recorder, stop_rule=StopRule(min_steps=1, gain=Gain()))
     optimizer = Averaged(EmoSens(parts.adapter.parameters(), lr=3.0))
-    validation = type("P", (), {"loss": lambda s, progress: next(left), "drift": lambda s: 0.0})()
+    validation = type("P", (), {"pictures": lambda s, progress: [next(left)], "drift": lambda s: 0.0})()
     parts = replace(parts, optimizer=optimizer, validation=validation)
     return recorder, state, parts, fit(parts, limits(**numbers), state)
 
@@ -232,7 +232,7 @@ def test_a_measured_run_that_is_not_finite_goes_on_from_its_best_weights_with_sh
     recorder, state, left = Recorder(), TrainState(), iter([1.0, 0.5, math.nan, math.nan, 0.4, 0.3])
     parts = make_parts(recorder, stop_rule=StopRule(gain=Gain()))
     parts.family.poison = {4, 5, 6}  # step 3 and what would have been in its place
-    validation = type("P", (), {"loss": lambda s, progress: next(left), "drift": lambda s: 0.0})()
+    validation = type("P", (), {"pictures": lambda s, progress: [next(left)], "drift": lambda s: 0.0})()
     parts = replace(parts, optimizer=EmoSens(parts.adapter.parameters(), lr=3.0), validation=validation)
     outcome = fit(parts, limits(max_steps=10), state)
     assert outcome.reason is StopReason.MAX_STEPS
@@ -247,7 +247,7 @@ def test_a_measured_run_that_is_never_finite_ends():
     recorder, state = Recorder(), TrainState()
     parts = make_parts(recorder, stop_rule=StopRule(gain=Gain()))
     parts.family.poison = set(range(2, 100))
-    parts = replace(parts, validation=type("P", (), {"loss": lambda s, progress: 1.0, "drift": lambda s: 0.0})())
+    parts = replace(parts, validation=type("P", (), {"pictures": lambda s, progress: [1.0], "drift": lambda s: 0.0})())
     outcome = fit(parts, limits(), state)
     assert outcome.reason is StopReason.DIVERGED
     assert parts.stop_rule.gain.value < 0.01

@@ -30,11 +30,17 @@ def shift_adapter(family: FakeFamily, by: float) -> None:
 def test_the_same_adapter_gives_the_same_loss_and_another_one_another():
     family = FakeFamily()
     validation = validation_of(family)
-    first = validation.loss()
-    assert validation.loss() == first
+    first = validation.pictures()
+    assert validation.pictures() == first
     shift_adapter(family, 0.1)
-    assert validation.loss() != first
-    assert validation_of(family, draws=2).loss() != validation.loss()
+    assert validation.pictures() != first
+    assert validation_of(family, draws=2).pictures() != validation.pictures()
+
+
+def test_a_picture_counts_once_with_the_mean_of_its_draws():
+    validation = validation_of(FakeFamily(), draws=4)
+    losses = validation.losses().tolist()
+    assert validation.pictures() == pytest.approx([sum(losses[i : i + 4]) / 4 for i in (0, 4, 8)])
 
 
 def test_drift_is_the_mean_square_of_what_the_adapter_adds():
