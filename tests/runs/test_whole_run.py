@@ -315,9 +315,10 @@ def test_where_nothing_is_held_out_pictures_are_validationd_mirrored_and_as_they
     train("quickstart", tmp_path, "validate.fraction=0", *short, name="all")
     train("quickstart", tmp_path, *short, name="held")
     assert [step for step, *_ in observed_loss] == [0, 1] * 2
-    for _, flipped, plain in observed_loss[:2]:
+    for _, flipped, plain, *pictures in observed_loss[:2]:
         assert 0.3 < plain < flipped < 0.9  # the base knows these shapes as they are
-    assert [plain for *_, plain in observed_loss[2:]] == [None] * 2
+        assert [sum(each) / len(each) for each in pictures] == pytest.approx([flipped, plain])
+    assert [(told[2], len(told[3]), told[4]) for told in observed_loss[2:]] == [(None, 4, [])] * 2
 
 
 def test_the_offer_to_train_on_all_pictures_can_be_run_as_it_is_printed(tmp_path, monkeypatch, capsys):
