@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ConfigError, Problem
 
 FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
@@ -130,8 +131,15 @@ def differs(lines: list[str], hint: str) -> CheckpointError:
 
 
 def preset_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ and that a resumed run is not free to change."""
+    """Keys whose values differ and that a resumed run is not free to change.
+
+    A key that was not there yet when the checkpoint was saved stood at its default, but for those of `FIXED`, on which
+    the checkpoint's state depends.
+    """
     old, new = dict(flat(before)), dict(flat(after))
+    for key in new.keys() - old.keys() - set(FIXED):
+        if (usual := re.sub(r"\.\d+", ".0", key)) in _DEFAULTS:
+            old[key] = _DEFAULTS[usual]
     lines = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
@@ -170,3 +178,13 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(inner, f"{prefix}.{index}")
     else:
         yield prefix, value
+
+
+def _defaults() -> dict[str, Any]:
+    least = (
+        '{"model": {"base": "-"}, "dataset": {"folders": [{"path": "-"}]}, "start_from": {"stack": [{"path": "-"}]}}'
+    )
+    return {key: value for key, value in flat(Preset.model_validate_json(least).to_dict()) if value != "-"}
+
+
+_DEFAULTS = _defaults()  # dotted key -> value; entries of lists as number 0
