@@ -247,6 +247,11 @@ class TrainSection(Section):
         description="on a GPU: start the passes of a step by one launch; for cards that wait for the host. New: each is"
         " held beside the pass it stands for before it is used",
     )
+    compile: Auto | Bool = Field(
+        "auto",
+        description="let torch.compile make kernels of the model's blocks: minutes at the start for a shorter step;"
+        " auto: no, until it is known to pay on a GPU",
+    )
     seed: Seed = Field(
         42, description="the same seed on the same machine gives the same bytes; on a GPU with `deterministic: true`"
     )

@@ -20,6 +20,7 @@ from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare, sett
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family
+from emotrain.families.blocks import compile_blocks
 from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.kept import KeptBase
 from emotrain.families.memory import MemoryPlan
@@ -271,6 +272,23 @@ def build_graphs(preset: Preset, family: LoadedFamily, adapter: Adapter, notify:
             notify(Notice(f"steps are not recorded as CUDA graphs: {why}", level="info"))
             return None
     return Graphs(family.device, lambda: adapter.half_gradients, lambda line: notify(Notice(line)))
+
+
+def compile_model(preset: Preset, family: LoadedFamily, notify: Notify) -> None:
+    """Let the denoiser's blocks be compiled, where the preset asks for it and it can be had; says why not."""
+    if preset.train.compile is not True:  # auto: no GPU has shown yet that it pays (docs/benchmarks/gpu.md)
+        return
+    memory = family.memory
+    exact = preset.train.deterministic is True
+    whys = {
+        "train.deterministic is true, and what is compiled depends on the sizes that come first": exact,
+        "its blocks wait in the computer's memory": memory is not None and memory.offload,
+    }
+    for why, holds in whys.items():
+        if holds:
+            notify(Notice(f"the model is not compiled: {why}", level="info"))
+            return
+    compile_blocks(family.denoiser, FAMILIES[family.name].blocks, lambda line: notify(Notice(line)))
 
 
 def build_stop_rule(preset: Preset, *, held_out: bool) -> StopRule:

@@ -136,6 +136,7 @@ def load(
         base.place()
     model.family.place_denoiser()
     model.adapter.use_half_precision(model.family.dtype)
+    build.compile_model(preset, model.family, notify)
     optimizer = build.build_optimizer_of(preset, model.adapter.parameters(), held_out=bool(pictures.held_out))
     stop_rule = build.build_stop_rule(preset, held_out=bool(pictures.held_out))
     digest = fingerprint(pictures.all)
