@@ -34,10 +34,11 @@ from emotrain.runs.lock import hold
 
 RUNS_DIR = Path("runs")  # under the working directory, unless --runs-dir says otherwise
 INFO = "run.json"
+SCHEMA_VERSION = 1  # of run.json; one without is of emotrain 0.1, and is read
 _KINDS: dict[type, tuple[str, ...]] = {  # of the fields of run.json; None stands for what is not known
     str: ("name", "emotrain", "started", "finished", "stop_reason", "stop_sentence", "lora", "device", "family",
           "base_sha256", "dataset_sha256"),
-    int: ("steps", "best_step", "seed", "resumes", "skipped", "ranks"),
+    int: ("schema_version", "steps", "best_step", "seed", "resumes", "skipped", "ranks"),
     float: ("best_loss", "base_loss", "start_loss", "train_s"),
     dict: ("libraries", "sample_base", "last_validation"),
     list: ("held_out", "parents", "launch"),
@@ -130,7 +131,7 @@ class RunFolder:
         """What `run.json` says.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: it is missing or damaged, or of a newer emotrain.
         """
         try:
             info = decode_json(read_regular(self.info_path))
@@ -139,6 +140,12 @@ class RunFolder:
         wrong = "the whole" if not isinstance(info, dict) else next(_misfits(info), None)
         if wrong is not None:
             raise CheckpointError(f"{self.info_path} is not a run's description: {wrong} is of another kind")
+        if (info.get("schema_version") or 0) > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{self.path} was written by emotrain {info.get('emotrain')} in a format this one ({__version__}) "
+                "cannot read",
+                "upgrade emotrain",
+            )
         return dict(info)
 
     def write_preset(self, preset: Mapping[str, Any]) -> None:
@@ -218,7 +225,7 @@ def create_run(
     """
     target = runs_dir / safe_name(name)
     info = {
-        **{"name": name, "emotrain": __version__, "python": sys.version.split()[0]},
+        **{"schema_version": SCHEMA_VERSION, "name": name, "emotrain": __version__, "python": sys.version.split()[0]},
         **{"libraries": library_versions(), "seed": seed, "device": device},
         **{"started": now(), "finished": None, "steps": 0, "stop_reason": None},
         **{"best_step": None, "best_loss": None, "lora": None},

@@ -303,3 +303,16 @@ def test_a_run_folder_with_something_foreign_far_inside_is_not_resumed(run: RunF
     with pytest.raises(CheckpointError, match="which a run does not make") as refused:
         refuse_foreign_parts(run)
     assert str(foreign) in refused.value.message
+
+
+def test_a_run_of_a_newer_version_is_refused_and_one_of_an_older_is_read(tmp_path: Path) -> None:
+    one = create_run(tmp_path, "one", {})
+    assert one.info()["schema_version"] == folder.SCHEMA_VERSION
+    older = {key: value for key, value in one.info().items() if key != "schema_version"}
+    one.info_path.write_bytes(encode_json(older))
+    assert one.info() == older
+    newer = older | {"schema_version": folder.SCHEMA_VERSION + 1, "emotrain": "9.0"}
+    one.info_path.write_bytes(encode_json(newer))
+    with pytest.raises(CheckpointError, match=r"was written by emotrain 9\.0 in a format") as caught:
+        one.info()
+    assert caught.value.hint == "upgrade emotrain"
