@@ -102,7 +102,7 @@ class ForkableLock:
 
 def write_digest(out: Path) -> None:
     """From now on a run of this process writes its digest at its end."""
-    plain_parts, plain_finish, expected = training.loop_parts, start.finish, []
+    plain_parts, plain_finish, expected = training.loop_parts, start.finish, []  # type: ignore[attr-defined]
 
     def loop_parts(loaded: Loaded, state: Any, baseline: Any, *rest: Any) -> Any:
         expected[:] = baseline.expected
@@ -118,7 +118,7 @@ def write_digest(out: Path) -> None:
         out.write_text(json.dumps(end_digest(tensors, documents, trained.outcome, folder.path)))
         return result
 
-    training.loop_parts, start.finish = loop_parts, finish
+    training.loop_parts, start.finish = loop_parts, finish  # type: ignore[attr-defined]
 
 
 def end_digest(tensors: dict[str, Any], documents: dict[str, Any], outcome: Outcome, folder: Path) -> dict[str, str]:
@@ -236,18 +236,18 @@ def train(case: Case, runs_dir: Path, plan: Plan, *, resume: bool) -> None:
 
     if plan.kill_at or plan.kill_after_commits or plan.journal or plan.points or plan.succession:
         for module in (start, training):
-            module.CheckpointStore = partial(CheckpointStore, stage=point)  # type: ignore[misc, assignment]
+            module.CheckpointStore = partial(CheckpointStore, stage=point)  # type: ignore[attr-defined]
         journal = plan.journal or case.work / "journal" / str(os.getpid())
         power_cut.record(runs_dir, journal, point)
     if plan.left_out is not None:
-        start.CheckpointStore = partial(Forgetful, plan.left_out)  # type: ignore[misc, assignment]
+        start.CheckpointStore = partial(Forgetful, plan.left_out)  # type: ignore[attr-defined]
     preset = case.loaded.preset
     if plan.save_every is not None:
         save = preset.save.model_copy(update={"every": plan.save_every, "keep_last": 10_000})
         preset = preset.model_copy(update={"save": save})
     loaded = replace(case.loaded, preset=preset)
-    lock.FileLock = ForkableLock  # type: ignore[misc, assignment]
-    start.load = lambda *args, **kwargs: loaded  # type: ignore[assignment]
+    lock.FileLock = ForkableLock  # type: ignore[attr-defined]
+    start.load = lambda *args, **kwargs: loaded  # type: ignore[attr-defined]
     write_digest(plan.out or case.out)
     watching = (Restless(case.trail),)
     rng.seed_all(preset.train.seed)  # what `load` would do here

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, features
 
 from emotrain.config.schema import Folder
@@ -142,7 +143,7 @@ def main() -> None:
         f"`python tests/bench/lint_speed.py --pictures {count} --workers {options.workers}`",
         "",
         f"{count} JPEGs of 1,024 x 1,024 pixels, {size / count / 1000:.0f} kB each; {platform.machine()}, "
-        f"{os.cpu_count()} cores, load {load:.1f} before the start; Pillow {Image.__version__}, libjpeg-turbo "
+        f"{os.cpu_count()} cores, load {load:.1f} before the start; Pillow {PIL.__version__}, libjpeg-turbo "
         f"{features.version('libjpeg_turbo')}.",
         "",
         "| CPU milliseconds a picture | best | median |",

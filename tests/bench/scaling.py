@@ -31,6 +31,7 @@ from processes import together
 
 from emotrain.config.load import load as load_preset_file
 from emotrain.ranks import ALONE, Ranks
+from emotrain.runs.folder import RunFolder
 from emotrain.runs.loaded import load
 from emotrain.runs.training import Outputs, limits, loop_parts
 from emotrain.train.events import Observers
@@ -92,7 +93,7 @@ def measure(ranks: Ranks, args: argparse.Namespace) -> dict[str, float]:
         preset = load_preset_file(str(path)).preset
     loaded = load(preset, lambda event: None, ranks=ranks)
     state = TrainState(micro_batches=2)
-    outputs = Outputs(loaded, [], Observers(()), state)
+    outputs = Outputs(loaded, RunFolder(Path(folder)), [], Observers(()), state)
     parts = loop_parts(loaded, state, LossBaseline(), outputs, StopSignals())
     for _ in range(WARM_UP):
         train_step(parts, limits(loaded, state), state)

@@ -108,7 +108,7 @@ class Ours:
     def __init__(self, family: Family, adapter: Adapter, data: Data, folder: Path) -> None:
         console = make_console(io.StringIO(), {})
         dashboard = Dashboard(console, capture_stderr=False)
-        self.observers = [dashboard, ConsoleLines(10, stream=io.StringIO()), MetricsLog(folder)]
+        self.observers: list[Any] = [dashboard, ConsoleLines(10, stream=io.StringIO()), MetricsLog(folder)]
         self.observers.append(TensorBoard(folder / "tensorboard"))
         losses = PictureLosses(folder / "picture_losses.jsonl", 0)
         self.state, self.limits = TrainState(), Limits(10**6, 1, 1.0, 1, 10**6, 10**6, 0)
@@ -167,7 +167,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as work:
         parts = build()
-        loops = {"bare": Bare(*parts), "ours": Ours(*parts, Path(work))}
+        loops: dict[str, Any] = {"bare": Bare(*parts), "ours": Ours(*parts, Path(work))}
         times: dict[str, list[float]] = {name: [] for name in loops}
         for turn in range(args.rounds + 2):
             order = list(loops) if turn % 2 else list(loops)[::-1]

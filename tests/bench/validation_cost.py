@@ -36,7 +36,7 @@ def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, flo
     words = (f"train.micro_batch_size={micro_batch}", "validate.every=auto")
     preset = load_preset(preset_name, words, "cost")
     loaded, state = load(preset, lambda event: None), TrainState()
-    validation = build_validation(preset, loaded.model, loaded.data, loaded.data.validation)
+    validation = build_validation(preset, loaded.model, loaded.data, loaded.ranks, loaded.data.validation)
     parts = Parts(
         family=loaded.model.family,
         objective=loaded.model.objective,
