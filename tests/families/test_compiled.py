@@ -195,7 +195,7 @@ def predictions(folder: Path, *, compiled: bool, checkpointed: bool) -> tuple[li
         compile_blocks(family.denoiser, FAMILIES[family.name].blocks, lambda line: None, backend="aot_eager")
     outputs = []
     for height, width in ((8, 8), (8, 16), (16, 8)):
-        noise = torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(height + 2 * width))
+        noise = torch.randn(1, 8, height, width, generator=torch.Generator().manual_seed(height + 2 * width))
         sizes = torch.tensor([[height * 8, width * 8]])
         at = torch.tensor([500.0])
         out = family.predict(noise, at, text, Conditioning(sizes, torch.zeros_like(sizes), sizes))
