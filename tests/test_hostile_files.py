@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import yaml
 from hypothesis import given
@@ -33,9 +34,6 @@ from emotrain.errors import CheckpointError, ConfigError
 from emotrain.files import read_regular, strict_json
 from emotrain.runs.folder import RunFolder, create_run
 from emotrain.runs.lock import is_held
-
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
-import hostile
 
 ASSETS = Path(__file__).parents[1] / "emotrain" / "assets"
 

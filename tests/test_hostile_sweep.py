@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import hostile
+import pytest
 
 TRIALS = {"model folder, JSON": 4, "model folder, weights": 2, "captions": 8, "pictures and masks": 6, "run folder": 12}
 OTHERS = 16

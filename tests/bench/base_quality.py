@@ -6,7 +6,7 @@ Writes a sheet to look at: the sample above, the real picture below.
 
     python tests/bench/base_quality.py [tiny-sd] [tiny-flux] [--sheet DIR]
 
-The base pictures lie in `tests/bench/base_pictures`; `emotrain.assets.make_assets pictures` made them.
+The base pictures lie in `tests/bench/base_pictures`; `make_assets.py pictures` made them.
 """
 
 from __future__ import annotations

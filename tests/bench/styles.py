@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from make_assets import edges, thick
 from PIL import Image
 from third_base import SETS, scene
 
-from emotrain.assets.make_assets import edges, thick
 from emotrain.dataset.scan import resolve_folder
 
 DRAWN = {"train": range(100_000, 100_035), "heldout": range(200_000, 200_064)}  # numbers that no base has seen

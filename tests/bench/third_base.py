@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from make_assets import ASSETS, Progress, encode, ids_of, set_lr, template
 from PIL import Image, ImageDraw
-
-from emotrain.assets.make_assets import ASSETS, Progress, encode, ids_of, set_lr, template
 
 SEED = 11
 BATCH = 8

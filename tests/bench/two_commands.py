@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import make_assets
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,8 +35,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 
 from original_files import clip_of, small_vae
 from test_single_file import write_sd
-
-from emotrain.assets import make_assets
 
 KOHYA = """pretrained_model_name_or_path = "model.safetensors"
 train_data_dir = "pictures"

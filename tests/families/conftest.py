@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import make_assets as maker
 import pytest
 import torch
-
-import emotrain.assets.make_assets as maker
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -269,7 +269,8 @@ def test_group_offloading_of_diffusers_takes_weights_home_before_the_backward_pa
 
 def flux_gradients(prepare: Any) -> list[torch.Tensor]:
     """Of a small FLUX's LoRA, with gradient checkpointing, after `prepare` has had the model."""
-    import emotrain.assets.make_assets as maker
+    import make_assets as maker
+
     from emotrain.lora.adapter import add_adapter
 
     torch.manual_seed(0)

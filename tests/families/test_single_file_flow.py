@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import make_assets as maker
 import pytest
 import torch
 from original_files import clip_of, clip_tensors, same, save_configs, small_vae, vae_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-import emotrain.assets.make_assets as maker
 from emotrain.cli.app import main
 from emotrain.errors import ModelError
 from emotrain.families import load_family

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import make_assets as maker
 import pytest
 import torch
 
-import emotrain.assets.make_assets as maker
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.targets import select

@@ -4,12 +4,12 @@ Every stage is seeded, counted in steps and resumable: run the same command agai
 checkpoint. On an idle 2-core machine: vae 14 minutes with two threads; tiny-sd about 47 minutes and tiny-flux about 36
 with one thread each. `tests/bench/base_quality.py` scores the result.
 
-    python -m emotrain.assets.make_assets pictures  WORK --noto NotoColorEmoji.ttf --mono DIR --contrast icons.json \
-                                                    --fluent3d DIR
-    python -m emotrain.assets.make_assets vae       WORK
-    python -m emotrain.assets.make_assets tiny-sd   WORK
-    python -m emotrain.assets.make_assets tiny-flux WORK
-    python -m emotrain.assets.make_assets export    WORK
+    python tests/bench/make_assets.py pictures  WORK --noto NotoColorEmoji.ttf --mono DIR --contrast icons.json \
+                                                --fluent3d DIR
+    python tests/bench/make_assets.py vae       WORK
+    python tests/bench/make_assets.py tiny-sd   WORK
+    python tests/bench/make_assets.py tiny-flux WORK
+    python tests/bench/make_assets.py export    WORK
 
 Sources: Noto Color Emoji (font, SIL OFL 1.1; Debian package fonts-noto-color-emoji 2.042) for the base; Noto Emoji, the
 same drawings in line art (font, SIL OFL 1.1; npm @fontsource/noto-emoji 5.3.2, weight 700), for the example; Fluent
@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-ASSETS = Path(__file__).parent
-SIGNS = ASSETS.parents[1] / "tests" / "bench" / "signs"  # the second style
+ASSETS = Path(__file__).parents[2] / "emotrain" / "assets"
+SIGNS = Path(__file__).parent / "signs"  # the second style
 TRIGGER = "inkmoji"
 INK = "#1a1a2e"
 SIZE = 64
