@@ -19,7 +19,7 @@ from emotrain.errors import ModelError
 from emotrain.families.base import DrawRequest, TextEncoderPart
 from emotrain.families.memory import TILE, MemoryPlan
 from emotrain.families.offload import offload_blocks
-from emotrain.families.quantize import quantize_linears
+from emotrain.families.quantize import RoundedLinear, make_plain, quantize_linears
 from emotrain.families.quiet import quiet
 from emotrain.families.registry import FAMILIES
 
@@ -48,13 +48,21 @@ class Parts:
 
 
 def digest_module(module: nn.Module, *extra: Any) -> str:
-    """sha256 over config, names, shapes, dtypes and evenly sampled values of all tensors, and `extra`."""
+    """sha256 over config, names, shapes, dtypes and evenly sampled values of all tensors, and `extra`.
+
+    Weights that are kept as numbers times a scale count as what they stand for.
+    """
     digest = hashlib.sha256("".join(json.dumps(one, sort_keys=True, default=str) for one in extra).encode())
+    rounded = {path: layer for path, layer in module.named_modules() if isinstance(layer, RoundedLinear)}
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        stride = max(1, flat.numel() // SAMPLED_VALUES)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        path, _, last = name.rpartition(".")
+        if path in rounded and last == "scale":
+            continue
+        stride = max(1, tensor.numel() // SAMPLED_VALUES)
+        stored = path in rounded and last == "weight"
+        values = rounded[path].sampled(stride) if stored else tensor.detach().reshape(-1)[::stride]
+        digest.update(f"{name} {tuple(tensor.shape)} {values.dtype}".encode())
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -230,6 +238,8 @@ class LoadedFamily(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.tile_vae(self.memory is not None and self.memory.tile_decode)
+        if self.device.type == "mps":  # which has no float8
+            make_plain(self.denoiser)
         if self.memory is not None and self.memory.offload:
             spare = (self.memory.budget_gib or 0.0) - self.memory.needed_gib
             offload_blocks(self.denoiser, self.device, FAMILIES[self.name].blocks, spare)

@@ -11,6 +11,7 @@ import torch
 
 from emotrain.errors import EmotrainError, ModelError
 from emotrain.families.headers import refuse_unreadable
+from emotrain.families.quantize import RoundedLinear
 from emotrain.families.quiet import quiet
 
 Loaded = TypeVar("Loaded")
@@ -59,10 +60,17 @@ def refuse_non_finite(where: str, pieces: dict[str, Any]) -> None:
         ModelError: there is one.
     """
     for part, model in pieces.items():
-        for name, weight in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
-            if not weight.is_floating_point() or weight.element_size() == 1 or not weight.numel():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        rounded = {f"{path}.weight": one for path, one in model.named_modules() if isinstance(one, RoundedLinear)}
+        for name, weight in model.named_parameters():
+            if name in rounded:
+                finite = rounded[name].is_finite()
+            elif not weight.is_floating_point() or weight.element_size() == 1 or not weight.numel():
                 continue  # of a quantised layer
-            if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight.detach())):
+            else:
+                finite = all(bool(torch.isfinite(end)) for end in torch.aminmax(weight.detach()))
+            if not finite:
                 raise ModelError(
                     f"the {part} of `{where}` has a number that is not finite in `{name}`",
                     "the download is damaged, or fp16 cannot hold it: download it again, or set model.dtype to fp32",

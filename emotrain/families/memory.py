@@ -50,7 +50,7 @@ class EncoderNeeds:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of a GPU, in GiB but for the first two.
+    """What a run asks of a GPU, in GiB but for the first two and other numbers of parameters.
 
     Attributes:
         num_parameters: of the denoiser.
@@ -65,7 +65,9 @@ class Needs:
         sample: the same while a sample is drawn.
         saved: copies of the optimizer's state that a checkpoint makes.
         resident: what stays of the denoiser where its other blocks wait in the computer's memory.
+        stored: of the denoiser's parameters, those that stay the 8-bit numbers of its file.
         other_parameters: of the denoiser that samples are drawn on, where that is another one (`sample.base`).
+        other_stored: of these, as `stored`.
         other_trained: the copy of the LoRA on it.
     """
 
@@ -82,7 +84,9 @@ class Needs:
     sample: float = 0.0
     saved: float = 0.0
     resident: float = 0.0
+    stored: int = 0
     other_parameters: int = 0
+    other_stored: int = 0
     other_trained: float = 0.0
 
 
@@ -139,9 +143,11 @@ class MemoryPlan:
         return self.budget_gib is None or self.needed_gib <= self.budget_gib
 
 
-def weights_gib(num_parameters: int, bytes_per_parameter: float, quantize: str = "none") -> float:
-    """Size of the frozen base."""
-    return num_parameters * BYTES_PER_PARAMETER.get(quantize, bytes_per_parameter) / GIB
+def weights_gib(num_parameters: int, bytes_per_parameter: float, quantize: str = "none", stored: int = 0) -> float:
+    """Size of the frozen base, of which `stored` parameters are 8-bit numbers in its file, and stay so."""
+    if quantize in BYTES_PER_PARAMETER:
+        return num_parameters * BYTES_PER_PARAMETER[quantize] / GIB
+    return ((num_parameters - stored) * bytes_per_parameter + stored) / GIB
 
 
 def installed_backends() -> frozenset[str]:
@@ -179,7 +185,7 @@ def choose_memory(
     gradient_checkpointing: bool | str = "auto",
     backends: frozenset[str] = frozenset(),
 ) -> MemoryPlan:
-    """The first of these that fits: nothing, gradient checkpointing, int8, nf4, offload.
+    """The first of these that fits: nothing, gradient checkpointing, int8 (unless the file has 8 bits), nf4, offload.
 
     Quantising and offloading come in only where gradient checkpointing alone does not do; a
     quantisation that is set is kept. The VAE works in tiles where the whole does not fit, and large text encoders in
@@ -198,6 +204,8 @@ def choose_memory(
     steps = [False, True] if gradient_checkpointing == "auto" else [bool(gradient_checkpointing)]
     options = [(quantize, step, False) for step in steps]
     kinds = available(backends) if quantize == "none" else ()
+    if needs.stored:  # in 8 bits already
+        kinds = tuple(kind for kind in kinds if kind != "int8")
     options += [(kind, steps[-1], False) for kind in kinds]
     options += [(kind, steps[-1], True) for kind in ([quantize] if quantize == "none" else [])]
     place = partial(place_encoders, needs, wanted=quantize_text_encoders, backends=backends)
@@ -222,11 +230,12 @@ def _plan(
 ) -> MemoryPlan:
     """The stages' peaks with these means."""
 
-    def weights(parameters: int) -> float:
-        whole = weights_gib(parameters, needs.bytes_per_parameter, kind)
+    def weights(parameters: int, stored: int) -> float:
+        whole = weights_gib(parameters, needs.bytes_per_parameter, kind, stored)
         return min(needs.resident, whole) if offload else whole
 
-    base, other = weights(needs.num_parameters), weights(needs.other_parameters)
+    base = weights(needs.num_parameters, needs.stored)
+    other = weights(needs.other_parameters, needs.other_stored)
     rest = CONTEXT_GIB + needs.vae + needs.trained + needs.other_trained
     held = rest + base + (0.0 if in_turn else other)
     drawing = rest + other if in_turn else held

@@ -10,13 +10,14 @@ channels are much larger than the others, as in language models, the others are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SMALLEST = 256  # a layer with fewer inputs or outputs stays as it is: embedders and the final projection
+SMALLEST = 257  # a layer with fewer inputs or outputs stays as it is: embedders (the timestep's 256) and the final one
 LORA_HOLDERS = frozenset(("lora_A", "lora_B"))  # peft's modules that hold the Linear layers of its adapters
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # number of each kind
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -29,6 +30,7 @@ class RoundedLinear(nn.Linear):
     """
 
     scale: Tensor  # float32 [out, 1]
+    plain_dtype: torch.dtype  # of the weights that the numbers stand for
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, kind: str) -> RoundedLinear:
@@ -36,13 +38,15 @@ class RoundedLinear(nn.Linear):
         weight = layer.weight.detach().float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST[kind]
         numbers = weight / scale
-        return cls.from_scaled((numbers.round() if kind == "int8" else numbers).to(DTYPES[kind]), scale, layer.bias)
+        rounded = (numbers.round() if kind == "int8" else numbers).to(DTYPES[kind])
+        return cls.from_scaled(rounded, scale, layer.bias, layer.weight.dtype)
 
     @classmethod
-    def from_scaled(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> RoundedLinear:
-        """Weights int8 or e4m3 [out, in], scale float32 broadcastable to [out, 1], bias [out] or None."""
+    def from_scaled(cls, weight: Tensor, scale: Tensor, bias: Tensor | None, plain_dtype: torch.dtype) -> RoundedLinear:
+        """Weights int8 or float8 [out, in], scale float32 broadcastable to [out, 1], bias [out] or None."""
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
+        made.plain_dtype = plain_dtype
         made.weight = nn.Parameter(weight, requires_grad=False)
         made.register_buffer("scale", scale.detach().float().reshape(-1, 1).expand(weight.shape[0], 1).contiguous())
         if bias is not None:
@@ -53,6 +57,29 @@ class RoundedLinear(nn.Linear):
         """As nn.Linear's, in the dtype of `x`."""
         y: Tensor = _Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def plain(self) -> nn.Linear:
+        """The layer that this one stands for."""
+        with torch.device("meta"):
+            made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        weight = (self.weight.detach().float() * self.scale).to(self.plain_dtype)
+        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return made
+
+    def sampled(self, stride: int) -> Tensor:
+        """Each `stride`-th of the weights that the numbers stand for, row by row, [n]."""
+        numbers = self.weight.detach().reshape(-1)[::stride].float()
+        rows = torch.arange(0, self.weight.numel(), stride, device=numbers.device) // self.in_features
+        return (numbers * self.scale[rows, 0]).to(self.plain_dtype)
+
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers that `plain_dtype` can hold; by the largest of each output."""
+        if self.weight.dtype == torch.int8:
+            largest = self.weight.detach().short().abs().amax(1)
+        else:  # of float8 the bits grow with the number, and what is no number has the largest
+            bits = self.weight.detach().view(torch.uint8).bitwise_and(0x7F)
+            largest = bits.amax(1).view(self.weight.dtype)
+        return bool(torch.isfinite((largest.float() * self.scale[:, 0]).to(self.plain_dtype)).all())
 
 
 class _Product(torch.autograd.Function):
@@ -86,29 +113,46 @@ class _WithoutWeight(nn.Module):
 def quantize_linears(model: nn.Module, kind: str, device: torch.device) -> int:
     """Exchange the large Linear layers of a frozen model and put each on `device`; how many were exchanged.
 
-    The rest of the model stays where it is, a LoRA's own layers as they are. Only one layer at a time is on the device
-    in both forms.
+    The rest of the model stays where it is, a LoRA's own layers as they are, and layers that a file has stored in this
+    kind already. Only one layer at a time is on the device in both forms.
 
     Args:
         model: frozen, with or without a LoRA.
         kind: int8, nf4 or fp8.
         device: where the layers go.
     """
-    places = [place for place in base_linears(model) if min(place[2].weight.shape) >= SMALLEST]
+    places = [place for place in base_linears(model) if is_large(place[2].weight.shape)]
+    places = [place for place in places if place[2].weight.dtype != DTYPES.get(kind)]
     for parent, name, layer in places:
-        made = _quantized(layer, kind, device)
-        for child, module in layer.named_children():  # a LoKr hangs on its layer by a hook
-            made.add_module(child, module.to(device))
-        made._forward_hooks.update(layer._forward_hooks)
-        setattr(parent, name, _WithoutWeight(made) if type(parent).__name__.startswith("T5Dense") else made)
+        plain = layer.plain() if isinstance(layer, RoundedLinear) else layer
+        _exchange(parent, name, layer, _quantized(plain, kind, device), device)
     return len(places)
 
 
+def make_plain(model: nn.Module) -> None:
+    """Exchange the layers that a file has stored as numbers times a scale for those that they stand for."""
+    for parent, name, layer in base_linears(model):
+        if isinstance(layer, RoundedLinear):
+            _exchange(parent, name, layer, layer.plain(), layer.weight.device)
+
+
+def _exchange(parent: nn.Module, name: str, layer: nn.Linear, made: nn.Module, device: torch.device) -> None:
+    for child, module in layer.named_children():  # a LoKr hangs on its layer by a hook
+        made.add_module(child, module.to(device))
+    made._forward_hooks.update(layer._forward_hooks)
+    setattr(parent, name, _WithoutWeight(made) if type(parent).__name__.startswith("T5Dense") else made)
+
+
+def is_large(shape: Sequence[int]) -> bool:
+    """Whether a Linear's weights [out, in] are worth it."""
+    return min(shape) >= SMALLEST
+
+
 def base_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """All Linear layers of the base, not those of LoRAs on it: (parent, name in it, layer)."""
+    """All Linear layers of the base, also rounded ones, not those of LoRAs on it: (parent, name in it, layer)."""
     parents = [module for path, module in model.named_modules() if path.rpartition(".")[2] not in LORA_HOLDERS]
     found = [(parent, name, child) for parent in parents for name, child in parent.named_children()]
-    return [(parent, name, child) for parent, name, child in found if type(child) is nn.Linear]
+    return [(parent, name, child) for parent, name, child in found if type(child) in (nn.Linear, RoundedLinear)]
 
 
 def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Module:

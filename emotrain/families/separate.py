@@ -21,10 +21,11 @@ from emotrain.errors import ModelError
 from emotrain.families.component import guard, load_one, refuse_filled_up
 from emotrain.families.headers import own_name, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
-from emotrain.families.single import as_published, check_complete, copy_tokenizer, unscaled, write_json
+from emotrain.families.single import as_published, check_complete, copy_tokenizer, write_json
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
+from emotrain.families.stored import Scaled, build_stored, read_plain, read_weights
 from emotrain.families.understood import STATED, refuse_quantised, scaled_layers
 
 Stored = TypeVar("Stored")
@@ -72,11 +73,14 @@ def load_denoiser_file(found: Sniffed, dtype: torch.dtype, denoiser: Any = None)
     words = read_json(own) if own.is_file() else found.scheduler_config
     pieces = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)}
     adapters = FAMILIES[found.family].encoders_of(found.variant)[1:]
-    tensors = as_published(unscaled(path, dtype) or load_file(path)) if denoiser is None or adapters else {}
+    plain, scaled = read_weights(path) if denoiser is None or adapters else ({}, {})
+    plain = as_published(plain)
     for adapter in adapters:
-        own_tensors = {key: tensors.pop(key) for key in list(tensors) if own_name(key).startswith(adapter.prefixes)}
+        own_tensors = {key: plain.pop(key) for key in list(plain) if own_name(key).startswith(adapter.prefixes)}
+        stored = [key for key in scaled if own_name(key).startswith(adapter.prefixes)]
+        own_tensors |= {key: scaled.pop(key).plain(dtype) for key in stored}
         pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)
-    return {**pieces, "denoiser": _denoiser(found, dtype, tensors) if denoiser is None else denoiser}
+    return {**pieces, "denoiser": _denoiser(found, dtype, plain, scaled) if denoiser is None else denoiser}
 
 
 def _adapter(found: Sniffed, spec: TextEncoder, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
@@ -92,17 +96,21 @@ def _adapter(found: Sniffed, spec: TextEncoder, tensors: dict[str, Tensor], dtyp
     return torch.nn.Module.to(model, dtype).eval()
 
 
-def _denoiser(found: Sniffed, dtype: torch.dtype, source: dict[str, Tensor]) -> Any:
+def _denoiser(found: Sniffed, dtype: torch.dtype, plain: dict[str, Tensor], scaled: dict[str, Scaled]) -> Any:
     import diffusers
 
     spec, path = FAMILIES[found.family], Path(found.path)
+    cls, own = getattr(diffusers, spec.denoiser_class), companion(path) / spec.denoiser / "config.json"
+    config = read_json(own) if own.is_file() else {"_class_name": spec.denoiser_class, **found.denoiser_config}
+    if scaled:
+        denoiser = guard(str(path), "", lambda: build_stored(cls, config, plain, scaled, dtype))
+        check_complete(str(path), {spec.denoiser: denoiser})
+        return denoiser
     with tempfile.TemporaryDirectory(prefix="emotrain-") as folder:
-        own = companion(path) / spec.denoiser / "config.json"
-        config = read_json(own) if own.is_file() else {"_class_name": spec.denoiser_class, **found.denoiser_config}
         write_json(Path(folder) / spec.denoiser / "config.json", config)
         denoiser = guard(
-            str(path), "", lambda: getattr(diffusers, spec.denoiser_class).from_single_file(
-                source, config=folder, subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
+            str(path), "", lambda: cls.from_single_file(
+                plain, config=folder, subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
             ),
         )  # fmt: skip
     check_complete(str(path), {spec.denoiser: denoiser})
@@ -202,8 +210,7 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
         return without_upper_layers(model, encoder)
     beside = companion(path) / "config.json"
     config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
-    tensors = unscaled(path, dtype) or load_file(path)
-    state = _own_names(kind, tensors, encoder, scaled=False)
+    state = _own_names(kind, read_plain(path, dtype), encoder, scaled=False)
     with torch.device("meta"):
         model = without_upper_layers(model_class(config), encoder)
     model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)

@@ -29,7 +29,8 @@ from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import TextEncoder
-from emotrain.families.understood import PARTS, STATED, quantised_layers, scaled_layers
+from emotrain.families.stored import build_stored, read_weights
+from emotrain.families.understood import scaled_layers
 
 _NORM = re.compile(r"(\.norm\.(?:key|query)_norm|distilled_guidance_layer\.norms\.\d+)\.weight$")
 
@@ -60,51 +61,9 @@ def load_denoiser_of(found: Sniffed, dtype: torch.dtype) -> dict[str, Any]:
     return {"denoiser": denoiser, "scheduler": scheduler}
 
 
-def unscaled(path: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """The tensors of a file whose weights are stored with scales, with these applied; None for other files.
-
-    Raises:
-        ModelError: scales outside the denoiser.
-    """
-    scales = scaled_layers(read_header(path))
-    if not scales:
-        return None
-    apart = next((name for name in scales if name.startswith(PARTS)), None)
-    if apart is not None:
-        raise ModelError(
-            f"`{path}` holds a text encoder or VAE in scaled fp8 (`{apart}`), which emotrain does not read",
-            "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
-        )
-    tensors = load_file(path)
-    forms = quantised_layers(path, read_header(path))
-    for name, scale in scales.items():
-        form = forms.get(name.removesuffix(".weight"))
-        weight = tensors[name].float() * _beside_rows(tensors[scale].float(), tensors[name])
-        tensors[name] = (rotated(weight, form.group) if form is not None and form.group else weight).to(dtype)
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(STATED)}
-
-
 def as_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The norms of FLUX and Chroma by their makers' names: ComfyUI calls `scale` `weight`, in what it saves too."""
     return {_NORM.sub(r"\1.scale", name): tensor for name, tensor in tensors.items()}
-
-
-def _beside_rows(scale: Tensor, weight: Tensor) -> Tensor:
-    """One scale for all, or [out, 1...]: one for each row."""
-    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (weight.ndim - 1))
-
-
-def rotated(weight: Tensor, group: int) -> Tensor:
-    """A weight [out, in] times a Hadamard matrix on each `group` inputs: its own inverse, a rotation and back.
-
-    The regular Hadamard matrix of 4 and its Kronecker powers, as ComfyUI's ConvRot has it.
-    """
-    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-    matrix = torch.ones(1, 1)
-    while len(matrix) < group:
-        matrix = torch.kron(matrix, four)
-    turned: Tensor = weight.reshape(len(weight), -1, group) @ matrix.to(weight)
-    return turned.reshape(weight.shape)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -160,15 +119,18 @@ def _denoiser(found: Sniffed, folder: Path, dtype: torch.dtype) -> Any:
     import diffusers
 
     spec, path = FAMILIES[found.family], str(found.path)
-    tensors = unscaled(Path(path), dtype)
-    if tensors is None and any(map(_NORM.search, read_header(Path(path)).shapes)):
-        tensors = load_file(path)
-    source: Any = path if tensors is None else as_published(tensors)
-    denoiser = guard(
-        path, "", lambda: getattr(diffusers, spec.denoiser_class).from_single_file(
-            source, config=str(folder), subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
-        ),
-    )  # fmt: skip
+    cls, header = getattr(diffusers, spec.denoiser_class), read_header(Path(path))
+    if scaled_layers(header):
+        plain, scaled = read_weights(Path(path))
+        config = read_json(folder / spec.denoiser / "config.json")
+        denoiser = guard(path, "", lambda: build_stored(cls, config, as_published(plain), scaled, dtype))
+    else:
+        source: Any = as_published(load_file(path)) if any(map(_NORM.search, header.shapes)) else path
+        denoiser = guard(
+            path, "", lambda: cls.from_single_file(
+                source, config=str(folder), subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
+            ),
+        )  # fmt: skip
     check_complete(path, {spec.denoiser: denoiser})
     return denoiser
 

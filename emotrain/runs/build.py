@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from emotrain.families.blocks import compile_blocks
 from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.kept import KeptBase
 from emotrain.families.memory import MemoryPlan
+from emotrain.families.quantize import RoundedLinear
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
 from emotrain.lora.adapter import Adapter, hidden_off
 from emotrain.lora.file import LoraFile
@@ -118,10 +120,23 @@ def load_model(
     )
     if kept is not None and kept.reused:
         notify(Notice("the model is that of the run before: nothing of it is loaded again", level="info"))
+    if (line := as_stored(family)) is not None:
+        notify(Notice(line, level="info"))
     base_digest = digest_module(family.denoiser, config_values(family.denoiser.config))
     objective, adapter, ancestors = equip(preset, family, earlier)
     notify(Phase("loading the model", 1, 1))
     return Model(family, objective, adapter, base_digest, ancestors)
+
+
+def as_stored(family: LoadedFamily) -> str | None:
+    """Which of the base's layers stay as its file stores them, in one line; None where none do."""
+    if family.memory is not None and family.memory.quantize != "none":
+        return None
+    kinds = Counter(layer.weight.dtype for layer in family.denoiser.modules() if isinstance(layer, RoundedLinear))
+    if not kinds:
+        return None
+    forms = " and ".join(f"{count} in {str(kind).removeprefix('torch.')}" for kind, count in kinds.items())
+    return f"large layers of the base stay as its file stores them, {forms} with their scales: half the memory of bf16"
 
 
 def equip(

@@ -32,6 +32,7 @@ from emotrain.families.memory import (
 )
 from emotrain.families.registry import configs
 from emotrain.families.sniff import Sniffed
+from emotrain.families.stored import stored_parameters
 from emotrain.families.texts import encoder_parameters, quantizable_parameters, trainable_encoders
 from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
@@ -85,6 +86,8 @@ class Memory:
         )
         self.other = other
         self.trained = kept.num_trained
+        self.stored = stored_parameters(found)
+        self.other_stored = stored_parameters(other.found) if other else 0
         self.state_bytes = state_bytes_per_number(preset)
         linear = quantizable_parameters(found)
         self.encoders = tuple(
@@ -116,6 +119,9 @@ class Memory:
         wide = VALIDATION_DRAWS * self.preset.validate_.probe_images if area * found.latent_channels <= SMALL else 1
         forward = kept.forward / area / GIB
         at_once = 1 if found.denoiser_config.get("guidance_embeds") else 2  # classifier-free guidance has two passes
+        share = weights_gib(kept.num_parameters, self.itemsize, stored=self.stored) / weights_gib(
+            kept.num_parameters, self.itemsize
+        )
         return Needs(
             num_parameters=kept.num_parameters,
             bytes_per_parameter=self.itemsize,
@@ -129,9 +135,11 @@ class Memory:
             validate=wide * forward * area,
             sample=at_once * forward * drawn,
             saved=self.state() + min(self.state() + self.lora(), AT_ONCE / GIB),
+            stored=self.stored,
             other_parameters=self.other.num_parameters if self.other else 0,
+            other_stored=self.other_stored,
             other_trained=self.lora() if self.other else 0.0,
-            resident=(kept.other_weights + AWAY * kept.block_weights) * self.itemsize / GIB,
+            resident=(kept.other_weights + AWAY * kept.block_weights) * self.itemsize * share / GIB,
         )
 
     def encoders_gib(self, chosen: MemoryPlan) -> float:
@@ -161,11 +169,12 @@ class Memory:
 
     def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
         """Name and GiB of everything that a step holds in the GPU."""
-        weights = weights_gib(self.kept.num_parameters, self.itemsize, chosen.quantize)
+        weights = weights_gib(self.kept.num_parameters, self.itemsize, chosen.quantize, self.stored)
+        as_stored = ", in 8 bits as its file has it" if self.stored and chosen.quantize == "none" else ""
         activations = self.activations(chosen.gradient_checkpointing)
         rows = [
             ("CUDA itself", CONTEXT_GIB),
-            ("frozen base", min(weights, self.needs().resident) if chosen.offload else weights),
+            (f"frozen base{as_stored}", min(weights, self.needs().resident) if chosen.offload else weights),
             ("VAE decoder, for samples", self.vae),
             ("base for samples", 0.0 if chosen.in_turn else self.other_base(chosen)),
             ("LoRA on it", self.needs().other_trained),
@@ -179,14 +188,14 @@ class Memory:
 
     def other_base(self, chosen: MemoryPlan) -> float:
         """What the base for samples takes while it is on the device, in GiB; 0 where the trained one draws."""
-        whole = weights_gib(self.needs().other_parameters, self.itemsize, chosen.quantize)
+        whole = weights_gib(self.needs().other_parameters, self.itemsize, chosen.quantize, self.other_stored)
         return min(whole, self.needs().resident) if chosen.offload else whole
 
     def savings(self, chosen: MemoryPlan, least: float = 0.01) -> tuple[tuple[str, float], ...]:
         """What a switch would save, beginning with the one that saves most; those below `least` GiB are left out."""
         count, batch = self.kept.num_parameters, self.preset.train.micro_batch_size
         activations = self.activations(chosen.gradient_checkpointing) * SPARE
-        base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize)
+        base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize, self.stored)
         rows = [("model.quantize: nf4", base - weights_gib(count, self.itemsize, "nf4"))]
         rows.append(("model.quantize: int8", base - weights_gib(count, self.itemsize, "int8")))
         if not chosen.gradient_checkpointing:

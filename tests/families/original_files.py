@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emotrain.families.common import digest_module
+from emotrain.families.quantize import RoundedLinear
+
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
@@ -137,3 +140,35 @@ def same(one: Any, other: Any) -> None:
     ours, theirs = one.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def in_scaled_fp8(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file's matrices as ComfyUI's `*_fp8_scaled` have them, and the bf16 weights that these stand for.
+
+    Every other matrix has a scale for each row, under the other of the two names that are in use.
+    """
+    stored, plain = dict(tensors), dict(tensors)
+    matrices = [key for key, value in tensors.items() if value.ndim == 2 and key.endswith(".weight")]
+    for number, key in enumerate(matrices):
+        by_row = number % 2 == 1
+        value = tensors[key].float()
+        scale = (value.abs().amax(1, keepdim=True) if by_row else value.abs().max()) / 448 + 1e-6
+        stored[key] = (value / scale).to(torch.float8_e4m3fn)
+        stored[key.removesuffix("weight") + ("weight_scale" if by_row else "scale_weight")] = scale
+        plain[key] = (stored[key].float() * scale).to(torch.bfloat16)
+    stored["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    return stored, plain
+
+
+def same_weights(stored: Any, plain: Any) -> int:
+    """What the layers kept as stored stand for is equal to the last bit, and all else; how many layers were kept."""
+    ours, theirs = dict(stored.named_modules()), dict(plain.named_modules())
+    kept = {path: layer for path, layer in ours.items() if isinstance(layer, RoundedLinear)}
+    for path, layer in kept.items():
+        assert layer.weight.dtype == torch.float8_e4m3fn
+        assert torch.equal(layer.plain().weight, theirs[path].weight), path
+    state, wanted = stored.state_dict(), plain.state_dict()
+    assert state.keys() == wanted.keys() | {f"{path}.scale" for path in kept}
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted if key.removesuffix(".weight") not in kept)
+    assert digest_module(stored) == digest_module(plain)
+    return len(kept)

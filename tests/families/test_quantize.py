@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from emotrain.families.quantize import RoundedLinear, quantize_linears
+from emotrain.families.quantize import RoundedLinear, make_plain, quantize_linears
 from emotrain.lora.half import HalfLora
 from emotrain.lora.inject import initialise, install
 
@@ -100,9 +100,58 @@ def test_eight_bits_take_a_quarter_of_float32_and_no_copy_is_kept_for_the_backwa
 
 def test_weights_that_are_stored_scaled_are_taken_over_as_they_are() -> None:
     weight = torch.randn(300, 280).to(torch.float8_e4m3fn)
-    layer = RoundedLinear.from_scaled(weight, torch.tensor(0.25), None)
+    layer = RoundedLinear.from_scaled(weight, torch.tensor(0.25), None, torch.float32)
     x = torch.randn(5, 280)
     torch.testing.assert_close(layer(x), x @ (weight.float() * 0.25).t(), atol=1e-4, rtol=1e-4)
+
+
+def stored(dtype: torch.dtype = torch.float8_e4m3fn) -> RoundedLinear:
+    numbers = torch.randn(300, 280) * 40
+    return RoundedLinear.from_scaled(numbers.to(dtype), torch.rand(300, 1) + 0.1, torch.randn(300), torch.bfloat16)
+
+
+def test_the_timesteps_of_z_image_are_not_rounded_to_its_layers_float8() -> None:
+    from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
+
+    embedder = TimestepEmbedder(256, mid_size=1024).requires_grad_(False)
+    expected = embedder(torch.tensor([0.3]))
+    quantize_linears(embedder, "fp8", CPU)
+    assert torch.equal(embedder(torch.tensor([0.3])), expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_stored_layer_is_exchanged_for_what_is_asked_for_unless_it_is_that_already(kind: str) -> None:
+    """As if the weights that it stands for had been given; those of the same kind are not rounded twice."""
+    layer = stored()
+    wanted = RoundedLinear.from_linear(layer.plain(), "int8")
+    model = nn.Sequential(layer, nn.Linear(300, 290))
+    assert quantize_linears(model, kind, CPU) == (2 if kind == "int8" else 1)
+    assert torch.equal(model[0].weight.float(), (wanted if kind == "int8" else layer).weight.float())
+    assert torch.equal(model[0].scale, (wanted if kind == "int8" else layer).scale)
+    assert type(model[1]) is RoundedLinear
+
+
+def test_where_there_is_no_float8_stored_layers_become_plain() -> None:
+    layer = stored()
+    model = nn.Sequential(layer, nn.GELU())
+    make_plain(model)
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.dtype == torch.bfloat16
+    assert torch.equal(model[0].weight, (layer.weight.float() * layer.scale).to(torch.bfloat16))
+    assert torch.equal(model[0].bias, layer.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_a_number_that_is_none_is_seen_in_a_stored_layer(dtype: torch.dtype) -> None:
+    layer = stored(dtype)
+    layer.plain_dtype = torch.float16
+    assert layer.is_finite()
+    layer.scale[7] = 1e4  # 40 * 1e4 is more than float16 holds
+    assert not layer.is_finite()
+    if dtype != torch.int8:
+        layer.scale[7] = 1.0
+        layer.weight.data[3, 5] = float("nan")
+        assert not layer.is_finite()
 
 
 class Emphasis(nn.Module):

@@ -10,13 +10,22 @@ from typing import Any
 import make_assets as maker
 import pytest
 import torch
-from original_files import clip_of, clip_tensors, same, save_configs, small_vae, vae_tensors
+from original_files import (
+    clip_of,
+    clip_tensors,
+    in_scaled_fp8,
+    same,
+    same_weights,
+    save_configs,
+    small_vae,
+    vae_tensors,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
 from emotrain.cli.app import main
 from emotrain.errors import ModelError
-from emotrain.families import load_family
+from emotrain.families import load_family, quantize
 from emotrain.families.kept import KeptBase
 from emotrain.families.single import as_published
 from emotrain.families.table import sniff
@@ -214,6 +223,18 @@ def test_an_sd3_file_is_read_back_tensor_by_tensor(
     embeds = family.encode_texts(["tiger"])
     assert embeds["prompt_embeds"].shape == (1, 32 + 24, 128)
     assert embeds["pooled_prompt_embeds"].shape == (1, 112)
+
+
+def test_a_scaled_fp8_file_is_kept_as_it_is_also_where_its_layers_are_pieces_or_swapped_halves(
+    tmp_path: Path, tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 32)
+    parts = sd3_parts(tokenizers)
+    families = []
+    for name, tensors in zip(("stored", "plain"), in_scaled_fp8(sd3_tensors(parts["transformer"])), strict=True):
+        path = write(tmp_path / f"{name}.safetensors", parts, tensors, clips(parts))
+        families.append(load_family(str(path), device="cpu", dtype="bf16"))
+    assert same_weights(families[0].denoiser, families[1].denoiser) > 20
 
 
 def test_an_sd3_file_without_the_t5_goes_without_it(tmp_path: Path, tokenizers: dict[str, Any]) -> None:

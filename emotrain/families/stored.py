@@ -1,0 +1,165 @@
+"""Files whose weights are 8-bit numbers times a scale, as ComfyUI's `*_fp8_scaled` and `*_int8`.
+
+A denoiser keeps the large Linear layers of such a file as they are stored (`quantize.RoundedLinear`): to the bit the
+weights that the numbers stand for, in half the memory. Whatever else has scales is multiplied by them while it is read:
+small layers, convolutions, text encoders, and layers whose inputs were rotated before rounding (ConvRot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from emotrain.errors import ModelError
+from emotrain.families.headers import read_header
+from emotrain.families.quantize import RoundedLinear, is_large
+from emotrain.families.sniff import Sniffed
+from emotrain.families.understood import PARTS, STATED, quantised_layers, scaled_layers
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A weight as stored.
+
+    Attributes:
+        numbers: int8 or float8 [out, in...].
+        scale: one for all, or one a row.
+        group: inputs that were rotated together; 0 where none were.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+    group: int = 0
+
+    def rows(self) -> Tensor:
+        """The scale of each number: float32 in the shape of the numbers, without memory of its own."""
+        scale = self.scale.float()
+        beside = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (self.numbers.ndim - 1))
+        return beside.expand(self.numbers.shape)
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight that is meant."""
+        weight = self.numbers.float() * self.rows()
+        return (rotated(weight, self.group) if self.group else weight).to(dtype)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Scaled]]:
+    """The tensors of a file: those that are what they are, and those that are stored with a scale.
+
+    Raises:
+        ModelError: scales outside the denoiser.
+    """
+    header = read_header(path)
+    scales = scaled_layers(header)
+    apart = next((name for name in scales if name.startswith(PARTS)), None)
+    if apart is not None:
+        raise ModelError(
+            f"`{path}` holds a text encoder or VAE in scaled fp8 (`{apart}`), which emotrain does not read",
+            "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
+        )
+    tensors = load_file(path)
+    if not scales:
+        return tensors, {}
+    forms = quantised_layers(path, header)
+    scaled = {}
+    for name, scale in scales.items():
+        form = forms.get(name.removesuffix(".weight"))
+        scaled[name] = Scaled(tensors[name], tensors[scale], form.group if form is not None else 0)
+    plain = {name: value for name, value in tensors.items() if name not in scaled and not name.endswith(STATED)}
+    return plain, scaled
+
+
+def read_plain(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a file, those with a scale multiplied by it.
+
+    Raises:
+        ModelError: see `read_weights`.
+    """
+    plain, scaled = read_weights(path)
+    return plain | {name: weight.plain(dtype) for name, weight in scaled.items()}
+
+
+def rotated(weight: Tensor, group: int) -> Tensor:
+    """A weight [out, in] times a Hadamard matrix on each `group` inputs: its own inverse, a rotation and back.
+
+    The regular Hadamard matrix of 4 and its Kronecker powers, as ComfyUI's ConvRot has it.
+    """
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = torch.ones(1, 1)
+    while len(matrix) < group:
+        matrix = torch.kron(matrix, four)
+    turned: Tensor = weight.reshape(len(weight), -1, group) @ matrix.to(weight)
+    return turned.reshape(weight.shape)
+
+
+def build_stored(
+    cls: Any, config: Mapping[str, Any], plain: Mapping[str, Tensor], scaled: Mapping[str, Scaled], dtype: torch.dtype
+) -> nn.Module:
+    """A denoiser of diffusers with the large Linear layers as they are stored, all else in `dtype`.
+
+    Args:
+        cls: its class.
+        config: its config.
+        plain: the file's tensors without a scale, by their original names.
+        scaled: those with one.
+        dtype: of what is not kept as stored, and of what the kept numbers stand for.
+
+    Raises:
+        Exception: of diffusers or torch, where tensors do not fit the config.
+    """
+    from accelerate import init_empty_weights
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    with init_empty_weights():
+        model: nn.Module = cls.from_config(dict(config))
+    nn.Module.to(model, dtype)  # as diffusers does: tables too
+    convert = partial(SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"], config=dict(config))
+    whole = {name: weight.plain(dtype) for name, weight in scaled.items() if weight.group}
+    kept = {name: weight for name, weight in scaled.items() if not weight.group}
+    # New names and pieces come about by the same way for the numbers and for the scale of each number.
+    numbers = convert(checkpoint={**plain, **whole, **{name: weight.numbers for name, weight in kept.items()}})
+    rows = convert(checkpoint={**plain, **whole, **{name: weight.rows() for name, weight in kept.items()}})
+    state = {}
+    for name, value in numbers.items():
+        if value.dtype == rows[name].dtype:
+            state[name] = value.to(dtype)
+        elif not _keep(model, name, value, rows[name], dtype):
+            state[name] = (value.float() * rows[name]).to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _keep(model: nn.Module, name: str, numbers: Tensor, rows: Tensor, dtype: torch.dtype) -> bool:
+    """Put stored numbers into the model as they are, where they are a large Linear's."""
+    path, _, last = name.rpartition(".")
+    above, _, own = path.rpartition(".")
+    parent = model.get_submodule(above)
+    layer = getattr(parent, own, None)
+    if last != "weight" or type(layer) is not nn.Linear or not is_large(numbers.shape):
+        return False
+    if layer.weight.shape != numbers.shape:
+        raise ValueError(f"`{name}` has {tuple(numbers.shape)}, and the config {tuple(layer.weight.shape)}")
+    setattr(parent, own, RoundedLinear.from_scaled(numbers, rows[:, :1], layer.bias, dtype))
+    return True
+
+
+def stored_parameters(found: Sniffed) -> int:
+    """How many parameters of a model's denoiser stay in one byte, as its file has them; from the header alone.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    path = Path(found.path)
+    if found.kind != "file" or not path.is_file():  # a folder, or a public model by its sizes alone
+        return 0
+    header = read_header(path)
+    rotated_too = {f"{name}.weight" for name, form in quantised_layers(path, header).items() if form.group}
+    shapes = (header.shapes[name] for name in scaled_layers(header) if name not in rotated_too)
+    return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2 and is_large(shape))
