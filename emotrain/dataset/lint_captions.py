@@ -21,11 +21,12 @@ _SENTENCE = 6  # mean words a tag from where captions are sentences, and their w
 _MARKUP = re.compile(r"</?[a-zA-Z][^<>]{0,200}>|\[/?[a-z][a-z ]*\]|\x1b")
 _MOJIBAKE = re.compile("[\u00c2\u00c3\u00e2][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2122]")
 _WORD = re.compile(r"[^\W\d_][\w'-]{2,}")
-_COMMON = frozenset(
+_COMMON = frozenset(  # words that tie a sentence together, and those by which captioners begin one
     re.findall(
         r"\w+",
-        "and are for from has have her his its into not off one onto out over she some the their "
-        "them there these they this two under upon was were who with which while",
+        "also and are but can for from has have her his its into not off one onto out over she some than that the "
+        "their them there these they this two under upon was were who with which while "
+        "appears captures captured depicts depicted displays displayed features featuring portrays seen shows shown",
     )
 )
 

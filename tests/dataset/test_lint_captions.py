@@ -62,7 +62,7 @@ def test_a_tag_in_nearly_every_caption_fuses_with_the_trigger() -> None:
 
 def test_words_are_counted_where_captions_are_sentences() -> None:
     texts = [
-        f"a photograph of mika standing in front of a {word} at the window"
+        f"a photograph that shows mika standing in front of a {word} at the window"
         for word in ("cat", "dog", "sun", "cup", "hat")
     ]
     fused = {finding.message.split("`")[1] for finding in findings(texts, "mika")}
