@@ -49,6 +49,7 @@ class Ranks:
     """A run in one process: it has everything, and agrees with itself."""
 
     rank, world, local_rank, restarts = 0, 1, 0, 0
+    local_world = 1  # how many of the processes are on this machine, and share its memory
     lead = 0  # the rank that writes the files and speaks to the user
     launch: tuple[str, ...] = ()
     stopped = False  # whether any of several processes was told to stop, as of the last step
@@ -115,6 +116,7 @@ class JoinedRanks(Ranks):
         import torch.distributed as dist
 
         self.rank, self.local_rank, self.world = (int(environment[key]) for key in _ENVIRONMENT[:3])
+        self.local_world = int(environment.get("LOCAL_WORLD_SIZE", 1))
         self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
         if not self.first:
             warnings.simplefilter("ignore")

@@ -41,6 +41,7 @@ def together(work: Callable[[Ranks], Any], world: int = 2, dead: int | None = No
 def _in_child(work: Callable[[Ranks], Any], rank: int, world: int, port: int, result: Any) -> None:
     environment = {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     os.environ.update(environment)

@@ -128,7 +128,7 @@ def _queue(
     if ranks.first:
         _warn(loaded, runs_dir)
     codes: list[int] = []
-    kept = KeptBase()
+    kept = KeptBase(ranks.local_world)
     for number, one in enumerate(loaded, 1):
         kept.next = tuple(getattr(after.preset.model, word) for after in loaded[number : number + 1] for word in WORDS)
         tell(f"run {number} of {len(loaded)}: {one.preset.name}")

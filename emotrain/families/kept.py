@@ -21,12 +21,16 @@ class KeptBase:
 
     A run moves, quantises and extends its modules: that puts other tensors into them, and leaves those here alone.
 
+    Args:
+        processes: of this machine that keep one each.
+
     Attributes:
         next: the model of the run after this one, its values of `WORDS`; only that one is kept.
         reused: whether the last `load` had nothing to read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes
         self.next: tuple[Any, ...] = ()
         self.reused = False
         self._held: tuple[tuple[Any, ...], Hashable, Pieces] | None = None
@@ -43,7 +47,7 @@ class KeptBase:
         self.reused = self._held is not None and self._held[:2] == (model, stamp)
         held, self._held = self._held if self.reused else None, None  # what is not used goes before another is read
         pieces = read() if held is None else held[2]
-        if model != self.next or not _room_for(pieces):
+        if model != self.next or not _room_for(pieces, self.processes):
             return pieces
         self._held = model, stamp, pieces
         return {part: _around_the_same_weights(piece) for part, piece in pieces.items()}
@@ -63,13 +67,16 @@ def _around_the_same_weights(piece: Any) -> Any:
     return copy.deepcopy(piece, same)
 
 
-def _room_for(pieces: Pieces) -> bool:
-    """Whether what a run makes of it, on a GPU or quantised, leaves the computer's memory room for it."""
+def _room_for(pieces: Pieces, processes: int) -> bool:
+    """Whether what a run makes of it, on a GPU or quantised, leaves the computer's memory room for it, in each process.
+
+    All of them see the same free memory before any has taken its part.
+    """
     from torch import nn
 
     models = [piece for piece in pieces.values() if isinstance(piece, nn.Module)]
     size = sum(value.nbytes for model in models for value in model.parameters())
-    return bool(psutil.virtual_memory().available > size + SPARE)
+    return bool(psutil.virtual_memory().available > processes * size + SPARE)
 
 
 def _stamp(path: str) -> Hashable:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from emotrain.families.kept import WORDS, KeptBase
+from emotrain.families.kept import SPARE, WORDS, KeptBase
 
 A, B = tuple("a" * len(WORDS)), tuple("b" * len(WORDS))
 
@@ -76,6 +76,20 @@ def test_only_what_the_next_run_needs_is_kept(file: str, monkeypatch: pytest.Mon
     kept.load(A, [file], fresh)
     kept.load(A, [file], fresh)
     assert not kept.reused  # no room for two
+
+
+@pytest.mark.parametrize(("processes", "reused"), [(1, True), (2, True), (3, False)])
+def test_processes_of_one_machine_keep_a_base_where_there_is_room_for_all_of_theirs(
+    processes: int, reused: bool, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(parameter.nbytes for parameter in fresh()["denoiser"].parameters())
+    memory = type("Memory", (), {"available": SPARE + 5 * size // 2})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    kept = KeptBase(processes)
+    kept.next = A
+    kept.load(A, [file], fresh)
+    kept.load(A, [file], fresh)
+    assert kept.reused == reused
 
 
 def test_what_is_not_used_is_let_go_before_another_is_read(file: str) -> None:

@@ -88,6 +88,7 @@ def test_numbers_that_are_not_finite_in_one_process_leave_the_step_out_in_all() 
 
 def test_a_process_that_was_told_to_stop_stops_all_after_the_same_step() -> None:
     def run(ranks: Ranks) -> Any:
+        assert ranks.local_world == ranks.world == 2
         calls = iter(range(10**6))
         return trained(ranks, interrupted=lambda: ranks.rank == 1 and next(calls) > 1)
 
