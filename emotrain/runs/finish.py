@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emotrain.errors import ExitCode, ModelError, UnwritableWeightsError
@@ -125,28 +127,39 @@ def hand_over(
     best, best_step = state.best_adapter or last, state.best_step
     if best_step == 0:
         notify(Notice("no validation was better than that of step 0, and lora.safetensors is the LoRA of step 0"))
-    written: Path | None = None
+    written: tuple[Path, dict[str, Tensor]] | None = None
     for path, weights, step in (
         (folder.lora_path, best, state.step if best_step is None else best_step),
         (folder.lora_last_path, last, state.step),
     ):
         try:
-            write_lora(loaded, path, weights, lora_metadata(loaded, state, step, outcome))
+            write_lora(loaded, path, weights, lora_metadata(loaded, state, step, outcome), checked=written)
         except UnwritableWeightsError as error:
             notify(Notice(f"{path.name} is not written: {error.message}"))
             outcome = Outcome(StopReason.DIVERGED, f"the weights of step {step} cannot be written: {error.message}")
             continue
         notify(Saved(step, path, best=path == folder.lora_path))
-        written = written or path
+        written = written or (path, weights)
     notify(Phase("writing and checking the LoRA", 1, 1))
-    return written, outcome
+    return written and written[0], outcome
 
 
-def write_lora(loaded: Loaded, path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One file, checked."""
+def write_lora(
+    loaded: Loaded,
+    path: Path,
+    weights: dict[str, Tensor],
+    metadata: dict[str, str],
+    checked: tuple[Path, dict[str, Tensor]] | None = None,
+) -> None:
+    """One file, checked, unless it has the weights and the bytes of a file that was."""
     save, alphas, family = loaded.preset.save, loaded.model.adapter.alphas(), loaded.model.family.name
     save_lora(path, weights, alphas=alphas, family=family, format=save.format, dtype=save.dtype, metadata=metadata)
-    self_check(path, weights, alphas, family)
+    if checked is None or not (_equal(weights, checked[1]) and filecmp.cmp(path, checked[0], shallow=False)):
+        self_check(path, weights, alphas, family)
+
+
+def _equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def draw_written(loaded: Loaded, state: TrainState, lora: Path | None, reason: StopReason, notify: Notify) -> None:

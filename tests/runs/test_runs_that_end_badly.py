@@ -26,7 +26,7 @@ from emotrain.train.state import TrainState
 SHORT = (
     "train.loss.baseline=raw",
     "train.max_steps=4",
-    "network.targets=attn",
+    "network.targets=[mid_block.*to_q]",
     "sample.every=0",
     "sample.at_start=false",
     "validate.every=2",
@@ -88,6 +88,23 @@ def test_weights_that_no_file_can_hold_are_a_divergence_and_the_best_is_handed_o
     assert result.folder.lora_path.is_file()
     assert not result.folder.lora_last_path.exists()
     assert "lora-last.safetensors is not written" in watch.said()
+
+
+def test_a_file_is_checked_unless_it_has_the_weights_and_the_bytes_of_one_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(finish, "self_check", lambda path, *_: looked.append(path.name))
+    monkeypatch.setattr(finish, "save_lora", lambda path, weights, *, metadata, **_: path.write_text(metadata["text"]))
+    save = SimpleNamespace(format="auto", dtype="fp32")
+    model = SimpleNamespace(adapter=SimpleNamespace(alphas=dict), family=SimpleNamespace(name="sd15"))
+    loaded: Any = SimpleNamespace(preset=SimpleNamespace(save=save), model=model)
+    ones, twos = {"a": torch.ones(2)}, {"a": torch.full((2,), 2.0)}
+    first = tmp_path / "first"
+    finish.write_lora(loaded, first, ones, {"text": "1"})
+    for name, weights, text in (("same", ones, "1"), ("not its weights", twos, "1"), ("other words", ones, "2")):
+        finish.write_lora(loaded, tmp_path / name, dict(weights), {"text": text}, (first, ones))
+    assert looked == ["first", "not its weights", "other words"]
 
 
 def test_a_log_on_a_full_disk_loses_lines_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
