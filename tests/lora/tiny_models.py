@@ -15,7 +15,7 @@ from emotrain.lora.targets import layers, part_of, ranks_of, select, shape_of
 
 SD = {
     "sample_size": 8,
-    "layers_per_block": 2,
+    "layers_per_block": 1,
     "block_out_channels": (32, 64),
     "attention_head_dim": 4,
     "norm_num_groups": 8,
