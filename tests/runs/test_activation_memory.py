@@ -27,23 +27,16 @@ def test_the_count_on_meta_is_that_of_real_tensors() -> None:
     assert counted.saved == pytest.approx(real, rel=0.05)
 
 
-def test_checkpointing_keeps_less_and_a_block_is_part_of_the_whole() -> None:
-    config = configs("sd15")["denoiser"]["sd15"]
-    counted = measure("sd15", config, latents=(1, 4, 64, 64), num_tokens=77, low=torch.bfloat16, adapter_kwargs=WORDS)
-    assert 0 < counted.block < counted.saved
-    assert counted.checkpointed < 0.4 * counted.plain
-    assert 0.7 < counted.saved / 2**30 < 1.2  # autocast's float32 norms and peft's float32 inputs would make it 1.3
-
-
 def test_memory_grows_with_the_batch_and_halves_with_half_the_precision() -> None:
-    config = dict(maker.build_flux().config)
+    config = dict(maker.build_flux().config) | {"num_layers": 1, "num_single_layers": 1}
 
     def saved(batch: int, low: torch.dtype | None) -> int:
         words: Any = {"num_tokens": 24, "low": low, "adapter_kwargs": WORDS}
         return measure("flux", config, latents=(batch, 8, 32, 32), **words).saved
 
-    assert saved(2, None) == pytest.approx(2 * saved(1, None), rel=0.02)
-    assert saved(1, torch.bfloat16) < 0.8 * saved(1, None)
+    one = saved(1, None)
+    assert saved(2, None) == pytest.approx(2 * one, rel=0.02)
+    assert saved(1, torch.bfloat16) < 0.8 * one
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ train: {{max_steps: 2, micro_batch_size: 2}}
 sample: {{every: 0, at_start: false}}
 {more}
 """
-GOOD = {"model": "builtin:tiny-sd", "folder": "{path: builtin:example}", "rank": "rank: 2", "more": ""}
+GOOD = {"model": "builtin:tiny-sd", "folder": "{path: ./good}", "rank": "rank: 2", "more": ""}
 CASES: dict[str, tuple[dict[str, str], int]] = {
     "no model": ({"model": "./none.safetensors"}, 4),
     "a text file as model": ({"model": "./words.safetensors"}, 4),
@@ -98,16 +99,29 @@ def test_run_check_and_plan_refuse_a_spoiled_model_alike(case: str, here: Path, 
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own with all of `made`, whose files nobody changes."""
+    shutil.copytree(made, tmp_path, copy_function=os.link, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, and files that are no good."""
     import torch
 
-    for name in ("empty", "one", "zero/0_x", "cut", "black"):
+    tmp_path = tmp_path_factory.mktemp("made")
+    for name in ("empty", "good", "one", "zero/0_x", "cut", "black"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copytree(ASSETS / "tiny-sd" / "vae", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "latent_channels": 3}), encoding="utf-8")
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
     picture.save(tmp_path / "one" / "a.png")
+    for index in range(4):
+        Image.effect_noise((64, 64), 40 + 9 * index).convert("RGB").save(tmp_path / "good" / f"{index}.png")
+        (tmp_path / "good" / f"{index}.txt").write_text("a square")
     picture.save(tmp_path / "zero" / "0_x" / "a.png")
     (tmp_path / "cut" / "a.png").write_bytes((tmp_path / "one" / "a.png").read_bytes()[:900])
     Image.new("L", (64, 64), 0).save(tmp_path / "black" / "a.png")
@@ -135,7 +149,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mixture = {**half, f"{stem}.lokr_w2": torch.ones(64, 64)}
     mixture |= {f"{other}.lora_down.weight": torch.ones(2, 128), f"{other}.lora_up.weight": torch.ones(128, 2)}
     save_file(mixture, tmp_path / "mixture.safetensors")
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -188,8 +201,6 @@ def test_a_runs_folder_that_cannot_be_made_is_refused_by_check_too(place: str, h
 def test_a_runs_folder_of_somebody_else_is_refused_by_check_too(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    import os
-
     (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
     (here / "theirs").mkdir()
     allowed = os.access
