@@ -22,7 +22,7 @@ from emotrain.ranks import LOST
 PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: "builtin:example"}], trigger: inkmoji, resolution: 64, buckets: {step: 8, min: 64, max: 64}}
-network: {rank: 2, targets: attn}
+network: {rank: 2, targets: [mid_block.*to_q]}
 train: {max_steps: 8}
 save: {every: 3}
 validate: {every: 4}

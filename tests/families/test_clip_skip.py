@@ -46,7 +46,7 @@ def test_sdxl_takes_the_layer_that_the_stock_pipeline_takes(skip: int, sdxl_fold
 
 def test_a_run_trains_with_it_and_says_so(tmp_path: Path) -> None:
     words = [
-        "train.max_steps=1", "train.loss.baseline=raw", "network.targets=attn", "validate.probe_images=1",
+        "train.max_steps=1", "train.loss.baseline=raw", "network.targets=[mid_block.*to_q]", "validate.probe_images=1",
         "sample.at_start=false", "sample.every=1", "sample.steps=1", "sample.prompts=[a cactus]",
     ]  # fmt: skip
     told: dict[int, Any] = {}

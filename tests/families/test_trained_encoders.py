@@ -29,8 +29,8 @@ from emotrain.train.losses import text_of
 PRESET = """
 model: MODEL
 dataset: {folders: [{path: ./pictures}], resolution: 64, buckets: {step: 16, min: 64, max: 64}}
-network: {rank: 4, alpha: 2, targets: attn, text_encoder: true}
-train: {max_steps: 4, micro_batch_size: 2, optimizer: adamw, lr: 1e-2}
+network: {rank: 4, alpha: 2, targets: [transformer_blocks.0.*to_q], text_encoder: true}
+train: {max_steps: 4, micro_batch_size: 2, optimizer: adamw, lr: 1e-2, loss: {baseline: raw}}
 save: {every: 2, dtype: fp32}
 validate: {every: 2, probe_images: 1}
 sample: {every: 4, at_start: false, steps: 2, prompts: ["a square, number 3"], guidance: 2.0}

@@ -58,15 +58,15 @@ def run(tmp_path: Path, name: str, *extra: str, observers=()):
         "log.tensorboard=false",
         "validate.every=99",
         "train.loss.baseline=raw",
-        "train.max_steps=22",
-        "network.targets=attn",
+        "train.max_steps=2",
+        "network.targets=[mid_block.*to_q]",
         *extra,
     )
     return start.run(load_preset("quickstart", words, name), runs_dir=tmp_path / "runs", observers=observers)
 
 
 def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(contrast, "SHARE", 0.5)
+    monkeypatch.setattr(contrast, "SHARE", 4.5)
     observed_loss = Listener()
     written = []
     whole = contrast.contrastive_losses
@@ -99,7 +99,7 @@ def test_a_run_compares_captions_after_its_lora_is_written_and_images_reads_it(t
 def test_a_short_run_is_not_charged_and_an_interrupted_one_not_kept_waiting(tmp_path, monkeypatch):
     short = run(tmp_path, "short", "train.max_steps=1")
     assert not (short.folder.path / "picture_contrast.jsonl").exists()
-    monkeypatch.setattr(contrast, "SHARE", 0.4)
+    monkeypatch.setattr(contrast, "SHARE", 4)
     stops = iter([False, False])
     monkeypatch.setattr(contrast, "COMPARED", 2)
     session_stop = contrast.contrastive_losses
@@ -108,7 +108,7 @@ def test_a_short_run_is_not_charged_and_an_interrupted_one_not_kept_waiting(tmp_
         return session_stop(*args, **{**words, "stop": lambda: next(stops, True)})
 
     monkeypatch.setattr(contrast, "contrastive_losses", stopping)
-    stopped = run(tmp_path, "stopped", "train.max_steps=20")
+    stopped = run(tmp_path, "stopped")
     assert stopped.exit_code == 0
     assert len((stopped.folder.path / "picture_contrast.jsonl").read_text().splitlines()) == 2
 
@@ -116,10 +116,10 @@ def test_a_short_run_is_not_charged_and_an_interrupted_one_not_kept_waiting(tmp_
 def test_a_full_disk_costs_the_comparison_and_not_the_run(tmp_path, monkeypatch):
     import io
 
-    monkeypatch.setattr(contrast, "SHARE", 0.4)
+    monkeypatch.setattr(contrast, "SHARE", 4)
     monkeypatch.setattr(contrast, "CONTRASTS", "no/such/folder.jsonl")
     out = io.StringIO()
-    result = run(tmp_path, "full", "train.max_steps=20", observers=[JsonEvents(out)])
+    result = run(tmp_path, "full", observers=[JsonEvents(out)])
     assert result.exit_code == 0
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     assert events[-1]["event"] == "run_end"

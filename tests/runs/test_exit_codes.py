@@ -24,7 +24,7 @@ from emotrain.train.checkpoint import SCHEMA_VERSION, _digest
 PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], trigger: t, resolution: 64, buckets: {step: 8, min: 64, max: 64}}
-network: {rank: 2, alpha: 2, targets: attn}
+network: {rank: 2, alpha: 2, targets: [mid_block.*to_q]}
 train: {max_steps: 3}
 save: {every: 1, keep_last: 3}
 validate: {every: 3, probe_images: 1}

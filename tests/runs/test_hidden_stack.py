@@ -13,12 +13,13 @@ from emotrain.config.load import load
 from emotrain.families import load_family
 from emotrain.lora.adapter import HIDDEN, add_adapter, hidden_off, stack_frozen
 from emotrain.lora.file import save_lora
-from emotrain.runs import start
-from emotrain.runs.folder import RunFolder
+from emotrain.ranks import ALONE
+from emotrain.runs import build
+from emotrain.runs import loaded as stage
 
 WORDS = [
-    "train.max_steps=1", "validate.probe_images=1", "train.loss.baseline=raw", "network.targets=attn",
-    "sample.every=99", "sample.steps=2", 'sample.prompts=["[trigger], rocket", "[trigger], cactus"]',
+    "validate.probe_images=1", "network.targets=[mid_block.*to_q]",
+    "sample.steps=2", 'sample.prompts=["[trigger], rocket", "[trigger], cactus"]',
 ]  # fmt: skip
 
 
@@ -35,9 +36,14 @@ def training_adapter(request: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def first_pictures(name: str, runs_dir: Path, *words: str) -> list[Image.Image]:
-    result = start.run(load("quickstart", [*WORDS, *words], name).preset, runs_dir=runs_dir, observers=())
-    return [Image.open(path) for path in sorted((result.folder.path / "samples").glob("step-00000000-*.png"))]
+def at_the_start(folder: Path, *words: str) -> tuple[list[Image.Image], float]:
+    """The samples and the validation loss of a run before its first step."""
+    loaded = stage.load(load("quickstart", [*WORDS, *words], "one").preset, lambda event: None)
+    assert loaded.sampler is not None
+    loaded.sampler.folder = folder
+    loaded.sampler.draw(0)
+    validation = build.build_validation(loaded.preset, loaded.model, loaded.data, ALONE, loaded.data.validation)
+    return [Image.open(path) for path in sorted(folder.glob("step-00000000-*.png"))], validation.loss()
 
 
 def differ(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
@@ -45,25 +51,22 @@ def differ(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a stack: its pictures are those of the base."""
-    runs = tmp_path_factory.mktemp("base")
-    first_pictures("base", runs)
-    return runs / "base"
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Image.Image], float]:
+    """Of a run without a stack: its pictures are those of the base."""
+    return at_the_start(tmp_path_factory.mktemp("base"))
 
 
 def test_samples_are_drawn_without_it_and_the_training_is_not(
-    training_adapter: Path, base_run: Path, tmp_path: Path
+    training_adapter: Path, base: tuple[list[Image.Image], float], tmp_path: Path
 ) -> None:
-    base = [Image.open(path) for path in sorted((base_run / "samples").glob("step-00000000-*.png"))]
+    pictures, loss = base
     stack = f"path: {training_adapter}, weight: 1.0"
-    shown = first_pictures("shown", tmp_path, f"start_from.stack=[{{{stack}}}]")
-    hidden = first_pictures("hidden", tmp_path, f"start_from.stack=[{{{stack}, sample: false}}]")
-    assert len(base) > 1
-    assert differ(shown, base)
-    assert not differ(hidden, base)
-    infos = [RunFolder(path).info() for path in (base_run, tmp_path / "shown", tmp_path / "hidden")]
-    assert infos[1]["base_loss"] == infos[2]["base_loss"] != infos[0]["base_loss"]
+    shown, shown_loss = at_the_start(tmp_path / "shown", f"start_from.stack=[{{{stack}}}]")
+    hidden, hidden_loss = at_the_start(tmp_path / "hidden", f"start_from.stack=[{{{stack}, sample: false}}]")
+    assert len(pictures) > 1
+    assert differ(shown, pictures)
+    assert not differ(hidden, pictures)
+    assert shown_loss == hidden_loss != loss
 
 
 def test_everything_else_stays_on(training_adapter: Path) -> None:

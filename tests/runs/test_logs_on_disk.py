@@ -19,7 +19,7 @@ from emotrain.train.events import Event, Notice
 PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], resolution: 64, buckets: {step: 8, min: 64, max: 64}}
-network: {rank: 2, alpha: 2, targets: attn}
+network: {rank: 2, alpha: 2, targets: [mid_block.*to_q]}
 train: {max_steps: 4}
 save: {every: 2, keep_last: 3}
 validate: {every: 1, probe_images: 1}

@@ -21,8 +21,9 @@ from emotrain.runs.start import Result
 from emotrain.train.events import StepEnd
 
 WORDS = (
-    "network.type=lokr", "network.factor=4", "train.max_steps=6", "sample.every=0", "validate.every=3",
-    "validate.probe_images=1", "save.every=2", "train.micro_batch_size=2",
+    "network.type=lokr", "network.factor=4", "network.targets=[mid_block]", "train.max_steps=4", "sample.every=0",
+    "validate.every=2", "train.loss.baseline=raw",
+    "validate.probe_images=1", "save.every=1", "train.micro_batch_size=2",
 )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 def test_a_run_that_is_stopped_and_goes_on_equals_one_that_was_not(straight: Result, tmp_path: Path) -> None:
-    stopped = train("straight", tmp_path, observers=(Stop(3),))
+    stopped = train("straight", tmp_path, observers=(Stop(2),))
     assert stopped.exit_code == 130
     start.resume(stopped.folder, load("quickstart", list(WORDS), "straight").preset, observers=())
     for name in ("lora.safetensors", "lora-last.safetensors"):

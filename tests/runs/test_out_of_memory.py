@@ -24,8 +24,8 @@ from emotrain.train.memory import OutOfMemory
 PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], resolution: 64, buckets: {step: 8, min: 32, max: 96}}
-network: {rank: 2, alpha: 2, targets: attn}
-train: {max_steps: 4, gradient_accumulation_steps: 1, micro_batch_size: 1, seed: 5}
+network: {rank: 2, alpha: 2, targets: [mid_block.*to_q]}
+train: {max_steps: 4, gradient_accumulation_steps: 1, micro_batch_size: 1, seed: 5, loss: {baseline: raw}}
 save: {every: 3, keep_last: 3}
 validate: {every: 3, probe_images: 1}
 sample: {every: 0}

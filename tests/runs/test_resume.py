@@ -29,7 +29,7 @@ from emotrain.train.events import Event, Notice, Saved, StepEnd
 PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], trigger: inkmoji, resolution: 64, buckets: {step: 8, min: 64, max: 64}}
-network: {rank: 2, alpha: 2, targets: attn}
+network: {rank: 2, alpha: 2, targets: [mid_block.*to_q]}
 train: {max_steps: 6, gradient_accumulation_steps: 2, micro_batch_size: 2, loss: {baseline: corrected}}
 save: {every: 2, keep_last: 3}
 validate: {every: 3, probe_images: 1}
@@ -142,7 +142,7 @@ def test_a_run_that_is_stopped_and_goes_on_equals_one_that_was_not(
 
 def test_a_run_that_measures_its_step_length_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
     """With steps far too long validations fail, so that the gain is lowered before and after the resume."""
-    words = ("train.lr=2000", "validate.every=1", "validate.fraction=0.3", "train.max_steps=9")
+    words = ("train.lr=20000", "validate.every=1", "validate.fraction=0.3", "train.max_steps=9")
 
     def reductions(folder: RunFolder) -> list[int]:
         return [step for step, _ in folder.info()["gain"]["reductions"]]

@@ -140,7 +140,7 @@ def test_a_run_that_acts_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     words = (
         f"dataset.folders=[{{path: {tmp_path / 'own'}}}]", "sample.every=0", "log.tensorboard=false", "save.every=6",
         "validate.every=4", "train.max_steps=12", "stop.mode=off", f"dataset.suspects={mode}",
-        "network.targets=attn",
+        "network.targets=[mid_block.*to_q]", "train.loss.baseline=raw",
     )  # fmt: skip
     preset = load_preset("quickstart", words, "one")
     whole = start.run(preset, runs_dir=tmp_path / "a", observers=()).folder
