@@ -36,14 +36,14 @@ def training_adapter(request: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def at_the_start(folder: Path, *words: str) -> tuple[list[Image.Image], float]:
-    """The samples and the validation loss of a run before its first step."""
+def at_the_start(folder: Path, *words: str) -> tuple[list[Image.Image], list[float]]:
+    """The samples and the validation losses of a run before its first step."""
     loaded = stage.load(load("quickstart", [*WORDS, *words], "one").preset, lambda event: None)
     assert loaded.sampler is not None
     loaded.sampler.folder = folder
     loaded.sampler.draw(0)
     validation = build.build_validation(loaded.preset, loaded.model, loaded.data, ALONE, loaded.data.validation)
-    return [Image.open(path) for path in sorted(folder.glob("step-00000000-*.png"))], validation.loss()
+    return [Image.open(path) for path in sorted(folder.glob("step-00000000-*.png"))], validation.pictures()
 
 
 def differ(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
@@ -51,13 +51,13 @@ def differ(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Image.Image], float]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Image.Image], list[float]]:
     """Of a run without a stack: its pictures are those of the base."""
     return at_the_start(tmp_path_factory.mktemp("base"))
 
 
 def test_samples_are_drawn_without_it_and_the_training_is_not(
-    training_adapter: Path, base: tuple[list[Image.Image], float], tmp_path: Path
+    training_adapter: Path, base: tuple[list[Image.Image], list[float]], tmp_path: Path
 ) -> None:
     pictures, loss = base
     stack = f"path: {training_adapter}, weight: 1.0"
