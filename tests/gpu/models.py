@@ -44,6 +44,32 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         "vae": VAE, "text_encoder": {**CLIP, "projection_dim": 32},
         "text_encoder_2": {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4},
     },
+    "anima": {
+        "transformer": {
+            "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "text_embed_dim": 32,
+            "adaln_lora_dim": 16,
+        },
+    },
+    "klein-4b": {
+        "transformer": {
+            "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16,
+            "axes_dims_rope": [4, 4, 4, 4], "joint_attention_dim": 96, "timestep_guidance_channels": 32,
+        },
+    },
+    "z-image": {
+        "transformer": {
+            "n_layers": 2, "n_refiner_layers": 1, "dim": 64, "n_heads": 4, "n_kv_heads": 4, "cap_feat_dim": 32,
+            "axes_dims": [8, 4, 4],
+        },
+    },
+    "krea2-raw": {
+        "transformer": {
+            "num_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_head_dim": 16,
+            "intermediate_size": 96, "timestep_embed_dim": 32, "text_hidden_dim": 32, "num_text_layers": 3,
+            "text_num_attention_heads": 4, "text_num_key_value_heads": 4, "text_intermediate_size": 48,
+            "axes_dims_rope": [4, 6, 6],
+        },
+    },
 }  # fmt: skip
 KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
 FEW_BLOCKS = {"transformer": {"num_layers": 2, "num_single_layers": 2}, "text_encoder_2": {"num_layers": 2}}
