@@ -156,7 +156,8 @@ def test_torchrun_starts_again_from_the_last_checkpoint(place: Path) -> None:
     run = Started([*words, "-m", "emotrain", "run", "p.yaml", "--name", "again", "--json"], place)
     code, events, said = run.at(5, lambda: os.kill(run.ranks()[1], signal.SIGKILL)).end()
     assert code == 0, said
-    assert next(event["start_step"] for event in events if event.get("event") == "run_start") == 3
+    start = next(event["start_step"] for event in events if event.get("event") == "run_start")
+    assert start in (3, 6)  # 6 where the run was a step ahead of the kill
     assert_equal(place / "runs" / "again", place / "runs" / "straight")
 
 
