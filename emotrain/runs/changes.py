@@ -10,7 +10,7 @@ from typing import Any
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ConfigError, Problem
 
-FREE = ("save.", "sample.", "log.", "name")  # sections that may change from one resume to the next
+FREE = ("save.", "sample.", "log.", "name", "validate.likeness")  # what may change from one resume to the next
 FIXED = ("train.loss.baseline", "train.ema", "train.gain")  # a checkpoint's state depends on them: they cannot change
 MOVED = re.compile(r"(dataset\.folders\.\d+\.(path|mask)|validate\.folder) was ")
 MOST_NAMES = 5
