@@ -19,6 +19,7 @@ from emotrain.errors import ConfigError, ModelError
 from emotrain.lora import names
 from emotrain.lora.formats import pairs
 from emotrain.lora.kron import Kron, krons
+from emotrain.lora.origin import common_family
 
 if TYPE_CHECKING:
     from emotrain.lora.file import LoraFile
@@ -69,7 +70,7 @@ def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -
         raise ConfigError("there is no LoRA to merge")
     if rank is not None and rank < 1:
         raise ConfigError(f"the rank is {rank}, it must be at least 1")
-    first = loras[0][0]
+    first, family = loras[0][0], loras[0][0].family
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
     rests: dict[str, list[Rest]] = {}
@@ -77,8 +78,10 @@ def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -
     for lora, weight in loras:
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of {lora.path} is {weight}")
-        if lora.family != first.family:
+        together = common_family(family, lora.family)
+        if together is None:
             raise ModelError(f"{first.path} is a LoRA for {first.family}, {lora.path} is one for {lora.family}")
+        family = together
         products = krons(lora.state)
         if products and rank is None:
             raise ConfigError(
@@ -97,7 +100,7 @@ def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -
             downs.setdefault(path, []).append(down)
             ups.setdefault(path, []).append(up * weight)
     exact = {path: (torch.cat(downs[path]), torch.cat(ups[path], dim=1)) for path in downs}
-    return _as_merged(exact, first.family) if rank is None else _reduced(exact, first.family, rank, rests)
+    return _as_merged(exact, family) if rank is None else _reduced(exact, family, rank, rests)
 
 
 def resize(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:

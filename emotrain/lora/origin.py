@@ -83,8 +83,15 @@ def stated_family(metadata: Mapping[str, str]) -> str | None:
 
 def require_family(found: str, wanted: str, where: str) -> None:
     """Raise a ModelError that says what was found and what is wanted, where a LoRA is for another family."""
-    if found != wanted and not _alike(found, wanted) and not _alike(wanted, found):
+    if common_family(found, wanted) is None:
         raise ModelError(f"{where} is a LoRA for {found}, the model is {wanted}")
+
+
+def common_family(one: str, other: str) -> str | None:
+    """What two LoRAs are for together: a family takes those of the one whose names its files have. None if apart."""
+    if one == other or _alike(one, other):
+        return one
+    return other if _alike(other, one) else None
 
 
 def _alike(one: str, other: str) -> bool:

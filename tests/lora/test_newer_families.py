@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from emotrain.errors import ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.lora import names
-from emotrain.lora.adapter import Adapter, add_adapter
+from emotrain.lora.adapter import Adapter, adapter_like, add_adapter, stack_frozen
 from emotrain.lora.check import compare, read_as_diffusers
-from emotrain.lora.convert import convert
+from emotrain.lora.convert import convert, merge_files
 from emotrain.lora.file import canonical, read_lora, save_lora
 from emotrain.lora.formats import LAYOUTS, pairs, to_kohya, updates
 from emotrain.lora.kron import Kron
 from emotrain.lora.origin import require_family
+from emotrain.lora.summary import summarise
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
 
@@ -130,6 +131,70 @@ def test_files_of_other_programs_are_the_same_update(kind: str, program: str, tm
     assert ours.keys() == theirs.keys()
     for name, update in ours.items():
         assert torch.allclose(update, theirs[name], atol=1e-5), name
+
+
+def named(kind: str, adapter: Adapter, head: str, dot: str, roles: str) -> dict[str, torch.Tensor]:
+    """The same LoRA under diffusers' names, with an alpha."""
+    state, alphas = canonical(adapter.file_state(), adapter.file_alphas(), kind)
+    found: dict[str, torch.Tensor] = {}
+    for path, pair in pairs(state, alphas).items():
+        stem = head + path.removeprefix("transformer.").replace(".", dot)
+        for role, value in zip(roles.split(), (pair.down, pair.up), strict=True):
+            found[f"{stem}.lora_{role}.weight"] = value.contiguous()
+        found[f"{stem}.alpha"] = torch.tensor(pair.alpha)
+    return found
+
+
+STEMS = [
+    ("transformer.", ".", "A B"), ("diffusion_model.", ".", "A B"), ("diffusion_model.", ".", "down up"),
+    ("", ".", "A B"), ("lora_unet_", "_", "down up"), ("lora_transformer_", "_", "down up"),
+    ("lycoris_", "_", "down up"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_names_under_every_head_are_the_same_update(kind: str, tmp_path: Path) -> None:
+    """As diffusers, ai-toolkit, diffusion-pipe, OneTrainer, musubi-tuner and LyCORIS have them."""
+    adapter = trained(kind, "attn-mlp")
+    expected = layer_updates(*canonical(adapter.file_state(), adapter.file_alphas(), kind))
+    for head, dot, roles in STEMS:
+        save_file(named(kind, adapter, head, dot, roles), tmp_path / "theirs.safetensors")
+        lora = read_lora(tmp_path / "theirs.safetensors")
+        require_family(lora.family, kind, head)
+        assert_same(layer_updates(lora.state, lora.alphas), expected)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, update in expected.items():
+        torch.testing.assert_close(found[name], update, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_programs_file_goes_through_every_command(kind: str, tmp_path: Path) -> None:
+    """Counted, continued, stacked, brought to our layout, and merged with our file: one update."""
+    adapter = trained(kind, "attn-mlp")
+    theirs, ours, out = (tmp_path / f"{name}.safetensors" for name in ("theirs", "ours", "out"))
+    save_file({k: v.contiguous() for k, v in others(kind, adapter)["ai-toolkit"].items()}, theirs)
+    save_lora(ours, adapter.file_state(), alphas=adapter.file_alphas(), family=kind, dtype="fp32", metadata={})
+    expected = layer_updates(*canonical(adapter.file_state(), adapter.file_alphas(), kind))
+    lora = read_lora(theirs)
+    assert summarise(lora)["modules"] == len(expected)
+    continued = adapter_like(denoiser_of(kind), *lora.of_part("transformer"), family=kind)
+    assert_same(layer_updates(*canonical(continued.file_state(), continued.file_alphas(), kind)), expected)
+    stacked = denoiser_of(kind)
+    paths = stack_frozen(stacked, [(lora.state, lora.alphas, 1.0)], part="transformer")
+    layers = {f"transformer.{path}": stacked.get_submodule(path) for path in paths}
+    with torch.no_grad():
+        unit = {path: torch.eye(layer.in_features) for path, layer in layers.items()}
+        added = {path: (layer(unit[path]) - layer.base_layer(unit[path])).T for path, layer in layers.items()}
+    assert_same(added, expected)
+    assert convert(theirs, FAMILIES[kind].lora.layout, out).modules == len(expected)
+    for parts in ([(theirs, 0.7), (ours, 0.3)], [(ours, 0.3), (theirs, 0.7)]):
+        written, _ = merge_files(parts, out, overwrite=True)
+        assert written.family == kind
+        merged = read_lora(out)
+        assert_same(layer_updates(merged.state, merged.alphas), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
