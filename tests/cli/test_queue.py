@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from emotrain.cli.app import main
 from emotrain.cli.training import tell_command
@@ -21,7 +22,7 @@ TINY = """
 extends: quickstart
 dataset: {{folders: [{{path: {data}}}], trigger: x}}
 train: {{max_steps: 2, loss: {{baseline: raw}}}}
-network: {{targets: attn}}
+network: {{targets: [mid_block.*to_q]}}
 validate: {{every: 100}}
 sample: {{every: 0, at_start: false}}
 log: {{tensorboard: false, notify: "{notify}"}}
@@ -29,7 +30,7 @@ log: {{tensorboard: false, notify: "{notify}"}}
 """
 
 
-def preset(name: str, data: str = "builtin:example", notify: str = "cat >> told.jsonl", more: str = "") -> str:
+def preset(name: str, data: str = "./pictures", notify: str = "cat >> told.jsonl", more: str = "") -> str:
     Path(f"{name}.yaml").write_text(TINY.format(data=data, notify=notify, more=more))
     return f"{name}.yaml"
 
@@ -41,6 +42,10 @@ def told() -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for index in range(4):
+        Image.new("RGB", (64, 64), (60 * index, 90, 9)).save(f"pictures/{index}.png")
+        Path(f"pictures/{index}.txt").write_text(f"x, a square, number {index}")
     return tmp_path
 
 

@@ -30,7 +30,7 @@ SDXL = {
     "attention_head_dim": (2, 4, 4),
     "norm_num_groups": 8,
     "cross_attention_dim": 24,
-    "transformer_layers_per_block": (1, 1, 2),
+    "transformer_layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "use_linear_projection": True,

@@ -25,7 +25,7 @@ def take_terminal() -> None:
 def test_a_closed_terminal_saves_the_run_and_ends_it_with_143(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     words = ["sample.at_start=false", "stop.mode=off", "validate.every=1000", "log.tensorboard=false"]
-    words += ["train.loss.baseline=raw", "network.targets=attn"]
+    words += ["train.loss.baseline=raw", "network.targets=[mid_block.*to_q]", "validate.probe_images=1"]
     command = [sys.executable, "-m", "emotrain", "run", "quickstart", "--runs-dir", str(tmp_path)]
     command += [word for each in words for word in ("--set", each)]
     process = subprocess.Popen(

@@ -157,7 +157,8 @@ def test_a_run_with_a_held_out_folder_of_the_same_name_trains(tmp_path: Path, mo
     write(tmp_path / "val" / "data", "abcd", 1)
     path = preset(
         tmp_path, "dataset: {path: ./data, resolution: 64, buckets: {step: 8, min: 64, max: 64}}",
-        "validate: {folder: ./val/data, every: 2}", "train: {max_steps: 2}", "sample: {every: 0}",
+        "validate: {folder: ./val/data, every: 2}", "train: {max_steps: 2, loss: {baseline: raw}}",
+        "sample: {every: 0}", "network: {targets: [mid_block.*to_q]}",
         "save: {every: 2}", "log: {tensorboard: false}",
     )  # fmt: skip
     assert main(["run", str(path), "--json", "--runs-dir", str(tmp_path / "runs")]) == 0

@@ -263,7 +263,7 @@ def test_check_and_run_refuse_what_is_no_vision_model(
     folder = tmp_path / "eye"
     shutil.copytree(folder_of("dinov2"), folder)
     spoil(kind, folder)
-    preset = load("quickstart", [f"validate.likeness={folder}"], "one").preset
+    preset = load("quickstart", ["network.targets=[mid_block.*to_q]", f"validate.likeness={folder}"], "one").preset
     failures = preflight(preset).failures
     assert len(failures) == 1
     failure = failures[0]

@@ -82,7 +82,8 @@ def test_a_run_has_a_page_while_it_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
         def close(self) -> None: ...
 
-    words = ("train.max_steps=3", "save.every=3", "validate.every=1", "sample.every=0", "log.tensorboard=false")
+    words = ("train.max_steps=3", "save.every=3", "validate.every=1", "sample.every=0", "log.tensorboard=false",
+             "network.targets=[mid_block.*to_q]", "train.loss.baseline=raw")  # fmt: skip
     done = run(load_preset("quickstart", words, "mika"), runs_dir=tmp_path, observers=[Reader()])
     assert len(seen) == 1
     assert ">running</b>: the page shows what was written up to now; the last step in its log is 3<" in seen[0]

@@ -30,7 +30,7 @@ from emotrain.train.events import Notice, StepEnd
 PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], trigger: inkmoji, resolution: 64, buckets: {step: 8, min: 64, max: 64}}
-network: {rank: 2, alpha: 2, targets: attn}
+network: {rank: 2, alpha: 2, targets: [transformer_blocks.0.*to_q]}
 train: {max_steps: 4, micro_batch_size: 1}
 save: {every: 2, keep_last: 3}
 validate: {every: 2, probe_images: 1}

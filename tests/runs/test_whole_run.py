@@ -32,7 +32,7 @@ from emotrain.train.loop import StopReason
 from emotrain.train.state import TrainState
 
 SHORT = (
-    "network.targets=attn",  # what is not about the modules needs few of them
+    "network.targets=[transformer_blocks.0.*to_q]",  # what is not about the modules needs few of them
     "train.max_steps=4",
     "validate.every=2",
     "sample.every=4",
@@ -280,7 +280,13 @@ def test_a_loss_of_the_base_that_is_not_finite_is_not_heard(tmp_path, monkeypatc
 
 def test_a_run_that_was_never_better_than_its_base_says_so(tmp_path):
     said = io.StringIO()
-    words = ("train.optimizer=adamw", "train.lr=0.5", "train.max_grad_norm=null", "sample.every=0")
+    words = (
+        "train.optimizer=adamw",
+        "train.lr=0.5",
+        "train.max_grad_norm=null",
+        "sample.every=0",
+        "network.targets=attn",
+    )
     folder = train("quickstart", tmp_path, *words, observers=[JsonEvents(said)]).folder
     assert folder.info()["best_step"] == 0
     assert "no validation was better" in said.getvalue()
