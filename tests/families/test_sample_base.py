@@ -29,6 +29,10 @@ from emotrain.runs.folder import RunFolder
 from emotrain.runs.sample_base import SampleBase
 from emotrain.runs.verify import compare
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
+KINDS = ("zimage", "krea2", "flux2", "flux", "sd3", "sdxl")
+QUICK = ("zimage", "flux2", "sdxl")  # a name, a flag and another text encoder tell what is distilled
 SHORT = {"max_sequence_length": 24}
 SHALLOW: dict[str, dict[str, Any]] = {"flux2": {"text_encoder_out_layers": (1, 2, 3)}, "flux": SHORT, "sd3": SHORT}
 DATA = "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: ./pictures}]}\n"
@@ -51,7 +55,9 @@ def other_of(folder: Path, place: Path, *parts: str) -> Path:
     return place
 
 
-@pytest.fixture(scope="module", params=["zimage", "krea2", "flux2", "flux", "sd3", "sdxl"])
+@pytest.fixture(
+    scope="module", params=[one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in KINDS]
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """A family, a model of it, and a distilled one."""
     kind, place = str(request.param), tmp_path_factory.mktemp("pair")
@@ -127,7 +133,14 @@ def test_it_draws_what_the_stock_pipeline_draws_with_the_loras_file(
     assert f"Model: {turbo.name}" in file.text["parameters"]
 
 
-@pytest.mark.parametrize("rest", ["text_encoder: true, rank: 2", "type: lokr, factor: 4", "targets: all, rank: 2"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "text_encoder: true, rank: 2, targets: attn",
+        "type: lokr, factor: 4, targets: [mid_block]",
+        "targets: all, rank: 2",
+    ],
+)
 def test_every_kind_of_lora_is_carried_over(sdxl_folder: Path, rest: str, tmp_path: Path) -> None:
     turbo = other_of(sdxl_folder, tmp_path / "turbo")
     loaded = loaded_of(tmp_path / "p.yaml", sdxl_folder, turbo, REST.replace("rank: 2", rest, 1))

@@ -130,7 +130,9 @@ def picture(folder: Path, lora: Path | None) -> np.ndarray:
     return np.asarray(out.images[0].convert("RGB"), int)
 
 
-@pytest.mark.parametrize("kind", list(MODULES))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "sd3" else kind for kind in MODULES]
+)
 def test_the_file_draws_the_live_picture_in_a_fresh_pipeline(
     kind: str, run_of: Callable[[str], RunFolder], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

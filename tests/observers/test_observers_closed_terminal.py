@@ -21,6 +21,7 @@ def take_terminal() -> None:
     os.login_tty(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="no way to make a terminal the controlling one")
 def test_a_closed_terminal_saves_the_run_and_ends_it_with_143(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()

@@ -123,7 +123,7 @@ CASES = {
     "adamw": ("train.optimizer=adamw", "train.lr=1e-3", "network.targets=all"),
     "bf16": ("model.dtype=bf16",),
 }
-QUICK = ("sd", "flux")
+QUICK = ("sd",)
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

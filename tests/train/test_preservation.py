@@ -104,7 +104,7 @@ def drift(folder: RunFolder) -> float:
     [
         ("quickstart", ()),
         ("quickstart-flux", ("train.gradient_accumulation_steps=2",)),
-        ("quickstart", ("network.text_encoder=true",)),
+        pytest.param("quickstart", ("network.text_encoder=true",), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_with_a_class_changes_it_less_and_resumes_bit_for_bit(
