@@ -472,9 +472,9 @@ def test_convolutions_alone_train_in_half_precision_lora_and_lokr_alike() -> Non
 
 def test_a_lokr_stays_on_layers_that_are_quantised() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(256, 512, bias=False)).requires_grad_(False)
-    lokr = attach({"0": net[0]}, {"0": Kron(torch.randn(4, 4), torch.randn(128, 64))}, "default", trained=True)["0"]
-    x = torch.randn(3, 256)
+    net = nn.Sequential(nn.Linear(320, 512, bias=False)).requires_grad_(False)
+    lokr = attach({"0": net[0]}, {"0": Kron(torch.randn(4, 4), torch.randn(128, 80))}, "default", trained=True)["0"]
+    x = torch.randn(3, 320)
     expected = net(x).detach()
     assert quantize_linears(net, "fp8", torch.device("cpu")) == 1
     assert type(net[0]) is not nn.Linear
