@@ -6,7 +6,9 @@ import gc
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -59,6 +61,30 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def counted() -> dict[str, Any]:
+    """Activation memory that was counted, by what it was counted for."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def counted_once(counted: dict[str, Any]) -> Iterator[None]:
+    """`plan` counts the same passes once: that takes a second, at real size three to ten."""
+    from emotrain.runs import plan
+
+    measure = plan.measure
+
+    def once(family: str, config: dict[str, Any], **words: Any) -> Any:
+        asked = repr((family, sorted(config.items()), sorted(words.items())))
+        if asked not in counted:
+            counted[asked] = measure(family, config, **words)
+        return counted[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "measure", once)
+        yield
 
 
 @pytest.fixture

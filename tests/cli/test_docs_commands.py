@@ -15,6 +15,8 @@ import typer
 from emotrain.cli.app import main
 from emotrain.config.load import load
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 ROOT = Path(__file__).parents[2]
 STANDS_FOR = {
     "FOLDER": "./mika",

@@ -21,6 +21,8 @@ from emotrain.config.load import load
 from emotrain.errors import ConfigError
 from emotrain.runs.imports import Imported, import_config
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 FOREIGN = Path(__file__).parent / "foreign"
 EXAMPLE = Path(__file__).parents[2] / "emotrain" / "assets" / "example"
 CONFIGS = ("kohya_sdxl.toml", "kohya_dataset.toml", "kohya_gui.json", "kohya_emo.toml", "ai_toolkit.yaml",

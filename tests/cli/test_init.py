@@ -21,6 +21,8 @@ from emotrain.families.registry import FAMILIES
 from emotrain.families.table import sniff
 from emotrain.runs import card, propose
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 
 def pictures(folder: Path, captions: list[str], side: int = 1024) -> Path:
     folder.mkdir(parents=True)
