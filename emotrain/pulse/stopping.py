@@ -159,6 +159,7 @@ class StopRule:
 
     def update_non_finite_validation(self, step: int) -> None:
         """Take in a validation that says nothing but that the steps may be too long."""
+        self.paired = None
         self._update_gain(step, False)
 
     def _update_gain(self, step: int, is_best: bool) -> None:

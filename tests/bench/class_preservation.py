@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def measure(preset: str, trigger: str, seed: int, word: str | None, work: Path) 
             off = predict(model.family, batch, noisy, timesteps)
         changes.append((on - off).pow(2).flatten())
     return {
-        "loss": judge.loss(),
+        "loss": fmean(judge.pictures()),
         "drift": float(torch.cat(changes).mean()),
         "step": float(done.end.best_step or 0),
     }

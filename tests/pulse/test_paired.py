@@ -65,6 +65,9 @@ def test_a_validation_is_compared_with_the_best_before_it() -> None:
         assert found == {0: None, 10: (0, -0.3), 20: (10, 0.05), 30: (10, -0.1), 40: (30, 0.05)}[step]
     assert rule.paired is not None
     assert rule.paired.gained == pytest.approx(0.4)
+    assert rule.evidence().startswith("; the last validation, at step 40, is worse than step 30")
+    rule.update_non_finite_validation(50)
+    assert rule.evidence() == ""
 
 
 def test_what_flipped_pictures_gain_by_being_memorised_is_no_improvement() -> None:
