@@ -296,6 +296,7 @@ def test_what_a_bug_raises_in_a_run_leaves_its_traceback_in_the_run_s_folder(
 
     monkeypatch.setattr(training, "start_event", fail)
     words = ["run", "quickstart", "--runs-dir", str(tmp_path), "--plain", "--set", "train.max_steps=1"]
+    words += ["--set", "network.targets=[mid_block.*to_q]", "--set", "train.loss.baseline=raw"]
     code, text = said(words, capsys)
     assert code == 1
     kept = list((tmp_path / "quickstart").glob("traceback-*.txt"))
@@ -494,6 +495,7 @@ def test_a_lora_that_cannot_be_written_at_the_end_is_exit_6(
 
     monkeypatch.setattr(os, "replace", refuse)
     settings = ["train.max_steps=1", "sample.every=0", "sample.at_start=false", "validate.fraction=0"]
+    settings += ["network.targets=[mid_block.*to_q]", "train.loss.baseline=raw"]
     sets = [word for setting in settings for word in ("--set", setting)]
     code, text = said(["run", "quickstart", "--runs-dir", str(tmp_path), "--plain", *sets], capsys)
     assert code == 6, text

@@ -159,7 +159,7 @@ def test_a_whole_run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f"model: {{base: {files}/anima.safetensors, vae: {files}/vae.safetensors, "
         f"text_encoder: {files}/text_encoder.safetensors}}\n"
         "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
-        "network: {rank: 2}\ntrain: {max_steps: 2}\nvalidate: {every: 2}\nsave: {every: 2}\n"
+        "network: {rank: 2}\ntrain: {max_steps: 2, loss: {baseline: raw}}\nvalidate: {every: 2}\nsave: {every: 2}\n"
         'sample: {every: 2, steps: 2, prompts: ["a [trigger]"]}\nstop: {mode: "off"}\n'
     )
     assert main(["check", "p.yaml"]) == 0

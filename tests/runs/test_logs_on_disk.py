@@ -20,7 +20,7 @@ PRESET = """
 model: builtin:tiny-sd
 dataset: {folders: [{path: ./pictures}], resolution: 64, buckets: {step: 8, min: 64, max: 64}}
 network: {rank: 2, alpha: 2, targets: [mid_block.*to_q]}
-train: {max_steps: 4}
+train: {max_steps: 4, loss: {baseline: raw}}
 save: {every: 2, keep_last: 3}
 validate: {every: 1, probe_images: 1}
 sample: {every: 2, steps: 1, prompts: [a, b]}
