@@ -357,8 +357,9 @@ def test_a_mixture_is_stacked_but_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trained", ["lora", "lokr"])
 def test_lokrs_and_loras_are_stacked_under_either(trained: str, tmp_path: Path) -> None:
     """The output is that of the base with all updates added, and only the new adapter gets gradients."""
-    first = read_lora(saved(new_lokr(tiny.tiny("sd15"), "sd15"), tmp_path / "a.safetensors", "sd15"))
-    second = read_lora(saved(tiny.trained("sd15").adapter, tmp_path / "b.safetensors", "sd15"))
+    words: dict[str, Any] = {"targets": ["mid_block", "up_blocks"]}
+    first = read_lora(saved(new_lokr(tiny.tiny("sd15"), "sd15", **words), tmp_path / "a.safetensors", "sd15"))
+    second = read_lora(saved(tiny.trained("sd15", **words).adapter, tmp_path / "b.safetensors", "sd15"))
     model = tiny.tiny("sd15")
     stack = [(first.state, first.alphas, 0.5), (second.state, second.alphas, 1.0), (first.state, first.alphas, -0.2)]
     assert len(stack_frozen(model, stack, part="unet")) == len(first.alphas)
@@ -367,9 +368,7 @@ def test_lokrs_and_loras_are_stacked_under_either(trained: str, tmp_path: Path) 
     expected = patched(tiny.tiny("sd15"), dense, 0.3)
     stack_frozen(expected, [(second.state, second.alphas, 1.0)], part="unet")
     assert torch.allclose(under, tiny.output("sd15", expected), atol=1e-5)
-    adapter = add_adapter(
-        model, rank=2, factor=4 if trained == "lokr" else None, targets="all", family="sd15", seed=0
-    )  # fmt: skip
+    adapter = add_adapter(model, rank=2, factor=4 if trained == "lokr" else None, family="sd15", seed=0, **words)
     assert torch.allclose(tiny.output("sd15", model), under, atol=1e-6)
     tiny.randomised(adapter)
     assert (tiny.output("sd15", model) - under).abs().max() > 1e-3
@@ -380,15 +379,16 @@ def test_lokrs_and_loras_are_stacked_under_either(trained: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("trained", ["lora", "lokr"])
 def test_a_stack_goes_on_under_the_half_precision_forward(trained: str, tmp_path: Path) -> None:
-    first = read_lora(saved(new_lokr(tiny.tiny("sd15"), "sd15"), tmp_path / "a.safetensors", "sd15"))
-    second = read_lora(saved(tiny.trained("sd15").adapter, tmp_path / "b.safetensors", "sd15"))
+    words: dict[str, Any] = {"targets": ["mid_block", "up_blocks"]}
+    first = read_lora(saved(new_lokr(tiny.tiny("sd15"), "sd15", **words), tmp_path / "a.safetensors", "sd15"))
+    second = read_lora(saved(tiny.trained("sd15", **words).adapter, tmp_path / "b.safetensors", "sd15"))
     stack = [(first.state, first.alphas, 1.0), (second.state, second.alphas, 1.0)]
     answers = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.tiny("sd15").to(dtype)
         stack_frozen(model, stack, part="unet")
         factor = 4 if trained == "lokr" else None
-        adapter = add_adapter(model, rank=2, factor=factor, targets="all", family="sd15", seed=0)
+        adapter = add_adapter(model, rank=2, factor=factor, family="sd15", seed=0, **words)
         tiny.randomised(adapter, size=0.1)
         adapter.use_half_precision(dtype)
         g = torch.Generator().manual_seed(7)
