@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from emotrain.errors import ModelError
 from emotrain.families.common import LoadedFamily, Parts, refuse_larger_tokenizer
 from emotrain.families.component import guard, known_class, weight_files
 from emotrain.families.headers import own_name, read_header, read_index, read_json
+from emotrain.families.kept import stamp_of
 from emotrain.families.loading import family_class
 from emotrain.families.pieces import ENCODERS, load_encoder, load_tokenizer, scheduler_class, text_parts
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
@@ -53,6 +54,7 @@ OPEN_CLIP = {  # transformers' names of CLIP's parts -> OpenCLIP's
     "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
 }  # fmt: skip
 DAMAGED = "the download may be damaged or not complete"
+_WORKING: set[Hashable] = set()  # folders as they were when their parts were called: a queue's runs ask for each again
 
 
 def refuse_misfit(found: Sniffed, sample_steps: int = 20) -> LoadedFamily:
@@ -82,7 +84,10 @@ def refuse_misfit(found: Sniffed, sample_steps: int = 20) -> LoadedFamily:
     for encoder in spec.encoders_of(found.variant):
         pieces[encoder.name], pieces[encoder.tokenizer_name] = _encoder(folder, index, encoder)
     family = _family(found, pieces)
-    _call(found, family)
+    asked = (str(folder), found.family, found.variant, found.prediction, found.bucket_step, stamp_of(str(folder)))
+    if asked not in _WORKING:
+        _call(found, family)
+        _WORKING.add(asked)
     return family
 
 

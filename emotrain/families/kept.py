@@ -43,7 +43,7 @@ class KeptBase:
             paths: its files and folders.
             read: modules and what belongs to them, on the CPU.
         """
-        stamp = tuple(map(_stamp, paths))
+        stamp = tuple(map(stamp_of, paths))
         self.reused = self._held is not None and self._held[:2] == (model, stamp)
         held, self._held = self._held if self.reused else None, None  # what is not used goes before another is read
         pieces = read() if held is None else held[2]
@@ -79,8 +79,8 @@ def _room_for(pieces: Pieces, processes: int) -> bool:
     return bool(psutil.virtual_memory().available > processes * size + SPARE)
 
 
-def _stamp(path: str) -> Hashable:
-    """What changes when files do; nothing of a hub's id, which its revision tells apart."""
+def stamp_of(path: str) -> Hashable:
+    """What changes when the files of a path do; nothing of a hub's id, which its revision tells apart."""
     files = [Path(path), *(Path(path).rglob("*") if Path(path).is_dir() else ())]
     stats = [file.stat() for file in files if file.exists()]
     return tuple(sorted((one.st_ino, one.st_size, one.st_mtime_ns) for one in stats))

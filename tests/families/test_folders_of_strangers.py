@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from emotrain.errors import ModelError
-from emotrain.families import load_family
+from emotrain.families import fitting, load_family
 from emotrain.families.component import weight_files
 from emotrain.families.fitting import refuse_misfit, refuse_other_types
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
@@ -188,6 +189,22 @@ def test_parts_of_two_models_are_refused(copy: Path, flux_folder: Path) -> None:
 @pytest.mark.parametrize("name", ["sd_folder", "flux_folder", "sdxl_folder", "sd3_folder"])
 def test_good_folders_are_accepted(name: str, request: pytest.FixtureRequest) -> None:
     refuse_misfit(sniff(request.getfixturevalue(name)))
+
+
+def test_a_folder_is_called_once_until_its_files_change(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(fitting, "_call", lambda found, family: called.append(found.family))
+    families = [refuse_misfit(sniff(copy)) for _ in range(2)]
+    assert called == ["sd15"]
+    assert families[0].denoiser is not families[1].denoiser  # the caller puts its LoRA on it
+    spoil(copy, "vae", force_upcast=False)
+    refuse_misfit(sniff(copy))
+    assert called == ["sd15"] * 2
+    monkeypatch.setattr(fitting, "_call", lambda *_: fitting._refuse_shape("x", "y", torch.ones(1), (2,)))
+    spoil(copy, "vae", force_upcast=True)
+    for _ in range(2):  # what was refused is asked again
+        with pytest.raises(ModelError):
+            refuse_misfit(sniff(copy))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
