@@ -92,7 +92,10 @@ def test_a_run_leaves_a_lora_that_draws_the_live_picture_in_a_fresh_pipeline(tmp
     assert np.abs(own - handed_over).max() <= 1
 
 
-@pytest.mark.parametrize(("preset", "format"), [("quickstart", "diffusers"), ("quickstart-flux", "kohya")])
+@pytest.mark.parametrize(
+    ("preset", "format"),
+    [("quickstart", "diffusers"), pytest.param("quickstart-flux", "kohya", marks=pytest.mark.slow)],
+)
 def test_the_sheets_last_column_is_drawn_from_the_file(tmp_path, monkeypatch, preset, format):
     def read_as_nothing(path: Path) -> LoraFile:
         lora = read_lora(path)
@@ -126,6 +129,7 @@ def test_samples_at_other_strengths_are_what_stock_draws_at_them(tmp_path):
     assert page.index("strength 0.5") < page.index("strength 2") < last
 
 
+@pytest.mark.slow
 def test_a_lokr_is_drawn_at_other_strengths_too(tmp_path):
     folder = train("quickstart", tmp_path, "sample.strengths=0.01", "network={type: lokr, targets: all}").folder
     base, weak, own = (
@@ -148,6 +152,7 @@ def test_pictures_of_an_earlier_lora_file_do_not_outlive_it(tmp_path, finished):
     assert not (folder.samples_dir / "strength-0.80-1.png").exists()
 
 
+@pytest.mark.slow
 def test_trained_text_encoders_are_part_of_the_file(tmp_path):
     """The prompt goes through the fresh pipeline's own text encoder here, with the LoRA on it."""
     from diffusers import DiffusionPipeline
