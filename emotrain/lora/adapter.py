@@ -112,6 +112,7 @@ class Adapter:
         """Forget the gradients, also those of a backward pass that did not come to its end."""
         for half in self._halves:
             half.grads.zero_()
+            half.forget()
         for parameter in self.parameters():
             parameter.grad = None
 

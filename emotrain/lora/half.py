@@ -5,12 +5,14 @@ every product, and autocast casts the weights again at every call: on a GPU most
 Here the float32 weights lie in one buffer with a copy in the base's dtype beside it, refreshed by one launch before
 each forward pass of the model; the product of the base and the two small ones are one autograd function; and the
 gradients are summed in a buffer of the base's dtype, which `HalfLora.collect` adds to the float32 gradients, again in
-one launch.
+one launch. Layers that are given the same tensor, such as those of queries, keys and values, are computed together.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from types import MethodType
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
+
+QUERIES_KEYS_VALUES = re.compile(r"(.*\.|)(to_|add_|)[qkv](_proj|)")
 
 
 class HalfWeights:
@@ -57,6 +61,9 @@ class HalfWeights:
         else:  # the average of the weights is shown: other memory
             torch._foreach_copy_(self._low, list[Tensor](self.parameters))
 
+    def forget(self) -> None:
+        """Let go of what a pass that did not come to its end has left: nothing here."""
+
     @torch.no_grad()
     def collect(self) -> None:
         """Add what the backward pass summed to the parameters' float32 gradients."""
@@ -83,11 +90,87 @@ class HalfLora(HalfWeights):
 
     def __init__(self, model: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtype: torch.dtype) -> None:
         held = list(layers.values())
-        super().__init__(model, [half[name] for layer in held for half in (layer.lora_A, layer.lora_B)], dtype)
-        for index, layer in enumerate(held):
-            of_kind = _forward if isinstance(layer.get_base_layer(), nn.Linear) else _conv_forward
-            layer.forward = MethodType(of_kind(self, name, *self.pieces[2 * index : 2 * index + 2]), layer)
-            _freeze_in(dtype, layer, name)
+        downs = [layer.lora_A[name] for layer in held]  # side by side, so that those of one input are one matrix
+        super().__init__(model, [*downs, *(layer.lora_B[name] for layer in held)], dtype)
+        halves = [
+            _Half(layer, name, *pieces, *others)
+            for layer, pieces, others in zip(held, self.pieces[: len(held)], self.pieces[len(held) :], strict=True)
+        ]
+        for half in halves:
+            of_kind = _forward if isinstance(half.layer.get_base_layer(), nn.Linear) else _conv_forward
+            half.layer.forward = MethodType(of_kind(self, half), half.layer)
+            _freeze_in(dtype, half.layer, name)
+        runs = groupby(zip(layers, halves, strict=True), key=lambda one: _role(*one))
+        of_role = [[half for _, half in run] for role, run in runs if role is not None]
+        self.groups = [_Together(self, members) for members in of_role if len(members) > 1]
+
+    def forget(self) -> None:
+        """Let go of what a pass that did not come to its end has left."""
+        for group in self.groups:
+            group.given, group.waiting = None, {}
+
+
+def _role(path: str, half: _Half) -> tuple[Any, ...] | None:
+    """What layers of one input have in common by their names: queries, keys and values of one attention."""
+    found = QUERIES_KEYS_VALUES.fullmatch(path)
+    return (*found.groups(), half.down.shape[1]) if found is not None and half.down.ndim == 2 else None
+
+
+class _Half:
+    """One layer: its LoRA's matrices in half precision, and what their gradients are added to."""
+
+    def __init__(self, layer: Any, name: str, down: Tensor, down_grad: Tensor, up: Tensor, up_grad: Tensor) -> None:
+        self.layer, self.name = layer, name
+        self.down, self.down_grad, self.up, self.up_grad = down, down_grad, up, up_grad
+        self.group: _Together | None = None
+
+    @property
+    def master(self) -> Tensor:
+        """A in float32."""
+        weight: Tensor = self.layer.lora_A[self.name].weight
+        return weight
+
+    @property
+    def scale(self) -> float:
+        """The strength of B A: alpha / rank."""
+        return float(self.layer.scaling[self.name])
+
+    def is_plain(self) -> bool:
+        """Whether it is a common Linear layer with this LoRA alone."""
+        base = self.layer.base_layer
+        simple = type(base) is nn.Linear and not base._forward_pre_hooks and not base._forward_hooks
+        return simple and not self.layer.disable_adapters and list(self.layer.active_adapters) == [self.name]
+
+
+class _Together:
+    """Layers that are given the same tensor, one after the other: all are computed when the first of them is called.
+
+    One that is given another tensor all the same is computed for that one.
+    """
+
+    def __init__(self, lora: HalfLora, members: list[_Half]) -> None:
+        self.members, self.ranks = members, [len(half.down) for half in members]
+        start, width = members[0].down.storage_offset(), members[0].down.shape[1]
+        end = start + sum(self.ranks) * width
+        self.down, self.down_grad = lora.low[start:end].view(-1, width), lora.grads[start:end].view(-1, width)
+        self.given: Tensor | None = None
+        self.waiting: dict[_Half, Tensor] = {}
+        for half in members:
+            half.group = self
+
+    def is_plain(self) -> bool:
+        """Whether all may be computed together now."""
+        return all(half.is_plain() for half in self.members) and len({half.scale for half in self.members}) == 1
+
+    def output(self, half: _Half, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the layer makes of `x` in `dtype`."""
+        if not (x is self.given and half in self.waiting):
+            made = _Joint.apply(x.to(dtype), self, *(one.master for one in self.members))  # type: ignore[no-untyped-call]
+            self.given, self.waiting = x, dict(zip(self.members, made, strict=True))
+        y = self.waiting.pop(half)
+        if not self.waiting:
+            self.given = None
+        return y
 
 
 def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -104,17 +187,21 @@ def _freeze_in(dtype: torch.dtype, layer: LoraLayer, trained: str) -> None:
                 holder.weight = nn.Parameter(holder.weight.detach().to(dtype), requires_grad=False)
 
 
-def _forward(lora: HalfLora, name: str, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> Any:
+def _forward(lora: HalfLora, half: _Half) -> Any:
     """The forward of one linear layer."""
+    name = half.name
 
     def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        together = half.group if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
+        if together is not None and together.is_plain():
+            return together.output(half, x, lora.dtype)
         active = [] if layer.disable_adapters else layer.active_adapters
         base = layer.base_layer
         x = x.to(lora.dtype)
         if name not in active:
             return _with_frozen(layer, x, base(x), [key for key in active if key in layer.lora_A])
         frozen = [key for key in active if key != name and key in layer.lora_A]
-        weights = (layer.lora_A[name].weight, *down, *up, layer.scaling[name])
+        weights = (half.master, half.down, half.down_grad, half.up, half.up_grad, layer.scaling[name])
         if type(base) is nn.Linear and not base._forward_pre_hooks and not base._forward_hooks:
             y: Tensor = _Linear.apply(x, base.weight, base.bias, *weights)  # type: ignore[no-untyped-call]
         else:  # a quantised base, one that is away from the device between its turns, or one with a frozen LoKr
@@ -131,8 +218,9 @@ def _with_frozen(layer: Any, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
     return y
 
 
-def _conv_forward(lora: HalfLora, name: str, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> Any:
+def _conv_forward(lora: HalfLora, half: _Half) -> Any:
     """The forward of one convolution."""
+    name, matrices = half.name, (half.down, half.down_grad, half.up, half.up_grad)
 
     def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = layer.base_layer(x, *args, **kwargs)
@@ -142,7 +230,7 @@ def _conv_forward(lora: HalfLora, name: str, down: tuple[Tensor, Tensor], up: tu
             a, b, scale = layer.lora_A[key], layer.lora_B[key], layer.scaling[key]
             how = (a.stride, a.padding, a.dilation, a.groups)
             if key == name:
-                y = y + _ConvDelta.apply(x.to(lora.dtype), a.weight, *down, *up, scale, how)  # type: ignore[no-untyped-call]
+                y = y + _ConvDelta.apply(x.to(lora.dtype), a.weight, *matrices, scale, how)  # type: ignore[no-untyped-call]
             else:
                 y = y + functional.conv2d(functional.conv2d(x, a.weight, None, *how), b.weight) * scale
         return y
@@ -173,6 +261,45 @@ class _Linear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return (None,) * 9
         return ((grad @ weight).addmm_(back, down, alpha=ctx.scale).view(ctx.shape), *(None,) * 8)
+
+
+class _Joint(torch.autograd.Function):
+    """`_Linear` of several layers with one input: one product with all of their A, one sum of the input's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, together: _Together, *masters: Tensor) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        small = rows @ together.down.t()  # [N, all ranks]
+        ys = []
+        for half, part in zip(together.members, torch.split(small, together.ranks, 1), strict=True):
+            base = half.layer.base_layer
+            y = functional.linear(rows, base.weight, base.bias).addmm_(part, half.up.t(), alpha=half.scale)
+            ys.append(y.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(rows, small, together.down, *(half.up for half in together.members))
+        ctx.weights = [half.layer.base_layer.weight for half in together.members]
+        ctx.together, ctx.scale, ctx.shape = together, together.members[0].scale, x.shape
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, small, down, *ups = ctx.saved_tensors
+        together, scale = ctx.together, ctx.scale
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        backs = torch.empty_like(small)
+        parts = zip(
+            together.members, flat, ups, *(torch.split(t, together.ranks, 1) for t in (small, backs)), strict=True
+        )
+        for half, grad, up, part, back in parts:
+            torch.mm(grad, up, out=back)
+            half.up_grad.addmm_(grad.t(), part, alpha=scale)
+        together.down_grad.addmm_(backs.t(), rows, alpha=scale)
+        nothing = (None,) * (1 + len(flat))
+        if not ctx.needs_input_grad[0]:
+            return (None, *nothing)
+        of_x = flat[0] @ ctx.weights[0]
+        for grad, weight in zip(flat[1:], ctx.weights[1:], strict=True):
+            of_x.addmm_(grad, weight)
+        return (of_x.addmm_(backs, down, alpha=scale).view(ctx.shape), *nothing)
 
 
 class _Delta(torch.autograd.Function):

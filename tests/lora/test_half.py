@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from emotrain.lora.adapter import Adapter
 from emotrain.lora.half import HalfLora
 from emotrain.lora.inject import initialise, install, set_weights
 from emotrain.optim import EmoSens
@@ -135,7 +137,7 @@ def test_the_copy_follows_every_change_of_the_weights(change: str) -> None:
                 weight.copy_(torch.zeros_like(weight))
     with optimizer.eval_mode() if change == "average" else nullcontext():
         assert own(*inputs(torch.bfloat16)).item() != before
-        shown = torch.cat([weight.detach().flatten() for weight in weights])
+        shown = torch.cat([weight.detach().flatten() for weight in half.parameters])
         assert torch.equal(half.low, shown.to(torch.bfloat16))
     own(*inputs(torch.bfloat16))
     assert torch.equal(half.low, half.master.to(torch.bfloat16))
@@ -168,3 +170,112 @@ def test_a_base_layer_whose_weight_is_away_between_its_turns_is_called_and_not_r
     loss.backward()
     half.collect()
     assert all(value.abs().max() > 0 for value in gradients(layers).values())
+
+
+class Attending(nn.Module):
+    """Queries, keys and values of one tensor, then keys and values of another that asks for no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("enter", "to_q", "to_k", "to_v", "out", "add_k_proj", "add_v_proj")
+        for name in names:
+            setattr(self, name, nn.Linear(24, 24, bias=name == "to_k"))
+        self.names, self.fails, self.other = names, False, False
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = torch.tanh(self.enter(x))
+        q = self.to_q(x)
+        if self.fails:
+            raise torch.OutOfMemoryError
+        y = self.out(q * self.to_k(2 * x if self.other else x) + self.to_v(x).sin())
+        return (y * self.add_k_proj(text) + self.add_v_proj(text)).float().pow(2).mean()
+
+
+def attending() -> tuple[Attending, dict[str, Any], HalfLora, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    net = Attending().requires_grad_(False)
+    ranks = dict.fromkeys(net.names, 4) | {"to_k": 6}
+    layers = install(net, ranks, {name: 2.0 * rank for name, rank in ranks.items()}, "default")
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers.values():
+        filled(layer, "default", generator)
+    return net, layers, HalfLora(net, layers, "default", torch.float32), (torch.randn(3, 5, 24), torch.randn(3, 5, 24))
+
+
+def one_pass(net: Any, layers: Any, half: HalfLora, given: Any, checkpointed: bool = False) -> tuple[Any, Any]:
+    """Loss and gradients of a step."""
+    for layer in layers.values():
+        for kind in ("lora_A", "lora_B"):
+            getattr(layer, kind)["default"].weight.grad = None
+    loss = checkpoint(net, *given, use_reentrant=False) if checkpointed else net(*given)
+    loss.backward()
+    half.collect()
+    return loss.detach(), gradients(layers)
+
+
+class Counted(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += str(func).startswith(("aten.mm", "aten.addmm"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_of_one_input_are_computed_together(checkpointed: bool) -> None:
+    net, layers, half, given = attending()
+    assert [[len(group.members), sum(group.ranks)] for group in half.groups] == [[3, 14], [2, 8]]
+    with Counted() as first:
+        together = one_pass(net, layers, half, given, checkpointed)
+    assert not any(group.waiting for group in half.groups)
+    for group in half.groups:
+        for one in group.members:
+            one.group = None
+    with Counted() as second:
+        apart = one_pass(net, layers, half, given, checkpointed)
+    torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-5)
+    # A's products and their gradients, and two of those of the input of queries, keys and values; A's again
+    assert second.products - first.products == 3 + 3 + 2 + (3 if checkpointed else 0)
+
+
+def test_an_input_of_another_dtype_is_cast_once_for_all_layers() -> None:
+    net, layers, _, given = attending()
+    half = HalfLora(net.to(torch.bfloat16), layers, "default", torch.bfloat16)
+    net.enter.register_forward_hook(lambda module, inputs, output: output.float())
+    net.out.register_forward_hook(lambda module, inputs, output: output.to(torch.bfloat16))
+    with Counted() as first:
+        one_pass(net, layers, half, [one.to(torch.bfloat16) for one in given])
+    for group in half.groups:
+        for one in group.members:
+            one.group = None
+    with Counted() as second:
+        one_pass(net, layers, half, [one.to(torch.bfloat16) for one in given])
+    assert second.products - first.products == 3 + 3 + 2
+
+
+def test_keys_of_another_tensor_than_the_queries_are_computed_of_it() -> None:
+    net, layers, half, given = attending()
+    net.other = True
+    together = one_pass(net, layers, half, given)
+    for group in half.groups:
+        for one in group.members:
+            one.group = None
+    torch.testing.assert_close(together, one_pass(net, layers, half, given), atol=1e-6, rtol=1e-5)
+
+
+def test_what_a_pass_without_an_end_has_left_goes_with_its_gradients() -> None:
+    net, layers, half, given = attending()
+    one_pass(net, layers, half, given)
+    net.fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        net(*given)
+    assert half.groups[0].waiting
+    adapter = Adapter(layers, name="default", part="unet", family="sd15", rank=4, alpha=8.0)
+    adapter._halves.append(half)
+    adapter.drop_gradients()
+    assert not half.groups[0].waiting
+    assert half.groups[0].given is None
