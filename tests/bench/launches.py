@@ -1,11 +1,12 @@
 """Launches, blocking reads and memory of one training step at real size, counted without a GPU.
 
-    python tests/bench/launches.py sdxl [--size 1024] [--checkpointing] [--rank 16]
+    python tests/bench/launches.py sdxl [--size 1024] [--checkpointing] [--rank 16] [--preset NAME]
 
 The model has its public config and fake tensors on a pretend CUDA device (`tests/gpu/pretend_cuda.py build` once), and
 goes through the loop's own `train_step`. A launch is an operator that computes on the device and is no view. Fused
 attention and RMS norms are counted as CUDA has them. What CUDA's kernels take in time is not known here.
-Prints one line of JSON: launches by phase, casts, blocking reads, copies to the device, GiB resident and at the peak.
+Prints one line of JSON: launches by phase, casts, blocking reads, copies to the device, GiB resident and at the peak;
+with a preset of that model what `emotrain plan` says of the same step, without what CUDA takes for itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -222,6 +224,20 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def planned(args: argparse.Namespace, peak: float) -> dict[str, Any]:
+    """What `emotrain plan` says of the step, and the peak as a share of it."""
+    sets = {
+        "network.targets": "attn-mlp", "network.rank": args.rank, "model.quantize": "none",
+        "dataset": "builtin:example", "dataset.resolution": args.size, "dataset.buckets.upscale": "true",
+        "train.gradient_checkpointing": str(args.checkpointing).lower(),
+    }  # fmt: skip
+    words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "emotrain", "plan", args.preset, "--json", *words]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]).stdout
+    gib = sum(value for name, value in json.loads(said)["memory_gib"].items() if name != "CUDA itself")
+    return {"planned_gib": round(gib, 2), "of_plan": round(peak / gib, 2)}
+
+
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,7 +246,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
-    print(json.dumps(count(parser.parse_args())))
+    parser.add_argument("--preset")
+    args = parser.parse_args()
+    found = count(args)
+    if args.preset:
+        found |= planned(args, found["peak_gib"])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
