@@ -102,7 +102,7 @@ def drift(folder: RunFolder) -> float:
 @pytest.mark.parametrize(
     ("preset", "more"),
     [
-        ("quickstart", ()),
+        pytest.param("quickstart", (), marks=pytest.mark.slow),
         ("quickstart-flux", ("train.gradient_accumulation_steps=2",)),
         pytest.param("quickstart", ("network.text_encoder=true",), marks=pytest.mark.slow),
     ],
