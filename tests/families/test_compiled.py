@@ -206,8 +206,7 @@ def predictions(folder: Path, *, compiled: bool, checkpointed: bool) -> tuple[li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("kind", ["sd_folder", "flux_folder"])
+@pytest.mark.parametrize(("kind", "checkpointed"), [("sd_folder", False), ("flux_folder", True)])
 def test_models_of_real_kinds_compile(kind: str, checkpointed: bool, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     plain, gradient = predictions(folder, compiled=False, checkpointed=checkpointed)
