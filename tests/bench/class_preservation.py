@@ -10,6 +10,10 @@ squared change of the prediction for the captions without it, at fixed noise. Ea
 The built-in models were taught to ignore words before a caption that they do not know: "inkmoji, rocket" is to tiny-sd
 nearly what "picture, rocket" is (their embeddings are 12 % apart, those of two subjects 86 %). A trigger that the
 model hears is a word such as "face".
+
+The class costs held-out loss, and a run without it that ends earlier drifts less too. So plain runs of fewer steps
+are measured beside: "at equal held-out loss" holds the class against their drift where their held-out loss falls
+through that of the run with the class.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -38,6 +43,7 @@ from emotrain.train.losses import predict
 from emotrain.train.validation import Validation
 
 STEPS = 200
+EARLIER = (35, 50, 70, 110)  # steps of the plain runs that end before
 WORD = "picture"
 
 
@@ -54,12 +60,12 @@ def lay_out(work: Path) -> tuple[Path, Path]:
 
 
 @torch.no_grad()
-def measure(preset: str, trigger: str, seed: int, word: str | None, work: Path) -> dict[str, float]:
+def measure(preset: str, trigger: str, seed: int, word: str | None, steps: int, work: Path) -> dict[str, float]:
     """Train one cell and judge what it hands over."""
     own, held = lay_out(work)
     words = (
         f"dataset.folders=[{{path: {own}}}]", f"dataset.trigger={trigger}", f"dataset.class={word or 'null'}",
-        f"train.max_steps={STEPS}", f"train.seed={seed}", "stop.mode=off", "sample.every=0", f"save.every={STEPS}",
+        f"train.max_steps={steps}", f"train.seed={seed}", "stop.mode=off", "sample.every=0", f"save.every={steps}",
         "log.tensorboard=false",
     )  # fmt: skip
     loaded = load_preset(preset, words, "cell")
@@ -92,31 +98,51 @@ def measure(preset: str, trigger: str, seed: int, word: str | None, work: Path) 
     }
 
 
+def at_loss(plain: Sequence[dict[str, float]], loss: float) -> float:
+    """The drift of plain runs where their held-out loss falls through `loss`, linear in between; NaN where none does.
+
+    Args:
+        plain: by their number of steps.
+        loss: of the run with the class.
+    """
+    for one, next_one in pairwise(plain):
+        if one["loss"] >= loss > next_one["loss"]:
+            share = (one["loss"] - loss) / (one["loss"] - next_one["loss"])
+            return one["drift"] + share * (next_one["drift"] - one["drift"])
+    return float("nan")
+
+
 def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
     """Means over the seeds, and what the class changes, seed by seed."""
     lines = ["| class | held-out loss | drift without the trigger | best step |", "| --- | --- | --- | --- |"]
     for name, entries in rows.items():
         loss, drift, step = (np.mean([one[key] for one in entries]) for key in ("loss", "drift", "step"))
         lines.append(f"| {name} | {loss:.4f} | {drift:.4f} | {step:.0f} |")
-    without, kept = rows.values()
+    without, kept = rows["none"], rows[f"`{WORD}`"]
     for key, word in (("loss", "Held-out loss"), ("drift", "Drift")):
         before, after = (np.array([one[key] for one in entries]) for entries in (without, kept))
         each = ", ".join(f"{value:+.1%}" for value in after / before - 1)
         lines += ["", f"{word} with the class: {after.mean() / before.mean() - 1:+.1%} (by seed {each})."]
-    return lines
+    names = [f"none, {steps} steps" for steps in EARLIER] + ["none"]
+    equal = [at_loss(plain, one["loss"]) for *plain, one in zip(*(rows[name] for name in names), kept, strict=True)]
+    ratios = np.array([one["drift"] for one in kept]) / np.array(equal) - 1
+    each = ", ".join(f"{value:+.1%}" for value in ratios)
+    return [*lines, "", f"Drift at equal held-out loss: {np.nanmean(ratios):+.1%} (by seed {each})."]
 
 
 def cells(preset: str, trigger: str, seeds: Sequence[int], kept: Path) -> dict[str, list[dict[str, float]]]:
-    """Both rows of a preset, one entry a seed; what is kept is not measured again."""
-    rows: dict[str, list[dict[str, float]]] = {"none": [], f"`{WORD}`": []}
+    """All rows of a preset, one entry a seed; what is kept is not measured again."""
+    kinds: dict[str, tuple[str | None, int]] = {"none": (None, STEPS), f"`{WORD}`": (WORD, STEPS)}
+    kinds |= {f"none, {steps} steps": (None, steps) for steps in EARLIER}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for seed in seeds:
-        for name, word in zip(rows, (None, WORD), strict=True):
-            path = kept / f"{preset}-{trigger}-{seed}-{word}.json"
+        for name, (word, steps) in kinds.items():
+            path = kept / f"{preset}-{trigger}-{seed}-{word}-{steps}.json"
             if not path.is_file():
                 with tempfile.TemporaryDirectory() as work:
-                    path.write_text(json.dumps(measure(preset, trigger, seed, word, Path(work))), "utf-8")
+                    path.write_text(json.dumps(measure(preset, trigger, seed, word, steps, Path(work))), "utf-8")
             rows[name].append(json.loads(path.read_text("utf-8")))
-            print(preset, trigger, seed, word, rows[name][-1], flush=True)
+            print(preset, trigger, seed, name, rows[name][-1], flush=True)
     return rows
 
 
