@@ -96,12 +96,11 @@ def qwen(width: int, layers: int = 4, **words: Any) -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(11)
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=300, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, **words,
-        )
-    ).eval()  # fmt: skip
+    small = {
+        "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4,
+    }  # fmt: skip
+    return Qwen3Model(Qwen3Config(**{**small, **words})).eval()
 
 
 def qwen_vl(width: int, layers: int = 4) -> Any:

@@ -90,6 +90,19 @@ def narrow_vae(family: str) -> Any:
     return vae.eval()
 
 
+def denoiser_of(variant: str, weights: bool = True) -> Any:
+    """The denoiser of a public model with few blocks, float32; without weights on the meta device."""
+    import diffusers
+
+    name = str(family_of_variant(variant))
+    with torch.device("cpu" if weights else "meta"), left_empty():
+        config = few_blocks(configs(name)["denoiser"][variant])
+        denoiser = getattr(diffusers, FAMILIES[name].denoiser_class).from_config(config)
+    if weights:
+        fill(denoiser)
+    return denoiser
+
+
 def build(variant: str, weights: bool = True, **scheduler: Any) -> LoadedFamily:
     """The family of a public model with few blocks, float32; without weights the denoiser lies on the meta device.
 
@@ -99,10 +112,7 @@ def build(variant: str, weights: bool = True, **scheduler: Any) -> LoadedFamily:
 
     name = str(family_of_variant(variant))
     spec, public = FAMILIES[name], configs(name)
-    with torch.device("cpu" if weights else "meta"), left_empty():
-        denoiser = getattr(diffusers, spec.denoiser_class).from_config(few_blocks(public["denoiser"][variant]))
-    if weights:
-        fill(denoiser)
+    denoiser = denoiser_of(variant, weights)
     kind, words = public["scheduler"][variant]
     words = {**words, **scheduler}
     family = family_class(name)(
