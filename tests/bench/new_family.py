@@ -44,21 +44,26 @@ WHY = """
 One seed, models that nobody uses: it shows that the path from captions to pictures learns, and nothing of how well the
 real models do.
 
-## Where the captions drown, nothing is learned of them
+## Captions that little of the picture hangs on
 
-klein came to 2 of 4, and Krea 2 to 0 of 4, in the first runs. In both the caption was a few tokens among many that
-are the same for all pictures, and a random text encoder makes next to nothing of them; real ones are trained for just
-that.
+klein came to 2 of 4, and Krea 2 to 0 of 4, in the first runs.
 
 * klein's captions are filled up to 512 tokens that the model attends to. With 64 (klein-64) the same model comes to 4
   of 4; its steps were not shortened half-way, either.
 * Krea 2's random VAE showed all pictures alike: 0.009 to 0.012 apart, and the samples were 0.017 from each, where the
-  pictures themselves are 0.34 to 0.49 apart. With a VAE that is trained on the four it learned none, either: at sigma
-  0.9 its loss was 0.990 with a picture's own caption and 0.990 with another's. The release's template is 34 tokens,
-  which the model is not given; with the test's tokenizer of one token a byte it is 149, so that 115 of 135 tokens
-  were the template's. Plain AdamW (2e-3) in a loop of its own, with the same model and tokens, came to the same:
-  1.115 and 1.115 after 150 steps. So it is not the optimizer or the loop. The script leaves the template out whole
-  now.
+  pictures themselves are 0.34 to 0.49 apart. The VAE is trained on the four now.
+* The release's template is 34 tokens, which the model is not given; with the test's tokenizer of one token a byte it
+  is 149, so that 115 of 135 tokens were the template's: at sigma 0.9 the loss was 0.990 with a picture's own caption
+  and with another's. Plain AdamW (2e-3) in a loop of its own, with the same model and tokens, came to the same, 1.115
+  and 1.115 after 150 steps: it is neither the optimizer nor the loop. The template is left out whole now, which alone
+  did not help.
+* The gates of its blocks are a table that is zero in a new model, and was 0.05 in the script's: captions whose
+  embeddings were 1.1 apart (relative) moved the picture's tokens by 0.1 to 0.4 % a block. With a table of 1 the two
+  losses are 0.805 and 0.811: captions begin to tell, and 1 of 4 is nearest to its own.
+* **So why Krea 2 learns less than the others is not known to the end.** What is seen: the LoRA on its text fusion,
+  which `targets: all` reaches and the preset's do not, let the captions' stream grow from 0.18 to 407 before a norm
+  takes it back; without it no run was made. Signs, timesteps, packing and latents are held against the stock pipeline
+  at the real width (`tests/families/`).
 
 ## Why no such model is shipped
 
@@ -164,9 +169,9 @@ def model(folder: Path, seed: int, family: str) -> Path:
         without_template(pipeline.tokenizer)
     torch.manual_seed(seed)
     pipeline.register_modules(transformer=denoiser(family), vae=vae(family))
-    for parameter in pipeline.transformer.parameters():
-        if float(parameter.detach().abs().max()) == 0.0:
-            torch.nn.init.normal_(parameter, std=0.05)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if float(parameter.detach().abs().max()) == 0.0:  # Krea 2's blocks are shut where their gates' table is small
+            torch.nn.init.normal_(parameter, std=1.0 if name.endswith("scale_shift_table") else 0.05)
     pipeline.save_pretrained(folder)
     return folder
 
