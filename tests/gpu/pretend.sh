@@ -13,7 +13,8 @@ try() {
   echo "== pretend CUDA: $*"
   "$python" tests/gpu/pretend_cuda.py run -m emotrain "$@" > "$runs/out" 2> "$runs/err" || { tail -30 "$runs/err"; exit 1; }
 }
-short=(--plain --runs-dir "$runs" --set train.max_steps=12 --set sample.steps=2 --set sample.every=6 --set save.every=6)
+short=(--plain --runs-dir "$runs" --set train.max_steps=4 --set sample.steps=2 --set sample.every=4 --set save.every=2)
+short+=(--set sample.at_start=false --set train.loss.baseline=raw)
 for preset in quickstart quickstart-flux; do  # in bf16 the check runs them
   try run "$preset" "${short[@]}" --name "$preset-fp16" --set model.dtype=fp16
 done
