@@ -11,7 +11,7 @@ The built-in models were taught to ignore words before a caption that they do no
 nearly what "picture, rocket" is (their embeddings are 12 % apart, those of two subjects 86 %). A trigger that the
 model hears is a word such as "face".
 
-The class costs held-out loss, and a run without it that ends earlier drifts less too. So plain runs of fewer steps
+The class costs held-out loss, and a run without it that ends earlier may drift less too. So plain runs of fewer steps
 are measured beside: "at equal held-out loss" holds the class against their drift where their held-out loss falls
 through that of the run with the class.
 """
