@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -114,6 +115,7 @@ class JoinedRanks(Ranks):
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         import torch
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         self.rank, self.local_rank, self.world = (int(environment[key]) for key in _ENVIRONMENT[:3])
         self.local_world = int(environment.get("LOCAL_WORLD_SIZE", 1))
@@ -126,7 +128,9 @@ class JoinedRanks(Ranks):
             torch.cuda.set_device(self.local_rank)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         with _lost():
-            dist.init_process_group(backend, timeout=LONGEST)
+            store, *_ = next(rendezvous("env://", timeout=LONGEST))
+            store = dist.PrefixStore(_token(store, self.rank, self.world), store)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, timeout=LONGEST, store=store, rank=self.rank, world_size=self.world)
         _open.append(self)
         self._buffer: Tensor | None = None
         place = f"{environment.get('TORCHELASTIC_RUN_ID')}/{socket.gethostname()}/{os.getppid()}"
@@ -289,6 +293,36 @@ def leave(code: int) -> int:
         time.sleep(4 * LOOK_S)  # the launcher is to see the other one first
         code = LOST
     os._exit(code)
+
+
+def _token(store: Any, rank: int, world: int) -> str:
+    """A word that all processes of this start have, and no other start has had.
+
+    torchrun keeps its store when it starts the processes again, and what those before wrote into it, their addresses
+    among it, would be read for that of these. So each of the others asks rank 0 under a name of its own and is answered
+    there; rank 0 answers until all have come, since the first question that it finds may be an older one.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"emotrain/question/{rank}", own)
+        token = str(store.get(f"emotrain/answer/{own}").decode())
+        store.set(f"emotrain/came/{token}/{rank}", "")
+        return token
+    answered: set[str] = set()
+    missing, until = set(range(1, world)), time.monotonic() + LONGEST.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            question = f"emotrain/question/{other}"
+            asked = store.get(question).decode() if store.check([question]) else ""
+            if asked and asked not in answered:
+                store.set(f"emotrain/answer/{asked}", own)
+                answered.add(asked)
+            if store.check([f"emotrain/came/{own}/{other}"]):
+                missing.discard(other)
+        if missing and time.monotonic() > until:
+            raise RuntimeError(f"rank {min(missing)} does not come")
+        time.sleep(0.02)
+    return own
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from processes import together
 
 from emotrain import ranks as ranks_module
 from emotrain.errors import ConfigError, DatasetError
-from emotrain.ranks import ALONE, JoinedRanks, LostRankError, Ranks, is_launched
+from emotrain.ranks import ALONE, JoinedRanks, LostRankError, Ranks, _token, is_launched
 from emotrain.train.events import StepEnd, ValidationEnd
 from emotrain.train.loop import fit
 from emotrain.train.state import TrainState
@@ -191,6 +192,19 @@ def test_values_of_any_length_and_numbers_arrive_as_they_are() -> None:
         return ranks.meet(value if ranks.rank else None), len(sent)
 
     assert together(run) == [([None, value], 100_000)] * 2
+
+
+def test_a_start_reads_nothing_of_what_an_earlier_one_left_in_the_store() -> None:
+    store = torch.distributed.HashStore()
+    tokens = []
+    for late in (0.0, 0.1, 0.1):  # rank 0 first finds the question of the start before
+        with ThreadPoolExecutor(3) as threads:
+            first = threads.submit(_token, store, 0, 3)
+            time.sleep(late)
+            others = [threads.submit(_token, store, rank, 3) for rank in (1, 2)]
+            (token,) = {each.result(20) for each in (first, *others)}
+        tokens.append(token)
+    assert len(set(tokens)) == 3
 
 
 def test_one_process_is_alone_whatever_its_shell_says() -> None:
