@@ -162,9 +162,11 @@ class _Together:
         """Whether all may be computed together now."""
         return all(half.is_plain() for half in self.members) and len({half.scale for half in self.members}) == 1
 
-    def output(self, half: _Half, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the layer makes of `x` in `dtype`."""
+    def output(self, half: _Half, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What the layer makes of `x` in `dtype`; None where all cannot be computed together now."""
         if not (x is self.given and half in self.waiting):
+            if not self.is_plain():
+                return None
             made = _Joint.apply(x.to(dtype), self, *(one.master for one in self.members))  # type: ignore[no-untyped-call]
             self.given, self.waiting = x, dict(zip(self.members, made, strict=True))
         y = self.waiting.pop(half)
@@ -193,8 +195,8 @@ def _forward(lora: HalfLora, half: _Half) -> Any:
 
     def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         together = half.group if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
-        if together is not None and together.is_plain():
-            return together.output(half, x, lora.dtype)
+        if together is not None and (joint := together.output(half, x, lora.dtype)) is not None:
+            return joint
         active = [] if layer.disable_adapters else layer.active_adapters
         base = layer.base_layer
         x = x.to(lora.dtype)
