@@ -154,8 +154,9 @@ class StopRule:
 
     def evidence(self) -> str:
         """How the last validation stood beside the best before it, to end a sentence with; empty where unknown."""
-        words = self.paired.words() if self.paired else ""
-        return f"; the last validation, at step {self.paired.step}, is {words}" if self.paired and words else ""
+        if self.paired is None or not (words := self.paired.words()):
+            return ""
+        return f"; the last validation, at step {self.paired.step}, is {words}"
 
     def update_non_finite_validation(self, step: int) -> None:
         """Take in a validation that says nothing but that the steps may be too long."""

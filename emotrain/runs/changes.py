@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from emotrain.config.schema import Preset
@@ -138,8 +139,8 @@ def preset_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     """
     old, new = dict(flat(before)), dict(flat(after))
     for key in new.keys() - old.keys() - set(FIXED):
-        if (usual := re.sub(r"\.\d+", ".0", key)) in _DEFAULTS:
-            old[key] = _DEFAULTS[usual]
+        if (usual := re.sub(r"\.\d+", ".0", key)) in _defaults():
+            old[key] = _defaults()[usual]
     lines = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
@@ -180,11 +181,10 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
+@cache
 def _defaults() -> dict[str, Any]:
+    """Dotted key -> value of every preset key that has a default; entries of lists are number 0."""
     least = (
         '{"model": {"base": "-"}, "dataset": {"folders": [{"path": "-"}]}, "start_from": {"stack": [{"path": "-"}]}}'
     )
     return {key: value for key, value in flat(Preset.model_validate_json(least).to_dict()) if value != "-"}
-
-
-_DEFAULTS = _defaults()  # dotted key -> value; entries of lists as number 0
