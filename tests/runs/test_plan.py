@@ -81,19 +81,22 @@ def sd15_plan(tmp_path_factory: pytest.TempPathFactory, counted_once: None) -> p
     return planning.make_plan(load_preset(large_preset(tmp_path_factory.mktemp("sd15"), 768)))
 
 
+def counted(plan: planning.Plan, modules: int, parameters: int, base_gib: float) -> tuple[dict[str, float], ...]:
+    """The parts and the stages of a plan that has counted this much."""
+    assert (plan.num_modules, plan.num_parameters) == (modules, parameters)
+    assert (plan.work.samples, plan.work.steps_per_epoch) == (96, 24)
+    parts, stages = dict(plan.parts), dict(plan.memory.stages)
+    assert parts["frozen base"] == pytest.approx(base_gib, abs=0.01)
+    assert parts["LoRA weights and gradients"] == pytest.approx(plan.num_trained * 12 / 2**30)
+    assert stages["train"] == pytest.approx(sum(parts.values()))
+    assert plan.needed == max(stages.values())
+    return parts, stages
+
+
 def test_a_real_sized_model_is_planned_from_its_header(sd15_plan: planning.Plan) -> None:
     plan = sd15_plan
     assert plan.found.family == "sd15"
-    assert plan.num_modules == 192
-    assert plan.num_parameters == 859_520_964
-    assert plan.work.samples == 96
-    assert plan.work.steps_per_epoch == 24
-    parts = dict(plan.parts)
-    assert parts["frozen base"] == pytest.approx(1.60, abs=0.01)
-    assert parts["LoRA weights and gradients"] == pytest.approx(plan.num_trained * 12 / 2**30)
-    stages = dict(plan.memory.stages)
-    assert stages["train"] == pytest.approx(sum(parts.values()))
-    assert plan.needed == max(stages.values())
+    _, stages = counted(plan, 192, 859_520_964, 1.60)
     assert stages["encode"] == pytest.approx(1.78, abs=0.02)
     assert dict(plan.verdicts)[8].fits
 
@@ -102,16 +105,7 @@ def test_a_real_sized_model_is_planned_from_its_header(sd15_plan: planning.Plan)
 def test_a_model_that_a_small_card_must_quantise_is_planned_from_its_header(sdxl_plan: planning.Plan) -> None:
     plan = sdxl_plan
     assert plan.found.family == "sdxl"
-    assert plan.num_modules == 722
-    assert plan.num_parameters == 2_567_463_684
-    assert plan.work.samples == 96
-    assert plan.work.steps_per_epoch == 24
-    parts = dict(plan.parts)
-    assert parts["frozen base"] == pytest.approx(4.78, abs=0.01)
-    assert parts["LoRA weights and gradients"] == pytest.approx(plan.num_trained * 12 / 2**30)
-    stages = dict(plan.memory.stages)
-    assert stages["train"] == pytest.approx(sum(parts.values()))
-    assert plan.needed == max(stages.values())
+    parts, stages = counted(plan, 722, 2_567_463_684, 4.78)
     assert stages["encode"] == pytest.approx(0.6 + 0.33 + 2.5 + 1.52, abs=0.02)  # encoders, VAE, its pass over 1,024 px
     assert stages["sample"] - stages["save"] == pytest.approx(3.0 * 1.08 - parts["optimizer state"] - 0.25, abs=0.01)
     by_size = dict(plan.verdicts)
