@@ -267,6 +267,16 @@ def test_keys_of_another_tensor_than_the_queries_are_computed_of_it() -> None:
     torch.testing.assert_close(together, one_pass(net, layers, half, given), atol=1e-6, rtol=1e-5)
 
 
+def test_a_layer_whose_base_does_more_is_computed_by_itself_and_so_are_those_beside_it() -> None:
+    net, layers, half, given = attending()
+    layers["to_v"].base_layer.register_forward_hook(lambda module, inputs, output: 3 * output)
+    together = one_pass(net, layers, half, given)
+    for group in half.groups:
+        for one in group.members:
+            one.group = None
+    torch.testing.assert_close(together, one_pass(net, layers, half, given), atol=1e-6, rtol=1e-5)
+
+
 def test_what_a_pass_without_an_end_has_left_goes_with_its_gradients() -> None:
     net, layers, half, given = attending()
     one_pass(net, layers, half, given)
