@@ -46,7 +46,6 @@ class Cache:
         self.folder = default_cache_dir() if folder is None else folder
         self.warn = warn
         self.writable = True
-        self.hits = 0
         self.made = 0
         self.damaged = 0
 
@@ -61,7 +60,6 @@ class Cache:
         if tensors is None:
             self.damaged += 1
             return None
-        self.hits += 1
         with contextlib.suppress(OSError):
             os.utime(path)  # `cache clear --unused-days` goes by this
         return tensors

@@ -124,7 +124,6 @@ class CachedDataset:
             self._buckets.setdefault(item.placement.size, []).extend(showings)
         self.examples = tuple({item.example.id: item.example for item in self.items}.values())
         self.num_images = len(self.examples)
-        self.samples_per_epoch = sum(len(showings) for showings in self._buckets.values())
         size = settings.micro_batch_size
         self.batches_per_epoch = sum(-(-len(group) // size) for group in self._buckets.values())
         self.fingerprint = fingerprint(self.examples)

@@ -104,19 +104,8 @@ class Averaged:
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Within it the parameters are the average."""
-        with self._mode(True):
-            yield
-
-    @contextmanager
-    def train_mode(self) -> Iterator[None]:
-        """Within it the parameters are the ones to train."""
-        with self._mode(False):
-            yield
-
-    @contextmanager
-    def _mode(self, shown: bool) -> Iterator[None]:
         was = self._shown
-        self._show(shown)
+        self._show(True)
         try:
             yield
         finally:

@@ -255,8 +255,6 @@ class EmoOptimizer(torch.optim.Optimizer):
         """Nothing to do: the parameters are always the ones to look at and to train."""
         yield
 
-    train_mode = eval_mode
-
     # What a subclass gives.
 
     def _slots(self) -> tuple[str, ...]:

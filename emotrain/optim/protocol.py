@@ -49,6 +49,3 @@ class OptimizerLike(Protocol):
 
     def eval_mode(self) -> AbstractContextManager[None]:
         """Within it the parameters are the ones to look at and to save (an average, where one is kept)."""
-
-    def train_mode(self) -> AbstractContextManager[None]:
-        """Within it the parameters are the ones to train."""

@@ -77,7 +77,7 @@ class StockOptimizer:
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state and what the sensors observed_loss."""
+        """The inner optimizer's state and what its sensors have seen."""
         reading = {} if self.reading is None else vars(self.reading)
         emotion = {
             "optimizer": self.name,
@@ -106,26 +106,15 @@ class StockOptimizer:
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Within it the parameters are the ones to look at and to save (schedule-free: the average)."""
-        with self._mode("eval", "train"):
-            yield
-
-    @contextmanager
-    def train_mode(self) -> Iterator[None]:
-        """Within it the parameters are the ones to train."""
-        with self._mode("train", "eval"):
-            yield
-
-    @contextmanager
-    def _mode(self, inside: str, after: str) -> Iterator[None]:
-        was = self.inner.param_groups[0].get("train_mode")
-        if was is None or was == (inside == "train"):
+        inner: Any = self.inner
+        if not inner.param_groups[0].get("train_mode"):
             yield
             return
-        getattr(self.inner, inside)()
+        inner.eval()
         try:
             yield
         finally:
-            getattr(self.inner, after)()
+            inner.train()
 
     def _lr(self) -> float:
         group = self.inner.param_groups[0]

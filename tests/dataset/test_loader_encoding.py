@@ -294,7 +294,7 @@ def test_every_resolution_has_its_own_latents(folder: Any, make: Any, tmp_path: 
     assert sorted((item.example.path.stem, *item.placement.size) for item in data.items) == [
         ("big", 64, 64), ("big", 128, 128), ("small", 64, 64)
     ]  # fmt: skip
-    assert (data.num_images, data.samples_per_epoch) == (2, 3)
+    assert (data.num_images, data.batches_per_epoch) == (2, 3)
 
 
 def test_settings_come_from_the_preset_and_the_family(root: Path) -> None:

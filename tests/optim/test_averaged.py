@@ -70,9 +70,9 @@ def test_modes_nest_and_end_where_they_began_also_after_an_error() -> None:
     trained = train(params, optimizer, 0, 9)[-1]
     average = shown(params, optimizer)
     assert not torch.equal(average[0], trained[0])
-    with optimizer.eval_mode(), optimizer.eval_mode():
-        with optimizer.train_mode():
-            assert torch.equal(params[0], trained[0])
+    with optimizer.eval_mode():
+        with optimizer.eval_mode():
+            assert torch.equal(params[0], average[0])
         assert torch.equal(params[0], average[0])
     with pytest.raises(ZeroDivisionError), optimizer.eval_mode():
         _ = 1 / 0
