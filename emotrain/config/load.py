@@ -19,7 +19,7 @@ from emotrain.config.paths import absolute, resolve_paths
 from emotrain.config.prompts import is_prompt_file, prompts_of_file
 from emotrain.config.rules import check_rules
 from emotrain.config.schema import Preset
-from emotrain.config.source import MAX_PROBLEMS, Node
+from emotrain.config.source import MAX_PROBLEMS, Node, place_of
 from emotrain.config.text import read_text
 from emotrain.config.trainers.known import refuse_foreign
 from emotrain.config.words import as_mapping, child_of, merge, normalise
@@ -89,6 +89,7 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = (), name: str | No
         root, problems, noted = apply_override(root, override)
         found.problems.extend(problems)
         found.notes.extend(noted)
+    _read_prompt_files(root, Path.cwd(), found)  # of the flags
     if name is not None:
         root = merge(root, Node({"name": Node(name, "--name")}, "--name"))
     preset = _validate(root, path, found)
@@ -145,7 +146,8 @@ def _read_prompt_files(tree: Node, folder: Path, found: _Found) -> None:
             lines = prompts_of_file(read_text(path, node.value), path)
         except (ConfigError, ValueError) as error:
             hint = "a prompt file has a prompt a line"
-            found.problems.append(Problem(f"{node.where}: sample.prompts: {str(error).splitlines()[0]}", hint))
+            place = place_of(node.where, "sample.prompts")
+            found.problems.append(Problem(f"{place}: {str(error).splitlines()[0]}", hint))
             continue
         entries += [Node(line, str(node.value), number, text=line) for number, line in lines]
     as_mapping(as_mapping(tree)["sample"])["prompts"] = replace(prompts, value=entries)

@@ -58,6 +58,11 @@ class Node:
         return self.value
 
 
+def place_of(where: str, key: str) -> str:
+    """Where a value stands and its key, which a flag's place has in it already (`--set sample.base`)."""
+    return where if key in where else f"{where}: {key}"
+
+
 class SourceError(ConfigError):
     """Text that is not the YAML we read; carries all problems that were found."""
 

@@ -34,7 +34,7 @@ def compile_blocks(
     Args:
         denoiser: a model whose LoRA is on it.
         kinds: class names of its repeated blocks.
-        notify: gets one line at the first pass, and one where compiling does not work.
+        notify: gets one line where compiling does not work.
         backend: of `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_FORMS)
@@ -51,7 +51,7 @@ class CompiledBlocks:
     """The compiled forms of a model's blocks; `works` until one fails, and from then on the plain ones run."""
 
     def __init__(self, notify: Callable[[str], None]) -> None:
-        self.notify, self.begun, self.works = notify, False, True
+        self.notify, self.works = notify, True
 
     def wrap(self, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
         """The compiled form of a block's forward, or the plain one."""
@@ -60,9 +60,6 @@ class CompiledBlocks:
         def either(*args: Any, **kwargs: Any) -> Any:
             if not (self.works and torch.is_grad_enabled()):
                 return forward(*args, **kwargs)
-            if not self.begun:
-                self.begun = True
-                self.notify("the model's blocks are compiled: the first steps take minutes longer")
             try:
                 return compiled(*args, **kwargs)
             except torch.OutOfMemoryError:

@@ -290,7 +290,7 @@ def build_graphs(preset: Preset, family: LoadedFamily, adapter: Adapter, notify:
 
 
 def compile_model(preset: Preset, family: LoadedFamily, notify: Notify) -> None:
-    """Let the denoiser's blocks be compiled, where the preset asks for it and it can be had; says why not."""
+    """Let the denoiser's blocks be compiled, where the preset asks for it and it can be had; says so, or why not."""
     if preset.train.compile is not True:  # auto: no GPU has shown yet that it pays (docs/benchmarks/gpu.md)
         return
     memory = family.memory
@@ -303,6 +303,7 @@ def compile_model(preset: Preset, family: LoadedFamily, notify: Notify) -> None:
         if holds:
             notify(Notice(f"the model is not compiled: {why}", level="info"))
             return
+    notify(Notice("the model's blocks are compiled: the first steps take minutes longer", level="info"))
     compile_blocks(family.denoiser, FAMILIES[family.name].blocks, lambda line: notify(Notice(line)))
 
 

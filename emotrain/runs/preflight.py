@@ -14,6 +14,7 @@ from pathlib import Path
 
 from emotrain.config.builtin import is_builtin
 from emotrain.config.schema import Preset
+from emotrain.config.source import place_of
 from emotrain.dataset.balance import folder_shares
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
@@ -312,7 +313,8 @@ def _look_at_sample_base(preset: Preset, result: Preflight, at: Where) -> None:
         try:
             other = look(preset, found)
         except EmotrainError as error:
-            result.failures.append(type(error)(f"{at('sample.base')}: sample.base: {error.message}", error.hint))
+            place = place_of(at("sample.base"), "sample.base")
+            result.failures.append(type(error)(f"{place}: {error.message}", error.hint))
             return
         found = other.found if other is not None else found
     if sample.base is not None or found.distilled:
@@ -329,9 +331,8 @@ def _look_at_likeness(preset: Preset, result: Preflight, at: Where) -> None:
     try:
         refuse_unusable(Path(folder))
     except EmotrainError as error:
-        result.failures.append(
-            type(error)(f"{at('validate.likeness')}: validate.likeness: {error.message}", error.hint)
-        )
+        place = place_of(at("validate.likeness"), "validate.likeness")
+        result.failures.append(type(error)(f"{place}: {error.message}", error.hint))
         return
     result.facts.append(("likeness", f"samples and pictures are compared by {Path(folder).name}"))
 

@@ -105,11 +105,23 @@ def test_a_file_of_prompts_stands_for_its_lines(tmp_path: Path) -> None:
     found = loaded(tmp_path, "trigger: mika\nsample_prompts: ./prompts.txt\n")
     assert found.preset.sample.prompts == ("[trigger], rocket --s 5", "a hat")
     (tmp_path / "prompts.txt").write_text("a cat --z 1\n", encoding="utf-8")
+    flag = f"sample.prompts={tmp_path / 'prompts.txt'}"
     assert "prompts.txt:1" in refused(tmp_path, "sample_prompts: ./prompts.txt\n")
+    assert "prompts.txt:1" in refused(tmp_path, "", flag)
+    (tmp_path / "prompts.txt").write_text("a hat\n", encoding="utf-8")
+    assert loaded(tmp_path, "", flag).preset.sample.prompts == ("a hat",)
 
 
 def test_a_file_of_prompts_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "p.yaml:3" in refused(tmp_path, "sample_prompts: ./none.txt\n")
+    assert "p.yaml:3: sample.prompts: " in refused(tmp_path, "sample_prompts: ./none.txt\n")
+
+
+@pytest.mark.parametrize("key", ["sample.prompts=[/none.txt]", "sample.prompts.0=/none.txt"])
+def test_a_flag_is_named_once(key: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load("quickstart", [key])
+    assert str(refused.value).startswith("--set sample.prompts")
+    assert str(refused.value).count("sample.prompts") == 1
 
 
 def test_weights_in_a_prompt_are_named_as_words(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_check_and_run_refuse_what_is_no_vision_model(
     failure = failures[0]
     assert isinstance(failure, ModelError)
     assert failure.exit_code == ExitCode.MODEL
-    assert "validate.likeness" in failure.message
+    assert failure.message.count("validate.likeness") == 1
     assert str(folder) in failure.message
     assert failure.hint
     with pytest.raises(ModelError) as refused:
