@@ -196,6 +196,8 @@ def _expected(details: list[ErrorDetails]) -> tuple[str, list[str]]:
 def _type_hint(node: Node, words: list[str], kinds: set[str]) -> str | None:
     value = node.value
     if not isinstance(value, str):
+        if value is None and node.text and node.text.startswith("#"):
+            return f"in YAML `{node.text}` is a comment: put it in quotes"
         if value is None:
             return "leave the line out to get the default"
         if "string_type" in kinds and isinstance(value, dict | list):

@@ -30,6 +30,7 @@ _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)")
 _NAN = re.compile(r"\.(nan|NaN|NAN)")
+_CUT_OFF = re.compile(r"[ \t]+(#\S.*)")  # people put a space behind the # of a comment
 _DRIVE = re.compile(r'"[A-Za-z]:\\')
 
 _QUOTE_HINT = "in double quotes a backslash starts an escape: use 'single quotes' for Windows paths"
@@ -42,7 +43,7 @@ class Node:
     value: dict[str, Node] | list[Node] | Scalar
     source: str
     line: int | None = None
-    text: str | None = None  # a plain scalar as it was written
+    text: str | None = None  # a plain scalar as it was written; of an empty one the `#...` behind it
 
     @property
     def where(self) -> str:
@@ -191,6 +192,11 @@ class _Loader(yaml.SafeLoader):
         if _INT.fullmatch(text) and len(text) > MAX_DIGITS:
             self._problem(line, f"a number of {len(text)} digits")
             return Node(0, self._source, line)
+        if cut_off := _CUT_OFF.match(self._text[node.end_mark.index :].partition("\n")[0]):
+            comment = cut_off[1].rstrip()
+            at = f"{self._source}:{node.end_mark.line + 1}"
+            self.notes.append(f"{at}: `{comment}` is a comment in YAML; if it is part of the text, quote all of it")
+            return Node(resolve_scalar(text), self._source, line, text or comment)
         return Node(resolve_scalar(text), self._source, line, text)
 
 

@@ -220,6 +220,15 @@ def test_traps_of_yaml_are_named(tmp_path: Path) -> None:
     assert '"[trigger], portrait"' in prompt[0]
     bare = loaded(tmp_path, GOOD + "sample: {prompts: [trigger]}\n")
     assert "quotes keep the brackets" in bare.notes[0]
+    cut_off = loaded(
+        tmp_path, GOOD + "sample:\n  prompts:\n  - girl #3, ink\n  - 'girl #4'\n  - girl  # of the fourth set\n"
+    )
+    assert cut_off.preset.sample.prompts == ("girl", "girl #4", "girl")
+    assert [note for note in cut_off.notes if "comment" in note] == [
+        f"{tmp_path / 'p.yaml'}:5: `#3, ink` is a comment in YAML; if it is part of the text, quote all of it"
+    ]
+    colour = errors(tmp_path, "model: builtin:tiny-sd\ndataset:\n  path: ./a\n  background: #ff0000\n")
+    assert "in YAML `#ff0000` is a comment: put it in quotes" in colour[0]
     colon = errors(tmp_path, GOOD + "train: lr: 3\n")
     assert colon[0].startswith("p.yaml:3:10: a `:` stands where no key can be")
     merge = errors(tmp_path, GOOD + "<<: {name: x}\n")
