@@ -96,6 +96,10 @@ class Ranks:
         """What `work` gives, done by one process of each machine first, then by the others."""
         return work()
 
+    def one_by_one(self, work: Callable[[], T]) -> T:
+        """What `work` gives, done by the processes of each machine one after another; it may not `meet`."""
+        return work()
+
     def sum_gradients(self, parameters: Sequence[Tensor], numbers: Tensor, stopped: Callable[[], bool]) -> None:
         """Add up the parameters' gradients, and `numbers`, over all processes, in place.
 
@@ -190,6 +194,15 @@ class JoinedRanks(Ranks):
         self.meet(None)
         done = done or [work()]
         self.meet(None)
+        return done[0]
+
+    def one_by_one(self, work: Callable[[], T]) -> T:
+        """See `Ranks.one_by_one`."""
+        done: list[T] = []
+        for turn in range(max(self.meet(self.local_world))):
+            if turn == self.local_rank:
+                done = [work()]
+            self.meet(None)
         return done[0]
 
     def sum_gradients(self, parameters: Sequence[Tensor], numbers: Tensor, stopped: Callable[[], bool]) -> None:

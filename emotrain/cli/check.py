@@ -25,18 +25,19 @@ def check(
     """Validate a preset, its data and files.
 
     Everything that `run` with the same words would refuse is told at once, each with file and line; every picture is
-    decoded. Nothing is trained or written.
+    decoded, and the computer's memory compared with what the run needs of it. Nothing is trained or written.
 
     Examples:
         emotrain check quickstart
         emotrain check my.yaml --set network.rank=32
     """
     from emotrain.config.load import load
-    from emotrain.runs.preflight import preflight
+    from emotrain.runs.preflight import look_at_ram, preflight
 
     loaded = load(preset, overrides or (), name)
     with progress("looking at pictures") as tell:
         found = preflight(loaded.preset, loaded.where, tell, runs_dir)
+        look_at_ram(loaded.preset, found)
     if not as_json:
         for line in loaded.notes:
             output.note(f"note: {line}")

@@ -14,6 +14,7 @@ from typing import Any
 import emotrain
 from emotrain.cli import output
 from emotrain.cli.options import OneJson
+from emotrain.families.ram import ram
 
 _LIBRARIES = (
     "torch", "diffusers", "transformers", "peft", "safetensors", "pillow", "pydantic", "typer", "rich",
@@ -47,7 +48,7 @@ def _facts() -> Iterator[tuple[str, Any]]:
         yield name, _version(name)
     yield "optional", [f"{name} {_version(name)}" for name in _OPTIONAL if _version(name)]
     yield "cpu_cores", os.cpu_count()
-    yield "memory_gib", _memory_gib()
+    yield "memory_gib", round(ram().total / 2**30, 1)
     yield "devices", list(_devices())
     yield "disk_free_gib", _free_gib(Path.cwd())
     from emotrain.dataset.cachedir import default_cache_dir
@@ -64,15 +65,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _memory_gib() -> float | None:
-    """All memory of the machine, None where the system does not say."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return round(size / 2**30, 1)
 
 
 def _devices() -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from emotrain.cli.options import OneJson, Overrides
 if TYPE_CHECKING:
     from emotrain.families.memory import MemoryPlan
     from emotrain.runs.plan import Plan
+    from emotrain.runs.plan_ram import RamPlan
 
 
 def plan(
@@ -27,7 +28,8 @@ def plan(
 
     Modules, steps, memory for the largest bucket of this data set, disk, and which switch saves how
     much. No weights are read. Memory is counted, not measured: expect 0.9 to 1.25 times as much.
-    Ends with exit code 6 if it does not fit into the free memory of this machine's GPU.
+    Ends with exit code 6 if it does not fit into the free memory of this machine's GPU, or into the
+    computer's own.
 
     Examples:
         emotrain plan sdxl      (will it fit my card? no model or pictures needed)
@@ -37,6 +39,7 @@ def plan(
     from emotrain.config.load import load
     from emotrain.errors import ResourceError
     from emotrain.runs.plan import as_dict, make_plan
+    from emotrain.runs.plan_ram import room
 
     loaded = load(preset, overrides or ())
     made = make_plan(loaded.preset, may_assume=preset in shipped_presets())
@@ -56,6 +59,8 @@ def plan(
             f"about {made.needed:.1f} GiB are needed, and {made.free_gib:.1f} GiB of GPU memory are free",
             best,
         )
+    if made.free_gib is not None and (tight := room(made.ram, made.free_ram)[1]) is not None:
+        output.warning(tight)
 
 
 def _show(made: Plan) -> None:
@@ -91,9 +96,11 @@ def _show(made: Plan) -> None:
     forms = "".join(f", {name} in {form}" for name, form in made.memory.encoder_forms.items())
     output.result(f"{which}; they take {_size(made.encoders_gib)}{forms}")
     output.result("")
+    output.table([(name, _size(gib)) for name, gib in made.ram.stages], header=("the computer's memory", ""))
+    output.result("")
     output.table([(name, _size(gib)) for name, gib in made.savings], header=("switch", "saves"))
     output.result("")
-    output.table([(f"{size} GB", _verdict(memory)) for size, memory in made.verdicts])
+    output.table([(f"{size} GB", _verdict(memory, made.ram_by_size[size])) for size, memory in made.verdicts])
     output.result("")
     output.table([(name, _size(gib)) for name, gib in made.disk], header=("disk", ""))
     output.result("")
@@ -107,6 +114,7 @@ def _show(made: Plan) -> None:
             ),
             ("", f"a step takes as long as on one, and {times} for the exchange"),
             ("", f"as much memory on each, and {_size(second.more_gib)}"),
+            ("", f"{_size(made.ram.needed(2))} of the computer's memory in place of {_size(made.ram.needed())}"),
         ]
     )
     output.result("")
@@ -114,6 +122,7 @@ def _show(made: Plan) -> None:
         output.result("this machine: no GPU was found, so there is nothing to compare with")
     else:
         output.result(f"this machine: {made.free_gib:.1f} GiB are free; {made.memory.sentence}")
+        output.result(f"the computer's memory: {made.free_ram.free / 2**30:.1f} GiB are free")
 
 
 def _size(gib: float) -> str:
@@ -124,9 +133,9 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.2f} million" if count < 1e8 else f"{count / 1e6:,.0f} million"
 
 
-def _verdict(memory: MemoryPlan) -> str:
+def _verdict(memory: MemoryPlan, ram: RamPlan) -> str:
     means = [f"model.quantize: {memory.quantize}"] if memory.quantize != "none" else []
     means += ["gradient checkpointing"] if memory.gradient_checkpointing else []
-    means += ["frozen layers in the computer's memory"] if memory.offload else []
+    means += [f"{ram.locked:.1f} GiB of frozen layers in the computer's memory"] if memory.offload else []
     verdict = f"fits, {memory.needed_gib:.1f} GiB" if memory.fits else f"too small, {memory.needed_gib:.1f} GiB"
     return f"{verdict}, with {' and '.join(means)}" if means else verdict

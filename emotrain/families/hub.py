@@ -41,6 +41,17 @@ def fetch_index(repo: str, revision: str | None = None) -> dict[str, Any]:
         return index_entries(fetch_json(repo, MODULAR_INDEX, revision))
 
 
+def fetched_folder(repo: str, revision: str | None = None) -> Path | None:
+    """Where the local cache has a repository's files, as far as they are there; None where it has nothing of it."""
+    import huggingface_hub
+
+    for name in (INDEX, MODULAR_INDEX):
+        found = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
 def hub_error(where: str, error: BaseException) -> ModelError | None:
     """The ModelError that a hub error amounts to; None where `error` is about something else."""
     from huggingface_hub import errors

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-import psutil
+from emotrain.families.ram import ram
 
 # The keys of a preset's `model` that decide what is read.
 WORDS = ("base", "family", "vae", "text_encoder", "tokenizer", "revision", "dtype", "prediction")
@@ -52,6 +52,11 @@ class KeptBase:
         self._held = model, stamp, pieces
         return {part: _around_the_same_weights(piece) for part, piece in pieces.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weights that are held."""
+        return 0 if self._held is None else _nbytes(self._held[2])
+
     def drop(self) -> None:
         """Let go of what is held: the next run reads its files."""
         self._held = None
@@ -72,11 +77,14 @@ def _room_for(pieces: Pieces, processes: int) -> bool:
 
     All of them see the same free memory before any has taken its part.
     """
+    return ram().free > processes * _nbytes(pieces) + SPARE
+
+
+def _nbytes(pieces: Pieces) -> int:
     from torch import nn
 
     models = [piece for piece in pieces.values() if isinstance(piece, nn.Module)]
-    size = sum(value.nbytes for model in models for value in model.parameters())
-    return bool(psutil.virtual_memory().available > processes * size + SPARE)
+    return sum(value.nbytes for model in models for value in model.parameters())
 
 
 def stamp_of(path: str) -> Hashable:

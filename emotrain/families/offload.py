@@ -147,8 +147,6 @@ def _go_home(blocks: Sequence[nn.Module], device: torch.device) -> list[_Home]:
     found = [_frozen(block) for block in blocks]
     layouts = [layout([module._parameters[name] for module, name in places]) for places in found]  # type: ignore[misc]
     arena = torch.empty(sum(size for size, _ in layouts), dtype=torch.uint8)
-    if device.type == "cuda":
-        lock_pages(arena)
     homes = []
     pieces = torch.split(arena, [size for size, _ in layouts])
     for places, (_, unpack), packed in zip(found, layouts, pieces, strict=True):
@@ -157,6 +155,8 @@ def _go_home(blocks: Sequence[nn.Module], device: torch.device) -> list[_Home]:
         for (module, name), parameter in zip(places, parameters, strict=True):
             module._parameters[name] = parameter
         homes.append(_Home(packed, unpack, places, parameters))
+    if device.type == "cuda":  # now that it is full: what it was filled from has gone, block by block
+        lock_pages(arena)
     return homes
 
 

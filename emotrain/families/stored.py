@@ -7,6 +7,7 @@ small layers, convolutions, text encoders, and layers whose inputs were rotated 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emotrain.errors import ModelError
-from emotrain.families.headers import read_header
+from emotrain.families.headers import Header, read_header
 from emotrain.families.quantize import RoundedLinear, is_large
 from emotrain.families.sniff import Sniffed
 from emotrain.families.understood import PARTS, STATED, quantised_layers, scaled_layers
@@ -160,6 +161,15 @@ def stored_parameters(found: Sniffed) -> int:
     if found.kind != "file" or not path.is_file():  # a folder, or a public model by its sizes alone
         return 0
     header = read_header(path)
+    return sum(math.prod(header.shapes[name]) for name in kept_names(path, header))
+
+
+def kept_names(path: Path, header: Header) -> set[str]:
+    """Weights of a file that stay as they are stored: those with a scale, of large layers whose inputs are not rotated.
+
+    Raises:
+        ModelError: see `understood.quantised_layers`.
+    """
     rotated_too = {f"{name}.weight" for name, form in quantised_layers(path, header).items() if form.group}
-    shapes = (header.shapes[name] for name in scaled_layers(header) if name not in rotated_too)
-    return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2 and is_large(shape))
+    scaled = (name for name in scaled_layers(header) if name not in rotated_too)
+    return {name for name in scaled if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}

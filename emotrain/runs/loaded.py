@@ -10,11 +10,14 @@ from functools import cached_property, partial
 from typing import Any
 
 from emotrain.config.schema import Preset
+from emotrain.dataset.settings import LoaderSettings
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.families.common import config_values
 from emotrain.families.kept import KeptBase
+from emotrain.families.memory import MemoryPlan
+from emotrain.families.ram import ram
 from emotrain.families.table import Sniffed
-from emotrain.lora.file import read_lora
+from emotrain.lora.file import LoraFile, read_lora
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.pulse.stopping import StopRule
 from emotrain.ranks import ALONE, Ranks
@@ -23,10 +26,24 @@ from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.draw import Sampler
 from emotrain.runs.likeness import Likeness, build_likeness
 from emotrain.runs.plan import plan_run
+from emotrain.runs.plan_ram import RamPlan, room
 from emotrain.train import rng
 from emotrain.train.checkpoint import Checkpoint
 from emotrain.train.events import Event, Notice
 from emotrain.train.state import TrainState, restore
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run is put together from; `plan` says how to fit."""
+
+    preset: Preset
+    found: Sniffed
+    pictures: Pictures
+    settings: LoaderSettings
+    earlier: LoraFile | None
+    other: sample_base.Other | None
+    plan: MemoryPlan | None
 
 
 @dataclass(frozen=True)
@@ -115,40 +132,80 @@ def load(
         words = f"the LoRA that is continued sets the network: {parents.continued(earlier)}"
         notify(Notice(words, level="info"))
     other = sample_base.look(preset, found)
-    plan = plan_run(preset, found, pictures, settings, ranks, other)
+    plan, ram_plan = plan_run(preset, found, pictures, settings, ranks, other)
     if plan is not None:
         notify(Notice(plan.sentence, level="info"))
-    model = build.load_model(preset, notify, earlier, plan, kept)
-    counts = model.adapter.num_modules_by_part()
-    if earlier is None:
-        adapters.check_modules(found, preset.network.targets, counts[model.adapter.part])
-        if preset.network.text_encoder:
-            adapters.check_text_modules(found, counts)
-    data = ranks.in_turn(partial(build.prepare_data, preset, model, pictures, settings, notify))
-    size = settings.rules.resolutions[0]
-    base = None
-    if other is not None and ranks.first:
-        base = sample_base.load_base(preset, other, model.family, model.adapter, earlier, notify)
-    drawn = other.found if other else found
-    sampler = build.build_sampler(preset, drawn, model, size, notify, base) if ranks.first else None
-    model.family.free_encoders()  # all is encoded: the denoiser takes their place
-    if base is not None:
-        base.place()
-    model.family.place_denoiser()
-    model.adapter.use_half_precision(model.family.dtype)
+    alone = one_after_another(ram_plan, notify, ranks, kept)
+    asked = Asked(preset, found, pictures, settings, earlier, other, plan)
+    work = partial(place, asked, notify, kept, ranks.first, ALONE.in_turn if alone else ranks.in_turn)
+    model, data, sampler, base = ranks.one_by_one(work) if alone else work()
     build.compile_model(preset, model.family, notify)
     optimizer = build.build_optimizer_of(preset, model.adapter.parameters(), held_out=bool(pictures.held_out))
     stop_rule = build.build_stop_rule(preset, held_out=bool(pictures.held_out))
     digest = fingerprint(pictures.all)
     likeness = build_likeness(preset, pictures, notify) if ranks.first else None
     loaded = Loaded(
-        preset, found, pictures, model, data, size, sampler, base, optimizer, stop_rule, digest, ranks, likeness
-    )
+        preset, found, pictures, model, data, settings.rules.resolutions[0], sampler, base, optimizer, stop_rule,
+        digest, ranks, likeness,
+    )  # fmt: skip
     if ranks.world > 1:
         identities = ranks.meet(loaded.identity.to_document())
         if ranks.first:
             changes.refuse_apart(identities)
     return loaded
+
+
+def place(
+    asked: Asked,
+    notify: Callable[[Event], None],
+    kept: KeptBase | None,
+    leads: bool,
+    share: Callable[[Callable[[], build.Data]], build.Data],
+) -> tuple[build.Model, build.Data, Sampler | None, sample_base.SampleBase | None]:
+    """Load the model, encode with it and bring it to its device, after which little of it is in the computer's memory.
+
+    Args:
+        asked: what is wanted.
+        notify: told what is going on.
+        kept: the base of a queue's run before.
+        leads: whether this process draws.
+        share: calls what encodes the data set, so that processes do not do it twice.
+    """
+    preset, earlier, other = asked.preset, asked.earlier, asked.other
+    model = build.load_model(preset, notify, earlier, asked.plan, kept)
+    counts = model.adapter.num_modules_by_part()
+    if earlier is None:
+        adapters.check_modules(asked.found, preset.network.targets, counts[model.adapter.part])
+        if preset.network.text_encoder:
+            adapters.check_text_modules(asked.found, counts)
+    data = share(partial(build.prepare_data, preset, model, asked.pictures, asked.settings, notify))
+    base = None
+    if other is not None and leads:
+        base = sample_base.load_base(preset, other, model.family, model.adapter, earlier, notify)
+    drawn, size = other.found if other else asked.found, asked.settings.rules.resolutions[0]
+    sampler = build.build_sampler(preset, drawn, model, size, notify, base) if leads else None
+    model.family.free_encoders()  # all is encoded: the denoiser takes their place
+    if base is not None:
+        base.place()
+    model.family.place_denoiser()
+    model.adapter.use_half_precision(model.family.dtype)
+    return model, data, sampler, base
+
+
+def one_after_another(plan: RamPlan, notify: Callable[[Event], None], ranks: Ranks, kept: KeptBase | None) -> bool:
+    """Whether the processes load their model so, since the computer's memory does not hold it for all at once.
+
+    Raises:
+        ResourceError: it does not hold what the run needs.
+    """
+    alone, tight = room(plan, ram(), ranks.local_world, kept=kept.nbytes if kept is not None else 0)
+    alone = any(ranks.meet(alone))
+    if tight is not None:
+        notify(Notice(tight))
+    if alone:
+        words = "the computer's memory does not hold the model once for each process: they load it one after another"
+        notify(Notice(words, level="info"))
+    return alone
 
 
 def read_the_same(preset: Preset, known: Mapping[str, str] | None, ranks: Ranks) -> Pictures:

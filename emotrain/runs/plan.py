@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from emotrain.dataset.scan import resolve_folder
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.families.component import guard
 from emotrain.families.fitting import refuse_misfit
-from emotrain.families.loading import choose_device, choose_dtype, free_gib
-from emotrain.families.memory import SIZES_GIB, MemoryPlan
+from emotrain.families.loading import choose_device, choose_dtype, family_class, free_gib
+from emotrain.families.memory import GIB, SIZES_GIB, MemoryPlan
+from emotrain.families.ram import Ram, ram
 from emotrain.families.sniff_file import public_model
 from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
@@ -31,6 +33,7 @@ from emotrain.runs.build import loader_settings, sniffed
 from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
+from emotrain.runs.plan_ram import RamPlan, plan_ram, plan_without_gpu, weights_of
 from emotrain.runs.sample_base import Other, look
 
 RANGE = (0.9, 1.25)  # of the estimate
@@ -76,6 +79,9 @@ class Plan:
     verdicts: tuple[tuple[int, MemoryPlan], ...]
     disk: tuple[tuple[str, float], ...]
     free_gib: float | None
+    ram: RamPlan
+    ram_by_size: dict[int, RamPlan]  # as `verdicts`
+    free_ram: Ram
     assumed: tuple[str, ...] = ()  # what was not there, and what was planned with instead
 
     @property
@@ -111,7 +117,6 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     assumed, pictures = _pictures(preset, settings.rules.resolutions[0], may_assume)
     work = _work(pictures, settings, preset)
     device, low = choose_device("auto"), planned_dtype(preset.model.dtype, choose_device("auto"))
-    tokens = num_text_tokens(found)
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
     network = preset.network
     check_modules(found, network.targets, activation_memory.adapter.num_modules)
@@ -120,6 +125,9 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     other = look(preset, found, by_size=True)
     memory = Memory(preset, found, activation_memory, low.itemsize, free_gib(device), other)
     chosen = memory.choose()
+    encoded = encoded_gib(found, low.itemsize, work)
+    held, weights = held_gib(encoded, settings), weights_of(found, preset.model, low, other.found if other else None)
+    verdicts = tuple((int(size.removesuffix("gb")), memory.choose(size)) for size in reversed(SIZES_GIB))
     return Plan(
         found=found,
         num_modules=activation_memory.adapter.num_modules,
@@ -138,16 +146,11 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
         parts=memory.parts(chosen),
         encoders_gib=memory.encoders_gib(chosen),
         savings=memory.savings(chosen),
-        verdicts=tuple((int(k.removesuffix("gb")), memory.choose(k)) for k in reversed(SIZES_GIB)),
-        disk=disk_parts(
-            preset,
-            found,
-            memory,
-            num_latents=work.flipped,
-            largest=work.largest.bucket_w * work.largest.bucket_h // found.vae_scale**2,
-            num_texts=work.texts,
-            tokens=tokens,
-        ),
+        verdicts=verdicts,
+        disk=disk_parts(preset, memory, encoded),
+        ram=plan_ram(memory, chosen, weights, held),
+        ram_by_size={size: plan_ram(memory, plan, weights, held) for size, plan in verdicts},
+        free_ram=ram(),
         free_gib=memory.free,
         assumed=missing + assumed,
     )
@@ -186,15 +189,16 @@ def plan_run(
     settings: LoaderSettings,
     ranks: Ranks = ALONE,
     other: Other | None = None,
-) -> MemoryPlan | None:
-    """How `run` fits into this machine's GPU: by the same numbers as `plan`; None where there is none.
+) -> tuple[MemoryPlan | None, RamPlan]:
+    """How `run` fits into this machine's GPU, None where there is none, and what it takes of the computer's memory.
 
-    Of several processes' GPUs the one with the least room decides for all. `other` is the model that samples are drawn
-    on, where that is another one.
+    By the same numbers as `plan`. Of several processes' GPUs the one with the least room decides for all. `other` is
+    the model that samples are drawn on, where that is another one.
     """
-    device = choose_device("auto")
+    device, drawn = choose_device("auto"), other.found if other else None
     if device.type != "cuda":
-        return None
+        low = choose_dtype(preset.model.dtype, device)
+        return None, plan_without_gpu(weights_of(found, preset.model, low, drawn))
     low, work = planned_dtype(preset.model.dtype, device), _work(pictures, settings, preset)
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
     free = min(room or 0.0 for room in ranks.meet(free_gib(device)))
@@ -202,7 +206,22 @@ def plan_run(
     if ranks.world > 1:
         free -= exchanged_gib(memory.trained)
         memory = Memory(preset, found, activation_memory, low.itemsize, free, other)
-    return memory.choose()
+    chosen = memory.choose()
+    held = held_gib(encoded_gib(found, low.itemsize, work), settings)
+    return chosen, plan_ram(memory, chosen, weights_of(found, preset.model, low, drawn), held)
+
+
+def encoded_gib(found: Sniffed, itemsize: int, work: Work) -> tuple[float, float]:
+    """GiB of the encoded data set at most: its latents (float32), and its captions (16 bit on GPUs)."""
+    shapes = family_class(found.family).text_shapes(SimpleNamespace(**found.denoiser_config), num_text_tokens(found))
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    largest = work.largest.bucket_w * work.largest.bucket_h // found.vae_scale**2
+    return work.flipped * found.latent_channels * largest * 4 / GIB, work.texts * numbers * itemsize / GIB
+
+
+def held_gib(encoded: tuple[float, float], settings: LoaderSettings) -> float:
+    """GiB of the encoded data set that stay in the computer's memory."""
+    return encoded[0] + min(encoded[1], settings.text_memory / GIB)
 
 
 def exchanged_gib(num_trained: int) -> float:
@@ -325,7 +344,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "encoders_gib": round(plan.encoders_gib, 3),
         "savings_gib": {name: round(gib, 2) for name, gib in plan.savings},
         "verdicts": {
-            f"{size}gb": {"fits": p.fits, "needed_gib": round(p.needed_gib, 2), **p.means()}
+            f"{size}gb": {"fits": p.fits, "needed_gib": round(p.needed_gib, 2),
+                          "ram_gib": round(plan.ram_by_size[size].needed(), 2), **p.means()}
             for size, p in plan.verdicts
         },
         "disk_gib": {name: round(gib, 3) for name, gib in plan.disk},
@@ -333,6 +353,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "samples_per_step": second.samples, "steps_per_epoch": second.steps_per_epoch,
             "more_gib": round(second.more_gib, 4),
             "exchange_s": {name: round(seconds, 4) for name, seconds in second.exchange_s.items()},
+        },
+        "ram": {
+            "stages_gib": {name: round(gib, 3) for name, gib in plan.ram.stages},
+            "locked_gib": round(plan.ram.locked, 3),
+            "needed_gib": round(plan.ram.needed(), 2),
+            "free_gib": round(plan.free_ram.free / GIB, 2),
         },
         "free_gib": None if plan.free_gib is None else round(plan.free_gib, 2),
         "fits": plan.fits,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from emotrain.config.schema import Preset
 from emotrain.families.headers import read_json
-from emotrain.families.loading import family_class
 from emotrain.families.memory import (
     AWAY,
     BACKENDS,
@@ -104,6 +101,10 @@ class Memory:
         """Optimizer state."""
         return self.trained * self.state_bytes / GIB
 
+    def checkpoint(self) -> float:
+        """The LoRA and the optimizer's state, as a checkpoint has them."""
+        return self.trained * 4 / GIB + self.state()
+
     def activations(self, checkpointing: bool) -> float:
         """Peak of activations in GiB."""
         return (self.kept.checkpointed if checkpointing else self.kept.plain) / GIB
@@ -191,6 +192,17 @@ class Memory:
         whole = weights_gib(self.needs().other_parameters, self.itemsize, chosen.quantize, self.other_stored)
         return min(whole, self.needs().resident) if chosen.offload else whole
 
+    def blocks_at_home(self, chosen: MemoryPlan) -> float:
+        """GiB of frozen blocks that wait in the computer's memory for their turn."""
+        if not chosen.offload:
+            return 0.0
+        needs = self.needs()
+        whole = weights_gib(self.kept.num_parameters, self.itemsize, stored=self.stored)
+        blocks = whole * (1 - self.kept.other_weights / self.kept.num_parameters)
+        there = max(0.0, (chosen.budget_gib or 0.0) - chosen.needed_gib)
+        other = weights_gib(needs.other_parameters, self.itemsize, stored=self.other_stored)
+        return max(0.0, blocks - there) + other
+
     def savings(self, chosen: MemoryPlan, least: float = 0.01) -> tuple[tuple[str, float], ...]:
         """What a switch would save, beginning with the one that saves most; those below `least` GiB are left out."""
         count, batch = self.kept.num_parameters, self.preset.train.micro_batch_size
@@ -214,28 +226,13 @@ class Memory:
         return tuple(sorted(useful, key=lambda row: -row[1]))
 
 
-def disk_parts(
-    preset: Preset, found: Sniffed, memory: Memory, *, num_latents: int, largest: int, num_texts: int, tokens: int
-) -> tuple[tuple[str, float], ...]:
-    """Cached latents (float32) and texts (16 bit on GPUs), checkpoints, LoRA files, in GiB.
-
-    Args:
-        preset: the run.
-        found: its model.
-        memory: its numbers.
-        num_latents: encoded pictures, flipped ones too.
-        largest: H * W of the largest of them.
-        num_texts: captions in all their variants.
-        tokens: of each.
-    """
-    shapes = family_class(found.family).text_shapes(SimpleNamespace(**found.denoiser_config), tokens)
-    numbers = sum(math.prod(shape) for shape in shapes.values())
+def disk_parts(preset: Preset, memory: Memory, encoded: tuple[float, float]) -> tuple[tuple[str, float], ...]:
+    """GiB of the cache (latents and captions), of checkpoints and of LoRA files."""
     kept = preset.save.keep_last + 1
-    checkpoint = memory.trained * (4 + memory.state_bytes) / GIB
     wide = {"fp32": 4}.get(preset.save.dtype, 2)
     return (
-        ("cached latents, at most", num_latents * found.latent_channels * largest * 4 / GIB),
-        ("cached captions", num_texts * numbers * memory.itemsize / GIB),
-        (f"checkpoints, {kept} of them", kept * checkpoint),
+        ("cached latents, at most", encoded[0]),
+        ("cached captions", encoded[1]),
+        (f"checkpoints, {kept} of them", kept * memory.checkpoint()),
         ("LoRA files", 2 * memory.trained * wide / GIB),
     )

@@ -18,12 +18,12 @@ from emotrain.config.source import place_of
 from emotrain.dataset.balance import folder_shares
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
-from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
+from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem, ResourceError
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.memory import BACKENDS
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
-from emotrain.runs.data import Pictures, Scans, pictures_of, scan_preset
+from emotrain.runs.data import Pictures, Scans, pictures_of, read_pictures, scan_preset
 from emotrain.runs.folder import refuse_place
 from emotrain.runs.lint import Options, lint_scans
 
@@ -426,6 +426,29 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
         return False
+
+
+def look_at_ram(preset: Preset, result: Preflight) -> None:
+    """Whether the computer's memory holds what a run needs of it; without a GPU, where few train, that is a warning."""
+    if result.found is None or result.failures or is_builtin(preset.model.base):
+        return
+    from emotrain.families.ram import ram  # what follows needs torch, which costs seconds
+    from emotrain.runs.build import loader_settings
+    from emotrain.runs.plan import plan_run
+    from emotrain.runs.plan_ram import room
+    from emotrain.runs.sample_base import look
+
+    found = result.found
+    settings, other = loader_settings(preset, found), look(preset, found)
+    on_gpu, plan = plan_run(preset, found, read_pictures(preset), settings, other=other)
+    try:
+        _, tight = room(plan, ram())
+        result.warnings += [tight] if tight is not None else []
+    except ResourceError as error:
+        if on_gpu is not None:
+            result.failures.append(error)
+        else:
+            result.warnings.append(error.message)
 
 
 def _describe(preset: Preset, result: Preflight) -> None:

@@ -99,7 +99,7 @@ def test_a_run_that_fails_hands_no_base_on(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(start, "load", load_only)
     monkeypatch.setattr(start.out_of_memory, "try_largest", lambda *_: None)
     monkeypatch.setattr(start, "train_and_finish", train_and_finish)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40, total=1 << 40))
     kept, reused = KeptBase(), []
     kept.next = ("the model of all",)
     for name in ("ends-well", "diverges", "fails", "ends-well-too", "last"):

@@ -72,7 +72,7 @@ def test_only_what_the_next_run_needs_is_kept(file: str, monkeypatch: pytest.Mon
     os.utime(Path(file) / "unet" / "x.safetensors", ns=(1, 1))
     kept.load(A, [file], fresh)
     assert not kept.reused  # other files since
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Full", (), {"available": 1 << 30}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Full", (), {"total": 1 << 40, "available": 1 << 30}))
     kept.load(A, [file], fresh)
     kept.load(A, [file], fresh)
     assert not kept.reused  # no room for two
@@ -83,7 +83,7 @@ def test_processes_of_one_machine_keep_a_base_where_there_is_room_for_all_of_the
     processes: int, reused: bool, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = sum(parameter.nbytes for parameter in fresh()["denoiser"].parameters())
-    memory = type("Memory", (), {"available": SPARE + 5 * size // 2})
+    memory = type("Memory", (), {"total": 1 << 40, "available": SPARE + 5 * size // 2})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     kept = KeptBase(processes)
     kept.next = A

@@ -161,9 +161,12 @@ def test_run_fits_by_the_numbers_of_plan(words: list[str], monkeypatch: pytest.M
     said = planning.make_plan(preset)
     found = planning.sniffed(preset)
     settings = planning.loader_settings(preset, found)
-    assert planning.plan_run(preset, found, planning.read_pictures(preset), settings) == said.memory
+    pictures = planning.read_pictures(preset)
+    assert planning.plan_run(preset, found, pictures, settings) == (said.memory, said.ram)
     monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("cpu"))
-    assert planning.plan_run(preset, found, planning.read_pictures(preset), settings) is None
+    on_gpu, ram = planning.plan_run(preset, found, pictures, settings)
+    assert on_gpu is None
+    assert 0.0 < ram.needed() < 1.0
 
 
 def test_a_bigger_batch_needs_more() -> None:

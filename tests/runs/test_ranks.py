@@ -23,7 +23,7 @@ from processes import together
 from emotrain.config.load import load
 from emotrain.config.schema import Preset
 from emotrain.ranks import ALONE, Ranks
-from emotrain.runs import start
+from emotrain.runs import loaded, start
 from emotrain.runs.folder import KeptByTheLead, RunFolder
 from emotrain.train.events import Notice, StepEnd
 
@@ -163,6 +163,17 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on_bit_for_bit(
     assert losses_of(tmp_path / "run") == losses_of(straight)
     mine, theirs = state_of(tmp_path / "run"), state_of(straight)
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.slow
+def test_loading_one_after_another_changes_nothing(
+    place: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded, "room", lambda *_, **words: (True, None))
+    first, second = together(lambda ranks: run(place, tmp_path, ranks=ranks))
+    assert (first[0], second[0]) == (0, 0)
+    assert any("load it one after another" in line for line in first[2])
+    assert losses_of(tmp_path / "run") == losses_of(straight)
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.slow)])

@@ -212,3 +212,27 @@ def test_one_process_is_alone_whatever_its_shell_says() -> None:
     assert is_launched(several)
     assert not is_launched({**several, "WORLD_SIZE": "1"})
     assert not is_launched({"WORLD_SIZE": "8"})
+
+
+def test_one_by_one_each_process_works_alone_and_an_error_ends_all(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def work(ranks: Ranks) -> Any:
+        def act() -> int:
+            with log.open("a") as file:
+                file.write(f"begin {ranks.rank}\n")
+                file.flush()
+                file.write(f"end {ranks.rank}\n")
+            return ranks.rank * 10
+
+        found = ranks.one_by_one(act)
+        with ranks.together():
+            ranks.one_by_one(lambda: broken() if ranks.rank else found)
+        return found
+
+    def broken() -> int:
+        raise DatasetError("it is broken")
+
+    ends = together(work)
+    assert log.read_text().split("\n")[:4] == ["begin 0", "end 0", "begin 1", "end 1"]
+    assert [end[:3] for end in ends] == [("DatasetError", 3, ["rank 1: it is broken"])] * 2
