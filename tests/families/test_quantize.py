@@ -61,11 +61,11 @@ def test_a_lora_trains_on_quantised_layers(kind: str) -> None:
         initialise(layer, "default", torch.Generator().manual_seed(1))
     half = HalfLora(model, layers, "default", torch.bfloat16)
     weights = [getattr(layer, part)["default"].weight for layer in layers.values() for part in ("lora_A", "lora_B")]
-    optimizer = torch.optim.Adam(weights, lr=3e-3)
-    x = torch.randn(64, 16).to(torch.bfloat16)
+    optimizer = torch.optim.Adam(weights, lr=1e-2)
+    x = torch.randn(16, 16).to(torch.bfloat16)
     goal = block(seed=7)(x).float()
     losses = []
-    for _ in range(40):
+    for _ in range(12):
         loss = (model(x).float() - goal).pow(2).mean()
         loss.backward()
         half.collect()
