@@ -137,7 +137,7 @@ def fails_backward(graph: Any, inputs: Any) -> Any:
     return aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=fails)(graph, inputs)
 
 
-@pytest.mark.parametrize("backend", [fails, fails_backward])
+@pytest.mark.parametrize("backend", [fails, pytest.param(fails_backward, marks=pytest.mark.slow)])
 def test_what_cannot_be_compiled_runs_as_it_is_and_is_said_once(backend: Any) -> None:
     outputs, gradient = passes(*made())
     net, half = made()

@@ -34,7 +34,7 @@ from emotrain.runs.verify import compare
 pytestmark = pytest.mark.usefixtures("counted_once")
 
 KINDS = ("zimage", "krea2", "flux2", "flux", "sd3", "sdxl")
-QUICK = ("zimage", "flux2", "sdxl")  # a name, a flag and another text encoder tell what is distilled
+QUICK = ("zimage", "flux2")  # a name and a flag tell what is distilled
 SHORT = {"max_sequence_length": 24}
 SHALLOW: dict[str, dict[str, Any]] = {"flux2": {"text_encoder_out_layers": (1, 2, 3)}, "flux": SHORT, "sd3": SHORT}
 DATA = "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: ./pictures}]}\n"
@@ -162,7 +162,7 @@ def test_it_draws_what_the_stock_pipeline_draws_with_the_loras_file(
     [
         "text_encoder: true, rank: 2, targets: attn",
         "type: lokr, factor: 4, targets: [mid_block]",
-        "targets: all, rank: 2",
+        pytest.param("targets: all, rank: 2", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_lora_is_carried_over(sdxl_folder: Path, rest: str, tmp_path: Path) -> None:
@@ -212,6 +212,7 @@ def test_training_is_the_same_to_the_last_bit(straight: tuple[RunFolder, RunFold
     assert drawn.info()["sample_base"]["name"] == "tiny-turbo"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_and_trains_as_the_straight_one(
     straight: tuple[RunFolder, RunFolder], tiny_turbo: Path, tmp_path: Path
 ) -> None:

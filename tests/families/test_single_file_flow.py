@@ -303,6 +303,7 @@ def flux_parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_flux_file_is_read_back_tensor_by_tensor(tmp_path: Path, flux_parts: dict[str, Any]) -> None:
     """As ComfyUI's files with everything in them: the VAE under `vae.`, a projection in CLIP that nobody uses.
 

@@ -131,7 +131,7 @@ def picture(folder: Path, lora: Path | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "sd3" else kind for kind in MODULES]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("sd3", "sdxl") else kind for kind in MODULES]
 )
 def test_the_file_draws_the_live_picture_in_a_fresh_pipeline(
     kind: str, run_of: Callable[[str], RunFolder], request: pytest.FixtureRequest, tmp_path: Path
@@ -228,7 +228,7 @@ def test_a_run_goes_on_from_a_lora_with_text_encoders(
     assert second.info()["base_loss"] == pytest.approx(first.info()["best_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("trained", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_a_stack_reaches_the_text_encoders(
     kind: str, trained: bool, run_of: Callable[[str], RunFolder], preset: Make, tmp_path: Path

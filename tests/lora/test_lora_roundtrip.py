@@ -121,7 +121,7 @@ def test_rounding_stays_small_against_the_effect(dtype: str, bound: float, lora_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_text_encoders_travel_with_the_unet(family: str, layout: str, lora_path: Path) -> None:
     kinds = {"text_encoder": False} if family == "sd15" else {"text_encoder": False, "text_encoder_2": True}
     t = trained(family, targets="attn")

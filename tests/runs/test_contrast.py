@@ -113,6 +113,7 @@ def test_a_short_run_is_not_charged_and_an_interrupted_one_not_kept_waiting(tmp_
     assert len((stopped.folder.path / "picture_contrast.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_comparison_and_not_the_run(tmp_path, monkeypatch):
     import io
 

@@ -23,7 +23,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[None, 4], ids=["lora", "lokr"])
+@pytest.fixture(scope="module", params=[None, pytest.param(4, marks=pytest.mark.slow)], ids=["lora", "lokr"])
 def training_adapter(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = load_family("builtin:tiny-sd", device="cpu")
     adapter = add_adapter(family.denoiser, rank=4, factor=request.param, targets="attn", family="sd15", seed=0)

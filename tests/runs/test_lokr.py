@@ -51,6 +51,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return train("straight", tmp_path_factory.mktemp("lokr"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_goes_on_equals_one_that_was_not(straight: Result, tmp_path: Path) -> None:
     stopped = train("straight", tmp_path, observers=(Stop(2),))
     assert stopped.exit_code == 130

@@ -103,6 +103,7 @@ def test_the_largest_batch_is_tried_first_and_changes_no_bit(
     assert digest(tried.folder) == digest(plain.folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tries_it_too_and_goes_on_to_the_same_bits(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,7 +145,8 @@ def straight(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "run"
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_stops_both_and_they_go_on_bit_for_bit(
     place: Path, straight: Path, tmp_path: Path, rank: int
 ) -> None:
