@@ -19,7 +19,7 @@ from emotrain.errors import ModelError
 from emotrain.families.base import DrawRequest, TextEncoderPart
 from emotrain.families.memory import TILE, MemoryPlan
 from emotrain.families.offload import offload_blocks
-from emotrain.families.quantize import RoundedLinear, make_plain, quantize_linears
+from emotrain.families.quantize import RoundedLinear, WithoutWeight, make_plain, quantize_linears
 from emotrain.families.quiet import quiet
 from emotrain.families.registry import FAMILIES
 
@@ -54,8 +54,13 @@ def digest_module(module: nn.Module, *extra: Any) -> str:
     """
     digest = hashlib.sha256("".join(json.dumps(one, sort_keys=True, default=str) for one in extra).encode())
     rounded = {path: layer for path, layer in module.named_modules() if isinstance(layer, RoundedLinear)}
-    for name, tensor in sorted(module.state_dict().items()):
+    inside = {f"{path}.layer" for path, layer in module.named_modules() if isinstance(layer, WithoutWeight)}
+    rows = []
+    for name, tensor in module.state_dict().items():
         path, _, last = name.rpartition(".")
+        shown = f"{path.removesuffix('.layer')}.{last}" if path in inside else name
+        rows.append((shown, path, last, tensor))
+    for name, path, last, tensor in sorted(rows, key=lambda row: row[0]):
         if path in rounded and last == "scale":
             continue
         stride = max(1, tensor.numel() // SAMPLED_VALUES)

@@ -17,7 +17,7 @@ from emotrain.families.component import refuse_non_finite
 from emotrain.families.kept import KeptBase
 from emotrain.families.memory import GIB, ON_CPU, MemoryPlan, require_backend
 from emotrain.families.pieces import load_denoiser, load_pieces, load_vae, text_parts
-from emotrain.families.quantize import quantize_linears
+from emotrain.families.quantize import make_plain, quantize_linears
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import Given
 from emotrain.families.sniff_file import companion
@@ -189,4 +189,6 @@ def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
         if form != "none":
             family.note_plain(part)
             quantize_linears(part.encoder, form, family.device)
+        if family.device.type == "mps":  # which has no float8
+            make_plain(part.encoder)
         part.encoder.to(family.device)

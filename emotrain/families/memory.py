@@ -34,16 +34,19 @@ ON_CPU = "cpu"  # the form of a text encoder that stays whole and works on the C
 
 @dataclass(frozen=True)
 class EncoderNeeds:
-    """A text encoder: its name, its parameters, and how many of them are in layers that may be quantised."""
+    """A text encoder: name, parameters, how many are in layers that may be quantised, how many in 8 bits."""
 
     name: str
     parameters: int
     linear: int = 0
+    stored: int = 0
 
     def gib(self, form: str, bytes_per_parameter: float) -> float:
         """Size in a form: none, int8, nf4, fp8, or cpu, which takes nothing of the GPU."""
         if form == ON_CPU:
             return 0.0
+        if form == "none":
+            return weights_gib(self.parameters, bytes_per_parameter, stored=self.stored)
         whole = weights_gib(self.parameters - self.linear, bytes_per_parameter)
         return whole + weights_gib(self.linear, bytes_per_parameter, form)
 

@@ -96,7 +96,7 @@ class _Product(torch.autograd.Function):
         return (grad * scale.to(grad.dtype).t()) @ weight.to(grad.dtype), None, None
 
 
-class _WithoutWeight(nn.Module):
+class WithoutWeight(nn.Module):
     """A layer whose weight's dtype does not show: transformers' T5 casts what goes into `wo` to it."""
 
     weight = None
@@ -106,6 +106,7 @@ class _WithoutWeight(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's."""
         y: Tensor = self.layer(x)
         return y
 
@@ -140,7 +141,12 @@ def _exchange(parent: nn.Module, name: str, layer: nn.Linear, made: nn.Module, d
     for child, module in layer.named_children():  # a LoKr hangs on its layer by a hook
         made.add_module(child, module.to(device))
     made._forward_hooks.update(layer._forward_hooks)
-    setattr(parent, name, _WithoutWeight(made) if type(parent).__name__.startswith("T5Dense") else made)
+    put(parent, name, made)
+
+
+def put(parent: nn.Module, name: str, layer: nn.Module) -> None:
+    """Give a module of the base a layer in fewer bits."""
+    setattr(parent, name, WithoutWeight(layer) if type(parent).__name__.startswith("T5Dense") else layer)
 
 
 def is_large(shape: Sequence[int]) -> bool:

@@ -25,7 +25,7 @@ from emotrain.families.single import as_published, check_complete, copy_tokenize
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
-from emotrain.families.stored import Scaled, build_stored, read_plain, read_weights
+from emotrain.families.stored import Scaled, build_stored, load_stored, read_weights
 from emotrain.families.understood import STATED, refuse_quantised, scaled_layers
 
 Stored = TypeVar("Stored")
@@ -210,10 +210,13 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
         return without_upper_layers(model, encoder)
     beside = companion(path) / "config.json"
     config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
-    state = _own_names(kind, read_plain(path, dtype), encoder, scaled=False)
+    plain, stored = read_weights(path)
+    tensors: dict[str, Tensor | Scaled] = {**plain, **stored}
+    state = _own_names(kind, tensors, encoder, scaled=False)
     with torch.device("meta"):
         model = without_upper_layers(model_class(config), encoder)
-    model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    guard(str(path), "", lambda: load_stored(model, state, dtype))
+    check_complete(str(path), {encoder.name: model})
     return _without_meta(model)
 
 

@@ -29,7 +29,7 @@ from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import TextEncoder
-from emotrain.families.stored import build_stored, read_weights
+from emotrain.families.stored import build_stored, kept_names, read_weights
 from emotrain.families.understood import scaled_layers
 
 _NORM = re.compile(r"(\.norm\.(?:key|query)_norm|distilled_guidance_layer\.norms\.\d+)\.weight$")
@@ -120,7 +120,7 @@ def _denoiser(found: Sniffed, folder: Path, dtype: torch.dtype) -> Any:
 
     spec, path = FAMILIES[found.family], str(found.path)
     cls, header = getattr(diffusers, spec.denoiser_class), read_header(Path(path))
-    if scaled_layers(header):
+    if kept_names(Path(path), header) or scaled_layers(header):
         plain, scaled = read_weights(Path(path))
         config = read_json(folder / spec.denoiser / "config.json")
         denoiser = guard(path, "", lambda: build_stored(cls, config, as_published(plain), scaled, dtype))

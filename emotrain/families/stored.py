@@ -1,8 +1,9 @@
-"""Files whose weights are 8-bit numbers times a scale, as ComfyUI's `*_fp8_scaled` and `*_int8`.
+"""Files whose weights are 8-bit numbers, plain fp8 or times a scale, as ComfyUI's `*_fp8_scaled` and `*_int8`.
 
-A denoiser keeps the large Linear layers of such a file as they are stored (`quantize.RoundedLinear`): to the bit the
-weights that the numbers stand for, in half the memory. Whatever else has scales is multiplied by them while it is read:
-small layers, convolutions, text encoders, and layers whose inputs were rotated before rounding (ConvRot).
+A denoiser, and a text encoder with a file of its own, keep the large Linear layers of such a file as they are stored
+(`quantize.RoundedLinear`): to the bit the weights that the numbers stand for, in half the memory. Whatever else has
+scales is multiplied by them while it is read: small layers, convolutions, tables, and layers whose inputs were rotated
+before rounding (ConvRot).
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from torch import Tensor, nn
 
 from emotrain.errors import ModelError
 from emotrain.families.headers import Header, read_header
-from emotrain.families.quantize import RoundedLinear, is_large
+from emotrain.families.quantize import RoundedLinear, is_large, put
+from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.understood import PARTS, STATED, quantised_layers, scaled_layers
+
+PLAIN = ("F8_E4M3", "F8_E5M2")
+TABLES = ("embed_tokens.weight", "shared.weight")  # of a text encoder's words: no Linear layers
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Scaled:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Scaled]]:
     """The tensors of a file: those that are what they are, and those that are stored with a scale.
 
+    Matrices in plain fp8 have a scale of 1, but for those of other parts in a denoiser's file.
+
     Raises:
         ModelError: scales outside the denoiser.
     """
@@ -66,10 +73,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Scaled]]:
             "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
         )
     tensors = load_file(path)
-    if not scales:
-        return tensors, {}
-    forms = quantised_layers(path, header)
-    scaled = {}
+    forms = quantised_layers(path, header) if scales else {}
+    scaled = {name: Scaled(tensors[name], torch.ones(())) for name in _plain_matrices(header, scales)}
     for name, scale in scales.items():
         form = forms.get(name.removesuffix(".weight"))
         scaled[name] = Scaled(tensors[name], tensors[scale], form.group if form is not None else 0)
@@ -77,14 +82,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Scaled]]:
     return plain, scaled
 
 
-def read_plain(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a file, those with a scale multiplied by it.
-
-    Raises:
-        ModelError: see `read_weights`.
-    """
-    plain, scaled = read_weights(path)
-    return plain | {name: weight.plain(dtype) for name, weight in scaled.items()}
+def _plain_matrices(header: Header, scales: Mapping[str, str]) -> list[str]:
+    """Large matrices in fp8 without a scale."""
+    found = [name for name, kind in header.dtypes.items() if kind in PLAIN and name not in scales]
+    found = [name for name in found if name.endswith(".weight") and not name.startswith(PARTS)]
+    return [name for name in found if len(header.shapes[name]) == 2 and is_large(header.shapes[name])]
 
 
 def rotated(weight: Tensor, group: int) -> Tensor:
@@ -137,6 +139,27 @@ def build_stored(
     return model.requires_grad_(False).eval()
 
 
+def load_stored(model: nn.Module, tensors: Mapping[str, Tensor | Scaled], dtype: torch.dtype) -> None:
+    """Fill a model on the meta device with a file's tensors, its large Linear layers as they are stored.
+
+    Args:
+        model: of transformers.
+        tensors: by the model's names.
+        dtype: of what is not kept as stored, and of what the kept numbers stand for.
+
+    Raises:
+        ValueError: a tensor of another shape, or one that the model does not have.
+    """
+    state = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Scaled):
+            state[name] = value.to(dtype)
+        elif value.group or not _keep(model, name, value.numbers, value.rows(), dtype):
+            state[name] = value.plain(dtype)
+    if left_over := model.load_state_dict(state, strict=False, assign=True).unexpected_keys:
+        raise ValueError(f"`{left_over[0]}` is no tensor of it")
+
+
 def _keep(model: nn.Module, name: str, numbers: Tensor, rows: Tensor, dtype: torch.dtype) -> bool:
     """Put stored numbers into the model as they are, where they are a large Linear's."""
     path, _, last = name.rpartition(".")
@@ -147,7 +170,7 @@ def _keep(model: nn.Module, name: str, numbers: Tensor, rows: Tensor, dtype: tor
         return False
     if layer.weight.shape != numbers.shape:
         raise ValueError(f"`{name}` has {tuple(numbers.shape)}, and the config {tuple(layer.weight.shape)}")
-    setattr(parent, own, RoundedLinear.from_scaled(numbers, rows[:, :1], layer.bias, dtype))
+    put(parent, own, RoundedLinear.from_scaled(numbers, rows[:, :1], layer.bias, dtype))
     return True
 
 
@@ -158,18 +181,30 @@ def stored_parameters(found: Sniffed) -> int:
         ModelError: the file cannot be read.
     """
     path = Path(found.path)
-    if found.kind != "file" or not path.is_file():  # a folder, or a public model by its sizes alone
-        return 0
+    return _stored_in(path) if found.kind == "file" and path.is_file() else 0  # there may be no file
+
+
+def stored_in_encoder(found: Sniffed, given: str | None) -> dict[str, int]:
+    """The same of the text encoder that `model.text_encoder` names, where that is a file."""
+    path = Path(given) if given is not None else None
+    if path is None or not path.is_file():
+        return {}
+    return {FAMILIES[found.family].encoders_of(found.variant)[0].name: _stored_in(path)}
+
+
+def _stored_in(path: Path) -> int:
     header = read_header(path)
     return sum(math.prod(header.shapes[name]) for name in kept_names(path, header))
 
 
 def kept_names(path: Path, header: Header) -> set[str]:
-    """Weights of a file that stay as they are stored: those with a scale, of large layers whose inputs are not rotated.
+    """Weights of a file that stay as they are stored: of large layers, with a scale but not rotated, or plain fp8.
 
     Raises:
         ModelError: see `understood.quantised_layers`.
     """
     rotated_too = {f"{name}.weight" for name, form in quantised_layers(path, header).items() if form.group}
-    scaled = (name for name in scaled_layers(header) if name not in rotated_too)
-    return {name for name in scaled if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}
+    scales = scaled_layers(header)
+    large = {name for name in scales if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}
+    large |= set(_plain_matrices(header, scales))
+    return {name for name in large if name not in rotated_too and not name.endswith(TABLES)}

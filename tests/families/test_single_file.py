@@ -14,6 +14,7 @@ from original_files import (
     clip_tensors,
     open_clip_tensors,
     same,
+    same_weights,
     save_configs,
     small_vae,
     unet_name,
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emotrain.errors import ModelError
-from emotrain.families import load_family
+from emotrain.families import load_family, quantize
 from emotrain.families.table import sniff
 
 
@@ -177,6 +178,21 @@ def test_weights_that_are_stored_with_a_scale_are_multiplied_by_it(tmp_path: Pat
     assert scaled > 10
     for name, value in load_family(str(path), device="cpu").denoiser.state_dict().items():
         assert (value - plain[name]).norm() <= 0.05 * plain[name].norm(), name
+
+
+def test_a_unet_in_plain_fp8_stays_so(
+    tmp_path: Path, sd_parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 32)
+    path = write_sd(tmp_path / "model.safetensors", sd_parts)
+    tensors = load_file(path)
+    for name, value in tensors.items():
+        tensors[name] = value.to(torch.float8_e4m3fn) if name.startswith("model.diffusion_model.") else value
+    families = []
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16):
+        save_file({k: v.to(dtype) if v.element_size() == 1 else v for k, v in tensors.items()}, path)
+        families.append(load_family(str(path), device="cpu", dtype="bf16"))
+    assert same_weights(families[0].denoiser, families[1].denoiser) > 10
 
 
 def test_a_vae_that_is_given_serves_a_file_without_one(tmp_path: Path, sd_parts: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,8 +27,10 @@ from torch import Tensor
 from emotrain.cli.app import main
 from emotrain.errors import ModelError
 from emotrain.families import load_family, quantize
+from emotrain.families.headers import read_header
 from emotrain.families.kept import KeptBase
 from emotrain.families.single import as_published
+from emotrain.families.stored import kept_names
 from emotrain.families.table import sniff
 
 FLOW_TOP = {
@@ -225,16 +228,27 @@ def test_an_sd3_file_is_read_back_tensor_by_tensor(
     assert embeds["pooled_prompt_embeds"].shape == (1, 112)
 
 
-def test_a_scaled_fp8_file_is_kept_as_it_is_also_where_its_layers_are_pieces_or_swapped_halves(
-    tmp_path: Path, tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def in_plain_fp8(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All of a file in fp8 as it is, without scales, as `flux1-dev-fp8`; and the bf16 numbers that these are."""
+    stored = {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}
+    return stored, {key: value.to(torch.bfloat16) for key, value in stored.items()}
+
+
+@pytest.mark.parametrize("store", [in_scaled_fp8, in_plain_fp8])
+def test_an_fp8_file_is_kept_as_it_is_also_where_its_layers_are_pieces_or_swapped_halves(
+    store: Any, tmp_path: Path, tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize, "SMALLEST", 32)
     parts = sd3_parts(tokenizers)
     families = []
-    for name, tensors in zip(("stored", "plain"), in_scaled_fp8(sd3_tensors(parts["transformer"])), strict=True):
+    for name, tensors in zip(("stored", "plain"), store(sd3_tensors(parts["transformer"])), strict=True):
         path = write(tmp_path / f"{name}.safetensors", parts, tensors, clips(parts))
         families.append(load_family(str(path), device="cpu", dtype="bf16"))
-    assert same_weights(families[0].denoiser, families[1].denoiser) > 20
+    kept = same_weights(families[0].denoiser, families[1].denoiser)
+    assert kept > 20
+    numbers = sum(p.numel() for p in families[0].denoiser.parameters() if p.dtype == torch.float8_e4m3fn)
+    file = tmp_path / "stored.safetensors"
+    assert numbers == sum(math.prod(read_header(file).shapes[name]) for name in kept_names(file, read_header(file)))
 
 
 def test_an_sd3_file_without_the_t5_goes_without_it(tmp_path: Path, tokenizers: dict[str, Any]) -> None:

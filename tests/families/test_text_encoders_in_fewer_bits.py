@@ -110,6 +110,17 @@ def test_folder_single_file_and_scaled_fp8_file_are_quantised_alike(
     assert apart(from_scaled.encode_texts(PROMPTS), whole) < FAR["fp8"]
 
 
+def test_one_that_is_8_bits_in_its_file_is_counted_so_and_needs_no_int8() -> None:
+    whole = EncoderNeeds("text_encoder", 4_000_000_000, 3_600_000_000)
+    stored = EncoderNeeds("text_encoder", 4_000_000_000, 3_600_000_000, 3_600_000_000)
+    assert whole.gib("none", 2) - stored.gib("none", 2) == pytest.approx(3.6e9 / 2**30)
+    forms = [
+        place_encoders(Needs(1, 2, (0.0, 0.0), 0.0, encoders=(one,)), 5.0, backends=frozenset({"nf4"}))
+        for one in (whole, stored)
+    ]
+    assert forms == [{"text_encoder": "int8"}, {"text_encoder": "none"}]
+
+
 PUBLIC = [
     (name, variant)
     for name, spec in FAMILIES.items()
