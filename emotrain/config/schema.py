@@ -220,8 +220,9 @@ class TrainSection(Section):
     lr: PositiveFloat | None = Field(None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required")
     gain: Literal["auto", "fixed"] = Field(
         "auto",
-        description="emosens: auto begins at three times the published step length and reduces it to a third, from the"
-        " best weights, where validations stop improving, if pictures are held out; fixed: as published",
+        description="emosens: auto begins at three times the published step length, doubles it where ten validations in"
+        " a row are surely better, and reduces it to a third, from the best weights, where they stop improving, if"
+        " pictures are held out; fixed: as published",
     )
     allow_small_lr: Bool = Field(False, description="emo: take a train.lr below 0.1, which is refused otherwise")
     micro_batch_size: Annotated[PositiveInt, Field(le=1024)] = Field(1, description="pictures in one forward pass")

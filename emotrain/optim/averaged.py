@@ -68,6 +68,10 @@ class Averaged:
         torch._foreach_lerp_(self._average, [p.detach() for p in self._params()], weight)
         return loss
 
+    def rescale(self, scale: float) -> None:
+        """Go on with steps `scale` times as long."""
+        self.inner.rescale(scale)
+
     def restart(self, scale: float) -> None:
         """Go on from weights that were put in place, with steps `scale` times as long; the average begins there."""
         self.inner.restart(scale)

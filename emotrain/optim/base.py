@@ -199,11 +199,13 @@ class EmoOptimizer(torch.optim.Optimizer):
             write(self.writer, reading, self.should_stop, self._emotion.step)
         return loss
 
-    def restart(self, scale: float) -> None:
-        """Go on from weights that were put in place, with steps `scale` times as long."""
+    def rescale(self, scale: float) -> None:
+        """Go on with steps `scale` times as long."""
         for group in self.param_groups:
             group["scope"] *= scale
             group["lr"] *= scale
+
+    restart = rescale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; a group's own `lr` becomes its scope, then `lr` shows the pulse."""

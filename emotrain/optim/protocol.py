@@ -35,8 +35,11 @@ class OptimizerLike(Protocol):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters."""
 
+    def rescale(self, scale: float) -> None:
+        """Go on with steps `scale` times as long."""
+
     def restart(self, scale: float) -> None:
-        """Go on from weights that were put in place, with steps `scale` times as long."""
+        """The same from weights that were put in place."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""

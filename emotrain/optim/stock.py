@@ -67,10 +67,12 @@ class StockOptimizer:
             self.reading = replace(self.reading, pulse=self._lr())
         return loss
 
-    def restart(self, scale: float) -> None:
-        """Go on from weights that were put in place, with steps `scale` times as long."""
+    def rescale(self, scale: float) -> None:
+        """Go on with steps `scale` times as long."""
         for group in self.param_groups:
             group["lr"] *= scale
+
+    restart = rescale
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""

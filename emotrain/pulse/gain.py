@@ -4,20 +4,51 @@ The published step length has a fixed unit, 1e-4 times what the loss says. How l
 the network and the pictures as well, and no loss of single steps tells. So a run begins at START times the published
 length. Where PATIENCE validations in a row bring no new best, the best weights are put back and the gain is multiplied
 by SHRINK; when VAIN gains in a row have each brought less than NEGLIGIBLE of the whole improvement, the run is done.
+
+Where SURE validations in a row have each been better than the best before by more than their standard error, the steps
+are shorter than they could be: the gain is multiplied by RISE. The first validation without a new best takes that back,
+with the best weights, and the gain does not rise above that again.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
 from typing import Any
 
 START = 3.0
 SHRINK = 1.0 / 3.0  # the second gain is the published unit
 PATIENCE = 2  # validations in a row without a new best
+SURE = 10  # validations in a row, each surely better: half of all that a small set takes to be learned
+RISE = 2.0
+HIGHEST = 4.0 * START  # two rises: more has not been tried
 VAIN = 2  # gains in a row that brought next to nothing
 NEGLIGIBLE = 0.005  # of the improvement over the base
 LOWEST = 0.01  # a run that is not finite at this gain is not finite because of something else
 HOPE = 200  # steps in which a gain that brings nothing does not count while nothing is better than the base
+
+
+class Change(StrEnum):
+    """What a validation did to the step length; the values end the sentence `step length ...`."""
+
+    NONE = ""
+    RAISED = "doubled"
+    TAKEN_BACK = "halved again"
+    LOWERED = "reduced to a third"
+
+    @property
+    def factor(self) -> float:
+        """On the step length."""
+        return {Change.RAISED: RISE, Change.TAKEN_BACK: 1.0 / RISE, Change.LOWERED: SHRINK}.get(self, 1.0)
+
+    @property
+    def why(self) -> str:
+        """What brought it about."""
+        return {
+            Change.RAISED: f"{SURE} validations in a row were each better by more than their standard error",
+            Change.TAKEN_BACK: "a validation without improvement",
+            Change.LOWERED: f"{PATIENCE} validations without improvement",
+        }.get(self, "")
 
 
 @dataclass
@@ -39,13 +70,16 @@ class Gain:
 
     value: float = START
     failed: int = 0  # validations in a row without a new best
+    sure: int = 0  # validations in a row that were better by more than their standard error
+    risen: bool = False  # and no validation has failed since
+    highest: float = HIGHEST  # the gain rises to this at most
     vain: int = 0  # gains in a row that brought next to nothing
     mark: float | None = None  # the lowest loss when the gain changed last; None: the base's
     validated: int = 0  # the step of the last validation
     interval: int = 0  # steps between the last two
     now: Path = field(default_factory=Path)
     best: Path = field(default_factory=Path)
-    reductions: list[tuple[int, float]] = field(default_factory=list)  # (step, gain from there on)
+    changes: list[tuple[int, float]] = field(default_factory=list)  # (step, gain from there on)
 
     @property
     def done(self) -> bool:
@@ -56,15 +90,20 @@ class Gain:
         """Take in one step of that length (the learning rate in use)."""
         self.now = Path(self.now.steps + 1, self.now.length + length, self.now.gain + self.value)
 
-    def update_validation(self, step: int, *, is_best: bool, best_loss: float, base_loss: float) -> bool:
-        """Take in one validation; true when the gain was lowered and the best weights are to be put back."""
+    def update_validation(
+        self, step: int, *, is_best: bool, best_loss: float, base_loss: float, surely: bool = False
+    ) -> Change:
+        """Take in one validation, `surely` better or not; what it did to the gain."""
         self.interval, self.validated = step - self.validated, step
+        self.sure = self.sure + 1 if surely else 0
         if is_best:
             self.failed, self.best = 0, self.now
-            return False
+            return self._rise(step)
+        if self.risen:
+            return self._take_back(step)
         self.failed += 1
         if self.failed < PATIENCE or self.done:
-            return False
+            return Change.NONE
         improvement = base_loss - best_loss
         brought = (base_loss if self.mark is None else self.mark) - best_loss
         if brought > NEGLIGIBLE * improvement:
@@ -72,22 +111,36 @@ class Gain:
         elif improvement > 0.0 or step >= HOPE:
             self.vain += 1
         self.mark = best_loss
-        if not self.done:
-            self._lower(step)
-        return not self.done
+        if self.done:
+            return Change.NONE
+        self._change(step, Change.LOWERED)
+        return Change.LOWERED
 
     def update_divergence(self, step: int) -> bool:
         """Numbers were not finite; true when the gain was lowered and the best weights are to be put back."""
         if self.value <= LOWEST:
             return False
-        self._lower(step)
+        self._change(step, Change.LOWERED)
+        self.risen, self.highest = False, self.value
         return True
 
-    def _lower(self, step: int) -> None:
-        self.failed = 0
-        self.value *= SHRINK
+    def _rise(self, step: int) -> Change:
+        if self.sure < SURE or self.value * RISE > self.highest or self.done:
+            return Change.NONE
+        self.risen = True
+        self._change(step, Change.RAISED)
+        return Change.RAISED
+
+    def _take_back(self, step: int) -> Change:
+        self._change(step, Change.TAKEN_BACK)
+        self.risen, self.highest = False, self.value
+        return Change.TAKEN_BACK
+
+    def _change(self, step: int, change: Change) -> None:
+        self.failed, self.sure = 0, 0
+        self.value *= change.factor
         self.now = self.best
-        self.reductions.append((step, self.value))
+        self.changes.append((step, self.value))
 
     def progress(self) -> float:
         """0..1: how far it is towards `done`."""
@@ -95,7 +148,7 @@ class Gain:
 
     def missing(self, best_loss: float, base_loss: float) -> int:
         """How many more validations it takes until it is done, if none of them is better."""
-        trial = replace(self, reductions=[])
+        trial = replace(self, changes=[])
         for count in range(2 * VAIN * PATIENCE + HOPE):
             if trial.done:
                 return count
@@ -111,7 +164,7 @@ class Gain:
         """What run.json says: the gain at the end and its changes, the best weights' steps and their mean length."""
         return {
             "value": self.value,
-            "reductions": [list(change) for change in self.reductions],
+            "changes": [list(change) for change in self.changes],
             "steps": self.best.steps,
             "step_length": self.step_length(),
         }
@@ -122,7 +175,8 @@ class Gain:
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Gain:
-        """Inverse of `to_document`."""
-        values = {name.name: document[name.name] for name in fields(cls)}
-        reductions = [(int(step), float(value)) for step, value in values["reductions"]]
-        return cls(**{**values, "now": Path(**values["now"]), "best": Path(**values["best"]), "reductions": reductions})
+        """Inverse of `to_document`; what an earlier version did not write is as at the start."""
+        known = {name.name for name in fields(cls)}
+        values = {name: value for name, value in (asdict(cls()) | document).items() if name in known}
+        changes = [(int(step), float(value)) for step, value in values["changes"]]
+        return cls(**{**values, "now": Path(**values["now"]), "best": Path(**values["best"]), "changes": changes})

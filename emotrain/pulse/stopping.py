@@ -11,11 +11,11 @@ exceeds SHARED of what the unflipped ones have gained. Flipping is no fair measu
 the left, lettering, a grid): where the flipped pictures have gained little when their fall ends, the rule uses them
 unflipped, and can tell a standstill only.
 
-Where a run measures the gain of its step length (`emotrain.pulse.gain`), the same validations lower it, and the run
-ends when no other gain brings more.
+Where a run measures the gain of its step length (`emotrain.pulse.gain`), the same validations raise and lower it, and
+the run ends when no other gain brings more.
 
-Each validation is compared with the best before it, picture by picture (`emotrain.pulse.paired`). That is said; it does
-not decide.
+Each validation is compared with the best before it, picture by picture (`emotrain.pulse.paired`). That is said; it can
+raise the gain; it does not end a run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from emotrain.pulse.gain import NEGLIGIBLE, VAIN, Gain
+from emotrain.pulse.gain import NEGLIGIBLE, VAIN, Change, Gain
 from emotrain.pulse.gain import PATIENCE as PATIENCE_OF_GAIN
 from emotrain.pulse.paired import Paired
 from emotrain.pulse.signal import update_averages
@@ -58,14 +58,14 @@ class StopRule:
         mode: `off` never stops; `signal` stops on the published signal, sustained; `trusted` on validation and signal.
         min_steps: never before this step.
         held_out: the validation uses held-out pictures; else training pictures, flipped.
-        gain: of the step length, lowered where validations stop improving; None: it stays as it is.
+        gain: of the step length, raised and lowered by the validations; None: it stays as it is.
     """
 
     mode: Literal["off", "signal", "trusted"] = "trusted"
     min_steps: int = MIN_STEPS
     held_out: bool = True
     gain: Gain | None = None
-    gain_lowered: bool = field(default=False, compare=False)  # by the last validation
+    gain_change: Change = field(default=Change.NONE, compare=False)  # by the last validation
     lit: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     base_loss: float | None = None
     base_plain: float | None = None  # loss of the same pictures, unflipped
@@ -167,7 +167,9 @@ class StopRule:
         if self.gain is None or self.base_loss is None or self.best_loss is None:
             return
         losses = {"best_loss": self.best_loss, "base_loss": self.base_loss}
-        self.gain_lowered = self.gain.update_validation(step, is_best=is_best, **losses)
+        paired = self.paired
+        surely = paired is not None and paired.error is not None and -paired.difference > paired.error
+        self.gain_change = self.gain.update_validation(step, is_best=is_best, surely=surely, **losses)
 
     def _without_memorising(self, loss: float, plain: float | None) -> float:
         """A loss of flipped pictures without what comes of memorising them since the anchor."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Batch, Labels, embeddings_and_masks
-from emotrain.pulse.gain import PATIENCE, SHRINK
+from emotrain.pulse.gain import Change
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.ranks import ALONE, Ranks
 from emotrain.train.events import Event, Notice, Phase, StepEnd, ValidationEnd
@@ -299,21 +299,24 @@ def run_validation(parts: Parts, limits: Limits, state: TrainState) -> None:
     if parts.validation is not None:
         with parts.optimizer.eval_mode():
             _validate(parts, limits, parts.validation, state)
-        if parts.stop_rule.gain_lowered:
-            parts.stop_rule.gain_lowered = False
-            shorten_steps(parts, state, f"{PATIENCE} validations without improvement")
+        change, parts.stop_rule.gain_change = parts.stop_rule.gain_change, Change.NONE
+        if change:
+            change_steps(parts, state, change, change.why)
     if parts.watch is not None:
         parts.watch(state)
 
 
-def shorten_steps(parts: Parts, state: TrainState, why: str) -> None:
-    """Go back to the best weights and on from there with shorter steps, as the stop rule's gain says."""
+def change_steps(parts: Parts, state: TrainState, change: Change, why: str) -> None:
+    """Steps of another length, as the stop rule's gain says; shorter ones go on from the best weights."""
     assert parts.stop_rule.gain is not None
-    parts.adapter.load_state(state.best_adapter)
-    parts.optimizer.restart(SHRINK)
-    what = f"step length reduced to a third at step {state.step} (gain {parts.stop_rule.gain.value:.3g})"
-    whence = f"training goes on from the weights of step {state.best_step}"
-    parts.notify(Notice(f"{what}: {why}; {whence}", level="info"))
+    what = f"step length {change} at step {state.step} (gain {parts.stop_rule.gain.value:.3g}): {why}"
+    if change is Change.RAISED:
+        parts.optimizer.rescale(change.factor)
+    else:
+        parts.adapter.load_state(state.best_adapter)
+        parts.optimizer.restart(change.factor)
+        what = f"{what}; training goes on from the weights of step {state.best_step}"
+    parts.notify(Notice(what, level="info"))
 
 
 def recover(parts: Parts, state: TrainState) -> bool:
@@ -322,7 +325,7 @@ def recover(parts: Parts, state: TrainState) -> bool:
     if gain is None or not state.best_adapter or not gain.update_divergence(state.step):
         return False
     state.guard = replace(state.guard, in_a_row=0)
-    shorten_steps(parts, state, f"loss or gradient was not finite on {LIMIT} steps in a row")
+    change_steps(parts, state, Change.LOWERED, f"loss or gradient was not finite on {LIMIT} steps in a row")
     return True
 
 

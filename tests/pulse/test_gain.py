@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from statistics import fmean
 
 import pytest
 
-from emotrain.pulse.gain import HOPE, START, Gain
+from emotrain.pulse.gain import HOPE, START, SURE, Change, Gain
 from emotrain.pulse.stopping import StopRule
 
 BASE = 1.0
@@ -34,12 +35,65 @@ def test_two_validations_without_a_new_best_lower_the_gain_to_a_third_and_one_do
     rule, _ = play([BASE, 0.8, 0.9, 0.7, 0.71])
     assert gain_of(rule).value == START
     rule.update_validation(50, 0.7)
-    assert rule.gain_lowered
+    assert rule.gain_change is Change.LOWERED
     assert gain_of(rule).value == pytest.approx(START / 3)
-    assert gain_of(rule).reductions == [(50, pytest.approx(1.0))]
+    assert gain_of(rule).changes == [(50, pytest.approx(1.0))]
     rule.update_validation(60, 0.6)
-    assert not rule.gain_lowered
+    assert rule.gain_change is Change.NONE
     assert gain_of(rule).value == pytest.approx(1.0)
+
+
+def climb(rule: StopRule, count: int, each: tuple[float, ...] = (0.01, 0.01, 0.01)) -> list[Change]:
+    """The base and so many validations of pictures that each get better by that much; what they did to the gain."""
+    changes = []
+    for place in range(count + 1):
+        pictures = [9.0 - better * place for better in each]
+        rule.update_validation(10 * place, fmean(pictures), pictures=pictures)
+        changes.append(rule.gain_change)
+    return changes
+
+
+def test_the_gain_doubles_where_ten_validations_in_a_row_are_surely_better_twice_at_most():
+    rule = StopRule(gain=Gain())
+    changes = climb(rule, 4 * SURE)
+    assert [place for place, change in enumerate(changes) if change] == [SURE, 2 * SURE]
+    assert set(changes) == {Change.NONE, Change.RAISED}
+    assert gain_of(rule).changes == [(100, 2 * START), (200, 4 * START)]
+
+
+@pytest.mark.parametrize(
+    ("each", "risen"),
+    [((0.5, 0.0, 0.01), True), ((0.5, -0.01, -0.01), False), ((0.01,), False)],  # by 1.03 and 0.94 standard errors
+    ids=["surely", "one picture of three", "a single picture"],
+)
+def test_only_improvements_above_their_standard_error_count(each, risen):
+    rule = StopRule(gain=Gain())
+    assert any(climb(rule, 2 * SURE, each)) == risen
+
+
+def test_the_first_validation_without_a_new_best_takes_a_rise_back_for_good_and_does_not_count_as_failed():
+    rule = StopRule(gain=Gain())
+    climb(rule, SURE)
+    rule.update_validation(110, 8.95, pictures=[8.95] * 3)
+    assert rule.gain_change is Change.TAKEN_BACK
+    assert (gain_of(rule).value, gain_of(rule).failed, gain_of(rule).now) == (START, 0, gain_of(rule).best)
+    for place in range(2 * SURE):  # as far as it has proved to be too much it does not rise again
+        loss = 8.85 - 0.01 * place
+        rule.update_validation(120 + 10 * place, loss, pictures=[loss] * 3)
+        assert rule.gain_change is Change.NONE
+    assert gain_of(rule).value == START
+
+
+def test_a_rise_that_ends_in_numbers_that_are_not_finite_is_not_tried_again():
+    rule = StopRule(gain=Gain())
+    climb(rule, SURE)
+    assert gain_of(rule).update_divergence(105)
+    lowered = gain_of(rule).value
+    assert lowered == pytest.approx(2 * START / 3)
+    for place in range(SURE + 1):
+        loss = 8.85 - 0.01 * place
+        rule.update_validation(110 + 10 * place, loss, pictures=[loss] * 3)
+    assert gain_of(rule).value == lowered
 
 
 def test_the_run_ends_when_two_gains_in_a_row_have_brought_next_to_nothing():
@@ -77,7 +131,7 @@ def test_only_the_trusted_mode_ends_by_the_gain_and_a_gain_that_is_done_stays(mo
     rule, ended = play([BASE, 0.5, *[0.6] * 30], StopRule(mode, gain=Gain()))
     assert ended is None
     assert gain_of(rule).done
-    assert len(gain_of(rule).reductions) == 2
+    assert len(gain_of(rule).changes) == 2
 
 
 def test_never_before_min_steps():
@@ -107,7 +161,7 @@ def test_lr_is_the_mean_length_of_the_steps_that_the_best_weights_are_made_of():
     assert gain.step_length() == pytest.approx(2e-3)
     assert gain.best.gain / 20 == pytest.approx((3 + 1) / 2)
     assert gain.summary() == {
-        "value": pytest.approx(1.0), "reductions": [[30, pytest.approx(1.0)]], "steps": 20,
+        "value": pytest.approx(1.0), "changes": [[30, pytest.approx(1.0)]], "steps": 20,
         "step_length": pytest.approx(2e-3),
     }  # fmt: skip
 
@@ -141,6 +195,12 @@ def test_a_saved_rule_goes_on_like_the_one_it_was_saved_from():
     second = StopRule(min_steps=1)
     second.load_document(json.loads(json.dumps(first.to_document())))
     assert second == first
+    risen = StopRule(min_steps=1, gain=Gain())
+    climb(risen, SURE)
+    third = StopRule(min_steps=1)
+    third.load_document(json.loads(json.dumps(risen.to_document())))
+    assert third == risen
+    assert gain_of(third).risen
     for place in range(6, len(losses)):
         for _ in range(10):
             second.update_step(False, 1e-3)
@@ -159,7 +219,7 @@ def test_mirrored_pictures_lower_it_where_they_no_longer_gain_by_more_than_memor
         rule = StopRule(held_out=False, gain=Gain())
         for step in range(0, 301, 30):
             rule.update_validation(step, style(step), plain(step))
-        assert bool(gain_of(rule).reductions) == lowered
+        assert bool(gain_of(rule).changes) == lowered
 
 
 def test_where_mirroring_turns_out_unfair_the_gain_is_judged_by_the_pictures_as_they_are():
@@ -168,5 +228,5 @@ def test_where_mirroring_turns_out_unfair_the_gain_is_judged_by_the_pictures_as_
     for place, (flipped, plain) in enumerate(told):
         rule.update_validation(10 * place, flipped, plain)
     assert rule.unfair
-    assert len(gain_of(rule).reductions) == 2
+    assert len(gain_of(rule).changes) == 2
     assert (gain_of(rule).mark, gain_of(rule).vain) == (1.0, 0)

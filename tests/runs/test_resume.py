@@ -19,6 +19,7 @@ from emotrain.config.load import load, load_preset
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ExitCode, ResourceError
 from emotrain.lora.file import read_lora
+from emotrain.pulse import gain
 from emotrain.runs import start
 from emotrain.runs.changes import Identity, refuse
 from emotrain.runs.folder import RunFolder
@@ -140,23 +141,29 @@ def test_a_run_that_is_stopped_and_goes_on_equals_one_that_was_not(
     assert_same(straight, result.folder)
 
 
-def test_a_run_that_measures_its_step_length_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
-    """With steps far too long validations fail, so that the gain is lowered before and after the resume."""
-    words = ("train.lr=20000", "validate.every=1", "validate.fraction=0.3", "train.max_steps=7")
+@pytest.mark.parametrize(("lr", "rises"), [(20000, False), pytest.param(1, True, marks=pytest.mark.slow)])
+def test_a_run_that_measures_its_step_length_goes_on_bit_for_bit(
+    lr: int, rises: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With steps far too long validations fail: the gain is lowered before and after the resume. Or it rises."""
+    words = (f"train.lr={lr}", "validate.every=1", "validate.fraction=0.3", "train.max_steps=7")
+    monkeypatch.setattr(gain, "SURE", 2)
 
-    def reductions(folder: RunFolder) -> list[int]:
-        return [step for step, _ in folder.info()["gain"]["reductions"]]
+    def changes(folder: RunFolder) -> list[int]:
+        values = [value for _, value in folder.info()["gain"]["changes"]]
+        assert (max(values, default=0.0) > gain.START) == rises
+        return values
 
     straight = start.run(preset(place, *words), runs_dir=tmp_path / "a", observers=())
     watch = Watch(4, lambda: os.kill(os.getpid(), signal.SIGINT))
     half = start.run(preset(place, *words), runs_dir=tmp_path / "b", observers=(watch,))
     assert watch.steps == [1, 2, 3, 4]
-    before = reductions(half.folder)
+    before = changes(half.folder)
     resumed, watch = resume(place, half.folder, *words)
     assert watch.steps == [5, 6, 7]
     assert before
-    assert len(before) < len(reductions(straight.folder))
-    assert reductions(resumed.folder) == reductions(straight.folder)
+    assert len(before) < len(changes(straight.folder))
+    assert changes(resumed.folder) == changes(straight.folder)
     assert resumed.folder.info()["gain"] == straight.folder.info()["gain"]
     assert_same(straight.folder, resumed.folder, steps=7)
 

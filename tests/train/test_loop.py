@@ -17,7 +17,7 @@ from fake_run import FakeData, Recorder, limits, make_parts
 from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
-from emotrain.pulse.gain import SHRINK, Gain
+from emotrain.pulse.gain import RISE, SHRINK, SURE, Gain
 from emotrain.pulse.stopping import UNFAIR_SENTENCE, StopRule
 from emotrain.train.events import Notice, StepEnd, ValidationEnd
 from emotrain.train.loop import StopReason, accumulate, fit
@@ -191,12 +191,19 @@ def test_an_averaging_optimizer_is_validated_and_kept_with_its_averaged_weights(
     assert not torch.allclose(meant, trained, atol=1e-4)
 
 
-def measured_run(losses: list[float], **numbers):
-    """A run whose validations say these losses, with an averaged EmoSens that begins at three times its step length."""
+def measured_run(losses: list[float | list[float]], **numbers):
+    """An averaged EmoSens that begins at three times its step length; the validations say these losses.
+
+    Each is that of one picture, or a list of several.
+    """
     recorder, state, left = Recorder(), TrainState(), iter(losses)
+
+    def pictures(said: float | list[float]) -> list[float]:
+        return said if isinstance(said, list) else [said]
+
     parts = make_parts(recorder, stop_rule=StopRule(min_steps=1, gain=Gain()))
     optimizer = Averaged(EmoSens(parts.adapter.parameters(), lr=3.0))
-    validation = type("P", (), {"pictures": lambda s, progress: [next(left)], "drift": lambda s: 0.0})()
+    validation = type("P", (), {"pictures": lambda s, progress: pictures(next(left)), "drift": lambda s: 0.0})()
     parts = replace(parts, optimizer=optimizer, validation=validation)
     return recorder, state, parts, fit(parts, limits(**numbers), state)
 
@@ -221,6 +228,27 @@ def test_where_validations_stop_improving_the_best_weights_train_on_with_a_third
     assert steps[6].reading.pulse < 0.5 * steps[5].reading.pulse
 
 
+def test_a_rise_goes_on_from_the_weights_of_now_and_is_taken_back_with_the_best_ones():
+    losses = [[1.0 - 0.01 * place] * 3 for place in range(SURE + 1)]
+    recorder, state, parts, _ = measured_run([*losses, [0.95] * 3], max_steps=2 * SURE)
+    assert [group["scope"] for group in parts.optimizer.param_groups] == [3.0 * RISE]
+    assert parts.optimizer.steps == 2 * SURE  # the average goes on
+    said = [notice.message for notice in recorder.of(Notice)]
+    assert said == [
+        "step length doubled at step 20 (gain 6): 10 validations in a row were each better by more than their standard"
+        " error"
+    ]
+    recorder, state, parts, _ = measured_run([*losses, [0.95] * 3], max_steps=2 * SURE + 2)
+    assert [group["scope"] for group in parts.optimizer.param_groups] == [3.0]
+    assert state.best_step == 2 * SURE
+    assert torch.equal(parts.adapter.state()["layer.weight"], state.best_adapter["layer.weight"])
+    assert recorder.of(Notice)[1].message == (
+        "step length halved again at step 22 (gain 3): a validation without improvement; training goes on from the"
+        " weights of step 20"
+    )
+    assert [event.gain for event in recorder.of(StepEnd)][-3:] == [3.0, 6.0, 6.0]
+
+
 def test_a_measured_run_ends_by_itself_and_says_why():
     recorder, state, _, outcome = measured_run([1.0, 0.5, *[0.6] * 6], max_steps=100)
     assert (outcome.reason, state.step, state.best_step) == (StopReason.SIGNAL, 14, 2)
@@ -236,7 +264,7 @@ def test_a_measured_run_that_is_not_finite_goes_on_from_its_best_weights_with_sh
     parts = replace(parts, optimizer=EmoSens(parts.adapter.parameters(), lr=3.0), validation=validation)
     outcome = fit(parts, limits(max_steps=10), state)
     assert outcome.reason is StopReason.MAX_STEPS
-    assert parts.stop_rule.gain.reductions == [(3, pytest.approx(1.0)), (6, pytest.approx(1 / 3))]
+    assert parts.stop_rule.gain.changes == [(3, pytest.approx(1.0)), (6, pytest.approx(1 / 3))]
     assert parts.optimizer.param_groups[0]["scope"] == pytest.approx(1 / 3)
     said = [notice.message for notice in recorder.of(Notice) if notice.level == "info"]
     assert "(gain 1): loss or gradient was not finite on 3 steps in a row" in said[0]
