@@ -3,48 +3,71 @@
     python tests/bench/styles.py STYLES
     python tests/bench/third_base.py WORK
     python tests/bench/gain_trials.py --styles STYLES --third WORK/third [--kept FILE.jsonl] [--report docs/benchmarks]
+    python tests/bench/gain_trials.py --kept-only --report docs/benchmarks      the tables anew, of gain_trials.jsonl
 
-A task is model:style:pictures; micro-batches of 4, rank 8, at most 400 steps, fewer where no validation was better than
-the lowest one for 100 steps (EmoSens: where its own stop lies 100 steps back). None of the styles was tuned on. The
-models are the two that are built in and a third, trained differently (third_base.py). Rows:
+A task is model:style:pictures; micro-batches of 4, rank 8, one seed, at most 1,000 steps, fewer where no validation was
+better than the lowest one for 100 steps (EmoSens: where its own stop lies 100 steps back). "(cut)" is a row that the
+ceiling ended before that, 400 in the rows of 2026-11-27; the first table is given without and with rows that a ceiling
+below 1,000 cut. None of the styles was tuned on. The models are the two that are built in and a third, trained
+differently (third_base.py); made anew it is not the same to the last digit, and rows are compared where the base's loss
+is within 0.1 %. Rows:
 
 * gain auto, gain fixed: EmoSens at LR 1.0 as a run has it, with its own stop and a validation as often as a run has one
-* adamw RATE, prodigy 1, schedulefree: constant, without an average of the weights; of 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2
-  those from 3e-3 outwards, until one is worse than its neighbour; Prodigy with bias correction and safeguard
+* adamw RATE, prodigy 1, schedulefree, prodigy-plus: constant, without an average of the weights; of 1e-4, 3e-4, 1e-3,
+  3e-3 and 1e-2 those from 3e-3 outwards, until one is worse than its neighbour; Prodigy with bias correction and
+  safeguard; prodigy-plus-schedule-free 2.0.1 (its package is not among the project's) with its defaults
 * adamw, cosine: a schedule over as many steps as the best constant rate took, at that rate: what a user could have who
   knew both
 * emocats, emoairy: "gain fixed" is what a run does with them; "gain auto from 1" is a trial with the measured unit,
   begun at the published length
 * lokr: a LoKr in place of the LoRA, beside AdamW with a LoKr
+* no rises: as runs were before 2026-11-28, without longer steps where validations keep improving
 
 "handed over" is the held-out loss of the LoRA of the lowest validation (3 pictures that are not trained on), for
 EmoSens of those before its own stop, for the others of all steps: they are given the best stop that the validation can
 tell. "of the gain" is the distance to the best AdamW row of the task and seed, as a share of what that gained over the
 base: above zero is better. "regret" is the distance to the lowest held-out loss of the row's own steps, as a share of
 what that gained; "steps" are those of the whole run over the step of that lowest loss. "flipped" rows hear three
-flipped training pictures in place of those held out.
+flipped training pictures in place of those held out. The rows are kept in gain_trials.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from gain_rows import (
+    AFTER,
+    KEPT,
+    POLICIES,
+    PRODIGYPLUS,
+    RULE,
+    SAID,
+    STEPS,
+    Policy,
+    kept,
+    next_rate,
+    rivals_of,
+    tables,
+    whole,
+)
 from heldout import Bench
 from longrun import Cell, LongRun, Task
-from safetensors.torch import save_file
 from styles import STYLES, TUNED_ON
 from third_base import SETS
 from torch import Tensor
 
+from emotrain.optim.stock import StockOptimizer
 from emotrain.pulse.gain import START, Gain
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import build
@@ -53,8 +76,6 @@ from emotrain.train.loop import Limits, Parts, fit
 from emotrain.train.state import TrainState
 from emotrain.train.validation import Validation
 
-STEPS = 400
-AFTER = 100  # steps beyond the end, or beyond the lowest validation
 UNSEEN = [style for style in STYLES if style not in TUNED_ON]
 BUILT_IN = [
     f"{('tiny-sd', 'tiny-flux')[(place + other) % 2]}:{style}:{10 if style in ('poster', 'hatched') else 32}"
@@ -67,49 +88,7 @@ THIRD = [
 ]
 TASKS = [*BUILT_IN, *THIRD]
 COMMAND = "python tests/bench/gain_trials.py --styles STYLES --third WORK/third"
-SAID = "## What it says"  # from here on the report is written by hand
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """One row."""
-
-    name: str
-    optimizer: str = "emosens"
-    lr: float | None = None
-    gain: str = "fixed"
-    flipped: bool = False
-    every: int = 20
-    network: str = "lora"
-    cosine: bool = False  # over the steps of the best constant rate's lowest validation, at that rate
-
-    @property
-    def own(self) -> bool:
-        """Whether it ends by itself."""
-        return self.optimizer.startswith("emo")
-
-
-ADAMW = tuple(Policy(f"adamw {rate:g}", "adamw", rate) for rate in RATES)
-POLICIES = (
-    Policy("gain auto", gain="auto", every=10),
-    Policy("gain fixed"),
-    *ADAMW,
-    Policy("adamw, cosine", "adamw", cosine=True),
-    Policy("prodigy 1", "prodigy", 1.0),
-    Policy("schedulefree 0.0025", "schedulefree", 2.5e-3),
-    Policy("emocats, gain fixed", "emocats"),
-    Policy("emoairy, gain fixed", "emoairy"),
-    Policy("emocats, gain auto from 1", "emocats", lr=1.0 / START, gain="auto", every=10),
-    Policy("emoairy, gain auto from 1", "emoairy", lr=1.0 / START, gain="auto", every=10),
-    Policy("lokr, gain auto", gain="auto", every=10, network="lokr"),
-    Policy("lokr, gain fixed", network="lokr"),
-    *(replace(policy, name=f"lokr, {policy.name}", network="lokr") for policy in ADAMW),
-    Policy("gain auto, flipped", gain="auto", flipped=True, every=20),
-    Policy("gain fixed, flipped", flipped=True, every=30),
-)
-
-
+RIVALS_EVERY = 20  # steps between two validations of those that do not end by themselves
 DEFAULT = ("adamw", "gain auto", "gain fixed", "adamw, cosine", "prodigy 1", "schedulefree 0.0025")
 
 
@@ -117,6 +96,7 @@ class Watched(StopRule):
     """The product's rule, which notes where it would end the run and lets it go on for a while."""
 
     own_stop = True
+    ceiling = STEPS
     ended: tuple[int, int] | None = None  # the step, and the step of the LoRA that is handed over
 
     def decide(self, step: int) -> str | None:
@@ -125,27 +105,23 @@ class Watched(StopRule):
             self.ended = (step, self.best_step or 0)
         last = self.best_step or 0
         if self.own_stop:
-            last = self.ended[0] if self.ended else STEPS
+            last = self.ended[0] if self.ended else self.ceiling
         return "enough was seen" if step >= last + AFTER else None
 
 
 class Keeping:
-    """A validation that keeps its single losses and the weights it was taken with."""
+    """A validation that keeps its losses and the weights it was taken with."""
 
     def __init__(self, place: Place, state: TrainState, inner: Validation) -> None:
         self.place, self.state, self.inner = place, state, inner
         self.losses: dict[int, float] = {}
-        self.items: dict[int, list[float]] = {}  # losses of single pictures and draws
         self.weights: dict[int, dict[str, Tensor]] = {}
 
     def pictures(self, progress: object = None) -> list[float]:
         """Their losses."""
-        step = self.state.step
-        self.weights[step] = self.place.run.model.adapter.state()
-        items = self.inner.losses()
-        self.items[step] = [round(float(value), 7) for value in items]
-        self.losses[step] = float(items.mean())
-        return items.double().view(-1, self.inner.draws).mean(dim=1).tolist()
+        step, losses = self.state.step, self.inner.pictures()
+        self.losses[step], self.weights[step] = fmean(losses), self.place.run.model.adapter.state()
+        return losses
 
     def drift(self) -> float:
         """Not measured."""
@@ -176,9 +152,9 @@ class Place:
         self.run.model.adapter.load_state(weights)
         return float(self.bench.losses(draws=draws).mean())
 
-    def measure(self, policy: Policy, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def measure(self, policy: Policy, rows: Sequence[dict[str, Any]], ceiling: int = STEPS) -> dict[str, Any]:
         """Train and judge one row; `rows` has those of AdamW where the policy needs them."""
-        run, own, limit, rate, started = self.run, policy.own, STEPS, policy.lr, time.process_time()
+        run, own, limit, rate, started = self.run, policy.own, ceiling, policy.lr, time.process_time()
         if policy.cosine:
             rivals = rivals_of(self.name, self.seed, rows)
             rate = min(rivals, key=lambda rate: float(rivals[rate]["true"]))
@@ -190,9 +166,14 @@ class Place:
         preset = cell.preset(run.folder / "train", run.folder / "validation")
         run.model.adapter.load_state(self.first)
         optimizer = build.build_optimizer_of(preset, run.model.adapter.parameters())
+        if policy.name == PRODIGYPLUS:
+            package = importlib.import_module("prodigyplus.prodigy_plus_schedulefree")
+            optimizer = StockOptimizer(PRODIGYPLUS, package.ProdigyPlusScheduleFree(run.model.adapter.parameters()))
         state = TrainState()
-        rule = Watched(held_out=not policy.flipped, gain=Gain() if policy.gain == "auto" else None)
-        rule.own_stop = own
+        gain = (Gain() if policy.rises else Gain(highest=0.0)) if policy.gain == "auto" else None
+        rule = Watched(held_out=not policy.flipped, gain=gain)
+        rule.own_stop, rule.ceiling = own, ceiling
+        every = self.every(policy) if own else RIVALS_EVERY
         validation = Keeping(self, state, run.validation.flipped if policy.flipped else run.validation.held)
         plain = Keeping(self, state, run.plain_validation) if policy.flipped and run.plain_validation else None
 
@@ -207,36 +188,30 @@ class Place:
             notify=turn, save=lambda state: None, sample=lambda step: None, record=lambda *row: None,
             interrupted=lambda: False, plain_validation=plain,  # type: ignore[arg-type]
         )  # fmt: skip
-        fit(parts, Limits(limit, 1, 1.0, self.seed, policy.every, 10**9, 0), state)
+        fit(parts, Limits(limit, 1, 1.0, self.seed, every, 10**9, 0), state)
         row: dict[str, Any] = {"task": self.name, "seed": self.seed, "policy": policy.name, "base": self.base}
-        if not own:
-            chosen = min(validation.losses, key=validation.losses.__getitem__)
-            row |= {"chosen": chosen, "true": self.true(validation.weights[chosen])}
-            return {**row, "items": validation.items, "cpu_s": time.process_time() - started}
-        stopped, chosen = rule.ended or (STEPS, rule.best_step or 0)
-        true = self.true(validation.weights[chosen])
-        oracle, lowest, seen = self.lowest(validation.weights, chosen)
-        if lowest > true:  # with more draws
-            oracle, lowest = chosen, true
-        row |= {"chosen": chosen, "true": true, "stopped": stopped}
-        row |= {"ended": rule.ended is not None, "oracle": oracle, "lowest": lowest, "seen": seen}
+        row |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "ceiling": ceiling, "every": every, "steps": state.step}
+        chosen = (rule.ended[1] if rule.ended else rule.best_step or 0) if own else best_of(validation.losses)
+        row |= {"chosen": chosen, "true": self.true(validation.weights[chosen])}
+        if own:
+            oracle, lowest = self.lowest(validation.weights, chosen)
+            if lowest > row["true"]:  # with more draws
+                oracle, lowest = chosen, row["true"]
+            row |= {"stopped": rule.ended[0] if rule.ended else state.step, "ended": rule.ended is not None}
+            row |= {"oracle": oracle, "lowest": lowest, "reached": reached(validation.losses, row["stopped"])}
         if rule.gain is not None:
-            row |= {"gain": rule.gain.summary()}
-        row |= {"items": validation.items, "plain": plain.items if plain else {}}
-        self.keep(row, validation.weights)
-        return {**row, "cpu_s": time.process_time() - started}
+            row |= {"rule": RULE, "changes": rule.gain.changes}
+        rounded = {key: round(value, 7) if isinstance(value, float) else value for key, value in row.items()}
+        return {**rounded, "cpu_s": round(time.process_time() - started)}
 
-    def keep(self, row: dict[str, Any], weights: dict[int, dict[str, Tensor]]) -> None:
-        """Write the weights that some stop could hand over: those of validations with a new lowest loss."""
-        least, found = math.inf, {}
-        for step, items in row["items"].items():
-            if sum(items) < least or row["plain"]:
-                least = min(least, sum(items))
-                found |= {f"{step}/{name}": value for name, value in weights[step].items()}
-        save_file(found, self.run.folder / f"{row['policy'].replace(' ', '-')}.safetensors")
+    def every(self, policy: Policy) -> int:
+        """Steps between two validations, as a run of EmoSens has them."""
+        cell = replace(self.cell, gain=policy.gain)
+        preset = cell.preset(self.run.folder / "train", self.run.folder / "validation", every="auto")
+        return build.validate_every(preset, 0 if policy.flipped else 3)
 
-    def lowest(self, weights: dict[int, dict[str, Tensor]], also: int) -> tuple[int, float, dict[int, float]]:
-        """Step and value of the lowest held-out loss, by halving around the lowest of seven (and `also`); all seen."""
+    def lowest(self, weights: dict[int, dict[str, Tensor]], also: int) -> tuple[int, float]:
+        """Step and value of the lowest held-out loss, by halving around the lowest of seven (and `also`)."""
         steps = sorted(weights)
         known: dict[int, float] = {}
         around = sorted({also, *(steps[round(i * (len(steps) - 1) / 6)] for i in range(7))})
@@ -247,126 +222,19 @@ class Place:
             left = [s for s in steps if (seen[place - 1] if place else best) < s < best]
             right = [s for s in steps if best < s < (seen[place + 1] if place + 1 < len(seen) else best)]
             around = [side[len(side) // 2] for side in (left, right) if side]
-        return best, self.true(weights[best]), known
+        return best, self.true(weights[best])
 
 
-def rivals_of(
-    task: str, seed: int, rows: Sequence[dict[str, Any]], network: str = "lora"
-) -> dict[float, dict[str, Any]]:
-    """AdamW's rows of a task and seed by their constant rates."""
-    names = {policy.name: policy.lr for policy in POLICIES if policy.optimizer == "adamw" and policy.network == network}
-    found = [row for row in rows if (row["task"], row["seed"]) == (task, seed) and names.get(row["policy"])]
-    return {names[row["policy"]]: row for row in found}  # type: ignore[misc]
-
-
-def next_rate(rivals: dict[float, dict[str, Any]]) -> float | None:
-    """The rate of AdamW to try next: 3e-3, then the best one's neighbours, the larger first; None: they are worse."""
-    if not rivals:
-        return 3e-3
-    place = RATES.index(min(rivals, key=lambda rate: float(rivals[rate]["true"])))
-    return next((rate for rate in reversed(RATES[max(place - 1, 0) : place + 2]) if rate not in rivals), None)
-
-
-def best_rival(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The best AdamW row of a row's task, seed and network; None before enough rates were tried."""
-    network = "lokr" if row["policy"].startswith("lokr") else "lora"
-    rivals = rivals_of(row["task"], row["seed"], rows, network)
-    return None if next_rate(rivals) else min(rivals.values(), key=lambda rival: float(rival["true"]))
-
-
-def share_of(row: dict[str, Any], rival: dict[str, Any]) -> float:
-    """Distance to another row of the task and seed, as a share of that one's gain."""
-    return (rival["true"] - row["true"]) / (row["base"] - rival["true"])
-
-
-def regret_of(row: dict[str, Any]) -> float:
-    """Distance to the lowest loss of the row's own steps, as a share of what that gained."""
-    return (row["true"] - row["lowest"]) / (row["base"] - row["lowest"])
-
-
-def passes(row: dict[str, Any], every: int) -> float:
-    """Forward passes of single samples that a run of EmoSens takes; a backward pass counts as two."""
-    return 12.0 * row["stopped"] + 12.0 * (row["stopped"] // every + 1) + 32.0
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per task, seed and policy."""
-    lines = ["| task, seed | row | handed over @ step | of the gain | ended | lowest @ step | regret | steps |"]
-    lines.append("|" + " --- |" * 8)
-    for row in rows:
-        rival = best_rival(row, rows)
-        words = f"| {row['task']}, {row['seed']} | {row['policy']} | {row['true']:.4f} @ {row['chosen']} |"
-        words += f" {share_of(row, rival):+.1%} |" if rival else " - |"
-        if "stopped" in row:
-            ended = row["stopped"] if row["ended"] else "-"
-            steps = f"{row['stopped'] / max(row['oracle'], 1):.2f}"
-            words += f" {ended} | {row['lowest']:.4f} @ {row['oracle']} | {regret_of(row):.1%} | {steps} |"
-        else:
-            words += " - | - | - | - |"
-        lines.append(words)
-    return lines
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per policy."""
-    heads = "row | runs | of the gain: mean | worst | best | regret: median | worst | steps: median | run's steps"
-    lines = [f"| {heads} |", "|" + " --- |" * 9]
-    for policy in POLICIES:
-        own = [row for row in rows if row["policy"] == policy.name]
-        shares = [share_of(row, rival) for row in own if (rival := best_rival(row, rows))]
-        if not shares:
-            continue
-        line = f"| {policy.name} | {len(shares)} | {statistics.mean(shares):+.1%} |"
-        line += f" {min(shares):+.1%} | {max(shares):+.1%} |"
-        if policy.own:
-            regrets, used = [regret_of(row) for row in own], [row["stopped"] for row in own]
-            ratios = [row["stopped"] / max(row["oracle"], 1) for row in own]
-            line += f" {statistics.median(regrets):.1%} | {max(regrets):.1%} | {statistics.median(ratios):.2f} |"
-            line += f" {statistics.median(used):.0f} ({min(used)} to {max(used)}) |"
-        else:
-            line += " - | - | - | - |"
-        lines.append(line)
-    return lines
-
-
-def targets(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a run promises, against what it does on styles that nothing was tuned on."""
-    own = [row for row in rows if row["policy"] == "gain auto"]
-    beside = [(row, rival) for row in own if (rival := best_rival(row, rows))]
-    prodigy = {(row["task"], row["seed"]): row for row in rows if row["policy"] == "prodigy 1"}
-    shares = [share_of(row, rival) for row, rival in beside]
-    others = [share_of(row, prodigy[row["task"], row["seed"]]) for row in own if (row["task"], row["seed"]) in prodigy]
-    quick = [reached(row) / rival["chosen"] for row, rival in beside if row["items"]]
-    cost = [passes(row, 10) / (12.0 * rival["chosen"]) for row, rival in beside]
-    ratios = [row["stopped"] / row["oracle"] for row in own]
-    early = [ratio for row, ratio in zip(own, ratios, strict=True) if row["ended"]]
-    regrets = [regret_of(row) for row in own if row["ended"]]
-    flipped = [regret_of(row) for row in rows if row["policy"] == "gain auto, flipped"]
-    median = statistics.median
-    found = [
-        ("of the gain, to the best AdamW: mean", "at least 0 %", f"{statistics.mean(shares):+.1%}", len(shares)),
-        ("the same: worst", "at least -1.5 %", f"{min(shares):+.1%}", len(shares)),
-        ("of the gain, to Prodigy: mean", "at least 0 %", f"{statistics.mean(others):+.1%}", len(others)),
-        ("within 1 % of its lowest, over the best AdamW's steps: median, most", "at most 1.3",
-         f"{median(quick):.2f}, {max(quick):.2f}" if quick else "-", len(quick)),
-        ("regret of the runs that ended: median, worst", "at most 1 %, 4 %",
-         f"{median(regrets):.1%}, {max(regrets):.1%}", len(regrets)),
-        ("regret, flipped (a trial, no run has it): median, worst", "at most 2.5 %, 8 %",
-         f"{median(flipped):.1%}, {max(flipped):.1%}" if flipped else "-", len(flipped)),
-        ("steps over the oracle's: median", "at most 1.4", f"{median(ratios):.2f}", len(ratios)),
-        ("the same, runs that ended: least", "at least 0.8", f"{min(early):.2f}", len(early)),
-        ("forward passes over those of the best AdamW with a known number of steps: median, most", "at most 1",
-         f"{median(cost):.2f}, {max(cost):.2f}", len(cost)),
-    ]  # fmt: skip
-    lines = ["| measure | target | here | runs |", "| --- | --- | --- | --- |"]
-    return lines + [f"| {' | '.join(str(word) for word in line)} |" for line in found]
-
-
-def reached(row: dict[str, Any]) -> int:
+def reached(losses: dict[int, float], stopped: int) -> int:
     """The first step whose validation is within 1 % of what the validation gained in all, up to the run's end."""
-    means = {int(step): statistics.mean(items) for step, items in row["items"].items() if int(step) <= row["stopped"]}
+    means = {step: loss for step, loss in losses.items() if step <= stopped}
     least = min(means.values())
-    return min(step for step, mean in means.items() if mean <= least + 0.01 * (means[0] - least))
+    return min(step for step, loss in means.items() if loss <= least + 0.01 * (means[0] - least))
+
+
+def best_of(losses: dict[int, float]) -> int:
+    """The step of the lowest validation."""
+    return min(losses, key=losses.__getitem__)
 
 
 def next_policy(
@@ -385,39 +253,42 @@ def next_policy(
 def main() -> None:
     """Train what is not kept yet, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--styles", type=Path, required=True)
+    parser.add_argument("--styles", type=Path, default=Path("styles"), help="the folder that styles.py made")
     parser.add_argument("--third", type=Path, default=Path("third"), help="the folder that third_base.py made")
-    parser.add_argument("--kept", type=Path, default=Path("gain-trials.jsonl"))
+    parser.add_argument("--kept", type=Path, default=KEPT)
     parser.add_argument("--work", type=Path, default=Path("bench-cells"))
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--policies", nargs="+", default=DEFAULT, help="adamw: its rates, as many as are needed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="the ceiling")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--kept-only", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in args.kept.read_text().splitlines()] if args.kept.exists() else []
+    found = kept(args.kept)
     networks = list(dict.fromkeys(policy.network for policy in POLICIES))
     places = [(task, seed, network) for task in args.tasks for seed in args.seeds for network in networks]
     for task, seed, network in [] if args.kept_only else places:
         place = None
-        while policy := next_policy(task, seed, network, rows, args.policies):
+        while policy := next_policy(task, seed, network, whole(found.values(), args.steps), args.policies):
             place = place or Place(task, seed, network, args)
-            rows.append(place.measure(policy, rows))
+            row = place.measure(policy, list(found.values()), args.steps)
+            found[task, seed, policy.name] = row
             with args.kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(task, seed, policy.name, f"{rows[-1]['true']:.4f}", f"{rows[-1]['cpu_s']:.0f} s", flush=True)
-    order = {policy.name: place for place, policy in enumerate(POLICIES)}
-    rows = [row for row in rows if row["task"] in args.tasks and row["policy"] in order]
-    rows.sort(key=lambda row: (args.tasks.index(row["task"]), row["seed"], order[row["policy"]]))
-    lines = [*targets(rows), "", *summary(rows), "", *table(rows)]
-    print("\n".join(lines))
+                file.write(json.dumps(row) + "\n")
+            print(task, seed, policy.name, f"{row['true']:.4f}", f"{row['cpu_s']} s", flush=True)
+    rows = list(found.values())
+    print("\n".join(tables([row for row in rows if row["task"] in args.tasks])))
     if args.report:
-        about = (__doc__ or "").split("\n\n", 2)[2].splitlines()
-        head = ["# The unit of LR 1.0, measured", "", f"`{COMMAND}`", "", *about, ""]
         report = args.report / "gain_trials.md"
-        said = report.read_text(encoding="utf-8").partition(SAID)[2] if report.exists() else ""
-        report.write_text("\n".join([*head, *lines, "", SAID]) + said, encoding="utf-8")
+        before = report.read_text(encoding="utf-8").partition(SAID)[2] if report.exists() else ""
+        report.write_text("\n".join([*head(), *tables(rows), "", SAID]) + before, encoding="utf-8")
+
+
+def head() -> list[str]:
+    """What stands above the report's tables."""
+    about = (__doc__ or "").split("\n\n", 2)[2].splitlines()
+    return ["# The unit of LR 1.0, measured", "", f"`{COMMAND}`", "", *about, ""]
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def record(place: Place, kind: str) -> dict[str, Any]:
     run.model.adapter.load_state(place.first)
     optimizer = build.build_optimizer_of(preset, run.model.adapter.parameters())
     state, lit = TrainState(), []
-    rule = Watched(gain=Gain() if kind == "measured" else None)
+    rule = Watched(gain=Gain(highest=0.0) if kind == "measured" else None)  # no rises: none were known
     rule.own_stop = kind == "measured"
     validation = Recording(place, kind, state)
     parts = Parts(
@@ -132,7 +132,7 @@ def record(place: Place, kind: str) -> dict[str, Any]:
     fit(parts, Limits(STEPS, 1, 1.0, place.seed, 10, 10**9, 0), state)
     row: dict[str, Any] = {"task": place.name, "seed": place.seed, "kind": kind, "base": place.base}
     row |= {"steps": state.step, "lit": lit, "ended": rule.ended, "pictures": validation.pictures_at}
-    row["reductions"] = rule.gain.reductions if rule.gain else []
+    row["reductions"] = rule.gain.changes if rule.gain else []
     least, chosen = float("inf"), []
     for step, losses in validation.pictures_at["held"].items():
         if fmean(losses) < least or step % 40 == 0:
