@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -24,7 +25,9 @@ from original_files import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from emotrain.batch import Conditioning
 from emotrain.cli.app import main
+from emotrain.config.load import load_preset
 from emotrain.errors import ModelError
 from emotrain.families import load_family, quantize
 from emotrain.families.headers import read_header
@@ -32,6 +35,8 @@ from emotrain.families.kept import KeptBase
 from emotrain.families.single import as_published
 from emotrain.families.stored import kept_names
 from emotrain.families.table import sniff
+from emotrain.lora.adapter import add_adapter
+from emotrain.runs.plan import make_plan
 
 FLOW_TOP = {
     "time_text_embed.timestep_embedder.linear_1": ("t_embedder.mlp.0", "time_in.in_layer"),
@@ -339,6 +344,68 @@ def test_a_flux_file_is_read_back_tensor_by_tensor(tmp_path: Path, flux_parts: d
     assert [part.name for part in family.text_encoders] == ["text_encoder", "text_encoder_2"]
     for part in family.text_encoders:
         same(part.encoder, flux_parts[part.name])
+
+
+PRESET = """
+model: ./stored.safetensors
+dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: "builtin:example"}]}
+network: {rank: 2, targets: [".*attn.to_[qkv]"]}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [None, 1 / 8])
+def test_flux_in_fp8_stays_so_at_its_real_width_from_the_file_to_two_steps(
+    scale: float | None, tmp_path: Path, flux_parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `flux1-dev-fp8`, all of it in fp8 without scales, and with a scale, which the widened numbers need not round.
+
+    In float32: products of the CPU in bf16 take minutes here.
+    """
+    monkeypatch.chdir(tmp_path)
+    plain = copy.deepcopy(flux_parts["transformer"])
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_((parameter / 64).to(torch.float8_e4m3fn))
+    tensors = {}
+    for key, value in flux_tensors(plain).items():
+        by = scale if scale is not None and value.ndim == 2 else 1.0
+        tensors[key] = (value / by).to(torch.float8_e4m3fn)
+        if by != 1.0:
+            tensors[key.removesuffix("weight") + "scale_weight"] = torch.tensor(by)
+    t5 = {key: value.to(torch.float8_e4m3fn) for key, value in t5_tensors(flux_parts["text_encoder_2"]).items()}
+    write(tmp_path / "stored.safetensors", flux_parts, tensors, clips(flux_parts), t5, vae="vae.")
+    plain.float()
+    stored = load_family("stored.safetensors", device="cpu", dtype="fp32")
+    large = [one for one in plain.modules() if type(one) is torch.nn.Linear and min(one.weight.shape) > 256]
+    assert same_weights(stored.denoiser, plain) == len(large) > 20
+    state = stored.text_encoders[1].encoder.state_dict()  # the file's T5 is widened
+    assert all(torch.equal(state[key.removeprefix("text_encoders.t5xxl.transformer.")], t5[key].float()) for key in t5)
+    numbers = sum(one.weight.numel() for one in large)
+    rest = sum(p.numel() for p in plain.parameters()) - numbers
+    Path("p.yaml").write_text(PRESET, encoding="utf-8")
+    parts = dict(make_plan(load_preset("p.yaml")).parts)  # for a GPU, in bf16
+    assert parts["frozen base, in 8 bits as its file has it"] == pytest.approx((numbers + 2 * rest) / 2**30, rel=0.01)
+    noise, text = torch.randn(1, 4, 8, 8), stored.encode_texts(["a cat"])
+    sizes = Conditioning(torch.tensor([[64, 64]]), torch.tensor([[0, 0]]), torch.tensor([[64, 64]]))
+    kept = stored.denoiser
+    with torch.no_grad():
+        stored.denoiser = plain
+        widened = stored.predict(noise, torch.tensor([500.0]), text, sizes)
+        stored.denoiser = kept
+    adapter = add_adapter(kept, rank=2, targets=[".*attn.to_[qkv]"], family="flux", seed=0)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    losses = []
+    for step in range(3):
+        predicted = stored.predict(noise, torch.tensor([500.0]), text, sizes)
+        if not step:
+            torch.testing.assert_close(predicted.detach(), widened, rtol=1e-4, atol=1e-4)
+        loss = (predicted - noise).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[2] < losses[1] < losses[0]
 
 
 def test_the_guidance_layer_of_chroma_has_its_makers_names_again() -> None:
