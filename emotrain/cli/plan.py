@@ -29,7 +29,8 @@ def plan(
     Modules, steps, memory for the largest bucket of this data set, disk, and which switch saves how
     much. No weights are read. Memory is counted, not measured: expect 0.9 to 1.25 times as much.
     Ends with exit code 6 if it does not fit into the free memory of this machine's GPU, or into the
-    computer's own.
+    computer's own. Files that are not here count there as if stored in the dtype that the run computes
+    with; others are converted while they are read, which takes their size.
 
     Examples:
         emotrain plan sdxl      (will it fit my card? no model or pictures needed)

@@ -136,7 +136,7 @@ def as_stored(family: LoadedFamily) -> str | None:
     if not kinds:
         return None
     forms = " and ".join(f"{count} in {str(kind).removeprefix('torch.')}" for kind, count in kinds.items())
-    return f"large layers of the base stay as its file stores them, {forms} with their scales: half the memory of bf16"
+    return f"large layers of the base stay as its file stores them, {forms}: half the memory of bf16"
 
 
 def equip(
