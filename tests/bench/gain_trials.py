@@ -5,7 +5,7 @@
     python tests/bench/gain_trials.py --styles STYLES --third WORK/third [--kept FILE.jsonl] [--report docs/benchmarks]
     python tests/bench/gain_trials.py --kept-only --report docs/benchmarks      the tables anew, of gain_trials.jsonl
 
-A task is model:style:pictures; micro-batches of 4, rank 8, one seed, at most 1,000 steps, fewer where no validation was
+A task is model:style:pictures; micro-batches of 4, rank 8, at most 1,000 steps, fewer where no validation was
 better than the lowest one for 100 steps (EmoSens: where its own stop lies 100 steps back). "(cut)" is a row that the
 ceiling ended before that, 400 in the rows of 2026-11-27; the first table is given without and with rows that a ceiling
 below 1,000 cut. None of the styles was tuned on. The models are the two that are built in and a third, trained
