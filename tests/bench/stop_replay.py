@@ -9,7 +9,8 @@ A task is model:style:pictures; micro-batches of 4, rank 8, at most 400 steps, f
 of every single picture: 3 held out, at 4 draws and at 4 others, and, where the run has the published step length, 3
 flipped training pictures with the same unflipped. Every rule is then tried on the records, and hears what was known at
 each step, as often as a run has a validation. A run that measures its step length goes on 100 steps beyond its own end
-without shortening its steps again; a rule can end it earlier or later, but not train it otherwise.
+without changing its steps again, and never doubles them; a rule can end it earlier or later, but not train it
+otherwise.
 
 "by waiting" is the rule without statistics: two step lengths that bring nothing, or two validations without a fall that
 counts and four tenths of the best step. The others end at a validation after the best one where an improvement of 0.5 %
