@@ -23,6 +23,12 @@ def checkpoint_blocks(denoiser: Any) -> None:
     denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
+def can_compile() -> bool:
+    """Whether this torch has the settings that `compile_blocks` needs: 2.6 has them not."""
+    forms, backward = torch._dynamo.config, torch._functorch.config
+    return hasattr(forms, "recompile_limit") and hasattr(backward, "force_non_lazy_backward_lowering")
+
+
 def compile_blocks(
     denoiser: nn.Module, kinds: Sequence[str], notify: Callable[[str], None], *, backend: Backend = "inductor"
 ) -> CompiledBlocks:

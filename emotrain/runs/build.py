@@ -21,7 +21,7 @@ from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare, sett
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family
-from emotrain.families.blocks import compile_blocks
+from emotrain.families.blocks import can_compile, compile_blocks
 from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.kept import KeptBase
 from emotrain.families.memory import MemoryPlan
@@ -298,6 +298,7 @@ def compile_model(preset: Preset, family: LoadedFamily, notify: Notify) -> None:
     whys = {
         "train.deterministic is true, and what is compiled depends on the sizes that come first": exact,
         "its blocks wait in the computer's memory": memory is not None and memory.offload,
+        f"torch {torch.__version__} is too old for it": not can_compile(),
     }
     for why, holds in whys.items():
         if holds:

@@ -181,6 +181,16 @@ def test_the_preset_decides_and_what_is_not_compiled_is_said(words: list[str], m
     assert all(word in text for word, text in zip(wanted, texts, strict=True))
 
 
+def test_a_torch_without_the_settings_runs_the_blocks_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace(cache_size_limit=8))  # as torch 2.6 has it
+    said: list[Any] = []
+    there: Any = SimpleNamespace(denoiser=made()[0], memory=None, name="zimage")
+    compile_model(load_preset("quickstart", ["train.compile=true"]), there, said.append)
+    assert [event.message for event in said] == [
+        f"the model is not compiled: torch {torch.__version__} is too old for it"
+    ]
+
+
 def predictions(folder: Path, *, compiled: bool, checkpointed: bool) -> tuple[list[Tensor], Tensor]:
     """Of a real kind of model with a LoRA in bfloat16: predictions at three sizes and the gradient of all."""
     family = load_family(str(folder), dtype="bf16", device="cpu")
