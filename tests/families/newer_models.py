@@ -103,7 +103,16 @@ def qwen(width: int, layers: int = 4, **words: Any) -> Any:
     return Qwen3Model(Qwen3Config(**{**small, **words})).eval()
 
 
-def qwen_vl(width: int, layers: int = 4) -> Any:
+def with_head(model: Any) -> Any:
+    """A Qwen3 as FLUX.2 klein keeps it."""
+    from transformers import Qwen3ForCausalLM
+
+    whole = Qwen3ForCausalLM(model.config)
+    whole.model.load_state_dict(model.state_dict())
+    return whole.eval()
+
+
+def qwen_vl(width: int, layers: int = 4, **words: Any) -> Any:
     """A random Qwen3-VL: a language model and a small eye that nothing looks through."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
@@ -111,7 +120,7 @@ def qwen_vl(width: int, layers: int = 4) -> Any:
     text = {
         "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "pad_token_id": None,
-        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]},
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]}, **words,
     }  # fmt: skip
     eye = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
@@ -231,7 +240,6 @@ def pipeline_of(kind: str) -> Any:
         Krea2Pipeline,
         ZImagePipeline,
     )
-    from transformers import Qwen3ForCausalLM
 
     if kind == "chroma":
 
@@ -276,11 +284,8 @@ def pipeline_of(kind: str) -> Any:
                 scheduler=scheduler, vae=vae_of(kind), text_encoder=mistral(32), tokenizer=mistral_tokenizer(),
                 transformer=denoiser_of(kind),
             )  # fmt: skip
-        base = qwen(32)
-        encoder = Qwen3ForCausalLM(base.config)
-        encoder.model.load_state_dict(base.state_dict())
         return Flux2KleinPipeline(
-            scheduler=scheduler, vae=vae_of(kind), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
+            scheduler=scheduler, vae=vae_of(kind), text_encoder=with_head(qwen(32)), tokenizer=qwen_tokenizer(),
             transformer=denoiser_of(kind),
         )  # fmt: skip
     return ZImagePipeline(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import stock
 import torch
-from newer_models import pipeline_of, qwen, separate_files
+from newer_models import pipeline_of, qwen, qwen_vl, separate_files, with_head
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -60,18 +60,30 @@ def other_of(folder: Path, place: Path, *parts: str) -> Path:
 THIN = {"intermediate_size": 16, "head_dim": 8}  # inner sizes of a language model that is as wide as the public one
 
 
-def wide_pipeline() -> Any:
-    """Z-Image's public denoiser with one block of each sort, and a text encoder of its width."""
-    pipeline = pipeline_of("zimage")
-    pipeline.register_modules(
-        transformer=stock.denoiser_of("z-image"), vae=stock.narrow_vae("zimage"), text_encoder=qwen(2560, **THIN)
-    )
+WIDE = {"zimage-wide": "z-image", "flux2-wide": "klein-4b", "krea2-wide": "krea2-raw"}
+
+
+def wide_pipeline(kind: str) -> Any:
+    """A public denoiser with one block of each sort, and a text encoder of its width and depth."""
+    family = family_of(kind)
+    pipeline = pipeline_of(family)
+    if family == "krea2":
+        encoder = qwen_vl(2560, 36, **THIN)
+        pipeline.register_to_config(text_encoder_select_layers=tuple(range(2, 36, 3)))
+    else:
+        encoder = qwen(2560, **THIN) if family == "zimage" else with_head(qwen(2560, 28, **THIN))
+    denoiser, vae = stock.denoiser_of(WIDE[kind]), stock.narrow_vae(family)
+    pipeline.register_modules(transformer=denoiser, vae=vae, text_encoder=encoder)
     return pipeline
+
+
+def family_of(kind: str) -> str:
+    return kind.removesuffix("-wide")
 
 
 @pytest.fixture(
     scope="module",
-    params=[one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in (*KINDS, "zimage-wide")],
+    params=[one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in (*KINDS, *WIDE)],
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """A kind of models, one of it, and a distilled one."""
@@ -80,9 +92,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         base = request.getfixturevalue(f"{kind}_folder")
     else:
         base = place / "base"
-        (wide_pipeline() if kind == "zimage-wide" else pipeline_of(kind)).save_pretrained(base)
-    turbo = other_of(base, place / f"{kind.removesuffix('-wide')}-turbo", *(["text_encoder"] if kind == "sdxl" else []))
-    if kind.removesuffix("-wide") in ("flux2", "krea2"):
+        (wide_pipeline(kind) if kind in WIDE else pipeline_of(kind)).save_pretrained(base)
+    turbo = other_of(base, place / f"{kind}-turbo", *(["text_encoder"] if kind == "sdxl" else []))
+    if family_of(kind) in ("flux2", "krea2"):
         turbo = turbo.rename(place / "quick")  # which says it in its model_index.json alone
         index = turbo / "model_index.json"
         index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
@@ -117,7 +129,7 @@ def stock_pictures(kind: str, turbo: Path, lora: Path) -> list[np.ndarray]:
     """Without the LoRA and with it."""
     import diffusers
 
-    family = kind.removesuffix("-wide")
+    family = family_of(kind)
     pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(turbo)
     pipeline.set_progress_bar_config(disable=True)
     steps = 8 if family in ("zimage", "krea2") else 4
@@ -137,10 +149,9 @@ def test_it_draws_what_the_stock_pipeline_draws_with_the_loras_file(
 ) -> None:
     """In the distilled model's own number of steps, guidance and shift; the slow model is as wide as the public one."""
     kind, base, turbo = pair
-    family = kind.removesuffix("-wide")
-    loaded = loaded_of(
-        tmp_path / "p.yaml", base, turbo, size=0.05 if kind == "zimage-wide" else 0.3
-    )  # products grow with width
+    family = family_of(kind)
+    size = 0.05 if kind in WIDE else 0.3  # products grow with width
+    loaded = loaded_of(tmp_path / "p.yaml", base, turbo, size=size)
     assert loaded.sampler is not None
     loaded.sampler.folder = tmp_path / "samples"
     loaded.sampler.draw(1)
