@@ -4,9 +4,9 @@
 
 ComfyUI is not part of this project; the folder is a checkout of yours, and it needs its own requirements. Its model of
 each variant is built at its real size on the meta device, found from the names of the original checkpoint as ComfyUI
-finds it. Files hold a LoRA of rank 2 with an alpha of 1 on every layer, float32, in each layout, and a LoKr of factor 4
-in the default one. Of every kind of layer the first and the last are computed: what ComfyUI's patch adds to a weight of
-zeros against alpha / rank B A, or the Kronecker product.
+finds it. Files hold a LoRA of rank 2 with an alpha of 1 on every layer, float32, in each layout, and a LoKr in the
+default one, whose left factor has up to 16 rows and columns. Of every kind of layer the first and the last are
+computed: what ComfyUI's patch adds to a weight of zeros against alpha / rank B A, or the Kronecker product.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import importlib
 import importlib.machinery
 import logging
+import math
 import re
 import sys
 import tempfile
@@ -80,6 +81,10 @@ def comfyui(folder: Path) -> Any:
     return sys.modules["comfy"]
 
 
+class UnknownModelError(Exception):
+    """This ComfyUI does not know the model."""
+
+
 def denoiser_of(family: str, variant: str) -> nn.Module:
     """The denoiser at its real size, without weights."""
     with torch.device("meta"):
@@ -114,7 +119,7 @@ def their_model(comfy: Any, model: nn.Module, shapes: dict[str, Tensor]) -> Any:
     else:
         config = comfy.model_detection.model_config_from_unet(shapes, "")
     if config is None:
-        raise LookupError("not known to this ComfyUI")
+        raise UnknownModelError("not known to this ComfyUI")
     config.set_inference_dtype(torch.bfloat16, None)
     return config.get_model(shapes, "", device=torch.device("meta"))
 
@@ -134,15 +139,14 @@ def random_lora(family: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[
 
 
 def random_lokr(family: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Factors of 4 x 4 for every layer whose sides they divide."""
+    """A left factor of at most 16 a side for every layer: a public model's right factors fit into memory."""
     held, generator = targets.layers(model), torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
     for path in targets.select(model, "all", family):
         out, inner, *kernel = targets.whole_shape(held[path])
-        if out % 4 == 0 and inner % 4 == 0:
-            name = names.canonical(path, targets.part_of(family))
-            state[name + names.W1] = torch.randn((4, 4), generator=generator)
-            state[name + names.W2] = torch.randn((out // 4, inner // 4, *kernel), generator=generator)
+        name, a, b = names.canonical(path, targets.part_of(family)), math.gcd(out, 16), math.gcd(inner, 16)
+        state[name + names.W1] = torch.randn((a, b), generator=generator)
+        state[name + names.W2] = torch.randn((out // a, inner // b, *kernel), generator=generator)
     return state, {}
 
 
@@ -280,7 +284,8 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True)
-    parser.add_argument("--variants", nargs="*", default=[v for spec in FAMILIES.values() for v in spec.variants])
+    variants = [variant for spec in FAMILIES.values() for variant in spec.variants]
+    parser.add_argument("--variants", nargs="*", default=variants, choices=variants)
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -290,10 +295,11 @@ def main() -> None:
         for variant in args.variants:
             start = time.monotonic()
             try:
-                found += list(rows(comfy, variant, Path(folder)))
-            except LookupError as unknown:
-                found.append({"variant": variant, "unknown": str(unknown)})
-            print(f"{variant}: {time.monotonic() - start:.0f} s", found[-len(LAYOUTS) - 1 :], flush=True)
+                own = list(rows(comfy, variant, Path(folder)))
+            except UnknownModelError as unknown:
+                own = [{"variant": variant, "unknown": str(unknown)}]
+            found += own
+            print(f"{variant}: {time.monotonic() - start:.0f} s", own, flush=True)
     text = table(found, str(importlib.import_module("comfyui_version").__version__))
     print(text)
     if args.report:
