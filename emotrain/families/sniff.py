@@ -43,17 +43,16 @@ class Sniffed:
     @property
     def name(self) -> str:
         """Of its file, folder or repository."""
-        return Path(self.path).name.removesuffix(".safetensors")
+        return name_of(self.path)
 
     def steps_of_sample(self, wanted: int | Literal["auto"]) -> int:
         """Steps of a sample; auto: of a distilled model those in its name, or its kind's."""
         if wanted != "auto":
             return wanted
-        rule = FAMILIES[self.family].distilled
-        if not self.distilled or rule is None:
+        if not self.distilled:
             return SAMPLE_STEPS
         named = re.search(r"(?<!\d)(\d{1,2})[-_ ]?steps?", self.name.lower())
-        return int(named[1]) if named and int(named[1]) else rule.steps
+        return int(named[1]) if named and int(named[1]) else FAMILIES[self.family].distilled.steps
 
     @property
     def sample_guidance(self) -> float | None:
@@ -65,6 +64,17 @@ class Sniffed:
         return f"{self.family} ({FAMILIES[self.family].title}, {self.prediction})"
 
 
+def name_of(path: Path | str) -> str:
+    """What a model is called: the last word of its path that is not the same for all models."""
+    parts = [part.removesuffix(".safetensors").rpartition("--")[2] for part in Path(path).parts]
+    return next((part for part in reversed(parts) if not _FOR_ALL.fullmatch(part)), Path(path).stem)
+
+
+_FOR_ALL = re.compile(
+    r"(?:diffusion_pytorch_)?model(?:\.fp16|\.bf16)?(?:-\d+-of-\d+)?|transformer|unet|snapshots|[0-9a-f]{40}"
+)
+
+
 def is_distilled(family: str, name: str, variant: str = "", said: object = None) -> bool:
     """Whether a model was distilled to few steps: by its own word for it, its sizes, or its name.
 
@@ -74,10 +84,11 @@ def is_distilled(family: str, name: str, variant: str = "", said: object = None)
         variant: the public model that it is.
         said: `is_distilled` of its model_index.json, where that says it.
     """
-    rule = FAMILIES[family].distilled
     if isinstance(said, bool):
         return said
-    return rule is not None and (variant in rule.variants or re.search(rule.named, name.lower()) is not None)
+    rule = FAMILIES[family].distilled
+    told = rule.tells(name)
+    return variant in rule.variants if told is None else told
 
 
 def widest_layer(config: dict[str, Any]) -> int:
@@ -258,7 +269,7 @@ def _from_configs(
         resolution=resolution, bucket_step=_step(family, denoiser, vae_scale, resolution), vae_scale=vae_scale,
         max_rank=widest_layer(denoiser), kind=kind, latent_channels=channels, path=where,
         denoiser_config={k: v for k, v in denoiser.items() if not k.startswith("_")}, scheduler_config=scheduler,
-        distilled=is_distilled(family, Path(where).name, variant, index.get("is_distilled")),
+        distilled=is_distilled(family, name_of(where), variant, index.get("is_distilled")),
     )  # fmt: skip
 
 

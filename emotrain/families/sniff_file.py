@@ -9,7 +9,7 @@ from typing import Any
 from emotrain.errors import ModelError
 from emotrain.families.headers import Header, own_name, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs
-from emotrain.families.sniff import Prediction, Sniffed, is_distilled, variant_of, widest_layer
+from emotrain.families.sniff import Prediction, Sniffed, is_distilled, name_of, variant_of, widest_layer
 from emotrain.families.understood import refuse_not_understood
 
 
@@ -118,7 +118,7 @@ def _from_file(path: Path, family: str, variant: str, header: Header, shapes: di
         vae_scale=spec.vae_scale, max_rank=widest_layer(config), kind="file",
         latent_channels=channels, path=path,
         denoiser_config=config, scheduler_config=scheduler, missing=missing_from_file(family, header),
-        distilled=is_distilled(family, path.name.removesuffix(".safetensors"), variant),
+        distilled=is_distilled(family, name_of(path), variant),
     )  # fmt: skip
 
 

@@ -252,14 +252,30 @@ class Distilled:
     """How a model draws that was distilled to few steps; its weights look like those it was made from.
 
     Attributes:
-        named: regular expression of how such models are called, in lower case.
         steps: that it was made for, where its name says no number of them.
+        words: that tell it of this family's models, beside those of all.
+        unless: a word beside which those do not.
         variants: public models whose sizes alone tell.
     """
 
-    named: str
-    steps: int
+    steps: int = 8
+    words: tuple[str, ...] = ()
+    unless: str = ""
     variants: tuple[str, ...] = ()
+
+    def tells(self, name: str) -> bool | None:
+        """Whether a name says that its model was distilled; False where it says that this was undone, None: neither."""
+        words = " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)).lower()
+        if _UNDONE.search(words):
+            return False
+        own = set(words.split())
+        return True if _FEW_STEPS.search(words) or (own & {*self.words} and self.unless not in own) else None
+
+
+_FEW_STEPS = re.compile(
+    r"turbo|lightning|distill|lcm\b|dmd\b|\bhyper(?=sd|xl|flux|\b)(?! real| photo| detail)"  # not hyperrealism
+)
+_UNDONE = re.compile(r"(?:\b(?:de|un|non|not|anti) |de|un)(?:turbo|distill)|\btraining adapter\b")
 
 
 def nothing_to_check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
@@ -341,7 +357,7 @@ class FamilySpec:
     packed_channels: int = 1
     patch: int = 1
     vae_patch: int = 1
-    distilled: Distilled | None = None
+    distilled: Distilled = Distilled()
     tag_presets: Mapping[str, str] = field(default_factory=dict)
     other_pipelines: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)

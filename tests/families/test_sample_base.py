@@ -22,7 +22,7 @@ from emotrain.config.load import load_preset
 from emotrain.errors import EmotrainError
 from emotrain.families.memory import Needs, choose_memory
 from emotrain.families.registry import FAMILIES
-from emotrain.families.sniff import is_distilled
+from emotrain.families.sniff import is_distilled, name_of
 from emotrain.families.table import ASSETS, sniff
 from emotrain.lora.file import save_lora
 from emotrain.runs import loaded as stage
@@ -361,21 +361,60 @@ def test_quantised_layers_may_leave_and_come_back(kind: str, monkeypatch: pytest
     [
         ("zimage", "Z-Image-Turbo", True),
         ("zimage", "z_image_turbo_bf16", True),
+        ("zimage", "zimage-wide-turbo", True),
         ("zimage", "z-image-de-turbo", False),
+        ("zimage", "Z-Image-DeTurbo", False),
+        ("zimage", "zimage_deturbo_v2", False),
+        ("zimage", "z_image_turbo_with_training_adapter", False),
         ("zimage", "z_image_bf16", False),
+        ("flux", "FLUX.1-schnell", True),
+        ("flux", "flux.1-dev-hyper-8step", True),
+        ("flux", "hyperflux_8steps", True),
+        ("flux", "flux-dev-de-distill", False),
         ("flux2", "FLUX.2-klein-4B", True),
         ("flux2", "flux-2-klein-base-9b", False),
+        ("flux2", "flux-2-klein-base-9b-turbo", True),
+        ("flux2", "klein-4b-undistilled", False),
         ("krea2", "Krea-2-Turbo", True),
         ("krea2", "Krea-2-Raw", False),
+        ("qwen", "Qwen-Image-Lightning-8steps", True),
+        ("qwen", "qwen_image_distill_full_fp8", True),
+        ("chroma", "Chroma1-HD-Flash", True),
+        ("chroma", "Chroma1-HD", False),
         ("sdxl", "dreamshaperXL_lightning4Step", True),
+        ("sdxl", "realvisxlV40_v40LightningBakedvae", True),
+        ("sdxl", "Hyper-SDXL-1step-Unet", True),
+        ("sdxl", "juggernautXL_v8Hyper", True),
+        ("sdxl", "bigaspDMD2_v1", True),
         ("sdxl", "sd_xl_base_1.0", False),
-        ("sd15", "turbo", False),
+        ("sdxl", "hyperrealism_v2", False),
+        ("sdxl", "Hyper-Realistic-XL", False),
+        ("sd15", "dreamshaper_8LCM", True),
+        ("sd15", "lcmania", False),
+        ("sd21", "sd-turbo", True),
     ],
 )
 def test_distilled_models_are_known_by_their_names(family: str, name: str, distilled: bool) -> None:
     assert is_distilled(family, name) is distilled
     assert is_distilled(family, name, said=not distilled) is not distilled
     assert is_distilled("flux", "x", "flux1-schnell")
+    assert not is_distilled("flux", "schnell-de-distilled", "flux1-schnell")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("./loras/x-turbo.safetensors", "x-turbo"),
+        ("Tongyi-MAI/Z-Image-Turbo", "Z-Image-Turbo"),
+        (f"hub/models--Tongyi-MAI--Z-Image-Turbo/snapshots/{'0a' * 20}", "Z-Image-Turbo"),
+        ("sdxl-turbo/unet/diffusion_pytorch_model.fp16.safetensors", "sdxl-turbo"),
+        ("Z-Image-Turbo/transformer/diffusion_pytorch_model-00001-of-00003.safetensors", "Z-Image-Turbo"),
+        ("turbo/my-model.safetensors", "my-model"),
+        ("model.safetensors", "model"),
+    ],
+)
+def test_what_is_called_as_all_are_has_the_name_of_its_folder(path: str, name: str) -> None:
+    assert name_of(path) == name
 
 
 NEEDS = Needs(6_000_000_000, 2.0, (9.0, 2.0), 1.0, validate=1.0, sample=1.0, decode=(1.0, 0.5))

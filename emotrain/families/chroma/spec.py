@@ -10,7 +10,7 @@ from typing import Any
 from emotrain.errors import ModelError
 from emotrain.families.flux.spec import FLUX
 from emotrain.families.flux.spec import NAMES as FLUX_NAMES
-from emotrain.families.spec import T5_TOKENIZER, FamilySpec, FileFacts, Shapes, TextEncoder, Variant
+from emotrain.families.spec import T5_TOKENIZER, Distilled, FamilySpec, FileFacts, Shapes, TextEncoder, Variant
 
 MAX_TOKENS = 512
 GUIDANCE = "distilled_guidance_layer."  # makes the modulation of all blocks
@@ -108,6 +108,7 @@ CHROMA = FamilySpec(
     flow=True,
     packed_channels=4,
     patch=2,
+    distilled=Distilled(words=("flash",)),
     elsewhere={
         "kohya chroma": "chroma", "ai-toolkit chroma": "chroma", "onetrainer CHROMA_1": "chroma",
         "diffusion-pipe chroma": "chroma",

@@ -144,7 +144,7 @@ FLUX = FamilySpec(
     flow=True,
     packed_channels=4,
     patch=2,
-    distilled=Distilled(r"schnell|turbo|hyper", 4, variants=("flux1-schnell",)),
+    distilled=Distilled(4, words=("schnell",), variants=("flux1-schnell",)),
     elsewhere={
         "kohya lora_flux": "flux", "kohya Flux1": "flux", "kohya flux1_checkbox": "flux", "ai-toolkit flux": "flux",
         "ai-toolkit is_flux": "flux", "onetrainer FLUX_DEV_1": "flux", "diffusion-pipe flux": "flux",

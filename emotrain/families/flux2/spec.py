@@ -163,7 +163,7 @@ FLUX2 = FamilySpec(
     vae_scale=16,
     vae_patch=2,
     flow=True,
-    distilled=Distilled(r"^(?!.*base).*klein|turbo|distill", 4),
+    distilled=Distilled(4, words=("klein",), unless="base"),
     elsewhere={
         "ai-toolkit flux2_klein_4b": "klein-4b", "ai-toolkit flux2_klein_9b": "klein-9b",
         "ai-toolkit flux2": "flux2-dev", "onetrainer FLUX_2": "klein-4b", "diffusion-pipe flux2": "klein-4b",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.spec import Distilled, FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
 
 MAX_TOKENS = 512
 
@@ -114,7 +114,6 @@ KREA2 = FamilySpec(
     flow=True,
     packed_channels=4,
     patch=2,
-    distilled=Distilled(r"turbo", 8),
     elsewhere={
         "ai-toolkit krea2": "krea2", "onetrainer KREA_2": "krea2", "diffusion-pipe krea2": "krea2",
     },

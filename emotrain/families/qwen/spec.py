@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.spec import Distilled, FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
 
 MAX_TOKENS = 512
 
@@ -98,7 +98,6 @@ QWEN = FamilySpec(
     flow=True,
     packed_channels=4,
     patch=2,
-    distilled=Distilled(r"lightning|turbo|distill", 8),
     elsewhere={
         "ai-toolkit qwen_image": "qwen-image", "onetrainer QWEN": "qwen-image",
         "diffusion-pipe qwen_image": "qwen-image",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emotrain.families.spec import CLIP_TOKENIZERS, FamilySpec, FileFacts, LoraFacts, TextEncoder, Variant
+from emotrain.families.spec import CLIP_TOKENIZERS, Distilled, FamilySpec, FileFacts, LoraFacts, TextEncoder, Variant
 from emotrain.families.unet import BLOCKS, FILE_HEADS, LORA_HEADS, TARGETS, SgmNames, variant_of
 
 _MODULES = {"attn": 128, "attn-mlp": 192, "all": 278}
@@ -50,6 +50,7 @@ SD15 = FamilySpec(
     lora=_lora("sd_v1", ("sd_v1", "sd_1.5", "stable-diffusion-v1")),
     file=FileFacts(variant_of("sd15"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,
+    distilled=Distilled(4),
     elsewhere={
         "ai-toolkit sd1": "sd15", "ai-toolkit sd15": "sd15", "onetrainer STABLE_DIFFUSION_15": "sd15",
     },
@@ -77,6 +78,7 @@ SD21 = FamilySpec(
     lora=_lora("sd_v2", ("sd_v2", "stable-diffusion-v2")),
     file=FileFacts(variant_of("sd21"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,
+    distilled=Distilled(4),
     elsewhere={
         "kohya v2": "", "ai-toolkit sd2": "", "ai-toolkit is_v2": "", "onetrainer STABLE_DIFFUSION_20": "",
         "onetrainer STABLE_DIFFUSION_20_BASE": "", "onetrainer STABLE_DIFFUSION_21": "",

@@ -124,7 +124,7 @@ SD3 = FamilySpec(
     blocks=("JointTransformerBlock",),
     flow=True,
     patch=2,
-    distilled=Distilled(r"turbo", 4),
+    distilled=Distilled(4),
     elsewhere={
         "kohya lora_sd3": "sd3", "kohya sd3_checkbox": "sd3", "ai-toolkit sd3": "sd3", "ai-toolkit is_v3": "sd3",
         "onetrainer STABLE_DIFFUSION_3": "sd3", "onetrainer STABLE_DIFFUSION_35": "sd3", "diffusion-pipe sd3": "sd3",

@@ -48,7 +48,7 @@ SDXL = FamilySpec(
     file=FileFacts(variant_of("sdxl"), FILE_HEADS, ("first_stage_model.",)),
     blocks=BLOCKS,
     tag_presets={"epsilon": "illustrious", "v_prediction": "noobai-vpred"},
-    distilled=Distilled(r"turbo|lightning|hyper|dmd2?(?![a-z])", 4),
+    distilled=Distilled(4),
     elsewhere={
         "kohya sdxl": "sdxl", "ai-toolkit sdxl": "sdxl", "ai-toolkit is_xl": "sdxl",
         "onetrainer STABLE_DIFFUSION_XL_10_BASE": "sdxl", "diffusion-pipe sdxl": "sdxl",

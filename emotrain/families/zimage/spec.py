@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.spec import Distilled, FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
 
 MAX_TOKENS = 512
 _REFINERS = ("noise_refiner", "context_refiner")
@@ -113,7 +113,6 @@ ZIMAGE = FamilySpec(
     blocks=("ZImageTransformerBlock",),
     flow=True,
     patch=2,
-    distilled=Distilled(r"(?<!de)(?<!de[-_ ])turbo", 8),
     elsewhere={
         "ai-toolkit zimage": "zimage", "ai-toolkit zimage:turbo": "zimage-turbo", "onetrainer Z_IMAGE": "zimage",
         "diffusion-pipe z_image": "zimage",
