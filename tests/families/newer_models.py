@@ -112,7 +112,7 @@ def with_head(model: Any) -> Any:
     return whole.eval()
 
 
-def qwen_vl(width: int, layers: int = 4, **words: Any) -> Any:
+def qwen_vl(width: int, layers: int = 4) -> Any:
     """A random Qwen3-VL: a language model and a small eye that nothing looks through."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
@@ -120,7 +120,7 @@ def qwen_vl(width: int, layers: int = 4, **words: Any) -> Any:
     text = {
         "vocab_size": 300, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "pad_token_id": None,
-        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]}, **words,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]},
     }  # fmt: skip
     eye = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import stock
 import torch
-from newer_models import pipeline_of, qwen, qwen_vl, separate_files, with_head
+from newer_models import pipeline_of, qwen, separate_files, with_head
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -60,18 +60,14 @@ def other_of(folder: Path, place: Path, *parts: str) -> Path:
 THIN = {"intermediate_size": 16, "head_dim": 8}  # inner sizes of a language model that is as wide as the public one
 
 
-WIDE = {"zimage-wide": "z-image", "flux2-wide": "klein-4b", "krea2-wide": "krea2-raw"}
+WIDE = {"zimage-wide": "z-image", "flux2-wide": "klein-4b"}
 
 
 def wide_pipeline(kind: str) -> Any:
     """A public denoiser with one block of each sort, and a text encoder of its width and depth."""
     family = family_of(kind)
     pipeline = pipeline_of(family)
-    if family == "krea2":
-        encoder = qwen_vl(2560, 36, **THIN)
-        pipeline.register_to_config(text_encoder_select_layers=tuple(range(2, 36, 3)))
-    else:
-        encoder = qwen(2560, **THIN) if family == "zimage" else with_head(qwen(2560, 28, **THIN))
+    encoder = qwen(2560, **THIN) if family == "zimage" else with_head(qwen(2560, 28, **THIN))
     denoiser, vae = stock.denoiser_of(WIDE[kind]), stock.narrow_vae(family)
     pipeline.register_modules(transformer=denoiser, vae=vae, text_encoder=encoder)
     return pipeline
