@@ -30,6 +30,7 @@ from emotrain.runs.plan_memory import Memory
 PROGRAM_GIB = 0.7  # Python and the libraries
 CUDA_GIB = 0.8  # what CUDA's keep there
 TIGHT = 0.9  # of what is free: from there on the user is warned
+CERTAIN = 1.1  # times what is free: from there on the run is refused; the count may be off by a tenth
 TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 WEIGHTS = (*TYPES.values(), "F64", "F8_E4M3", "F8_E5M2", "I8")  # other types are of places and tokenizers
 VAE, TEXTS = ("first_stage_model.", "vae."), ("cond_stage_model.", "conditioner.", "text_encoders.")
@@ -184,7 +185,7 @@ def room(plan: RamPlan, ram: Ram, processes: int = 1, *, kept: int = 0) -> tuple
     who = f"{processes} processes need" if processes > 1 else "the run needs"
     what = f"{who} about {needed:.1f} GiB of the computer's memory"
     what += f", {locked:.1f} of it for blocks that wait there" if locked else ""
-    if needed > free + swap or locked > free:
+    if needed > CERTAIN * (free + swap) or locked > CERTAIN * free:
         raise ResourceError(f"{what}, and {free:.1f} GiB are free", _remedy(plan, processes))
     return in_turn, f"{what}, of {free:.1f} GiB that are free: it may get slow" if needed > TIGHT * free else None
 
