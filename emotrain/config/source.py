@@ -192,7 +192,7 @@ class _Loader(yaml.SafeLoader):
         if _INT.fullmatch(text) and len(text) > MAX_DIGITS:
             self._problem(line, f"a number of {len(text)} digits")
             return Node(0, self._source, line)
-        if cut_off := _CUT_OFF.match(self._text[node.end_mark.index :].partition("\n")[0]):
+        if cut_off := _CUT_OFF.match(self._text, node.end_mark.index):
             comment = cut_off[1].rstrip()
             at = f"{self._source}:{node.end_mark.line + 1}"
             self.notes.append(f"{at}: `{comment}` is a comment in YAML; if it is part of the text, quote all of it")
