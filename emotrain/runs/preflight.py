@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emotrain.config.builtin import is_builtin
 from emotrain.config.schema import Preset
@@ -23,9 +24,12 @@ from emotrain.families.headers import read_header, read_json
 from emotrain.families.memory import BACKENDS
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
-from emotrain.runs.data import Pictures, Scans, pictures_of, read_pictures, scan_preset
+from emotrain.runs.data import Pictures, Scans, pictures_of, scan_preset
 from emotrain.runs.folder import refuse_place
 from emotrain.runs.lint import Options, lint_scans
+
+if TYPE_CHECKING:
+    from emotrain.runs.sample_base import Other
 
 Where = Callable[[str], str]
 CLIP_LAYERS = 12  # of CLIP-L
@@ -47,6 +51,8 @@ class Preflight:
     failures: list[EmotrainError] = field(default_factory=list)
     found: Sniffed | None = None
     scan: Scan | None = None
+    pictures: Pictures | None = None
+    other: Other | None = None  # the model that samples are drawn on, where that is another one
 
     def raise_first(self) -> None:
         """Raise one error that holds the problems of all failures; its kind is the first one's.
@@ -311,12 +317,12 @@ def _look_at_sample_base(preset: Preset, result: Preflight, at: Where) -> None:
         from emotrain.runs.sample_base import look  # needs torch, which costs seconds
 
         try:
-            other = look(preset, found)
+            result.other = look(preset, found)
         except EmotrainError as error:
             place = place_of(at("sample.base"), "sample.base")
             result.failures.append(type(error)(f"{place}: {error.message}", error.hint))
             return
-        found = other.found if other is not None else found
+        found = result.other.found if result.other is not None else found
     if sample.base is not None or found.distilled:
         result.facts.append(("samples", _how_drawn(preset, found)))
 
@@ -352,7 +358,7 @@ def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) 
         scans = scan_preset(preset)
         found = result.scan = require_pictures(scans.train)
         result.facts.append(("data", found.totals()))
-        pictures = pictures_of(preset, scans)
+        pictures = result.pictures = pictures_of(preset, scans)
         result.facts.append(("epoch", _epoch(preset, pictures)))
         if len(preset.dataset.folders) > 1:
             shares = folder_shares(pictures.train, preset.dataset.folders)
@@ -429,26 +435,21 @@ def _is_installed(module: str) -> bool:
 
 
 def look_at_ram(preset: Preset, result: Preflight) -> None:
-    """Whether the computer's memory holds what a run needs of it; without a GPU, where few train, that is a warning."""
-    if result.found is None or result.failures or is_builtin(preset.model.base):
+    """Whether the computer's memory holds what a run needs of it."""
+    if result.found is None or result.pictures is None or result.failures or is_builtin(preset.model.base):
         return
     from emotrain.families.ram import ram  # what follows needs torch, which costs seconds
     from emotrain.runs.build import loader_settings
     from emotrain.runs.plan import plan_run
     from emotrain.runs.plan_ram import room
-    from emotrain.runs.sample_base import look
 
-    found = result.found
-    settings, other = loader_settings(preset, found), look(preset, found)
-    on_gpu, plan = plan_run(preset, found, read_pictures(preset), settings, other=other)
+    settings = loader_settings(preset, result.found)
+    _, plan = plan_run(preset, result.found, result.pictures, settings, other=result.other)
     try:
         _, tight = room(plan, ram())
         result.warnings += [tight] if tight is not None else []
     except ResourceError as error:
-        if on_gpu is not None:
-            result.failures.append(error)
-        else:
-            result.warnings.append(error.message)
+        result.failures.append(error)
 
 
 def _describe(preset: Preset, result: Preflight) -> None:

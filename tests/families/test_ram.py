@@ -198,15 +198,15 @@ def own_preset(folder: Path, model: Path) -> Path:
     return path
 
 
-def test_run_refuses_and_check_warns_where_nothing_could_be_loaded(
+def test_run_and_check_refuse_where_nothing_could_be_loaded(
     sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = own_preset(tmp_path, sd_folder)
     monkeypatch.chdir(tmp_path)
     for module in (ram, loaded):
         monkeypatch.setattr(module, "ram", lambda: gib(0.1))
-    assert main(["check", str(path)]) == 0
-    assert "warning: the run needs about 0.7 GiB of the computer's memory, and 0.1" in capsys.readouterr().err
+    assert main(["check", str(path)]) == 6
+    assert "error: the run needs about 0.7 GiB of the computer's memory, and 0.1" in capsys.readouterr().err
     assert main(["run", str(path), "--plain"]) == 6
     assert "error: the run needs about 0.7 GiB" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "p").exists()
