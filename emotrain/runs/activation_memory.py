@@ -10,8 +10,7 @@ Shape letters: B batch, C latent channels, H W latent height and width, S tokens
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -115,54 +114,59 @@ def _first_three(args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class _Count:
-    """Sums unique storages; it keeps hold of the tensors, since freed storages give their identity away."""
+    """Sums unique storages; it keeps hold of the tensors, since freed storages give their identity away.
+
+    `outside` sums those that stay with gradient checkpointing: what is kept outside of the blocks that it computes
+    again, and what goes into them. `shares` is what each block keeps inside.
+    """
 
     skip: set[int]
     total: int = 0
+    outside: int = 0
+    shares: list[int] = field(default_factory=list)
+    is_inside: bool = False
     seen: dict[int, Tensor] = field(default_factory=dict)
+    stay: dict[int, Tensor] = field(default_factory=dict)
 
     def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        identity = storage._cdata
-        if identity not in self.skip and identity not in self.seen:
-            self.seen[identity] = tensor
-            self.total += storage.nbytes()
+        self.total += self._new(tensor, self.seen)
+        if not self.is_inside:
+            self.outside += self._new(tensor, self.stay)
         return tensor
 
+    def block(self, block: Callable[..., Any], *args: Any) -> Any:
+        """In the place of gradient checkpointing: calls a block as it is."""
+        self.outside += sum(self._new(leaf, self.stay) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        before, self.is_inside = self.total, True
+        try:
+            return block(*args)
+        finally:
+            self.is_inside = False
+            self.shares.append(self.total - before)
 
-def count_saved(model: nn.Module, run: Callable[[], Any], resident: Iterable[Tensor] = ()) -> tuple[int, int]:
-    """Bytes that autograd keeps over `run()` besides weights and `resident` tensors, and the largest block's share."""
-    skip = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *resident)}
-    count = _Count(skip)
-    with (
-        _block_shares(model, count) as shares,
-        saved_tensors_hooks(count.pack, lambda tensor: tensor),
-        _FusedAttention(),
-    ):
+    def _new(self, tensor: Tensor, held: dict[int, Tensor]) -> int:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.skip or storage._cdata in held:
+            return 0
+        held[storage._cdata] = tensor
+        return storage.nbytes()
+
+
+def count_saved(model: nn.Module, run: Callable[[], Any], resident: Iterable[Tensor] = ()) -> tuple[int, int, int]:
+    """Bytes that autograd keeps over `run()` besides weights and `resident` tensors.
+
+    Returns:
+        All; those that stay with gradient checkpointing; those of the largest block that it computes again.
+    """
+    count = _Count({t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *resident)})
+    is_denoiser = hasattr(model, "enable_gradient_checkpointing")  # of diffusers; a text encoder keeps all
+    if is_denoiser:
+        model.enable_gradient_checkpointing(count.block)  # type: ignore[operator]
+    with saved_tensors_hooks(count.pack, lambda tensor: tensor), _FusedAttention():
         run()
-    return count.total, max(shares, default=0)
-
-
-@contextmanager
-def _block_shares(model: nn.Module, count: _Count) -> Iterator[list[int]]:
-    shares: list[int] = []
-    begun: dict[int, int] = {}
-    handles = []
-
-    def before(module: nn.Module, args: Any) -> None:
-        begun[id(module)] = count.total
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        shares.append(count.total - begun[id(module)])
-
-    for module in model.modules():
-        if type(module).__name__ in BLOCKS:
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield shares
-    finally:
-        for handle in handles:
-            handle.remove()
+    if is_denoiser:
+        model.disable_gradient_checkpointing()  # type: ignore[operator]
+    return count.total, count.outside, max(count.shares, default=0)
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -246,11 +250,9 @@ def measure(
     adapter = add_adapter(model, family=family, seed=0, **adapter_kwargs)
     adapter.use_half_precision(low or torch.float32)
     run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
-    saved, block = count_saved(model, run, adapter.half_weights)
+    saved, checkpointed, block = count_saved(model, run, adapter.half_weights)
     one = _forward(family, model, (1, *latents[1:]), num_tokens, low or torch.float32)
     forward = count_living(model, one, adapter.half_weights)
-    model.enable_gradient_checkpointing()  # type: ignore[operator]
-    checkpointed, _ = count_saved(model, run, adapter.half_weights)
     text = measure_texts(family, encoders or {}, latents[0], low, adapter_kwargs)
     return ActivationMemory(saved, checkpointed, block, adapter, num_parameters, latents, forward, *blocks, text)
 

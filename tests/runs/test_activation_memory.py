@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import make_assets as maker
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.targets import select
+from emotrain.runs import activation_memory
 from emotrain.runs.activation_memory import build_on_meta, count_saved, measure
 
 WORDS: dict[str, Any] = {"rank": 4, "alpha": 4, "targets": "attn-mlp"}
@@ -23,8 +26,26 @@ def test_the_count_on_meta_is_that_of_real_tensors() -> None:
     add_adapter(unet, family="sd15", seed=0, **WORDS)
     noisy, text = torch.randn(2, 8, 16, 16), torch.randn(2, 32, 128)
     times = torch.tensor([10, 500])
-    real, _ = count_saved(unet, lambda: unet(noisy, times, text).sample)
+    real, *_ = count_saved(unet, lambda: unet(noisy, times, text).sample)
     assert counted.saved == pytest.approx(real, rel=0.05)
+
+
+def test_one_pass_counts_what_stays_where_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = maker.build_unet().requires_grad_(False)
+    add_adapter(unet, family="sd15", seed=0, **WORDS)
+    words = (torch.randn(2, 8, 16, 16), torch.tensor([10, 500]), torch.randn(2, 32, 128))
+    passes: list[Any] = []
+    unet.register_forward_hook(lambda *_: passes.append(None))
+    whole, stays, block = count_saved(unet, lambda: unet(*words).sample)
+    assert len(passes) == 1
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    monkeypatch.setattr(activation_memory._Count, "block", lambda self, *words: again(*words))
+    assert count_saved(unet, lambda: unet(*words).sample) == (stays, stays, 0)
+    assert stays + block < 0.9 * whole
+    passes.clear()
+    monkeypatch.setattr(activation_memory, "_forward", lambda *_, **__: lambda: passes.append(None))
+    measure("sd15", dict(unet.config), latents=(2, 8, 16, 16), num_tokens=32, low=None, adapter_kwargs=WORDS)
+    assert len(passes) == 2  # with gradients and without
 
 
 def test_memory_grows_with_the_batch_and_halves_with_half_the_precision() -> None:
