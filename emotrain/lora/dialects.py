@@ -85,7 +85,7 @@ class Parsed:
     Attributes:
         state: "<part>.<diffusers path>.lora_A.weight" [rank, in, ...] and ".lora_B.weight" [out, rank, ...].
         alphas: "<part>.<diffusers path>" -> alpha; strength is alpha / rank.
-        family: sd15, sd21, sdxl, sd3 or flux.
+        family: a name of `emotrain.families.registry.FAMILIES`.
         dialect: kohya, diffusers, comfyui, onetrainer, lycoris or peft.
         notes: what was assumed.
         ignored: keys that no module belongs to; only where that was allowed.
@@ -111,6 +111,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
     if not halves:
         some = next(iter(tensors), "nothing")
         raise ModelError(f"no LoRA weights in it: {len(tensors)} tensors, none of a known name, such as `{some}`")
+    scaled = set(alphas)
     krons = _krons(halves, alphas)
     family = detect_family({**halves, **{place: _widths(kron) for place, kron in krons.items()}}, metadata)
     updates: dict[str, Pair | Kron] = {}
@@ -120,6 +121,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
         group = _group(place, family)
         parts: Mapping[str, Pair | Kron] = {}
         if place in krons:
+            missing += place not in scaled and not {"w1", "w2"} <= found.keys()  # two whole factors need none
             parts = {} if group is None else _kron_parts(group, krons[place])
         else:
             down, up = _both(place, found)
@@ -132,7 +134,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
             updates[path] = part if path not in updates else _the_trained_one(path, updates[path], part)
     unknown += [f"{place.stem}.alpha" for place in alphas]
     if missing:
-        notes.append(f"{missing} modules have no alpha: taken as their rank")
+        notes.append(f"alpha is missing for {missing} of its modules: taken as their rank")
     _refuse_unmatched(unknown, len(updates), family, allow_partial)
     state = {key: value for path, part in updates.items() for key, value in part.named(path).items()}
     alphas_of = {path: part.alpha for path, part in updates.items()}

@@ -212,6 +212,16 @@ def test_factors_that_are_products_are_multiplied_out(lora_path: Path) -> None:
     assert torch.allclose(kron.dense(), torch.kron(w1[..., None, None], tucker.contiguous()), atol=1e-5)
 
 
+def test_a_product_without_an_alpha_is_said_to_have_its_rank_for_one(lora_path: Path) -> None:
+    w1, a, b = torch.ones(4, 2), torch.ones(8, 3), torch.ones(3, 16 * 9)
+    save_file(lycoris(lokr_w1=w1, lokr_w2_a=a, lokr_w2_b=b), lora_path)
+    lora = read_lora(lora_path)
+    assert lora.notes == ("alpha is missing for 1 of its modules: taken as their rank",)
+    assert torch.equal(krons(lora.state)[WHOLE].dense(), torch.full((32, 32, 3, 3), 3.0))
+    save_file(lycoris(lokr_w1=w1, lokr_w2=torch.ones(8, 16, 3, 3)), lora_path)
+    assert not read_lora(lora_path).notes
+
+
 def test_whole_factors_have_strength_one_whatever_alpha_says(lora_path: Path) -> None:
     w1, w2 = torch.ones(4, 2), torch.ones(8, 16, 3, 3)
     save_file(lycoris(lokr_w1=w1, lokr_w2=w2, alpha=torch.tensor(float("inf"))), lora_path)  # as ai-toolkit marks it

@@ -138,7 +138,7 @@ def test_a_missing_alpha_is_the_rank_and_is_said() -> None:
     kohya = {key: value for key, value in to_kohya(state, alphas, "sd15").items() if not key.endswith(".alpha")}
     parsed = parse(kohya, {})
     assert set(parsed.alphas.values()) == {4.0}
-    assert parsed.notes == (f"{len(parsed.alphas)} modules have no alpha: taken as their rank",)
+    assert parsed.notes == (f"alpha is missing for {len(parsed.alphas)} of its modules: taken as their rank",)
 
 
 def test_peft_settings_in_the_metadata_scale_each_module_by_its_own() -> None:
