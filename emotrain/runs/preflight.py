@@ -22,6 +22,7 @@ from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem, ResourceError
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.memory import BACKENDS
+from emotrain.families.ram import ram
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Pictures, Scans, pictures_of, scan_preset
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Where = Callable[[str], str]
 CLIP_LAYERS = 12  # of CLIP-L
 SHOWN = 20  # errors of the data that are told one by one
+SMALL_RUN, PICTURE = 4 << 30, 1 << 20  # bytes that a built-in model's run and each of its pictures never take
 OPTIMIZER_TITLES = {
     "emosens": "EmoSens", "emoairy": "EmoAiry", "emocats": "EmoCats", "emonavi": "EmoNavi", "emofact": "EmoFact",
     "emolynx": "EmoLynx", "emotion": "EmoTion", "emovoid": "EmoVoid", "adamw": "AdamW", "lion": "Lion",
@@ -436,10 +438,12 @@ def _is_installed(module: str) -> bool:
 
 def look_at_ram(preset: Preset, result: Preflight) -> None:
     """Whether the computer's memory holds what a run needs of it."""
-    if result.found is None or result.pictures is None or result.failures or is_builtin(preset.model.base):
+    if result.found is None or result.pictures is None or result.failures:
         return
-    from emotrain.families.ram import ram  # what follows needs torch, which costs seconds
-    from emotrain.runs.build import loader_settings
+    small = SMALL_RUN + PICTURE * len(result.pictures.all)
+    if is_builtin(preset.model.base) and ram().free > small:
+        return
+    from emotrain.runs.build import loader_settings  # needs torch, which costs seconds
     from emotrain.runs.plan import plan_run
     from emotrain.runs.plan_ram import room
 

@@ -26,7 +26,7 @@ from emotrain.families.offload import offload_blocks
 from emotrain.families.ram import Ram
 from emotrain.families.registry import FAMILIES
 from emotrain.families.table import sniff
-from emotrain.runs import loaded, plan
+from emotrain.runs import loaded, plan, preflight
 from emotrain.runs.plan_ram import RamPlan, Weights, plan_ram, room, weights_of
 
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -191,19 +191,20 @@ def test_a_count_that_may_be_off_by_a_tenth_refuses_nothing() -> None:
     assert "20.0 of it for blocks that wait there, of 19.0" in (room(WAITS, gib(19.0, 40.0))[1] or "")
 
 
-def own_preset(folder: Path, model: Path) -> Path:
+def own_preset(folder: Path, model: Path | str) -> Path:
     path = folder / "p.yaml"
     words = 'dataset: {trigger: t, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: "builtin:example"}]}'
     path.write_text(f"model: {{base: {model}}}\n{words}\nsample: {{every: 0}}\n")
     return path
 
 
+@pytest.mark.parametrize("kind", ["folder", "built in"])
 def test_run_and_check_refuse_where_nothing_could_be_loaded(
-    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = own_preset(tmp_path, sd_folder)
+    path = own_preset(tmp_path, sd_folder if kind == "folder" else "builtin:tiny-sd")
     monkeypatch.chdir(tmp_path)
-    for module in (ram, loaded):
+    for module in (preflight, loaded):
         monkeypatch.setattr(module, "ram", lambda: gib(0.1))
     assert main(["check", str(path)]) == 6
     assert "error: the run needs about 0.7 GiB of the computer's memory, and 0.1" in capsys.readouterr().err
@@ -221,3 +222,17 @@ def test_plan_says_exit_6_where_the_blocks_have_no_room(
     said = capsys.readouterr()
     assert "GiB of the computer's memory, and 1.0 GiB are free" in said.err
     assert "place" in said.out
+
+
+def test_check_of_a_built_in_model_counts_where_memory_is_short_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(plan, "plan_run", lambda *_, **__: asked.append("counted") or (None, LOADS))
+    preset = load_preset("quickstart")
+    found = preflight.preflight(preset)
+    monkeypatch.setattr(preflight, "ram", lambda: gib(4.1))
+    preflight.look_at_ram(preset, found)
+    assert not asked
+    monkeypatch.setattr(preflight, "ram", lambda: gib(3.9))
+    preflight.look_at_ram(preset, found)
+    assert asked == ["counted"]
+    assert [type(one) for one in found.failures] == [ResourceError]
