@@ -1,21 +1,44 @@
-"""metrics.jsonl: a line a step; validation.jsonl and likeness.jsonl: one each time. All go on exactly at a resume."""
+"""What a run writes as it goes, a line each time; all of it goes on exactly at a resume.
+
+metrics.jsonl and picture_losses.jsonl have a line a step, validation.jsonl and likeness.jsonl one a measurement.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, runtime_checkable
 
+from emotrain.dataset.ranking import NO_CAPTION
 from emotrain.errors import ResourceError
 from emotrain.files import fsync_folder
-from emotrain.train.events import Event, LikenessMeasured, RunStart, StepEnd, ValidationEnd
+from emotrain.train.events import Event, LikenessMeasured, Notice, RunStart, StepEnd, ValidationEnd
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 LIKENESS_FILE = "likeness.jsonl"  # only where validate.likeness names a model
+LOSSES_FILE = "picture_losses.jsonl"
 MAX_WAITING = 200  # lines that may wait for a full disk to get room before the run is ended
+
+
+@runtime_checkable
+class Log(Protocol):
+    """What a run writes as it goes and a checkpoint must not be ahead of."""
+
+    def sync(self) -> None:
+        """Bring to the disk what has been written so far."""
+
+
+def sync(logs: Sequence[Log], notify: Callable[[Event], None]) -> None:
+    """Bring all logs to the disk; one that cannot be costs a notice."""
+    for log in logs:
+        try:
+            log.sync()
+        except OSError as error:
+            notify(Notice(f"a log was not brought to the disk ({error.strerror}); a power cut may shorten it"))
 
 
 class MetricsLog:
@@ -30,12 +53,15 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._logs = {name: _Log(run_dir / name) for name in (METRICS_FILE, VALIDATION_FILE, LIKENESS_FILE)}
+        files = (METRICS_FILE, LOSSES_FILE, VALIDATION_FILE, LIKENESS_FILE)
+        self._logs = {name: _Log(run_dir / name) for name in files}
 
     def handle(self, event: Event) -> None:
-        """Cut at the start, then write steps, validations and likenesses."""
+        """Cut at the start, then write steps, their pictures' losses, validations and likenesses."""
         if isinstance(event, StepEnd):
             self._logs[METRICS_FILE].append(event.line())
+            rows = [[one.id, one.position, one.loss, *([] if one.captioned else [NO_CAPTION])] for one in event.samples]
+            self._logs[LOSSES_FILE].append(json.dumps({"step": event.step, "samples": rows}) + "\n")
         elif isinstance(event, ValidationEnd):
             self._logs[VALIDATION_FILE].append(event.line())
         elif isinstance(event, LikenessMeasured):

@@ -16,10 +16,10 @@ from emotrain.errors import ExitCode, ModelError, UnwritableWeightsError
 from emotrain.lora.check import self_check
 from emotrain.lora.file import read_lora, save_lora
 from emotrain.lora.names import UP, W1
+from emotrain.observers.metrics_log import sync
 from emotrain.runs import contrast, report
 from emotrain.runs.folder import RunFolder, now
 from emotrain.runs.loaded import Loaded
-from emotrain.runs.logs import sync
 from emotrain.runs.metadata import lora_metadata
 from emotrain.runs.training import Trained
 from emotrain.train.events import Event, Notice, Phase, RunEnd, Saved

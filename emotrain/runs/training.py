@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from emotrain.dataset.ranking import LossRecord
 from emotrain.errors import ResourceError
+from emotrain.observers.metrics_log import Log, MetricsLog, sync
+from emotrain.observers.tensorboard import TensorBoard
 from emotrain.runs import build
 from emotrain.runs.contrast import Watch
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.live_page import LivePage
 from emotrain.runs.loaded import Beginning, Loaded
-from emotrain.runs.logs import Log, PictureLosses, file_observers, sync
 from emotrain.runs.out_of_memory import run_with_advice
 from emotrain.train import rng
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Observers, Phase, RunStart, Saved
-from emotrain.train.loop import Limits, Outcome, Parts, Sample, device_memory_gib, fit
+from emotrain.train.loop import Limits, Outcome, Parts, device_memory_gib, fit
 from emotrain.train.losses import LossBaseline
 from emotrain.train.memory import OutOfMemory
 from emotrain.train.signals import StopSignals
@@ -41,15 +39,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the loop writes as it goes; of several processes the leading one alone has a store and records."""
+    """What the loop writes as it goes; of several processes the leading one alone has a store."""
 
     loaded: Loaded
     folder: RunFolder
     expected: list[float]
     observers: Observers
-    state: TrainState
     store: CheckpointStore | None = None
-    records: PictureLosses | None = None
     logs: tuple[Log, ...] = ()
     watch: Watch | None = None
 
@@ -60,19 +56,6 @@ class Outputs:
         if likeness is not None and paths:
             likeness.at_step(step, paths)
             self.folder.update_info(likeness=likeness.summary())
-
-    def record(self, step: int, samples: Sequence[Sample]) -> None:
-        """Keep the loss of every picture for `emotrain images`, and for what the run itself does about pictures."""
-        if self.watch is not None:
-            self.state.suspects.note(
-                LossRecord(step, one.id, round(one.position, 5), round(one.loss, 6), one.captioned) for one in samples
-            )
-        if self.records is None:
-            return
-        try:
-            self.records.write(step, samples)
-        except ResourceError as error:
-            self.observers.lost(self.records, error)
 
     def save(self, state: TrainState) -> None:
         """A checkpoint and the best LoRA so far; a full disk costs this save, not the run.
@@ -129,32 +112,33 @@ def train(loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observ
     """
     started, state, ranks = time.monotonic(), begin.state, loaded.ranks
     first_step = state.step
-    with contextlib.ExitStack() as closed:
+    with ranks.together():
+        outputs, baseline = open_outputs(loaded, begin, folder, observers)
+        parts = loop_parts(loaded, state, baseline, outputs, signals)
+        if begin.checkpoint is not None:  # the random state is put back last, after everything that may draw
+            for line in rng.restore(begin.checkpoint.tensors["rng"], begin.checkpoint.documents["rng"]):
+                observers.notify(Notice(line))
+        ranks.meet(None)
+    work = partial(fit, parts, limits(loaded, state), state)
+    try:
+        outcome = run_with_advice(loaded, state, folder, "in the optimizer's step", work)
+    except OutOfMemory as error:
+        if not error.everywhere:
+            raise
         with ranks.together():
-            outputs, baseline = open_outputs(loaded, begin, folder, observers, closed)
-            parts = loop_parts(loaded, state, baseline, outputs, signals)
-            if begin.checkpoint is not None:  # the random state is put back last, after everything that may draw
-                for line in rng.restore(begin.checkpoint.tensors["rng"], begin.checkpoint.documents["rng"]):
-                    observers.notify(Notice(line))
-            ranks.meet(None)
-        work = partial(fit, parts, limits(loaded, state), state)
-        try:
-            outcome = run_with_advice(loaded, state, folder, "in the optimizer's step", work)
-        except OutOfMemory as error:
-            if not error.everywhere:
-                raise
-            with ranks.together():
-                raise
+            raise
     return Trained(state, outcome, first_step, time.monotonic() - started)
 
 
 def open_outputs(
-    loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observers, closed: contextlib.ExitStack
+    loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observers
 ) -> tuple[Outputs, LossBaseline]:
-    """The logs of the run, and its loss baseline, which a new run measures; `closed` closes them."""
+    """The logs of the run, and its loss baseline, which a new run measures."""
     preset, state, ranks = loaded.preset, begin.state, loaded.ranks
-    files = file_observers(preset, folder) if ranks.first else []
-    observers.all += [*files, LivePage(folder, loaded.pictures.all, observers.notify)] if ranks.first else []
+    if ranks.first:
+        page = LivePage(folder, loaded.pictures.all, observers.notify)
+        curves = [TensorBoard(folder.tensorboard_dir)] if preset.log.tensorboard else []
+        observers.all += [metrics := MetricsLog(folder.path), *curves, page]
     baseline = LossBaseline(list(begin.expected))
     if begin.checkpoint is None:
         measure = partial(build.build_loss_baseline, preset, loaded.model, loaded.data.train, observers.notify, ranks)
@@ -163,16 +147,15 @@ def open_outputs(
     observers.notify(start_event(loaded, folder, state))
     watch = Watch(loaded, folder, observers.notify) if preset.dataset.suspects != "report" else None
     if not ranks.first:
-        return Outputs(loaded, folder, baseline.expected, observers, state, watch=watch), baseline
+        return Outputs(loaded, folder, baseline.expected, observers, watch=watch), baseline
     store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
-    records = closed.enter_context(contextlib.closing(PictureLosses(folder.path / "picture_losses.jsonl", state.step)))
-    logs: list[Log] = [records, *(one for one in files if isinstance(one, Log))]
+    logs: list[Log] = [metrics]
     if loaded.sampler is not None:
         loaded.sampler.folder = folder.samples_dir
         logs.append(loaded.sampler)
     if loaded.likeness is not None:
         loaded.likeness.go_on(folder.info().get("likeness"))
-    return Outputs(loaded, folder, baseline.expected, observers, state, store, records, tuple(logs), watch), baseline
+    return Outputs(loaded, folder, baseline.expected, observers, store, tuple(logs), watch), baseline
 
 
 def loop_parts(
@@ -194,7 +177,6 @@ def loop_parts(
         notify=outputs.observers.notify,
         save=outputs.save,
         sample=lambda step: outputs.sample(step, state.best_step),
-        record=outputs.record,
         watch=outputs.watch,
         preservation=build.build_preservation(preset, model, data),
         graphs=build.build_graphs(preset, model.family, model.adapter, outputs.observers.notify),

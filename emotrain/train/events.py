@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, get_type_hints
 
+from emotrain.dataset.ranking import LossRecord
 from emotrain.errors import ResourceError
 from emotrain.pulse.reading import Reading
 
@@ -39,10 +40,11 @@ class Record:
     kind: ClassVar[str]
 
     def row(self) -> dict[str, Any]:
-        """The fields as a flat JSON object; those of the reading stand among them."""
+        """The fields as a flat JSON object; those of the reading stand among them, samples have a log of their own."""
         found: dict[str, Any] = {}
-        for name, value in asdict(self).items():  # type: ignore[call-overload]
-            found.update(to_json(value) if name == "reading" else {name: to_json(value)})
+        for name in (field.name for field in fields(self) if field.name != "samples"):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            found.update(to_json(asdict(value)) if name == "reading" else {name: to_json(value)})
         return found
 
     def line(self, *, with_kind: bool = False) -> str:
@@ -104,6 +106,7 @@ class StepEnd(Record):
     memory_gib: float = 0.0
     skipped: Annotated[int, "guard/skipped"] = 0  # batches left out so far because of non-finite numbers
     gain: Annotated[float, "emo/gain"] = 1.0  # on the published step length
+    samples: tuple[LossRecord, ...] = ()  # the loss of each picture of the step
 
 
 @dataclass(frozen=True)

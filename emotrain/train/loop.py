@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Batch, Labels, embeddings_and_masks
+from emotrain.dataset.ranking import LossRecord
 from emotrain.pulse.gain import Change
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
 from emotrain.ranks import ALONE, Ranks
@@ -81,7 +82,6 @@ class Parts:
     notify: Callable[[Event], None]
     save: Callable[[TrainState], None]
     sample: Callable[[int], None]
-    record: Callable[[int, Sequence[Sample]], None]
     interrupted: Callable[[], bool]
     graphs: Graphs | None = None  # of the passes, on a GPU where they can be recorded
     plain_validation: Validation | None = None  # the flipped pictures of `validation`, unflipped
@@ -103,16 +103,6 @@ class Limits:
     sample_every: int
     sample_at_start: bool = True
     tell_ready: bool = True  # say so when the optimizer's stop signal lights up
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The loss of one picture at one position (0..1) of the noise scale; without its caption where that was dropped."""
-
-    id: str
-    position: float
-    loss: float
-    captioned: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,9 +130,10 @@ class Gathered:
         numbers = torch.cat([self.losses.flatten(), *last]).cpu().tolist()
         return numbers[:count], numbers[count : 2 * count], numbers[2 * count], numbers[2 * count + 1 :]
 
-    def samples(self, plain: Sequence[float]) -> list[Sample]:
+    def samples(self, step: int, plain: Sequence[float]) -> tuple[LossRecord, ...]:
         """One entry per sample, in their order."""
-        return [Sample(*row) for row in zip(self.ids, self.positions, plain, self.captioned, strict=True)]
+        rows = zip(self.ids, self.positions, plain, self.captioned, strict=True)
+        return tuple(LossRecord(step, name, round(at, 5), round(loss, 6), said) for name, at, loss, said in rows)
 
 
 def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
@@ -236,7 +227,9 @@ def clip(gradients: Sequence[Tensor], bound: float) -> Tensor:
     return norm
 
 
-def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, float, float, list[Sample]] | None:
+def train_step(
+    parts: Parts, limits: Limits, state: TrainState
+) -> tuple[float, float, float, tuple[LossRecord, ...]] | None:
     """One optimizer step: (loss, observed loss, gradient norm, samples), None where it was not finite and left out.
 
     Raises:
@@ -260,7 +253,7 @@ def train_step(parts: Parts, limits: Limits, state: TrainState) -> tuple[float, 
         if flags[1] > 0:
             give_up(parts, limits, state, failure)
     loss, observed_loss = sum(values) / len(values), parts.loss_baseline.observe(gathered.positions, values)
-    samples = gathered.samples(plain)
+    samples = gathered.samples(state.step + 1, plain)
     state.micro_step += limits.gradient_accumulation_steps
     state.samples_seen += len(samples)
     state.guard = state.guard.update(loss, grad_norm)
@@ -415,8 +408,7 @@ def fit(parts: Parts, limits: Limits, state: TrainState, clock: Callable[[], flo
         loss, observed_loss, grad_norm, samples = step
         step_s = clock() - started
         state.train_s += step_s
-        tell(parts, limits, state, loss, observed_loss, grad_norm, step_s)
-        parts.record(state.step, samples)
+        tell(parts, limits, state, loss, observed_loss, grad_norm, step_s, samples)
         if state.step % limits.validate_every == 0 or state.step == limits.max_steps:
             run_validation(parts, limits, state)
         sentence = parts.stop_rule.decide(state.step)
@@ -459,9 +451,12 @@ def tell(
     observed_loss: float,
     grad_norm: float,
     step_s: float,
+    samples: tuple[LossRecord, ...] = (),
 ) -> None:
-    """Feed the stop rule and the observers with one step."""
+    """Feed the stop rule, what is known of single pictures, and the observers with one step."""
     optimizer, rule = parts.optimizer, parts.stop_rule
+    if parts.watch is not None:
+        state.suspects.note(samples)
     assert optimizer.reading is not None
     lights_up = optimizer.should_stop and not (rule.lit and rule.lit[-1])
     rule.update_step(optimizer.should_stop, optimizer.reading.pulse * optimizer.reading.drive)
@@ -481,6 +476,7 @@ def tell(
             memory_gib=peak_memory_gib(parts.family.device),
             skipped=state.guard.skipped,
             gain=rule.gain.value if rule.gain else 1.0,
+            samples=samples,
         )
     )
     if lights_up and limits.tell_ready:

@@ -185,7 +185,7 @@ class Place:
         parts = Parts(
             family=run.model.family, objective=run.model.objective, adapter=run.model.adapter, optimizer=optimizer,
             data=run.data, stop_rule=rule, loss_baseline=run.loss_baseline, validation=validation,  # type: ignore[arg-type]
-            notify=turn, save=lambda state: None, sample=lambda step: None, record=lambda *row: None,
+            notify=turn, save=lambda state: None, sample=lambda step: None,
             interrupted=lambda: False, plain_validation=plain,  # type: ignore[arg-type]
         )  # fmt: skip
         fit(parts, Limits(limit, 1, 1.0, self.seed, every, 10**9, 0), state)

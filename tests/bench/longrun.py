@@ -281,7 +281,6 @@ class LongRun:
             notify=self._hear,
             save=lambda state: None,
             sample=lambda step: None,
-            record=lambda step, samples: None,
             interrupted=lambda: False,
         )
         limits = Limits(limit, 1, 1.0, self.cell.seed, EVERY, 10**9, 0)

@@ -93,7 +93,7 @@ def loop_parts(family: LoadedFamily, adapter: Adapter, optimizer: Any, size: int
     return LoopParts(
         family=family, objective=build_objective(family.prediction, family.scheduler_config), adapter=adapter,
         optimizer=optimizer, data=Data(), stop_rule=nothing, loss_baseline=LossBaseline(), validation=None,
-        notify=print, save=nothing, sample=nothing, record=nothing, interrupted=nothing,
+        notify=print, save=nothing, sample=nothing, interrupted=nothing,
     )  # fmt: skip
 
 

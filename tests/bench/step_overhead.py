@@ -34,7 +34,6 @@ from emotrain.observers.tensorboard import TensorBoard
 from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.pulse.stopping import StopRule
-from emotrain.runs.logs import PictureLosses
 from emotrain.train.events import RunStart
 from emotrain.train.loop import Limits, Parts, tell, train_step
 from emotrain.train.losses import LossBaseline
@@ -110,14 +109,13 @@ class Ours:
         dashboard = Dashboard(console, capture_stderr=False)
         self.observers: list[Any] = [dashboard, ConsoleLines(10, stream=io.StringIO()), MetricsLog(folder)]
         self.observers.append(TensorBoard(folder / "tensorboard"))
-        losses = PictureLosses(folder / "picture_losses.jsonl", 0)
         self.state, self.limits = TrainState(), Limits(10**6, 1, 1.0, 1, 10**6, 10**6, 0)
         self.parts = Parts(
             family=family, objective=build_objective("epsilon", SCHEDULER), adapter=adapter,
             optimizer=Averaged(EmoSens(adapter.parameters(), bias_correction=True)),
             data=data, stop_rule=StopRule(), loss_baseline=LossBaseline(), validation=None,
             notify=self.notify, save=lambda state: None, sample=lambda step: None,
-            record=losses.write, interrupted=lambda: False,
+            interrupted=lambda: False,
         )  # fmt: skip
         self.notify(RunStart("bench", folder, 0, 10**6, 1, "emosens", 1, adapter.num_modules, 1, "cpu"))
 
@@ -130,8 +128,7 @@ class Ours:
         done = train_step(self.parts, self.limits, self.state)
         assert done is not None
         loss, observed_loss, grad_norm, samples = done
-        tell(self.parts, self.limits, self.state, loss, observed_loss, grad_norm, time.monotonic() - started)
-        self.parts.record(self.state.step, samples)
+        tell(self.parts, self.limits, self.state, loss, observed_loss, grad_norm, time.monotonic() - started, samples)
 
     def close(self) -> None:
         for observer in self.observers:

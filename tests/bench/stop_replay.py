@@ -128,7 +128,7 @@ def record(place: Place, kind: str) -> dict[str, Any]:
         family=run.model.family, objective=run.model.objective, adapter=run.model.adapter, optimizer=optimizer,
         data=run.data, stop_rule=rule, loss_baseline=run.loss_baseline, validation=validation,  # type: ignore[arg-type]
         notify=lambda event: lit.append(event.ready) if isinstance(event, StepEnd) else None,
-        save=lambda state: None, sample=lambda step: None, record=lambda *row: None, interrupted=lambda: False,
+        save=lambda state: None, sample=lambda step: None, interrupted=lambda: False,
     )  # fmt: skip
     fit(parts, Limits(STEPS, 1, 1.0, place.seed, 10, 10**9, 0), state)
     row: dict[str, Any] = {"task": place.name, "seed": place.seed, "kind": kind, "base": place.base}

@@ -49,7 +49,6 @@ def measure(preset_name: str, micro_batch: int, rounds: int) -> tuple[float, flo
         notify=lambda event: None,
         save=lambda state: None,
         sample=lambda step: None,
-        record=lambda step, samples: None,
         interrupted=lambda: False,
     )
     limits = Limits(10**6, 1, 1.0, preset.train.seed, 1, 10**6, 0)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from emotrain.config.load import load
 from emotrain.errors import ExitCode
-from emotrain.runs import logs, start
+from emotrain.observers.metrics_log import MetricsLog
+from emotrain.runs import start
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Event, Notice
 
@@ -76,12 +77,12 @@ def test_a_commit_finds_logs_and_samples_on_the_disk(place: Path, monkeypatch: p
 def test_a_log_that_the_disk_refuses_costs_a_notice_and_not_the_checkpoint(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: logs.PictureLosses) -> None:
+    def refuse(self: MetricsLog) -> None:
         raise OSError(5, "Input/output error")
 
     told: list[Event] = []
     watch = type("Watch", (), {"handle": lambda self, event: told.append(event), "close": lambda self: None})()
-    monkeypatch.setattr(logs.PictureLosses, "sync", refuse)
+    monkeypatch.setattr(MetricsLog, "sync", refuse)
     words = ("sample.every=0", "train.max_steps=2")
     result = start.run(load(str(place / "p.yaml"), words, "one").preset, runs_dir=place, observers=(watch,))
     assert result.exit_code == ExitCode.OK

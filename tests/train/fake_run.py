@@ -127,7 +127,6 @@ class Recorder:
     events: list[Event] = field(default_factory=list)
     saves: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
-    losses: list[tuple[int, Any]] = field(default_factory=list)
 
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -150,7 +149,6 @@ def make_parts(recorder: Recorder, *, data: FakeData | None = None, validation: 
         "notify": recorder.events.append,
         "save": lambda state: recorder.saves.append(state.step),
         "sample": recorder.samples.append,
-        "record": lambda step, samples: recorder.losses.append((step, samples)),
         "interrupted": lambda: False,
     }
     return Parts(**{**words, **changes})

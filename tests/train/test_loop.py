@@ -29,7 +29,11 @@ def accumulated(parts, numbers, state):
     """Loss, observed loss and samples of one step."""
     gathered = accumulate(parts, numbers, state)
     plain, values, *_ = gathered.read(torch.zeros(()))
-    return sum(values) / len(values), parts.loss_baseline.observe(gathered.positions, values), gathered.samples(plain)
+    return (
+        sum(values) / len(values),
+        parts.loss_baseline.observe(gathered.positions, values),
+        gathered.samples(1, plain),
+    )
 
 
 def test_a_run_ends_at_the_ceiling_and_tells_every_step():

@@ -46,7 +46,7 @@ def trained(
         "validations": [(e.loss, e.drift) for e in recorder.of(ValidationEnd)],
         "saves": recorder.saves,
         "weights": parts.adapter.layer.weight.flatten().tolist(),
-        "samples": [[(one.id, one.position, one.loss) for one in samples] for _, samples in recorder.losses],
+        "samples": [[(one.id, one.position, one.loss) for one in event.samples] for event in recorder.of(StepEnd)],
         "state": (state.micro_step, state.samples_seen, state.guard.skipped),
     }  # fmt: skip
 
