@@ -21,7 +21,7 @@ PACKAGE = Path(emotrain.__file__).parent
 LEVELS = [
     {"errors", "files"},
     {"config", "pulse", "facts", "ranks"},
-    {"diffusion", "batch", "transfer"},
+    {"diffusion", "batch"},
     {"families", "lora", "dataset", "optim"},
     {"train"},
     {"observers", "report"},

@@ -9,8 +9,8 @@ Shape letters: C latent channels, h w latent height and width, S tokens, D width
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emotrain.dataset.buckets import Placement
-from emotrain.dataset.cache import DEFAULT_LIMIT, Cache, Tensors, TextRows, content_key, narrow
+from emotrain.dataset.buckets import Placement, place
+from emotrain.dataset.cache import Cache, Tensors, content_key, narrow
 from emotrain.dataset.examples import Example
 from emotrain.dataset.images import (
     MAX_FILE_BYTES,
@@ -30,7 +30,10 @@ from emotrain.dataset.images import (
     load_mask,
     parse_background,
 )
+from emotrain.dataset.loader import DEFAULT_LIMIT, CachedDataset, Item, TextRows
 from emotrain.dataset.pixels import to_mask, to_pixels
+from emotrain.dataset.settings import LoaderSettings
+from emotrain.dataset.split import take_shard
 from emotrain.dataset.textfile import FileProblem, printable, read_bytes
 from emotrain.errors import DatasetError, ModelError, Problem
 
@@ -58,22 +61,6 @@ class Encoder(Protocol):
         """A digest of all that encode_texts depends on."""
 
 
-@dataclass(frozen=True)
-class Item:
-    """A picture at a placement: latents float32 [C, h, w], mask float32 [1, h, w], on the CPU."""
-
-    example: Example
-    placement: Placement
-    latents: Tensor
-    flipped: Tensor | None
-    mask: Tensor | None
-
-    @property
-    def key(self) -> str:
-        """Distinguishes the placements of one picture."""
-        return f"{self.example.id}@{self.placement.bucket_w}x{self.placement.bucket_h}"
-
-
 @dataclass
 class _Job:
     """One placement with what the cache knew of it; `None` is still to be made."""
@@ -84,6 +71,63 @@ class _Job:
     found: dict[bool, Tensor | None]
     mask: Tensor | None
     pixels: Tensor | None = None
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def prepare(
+    family: Encoder,
+    examples: Sequence[Example],
+    settings: LoaderSettings,
+    cache: Cache | None = None,
+    progress: Progress = _silent,
+    *,
+    also_flipped: Collection[str] = (),
+) -> CachedDataset:
+    """Encode what the cache does not hold, and keep all of it in memory.
+
+    Args:
+        family: the encoders; not needed any more afterwards.
+        examples: of `scan`, each id once; with `settings.shard`, only this machine's part is taken.
+        settings: sizes, captions, batch size, seed.
+        cache: default: `Cache()`.
+        progress: told `(phase, done, total)`; phases are "pictures" and "captions".
+        also_flipped: ids that are encoded flipped as well, besides those with `flip`.
+
+    Raises:
+        DatasetError: nothing to learn, or pictures that cannot be decoded or have changed.
+        ModelError: an encoder gives numbers that are not finite.
+    """
+    cache = Cache() if cache is None else cache
+    chosen = take_shard(examples, settings.shard)
+    if not chosen:
+        raise DatasetError("data set holds no pictures", "`emotrain lint` says what is in a folder")
+    _check_ids(chosen)
+    work = [
+        (example, place(example.width, example.height, settings.rules))
+        for example in sorted(chosen, key=lambda example: example.id)
+    ]
+    items = encode_pictures(
+        family, work, also_flipped=also_flipped, background=settings.background, cache=cache, progress=progress
+    )
+    texts = {example.id: settings.texts(example) for example in chosen}
+    rows: Mapping[str, Tensors] = {}
+    if settings.encode_texts:
+        every = {"", *(text for several in texts.values() for text in several)}
+        if settings.class_word is not None:
+            every |= {settings.class_text(example) for example in chosen}
+        rows = encode_texts(family, every, cache=cache, progress=progress, limit=settings.text_memory)
+    return CachedDataset(items, texts, rows, settings)
+
+
+def _check_ids(examples: Sequence[Example]) -> None:
+    """Two scans can give one id to different pictures; samples could then not be told apart."""
+    twice = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
+    if twice:
+        reason = f"two pictures have the id {twice[0]}"
+        raise DatasetError(reason, "give the folders of the data set and of validate different names")
 
 
 def encode_pictures(

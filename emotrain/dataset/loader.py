@@ -11,8 +11,8 @@ Shape letters: B samples, C latent channels, H W latent height and width, S toke
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -20,75 +20,85 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from emotrain.batch import Batch, Conditioning, Labels
-from emotrain.dataset.buckets import Placement, place
-from emotrain.dataset.cache import Cache, Tensors, TextRows
+from emotrain.dataset.buckets import Placement
+from emotrain.dataset.cache import Cache, Tensors
 from emotrain.dataset.captions import EMPTY, pick, uniform
-from emotrain.dataset.encode import Encoder, Item, encode_pictures, encode_texts
 from emotrain.dataset.examples import Example
-from emotrain.dataset.settings import LoaderSettings as LoaderSettings
-from emotrain.dataset.settings import settings_from as settings_from
-from emotrain.dataset.split import fingerprint, take_shard
-from emotrain.errors import DatasetError
+from emotrain.dataset.settings import LoaderSettings
+from emotrain.dataset.split import fingerprint
+from emotrain.errors import DatasetError, ResourceError
 
 NO_SHARES: Mapping[str, float] = {}
 KEPT_PLANS = 4  # epochs whose order is remembered
+DEFAULT_LIMIT = 4 * 2**30  # bytes of embeddings in memory
 
 
-def _silent(phase: str, done: int, total: int) -> None:
-    pass
+@dataclass(frozen=True)
+class Item:
+    """A picture at a placement: latents float32 [C, h, w], mask float32 [1, h, w], on the CPU."""
+
+    example: Example
+    placement: Placement
+    latents: Tensor
+    flipped: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def key(self) -> str:
+        """Distinguishes the placements of one picture."""
+        return f"{self.example.id}@{self.placement.bucket_w}x{self.placement.bucket_h}"
 
 
-def prepare(
-    family: Encoder,
-    examples: Sequence[Example],
-    settings: LoaderSettings,
-    cache: Cache | None = None,
-    progress: Callable[[str, int, int], None] = _silent,
-    *,
-    also_flipped: Collection[str] = (),
-) -> CachedDataset:
-    """Encode what the cache does not hold, and keep all of it in memory.
+class TextRows(Mapping[str, Tensors]):
+    """Embeddings per text, without the batch axis; a mapping: in memory as far as they fit, the rest from the cache.
+
+    One T5 embedding of FLUX.1 takes 4 MiB even in 16 bits, so 500 captions with 8 variants each are 16 GiB. What does
+    not fit is read when a batch asks for it: milliseconds, before a step that takes seconds on models of that size.
 
     Args:
-        family: the encoders; not needed any more afterwards.
-        examples: of `scan`, each id once; with `settings.shard`, only this machine's part is taken.
-        settings: sizes, captions, batch size, seed.
-        cache: default: `Cache()`.
-        progress: told `(phase, done, total)`; phases are "pictures" and "captions".
-        also_flipped: ids that are encoded flipped as well, besides those with `flip`.
-
-    Raises:
-        DatasetError: nothing to learn, or pictures that cannot be decoded or have changed.
-        ModelError: an encoder gives numbers that are not finite.
+        cache: where entries can be read back from.
+        limit: bytes kept in memory; texts that the cache could not keep are held above it too.
     """
-    cache = Cache() if cache is None else cache
-    chosen = take_shard(examples, settings.shard)
-    if not chosen:
-        raise DatasetError("data set holds no pictures", "`emotrain lint` says what is in a folder")
-    _check_ids(chosen)
-    work = [
-        (example, place(example.width, example.height, settings.rules))
-        for example in sorted(chosen, key=lambda example: example.id)
-    ]
-    items = encode_pictures(
-        family, work, also_flipped=also_flipped, background=settings.background, cache=cache, progress=progress
-    )
-    texts = {example.id: settings.texts(example) for example in chosen}
-    rows: Mapping[str, Tensors] = {}
-    if settings.encode_texts:
-        every = {"", *(text for several in texts.values() for text in several)}
-        if settings.class_word is not None:
-            every |= {settings.class_text(example) for example in chosen}
-        rows = encode_texts(family, every, cache=cache, progress=progress, limit=settings.text_memory)
-    return CachedDataset(items, texts, rows, settings)
 
+    def __init__(self, cache: Cache, limit: int = DEFAULT_LIMIT) -> None:
+        self.nbytes = 0
+        self._cache = cache
+        self._limit = limit
+        self._held: dict[str, Tensors] = {}
+        self._keys: dict[str, str] = {}  # of the texts that are not held
 
-def _check_ids(examples: Sequence[Example]) -> None:
-    """Two scans can give one id to different pictures; samples could then not be told apart."""
-    twice = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
-    if twice:
-        reason = f"two pictures have the id {twice[0]}"
-        raise DatasetError(reason, "give the folders of the data set and of validate different names")
+    def add(self, text: str, key: str, row: Tensors) -> None:
+        """Take a text's embeddings, whose cache entry is `key`."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in row.values())
+        if self.nbytes + size <= self._limit or not self._cache.has("texts", key):
+            self._held[text] = row
+            self.nbytes += size
+        else:
+            self._keys[text] = key
+
+    def __getitem__(self, text: str) -> Tensors:
+        """The embeddings of a text.
+
+        Raises:
+            KeyError: a text that was not added.
+            ResourceError: it lay in the cache, and is gone or damaged.
+        """
+        if text in self._held:
+            return self._held[text]
+        row = self._cache.get("texts", self._keys[text])
+        if row is None:
+            message = f"cache {self._cache.folder} was cleared or damaged while a run was using it"
+            raise ResourceError(message, "`emotrain resume` encodes the captions again and goes on")
+        return row
+
+    def __iter__(self) -> Iterator[str]:
+        """All texts."""
+        yield from self._held
+        yield from self._keys
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self._held) + len(self._keys)
 
 
 class CachedDataset:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emotrain.batch import Unpack, fill, layout
 from emotrain.families.quantize import LORA_HOLDERS
-from emotrain.transfer import Unpack, fill, layout
 
 AHEAD = 2  # blocks whose kernels may be waiting on the GPU before the host waits: more would hold more copies
 

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from emotrain.batch import fetch
 from emotrain.errors import ModelError
 from emotrain.lora import names
 from emotrain.lora import targets as rules
@@ -21,7 +22,6 @@ from emotrain.lora.half import HalfLora, HalfWeights
 from emotrain.lora.inject import activate, fitted, fitted_krons, initialise, install, set_weights
 from emotrain.lora.kron import Kron
 from emotrain.lora.lokr import HalfLokr, Lokr, attach, empty
-from emotrain.transfer import fetch
 
 STACK = "stack"
 HIDDEN = "hidden"  # the stack that samples are drawn without

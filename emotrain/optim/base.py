@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from emotrain.optim.batches import Batch, Length, fill, gather, refuse_sparse
-from emotrain.optim.kernels import correction_at
+from emotrain.optim.kernels import Batch, Length, correction_at, fill, gather, refuse_sparse
 from emotrain.optim.state import check_state, emotion_to_dict, load_tensors, reading_from_dict
 from emotrain.pulse.reading import Reading
 from emotrain.pulse.signal import (

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from emotrain.optim.base import EmoOptimizer
-from emotrain.optim.batches import Batch
-from emotrain.optim.kernels import momentum_descent
+from emotrain.optim.kernels import Batch, momentum_descent
 from emotrain.pulse.signal import Watch
 
 

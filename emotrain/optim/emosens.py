@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from emotrain.optim.base import EmoOptimizer
-from emotrain.optim.batches import Batch
-from emotrain.optim.kernels import Tensors, descend, momentum_descent
+from emotrain.optim.kernels import Batch, Tensors, descend, momentum_descent
 from emotrain.pulse.signal import Watch
 
 

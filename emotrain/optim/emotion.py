@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from emotrain.optim.base import EmoOptimizer
-from emotrain.optim.batches import Batch
-from emotrain.optim.kernels import Tensors, descend, l1_norm
+from emotrain.optim.kernels import Batch, Tensors, descend, l1_norm
 
 
 class EmoTion(EmoOptimizer):

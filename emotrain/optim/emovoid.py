@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from emotrain.optim.base import EmoOptimizer
-from emotrain.optim.batches import Batch
-from emotrain.optim.kernels import descend, l1_norm
+from emotrain.optim.kernels import Batch, descend, l1_norm
 
 HELD_STEPS = 56  # the source counts from 0 to 55
 

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from emotrain.errors import CheckpointError
-from emotrain.optim.batches import state_dtype
+from emotrain.optim.kernels import state_dtype
 from emotrain.pulse.reading import Reading
 from emotrain.pulse.state import EmotionState, state_to_dict
 

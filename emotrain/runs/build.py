@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from emotrain.batch import Batch
+from emotrain.batch import Batch, send
 from emotrain.config.builtin import is_builtin
 from emotrain.config.prompts import parse_prompt
 from emotrain.config.schema import EMO_OPTIMIZERS, Preset
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.captions import fill_trigger
-from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare, settings_from
+from emotrain.dataset.encode import prepare
+from emotrain.dataset.loader import CachedDataset
+from emotrain.dataset.settings import LoaderSettings, settings_from
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
 from emotrain.families import load_family
@@ -46,7 +48,6 @@ from emotrain.train.graphs import Graphs
 from emotrain.train.losses import LossBaseline, expected_by_bins, noise_like, sample_losses, timesteps_at, uniforms
 from emotrain.train.preservation import Preservation
 from emotrain.train.validation import Validation
-from emotrain.transfer import send
 
 Notify = Callable[[Event], None]
 VALIDATION_DRAWS = 4

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from emotrain.batch import AT_ONCE
 from emotrain.config.schema import Preset
 from emotrain.families.headers import read_json
 from emotrain.families.memory import (
@@ -35,7 +36,6 @@ from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
 from emotrain.runs.sample_base import Other
 from emotrain.train.validation import SMALL
-from emotrain.transfer import AT_ONCE
 
 EVERY_BACKEND = frozenset(BACKENDS)
 

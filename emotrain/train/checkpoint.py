@@ -378,7 +378,7 @@ def to_files(step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: 
     import torch
     from safetensors.torch import save
 
-    from emotrain.transfer import fetch
+    from emotrain.batch import fetch
 
     files = {}
     for stem, given in tensors.items():

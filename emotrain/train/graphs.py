@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.transfer import Unpack, layout, pack, send
+from emotrain.batch import Unpack, layout, pack, send
 
 WARM_UP = 1  # passes of a shape before it is recorded: libraries choose and load their kernels in it
 NEAR = 0.02  # relative difference of losses and gradients of one pass done twice: kernels add in no fixed order

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from emotrain.batch import Batch, Labels, embeddings_and_masks
+from emotrain.batch import Batch, Labels, embeddings_and_masks, send
 from emotrain.dataset.ranking import LossRecord
 from emotrain.pulse.gain import Change
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
@@ -30,7 +30,6 @@ from emotrain.train.memory import OutOfMemory, with_memory
 from emotrain.train.preservation import Preservation
 from emotrain.train.state import LIMIT, TrainState, describe
 from emotrain.train.validation import Validation
-from emotrain.transfer import send
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
@@ -143,10 +142,10 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
     takes them.
     """
     first = state.micro_step
-    shares, counts = state.suspects.shares(), state.suspects.weights()
+    shares, counts = state.suspects.shares, state.suspects.weights
     asked = (shares,) if shares else ()
     numbers = range(limits.gradient_accumulation_steps)
-    own = {i: parts.data.batch(first + i, *asked) for i in numbers if parts.ranks.has(i)}
+    own = {i: parts.data.batch(first + i, *asked) for i in numbers[parts.ranks.rank :: parts.ranks.world]}
     labels = [own[i].labels if i in own else parts.data.labels(first + i, *asked) for i in numbers]
     total = sum(len(one.ids) for one in labels)
     losses: list[Tensor] = []
@@ -184,8 +183,7 @@ def accumulate(parts: Parts, limits: Limits, state: TrainState) -> Gathered:
 def exchange(parts: Parts, limits: Limits, state: TrainState, own: Gathered | None) -> Gathered:
     """What all processes left behind together, gradients and losses added up; None: this one had no memory."""
     if own is None:
-        shares = state.suspects.shares()
-        asked = (shares,) if shares else ()
+        asked = (state.suspects.shares,) if state.suspects.shares else ()
         steps = range(state.micro_step, state.micro_step + limits.gradient_accumulation_steps)
         total = sum(len(parts.data.labels(step, *asked).ids) for step in steps)
         own = Gathered(torch.zeros(2, total, device=parts.family.device), [], [""] * total, [])

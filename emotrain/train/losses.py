@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emotrain.batch import Batch, Conditioning, TextEmbeds, embeddings_and_masks
-from emotrain.transfer import send
+from emotrain.batch import Batch, Conditioning, TextEmbeds, embeddings_and_masks, send
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective

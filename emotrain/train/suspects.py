@@ -65,18 +65,22 @@ class Suspects:
     losses: list[LossRecord] = field(default_factory=list)
     passes: int = 0  # forward passes that the contrasts took
 
+    def __post_init__(self) -> None:
+        self._count()
+
+    def _count(self) -> None:
+        """Set what the actions come to, by id, until they change: every step asks for it.
+
+        `weights` is what the gradient of a picture counts, `shares` how often it is shown in comparison with what the
+        data set says; 1 for those that are not in it.
+        """
+        how = {"leave_out": 0.0, "seldom": SELDOM}
+        self.weights = {one.id: LESS for one in self.active() if one.kind != "seldom"}
+        self.shares = {one.id: how[one.kind] for one in self.active() if one.kind in how}
+
     def active(self) -> list[Action]:
         """What is being done now."""
         return [one for one in self.actions if one.undone is None]
-
-    def weights(self) -> dict[str, float]:
-        """By id, what the gradient of a picture counts; 1 for those that are not in it."""
-        return {one.id: LESS for one in self.active() if one.kind != "seldom"}
-
-    def shares(self) -> dict[str, float]:
-        """By id, how often a picture is shown in comparison with what the data set says; 1 for those not in it."""
-        how = {"leave_out": 0.0, "seldom": SELDOM}
-        return {one.id: how[one.kind] for one in self.active() if one.kind in how}
 
     def note(self, records: Iterable[LossRecord]) -> None:
         """Remember the losses of a step."""
@@ -102,6 +106,7 @@ class Suspects:
         kept = {one.id for one in self.active()}
         begun = [Action(name, kind, step) for name, kind in sorted(wanted.items()) if name not in kept]
         self.actions += begun
+        self._count()
         return changed + begun
 
     def to_document(self) -> dict[str, Any]:

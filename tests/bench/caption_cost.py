@@ -27,9 +27,11 @@ from torch import Tensor
 
 from emotrain.dataset.buckets import BucketRules
 from emotrain.dataset.cache import Cache
+from emotrain.dataset.encode import prepare
 from emotrain.dataset.examples import Example
-from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare
+from emotrain.dataset.loader import CachedDataset
 from emotrain.dataset.scan import FolderSpec, scan
+from emotrain.dataset.settings import LoaderSettings
 
 NUM_IMAGES = 64
 ROUNDS = 40

@@ -34,7 +34,7 @@ import torch
 
 from emotrain.config.load import load_preset
 from emotrain.config.schema import Folder
-from emotrain.dataset.loader import prepare
+from emotrain.dataset.encode import prepare
 from emotrain.dataset.scan import resolve_folder, scan
 from emotrain.lora.file import read_lora
 from emotrain.runs import build

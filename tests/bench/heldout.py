@@ -13,8 +13,9 @@ from PIL import Image, ImageFilter
 
 from emotrain.config.schema import Folder
 from emotrain.dataset.buckets import BucketRules
-from emotrain.dataset.loader import LoaderSettings, prepare
+from emotrain.dataset.encode import prepare
 from emotrain.dataset.scan import scan
+from emotrain.dataset.settings import LoaderSettings
 from emotrain.diffusion import build_objective
 from emotrain.families import load_family
 from emotrain.families.base import DrawRequest

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from emotrain.config.schema import Preset
 from emotrain.dataset.cache import Cache
-from emotrain.dataset.loader import prepare
+from emotrain.dataset.encode import prepare
 from emotrain.dataset.scan import resolve_folder
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import build

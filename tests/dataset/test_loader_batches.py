@@ -13,8 +13,10 @@ import torch
 from emotrain.batch import Batch
 from emotrain.dataset.buckets import BucketRules, assign
 from emotrain.dataset.cache import Cache
-from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare
+from emotrain.dataset.encode import prepare
+from emotrain.dataset.loader import CachedDataset
 from emotrain.dataset.scan import FolderSpec, scan
+from emotrain.dataset.settings import LoaderSettings
 from emotrain.dataset.split import example_digests, fingerprint, split_held_out, take_shard
 from emotrain.errors import ConfigError, DatasetError
 

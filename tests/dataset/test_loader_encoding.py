@@ -14,8 +14,10 @@ from emotrain.config.schema import DatasetSection
 from emotrain.dataset.buckets import BucketRules
 from emotrain.dataset.cache import Cache
 from emotrain.dataset.cachedir import entry_path
-from emotrain.dataset.loader import CachedDataset, LoaderSettings, prepare, settings_from
+from emotrain.dataset.encode import prepare
+from emotrain.dataset.loader import CachedDataset
 from emotrain.dataset.scan import FolderSpec, scan
+from emotrain.dataset.settings import LoaderSettings, settings_from
 from emotrain.errors import ConfigError, DatasetError, ModelError, ResourceError
 
 RULES = BucketRules((64,), 8)

@@ -26,9 +26,9 @@ from newer_models import pipeline_of
 from stages import CUDA, Trainer
 from torch import Tensor
 
+from emotrain.batch import send
 from emotrain.families import load_family
 from emotrain.train.graphs import Graphs, Work
-from emotrain.transfer import send
 
 HOST = ("syncs", "h2d", "d2h", "pageable")
 

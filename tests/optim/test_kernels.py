@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.optim import EmoAiry, EmoCats, EmoSens, kernels
-from emotrain.optim.batches import chunks
+from emotrain.optim.kernels import chunks
 from emotrain.optim.registry import EMO
 
 KINDS = [(name, generation) for name, cls in EMO.items() for generation in cls.generations]

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_run import SCHEDULER, FakeData, FakeFamily
 
+from emotrain.batch import fill, layout, send
 from emotrain.diffusion import build_objective
 from emotrain.train.losses import sample_losses
-from emotrain.transfer import fill, layout, send
 
 ELSEWHERE = torch.device("meta")
 

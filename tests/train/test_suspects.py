@@ -55,11 +55,11 @@ def test_a_caption_that_suits_no_better_acts_and_is_undone_when_the_evidence_goe
     suspects = told()
     assert suspects.decide(10, mode) == [Action("p03", mode, 10)]
     assert suspects.decide(20, mode) == []
-    assert suspects.weights() == {"p03": 0.1}
-    assert suspects.shares() == ({"p03": 0.0} if mode == "leave_out" else {})
+    assert suspects.weights == {"p03": 0.1}
+    assert suspects.shares == ({"p03": 0.0} if mode == "leave_out" else {})
     suspects.contrasts["p03"] = contrast("p03", 0.6)
     assert suspects.decide(30, mode) == [Action("p03", mode, 10, undone=30)]
-    assert suspects.weights() == suspects.shares() == {}
+    assert suspects.weights == suspects.shares == {}
     suspects.contrasts["p03"] = contrast("p03", -0.1)
     assert suspects.decide(40, mode) == [Action("p03", mode, 40)]
     assert [one.describe()[-21:] for one in suspects.actions][0].endswith("from step 10 to 30")
@@ -69,8 +69,8 @@ def test_a_memorised_picture_is_shown_a_quarter_as_often() -> None:
     suspects = Suspects()
     suspects.note(losses("p05"))
     assert suspects.decide(12, "weigh") == [Action("p05", "seldom", 12)]
-    assert suspects.shares() == {"p05": 0.25}
-    assert suspects.weights() == {}
+    assert suspects.shares == {"p05": 0.25}
+    assert suspects.weights == {}
 
 
 def test_nothing_is_done_where_nothing_stands_out_or_the_model_hears_no_captions() -> None:

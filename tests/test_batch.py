@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emotrain import transfer
+from emotrain import batch
 
 
 def several() -> list[torch.Tensor]:
@@ -27,7 +27,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_copies_have_memory_of_their_own() -> None:
     whole = torch.arange(12.0)
     parameters = [torch.nn.Parameter(whole[:6].view(2, 3)), torch.nn.Parameter(whole[6:])]
-    for copy, parameter in zip(transfer.fetch(parameters), parameters, strict=True):
+    for copy, parameter in zip(batch.fetch(parameters), parameters, strict=True):
         assert same(copy, parameter.detach())
         assert copy.untyped_storage().nbytes() == copy.nbytes
         assert copy.data_ptr() != parameter.data_ptr()
@@ -36,7 +36,7 @@ def test_copies_have_memory_of_their_own() -> None:
 
 def test_packed_and_unpacked_they_are_the_same() -> None:
     given = sorted(several(), key=lambda tensor: -tensor.element_size())
-    for copy, tensor in zip(transfer._fetch_packed(given), given, strict=True):
+    for copy, tensor in zip(batch._fetch_packed(given), given, strict=True):
         assert same(copy, tensor)
         assert copy.is_contiguous()
         assert copy.untyped_storage().nbytes() == copy.nbytes
@@ -46,16 +46,16 @@ def test_packed_and_unpacked_they_are_the_same() -> None:
 def test_they_come_in_pieces_of_a_size(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not on the CPU is packed: here everything is taken for such."""
     pieces = []
-    packed = transfer._fetch_packed
+    packed = batch._fetch_packed
 
     def fetch_packed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         pieces.append(sum(tensor.nbytes for tensor in tensors))
         return packed([torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors])
 
-    monkeypatch.setattr(transfer, "AT_ONCE", at_once)
-    monkeypatch.setattr(transfer, "_fetch_packed", fetch_packed)
+    monkeypatch.setattr(batch, "AT_ONCE", at_once)
+    monkeypatch.setattr(batch, "_fetch_packed", fetch_packed)
     given = [tensor.to("meta") for tensor in several()]
-    found = transfer.fetch(given)
+    found = batch.fetch(given)
     assert [(one.shape, one.dtype) for one in found] == [(one.shape, one.dtype) for one in given]
     assert sum(pieces) == sum(tensor.nbytes for tensor in given)
     assert len(pieces) == {1: 8 - 1, 40: len(pieces), 2**20: 1}[at_once] or at_once == 1
