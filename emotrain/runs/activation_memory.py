@@ -220,6 +220,11 @@ def build_on_meta(family: str, config: dict[str, Any], dtype: torch.dtype) -> nn
     return model.requires_grad_(False).eval()
 
 
+def num_parameters(family: str, config: dict[str, Any]) -> int:
+    """Of a denoiser."""
+    return sum(p.numel() for p in build_on_meta(family, config, torch.float32).parameters())
+
+
 def measure(
     family: str,
     config: dict[str, Any],

@@ -19,12 +19,14 @@ from emotrain.errors import ResourceError
 from emotrain.families.component import weight_files
 from emotrain.families.headers import own_name, read_header
 from emotrain.families.hub import fetched_folder
-from emotrain.families.memory import GIB, ON_CPU, MemoryPlan
+from emotrain.families.memory import GIB, ON_CPU, VAE_ENCODER_GIB, VAE_GIB, MemoryPlan
 from emotrain.families.ram import Ram
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
 from emotrain.families.stored import kept_names
+from emotrain.families.texts import encoder_parameters
+from emotrain.runs.activation_memory import num_parameters
 from emotrain.runs.plan_memory import Memory
 
 PROGRAM_GIB = 0.7  # Python and the libraries
@@ -106,7 +108,7 @@ def plan_without_gpu(weights: Weights) -> RamPlan:
 
 
 def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: Sniffed | None = None) -> Weights:
-    """Of a model's files, by their headers; a file that is not there yet does not count.
+    """Of a model's files, by their headers; what of the hub is not there yet counts as stored in `dtype`, by its sizes.
 
     Args:
         found: the model.
@@ -136,7 +138,20 @@ def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: S
             else:
                 whole[of] += count * wanted.itemsize
                 copied[of] += count * wanted.itemsize * (stored != TYPES[wanted])
+    there = {part for part, _ in files}
+    if found.kind == "hub":
+        whole.update({part: size for part, size in _sizes(found, dtype).items() if part not in there})
+    if other is not None and other.kind == "hub" and "other" not in there:
+        whole["other"] = _sizes(other, dtype)["denoiser"]
     return Weights(whole.total() / GIB, {part: size / GIB for part, size in copied.items()})
+
+
+def _sizes(found: Sniffed, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each part of a model that is not here."""
+    known = FAMILIES[found.family].variants.get(found.variant)
+    denoiser = known.parameters if known is not None else num_parameters(found.family, found.denoiser_config)
+    texts, vae = sum(encoder_parameters(found).values()), int((VAE_GIB + VAE_ENCODER_GIB) * GIB)
+    return {"denoiser": denoiser * dtype.itemsize, "text": texts * dtype.itemsize, "vae": vae}
 
 
 def _files(found: Sniffed, model: ModelSection) -> Iterator[tuple[str, Path]]:

@@ -25,6 +25,7 @@ from emotrain.families.memory import GIB
 from emotrain.families.offload import offload_blocks
 from emotrain.families.ram import Ram
 from emotrain.families.registry import FAMILIES
+from emotrain.families.sniff_file import public_model
 from emotrain.families.table import sniff
 from emotrain.runs import loaded, plan, preflight
 from emotrain.runs.plan_ram import RamPlan, Weights, plan_ram, room, weights_of
@@ -111,6 +112,28 @@ def test_what_is_not_mapped_from_its_file_is_counted_as_copied(
     assert (copied["denoiser"] == 0) == (dtype == "fp32")
     held = [family.denoiser, family.vae, *(part.encoder for part in family.text_encoders)]
     assert counted.whole * GIB == pytest.approx(sum(p.nbytes for one in held for p in one.parameters()), rel=0.02)
+
+
+def test_what_of_the_hub_is_not_here_counts_by_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU a model of 24 GB would be fetched, and then not be loaded."""
+    public = public_model("stabilityai/stable-diffusion-xl-base-1.0")
+    assert public is not None
+    found, section = replace(public, kind="hub"), ModelSection(base=str(public.path))
+    texts, vae = 123_060_480 + 694_659_840, 0.33 * GIB
+    counted = weights_of(found, section, torch.float32)
+    assert counted.whole * GIB == pytest.approx(4 * (2_567_463_684 + texts) + vae, rel=1e-6)
+    assert not counted.copied
+    (tmp_path / "unet").mkdir()
+    save_file({"conv_in.weight": torch.zeros(1000, dtype=torch.float16)}, tmp_path / "unet" / "a.safetensors")
+    monkeypatch.setattr("emotrain.runs.plan_ram.fetched_folder", {str(public.path): tmp_path}.get)
+    counted = weights_of(found, section, torch.float32)
+    assert counted.whole * GIB == pytest.approx(4 * (1000 + texts) + vae, rel=1e-6)
+    assert counted.copied["denoiser"] * GIB == 4000
+    other = replace(
+        found, path="a/b", variant="custom", denoiser_config={**public.denoiser_config, "layers_per_block": 1}
+    )
+    drawn = weights_of(replace(found, kind="folder", path=tmp_path), section, torch.float32, other).whole
+    assert 1.5e9 * 4 < drawn * GIB < 2.5e9 * 4
 
 
 @pytest.fixture
