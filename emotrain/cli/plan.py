@@ -66,7 +66,7 @@ def plan(
 
 def _show(made: Plan) -> None:
     from emotrain.families.table import FAMILIES
-    from emotrain.runs.plan import RANGE, rounded_epochs, second_gpu
+    from emotrain.runs.plan import RANGE, rounded_epochs
 
     work, found = made.work, made.found
     size = "x".join(map(str, work.largest.size))
@@ -80,7 +80,7 @@ def _show(made: Plan) -> None:
         [
             ("model", f"{model}, {_millions(made.num_parameters)} parameters in {made.dtype}"),
             ("LoRA", f"{modules}, {_millions(made.num_trained)} parameters"),
-            ("data", f"{data} in {work.buckets} buckets, the largest {size}"),
+            ("data", f"{data} in {work.buckets} bucket{'s' * (work.buckets != 1)}, the largest {size}"),
             *([("balance", ", ".join(share.describe() for share in work.shares))] if work.shares else []),
             ("steps", f"{steps}, which is {rounded_epochs(made)} epochs"),
         ]
@@ -99,25 +99,14 @@ def _show(made: Plan) -> None:
     output.result("")
     output.table([(name, _size(gib)) for name, gib in made.ram.stages], header=("the computer's memory", ""))
     output.result("")
-    output.table([(name, _size(gib)) for name, gib in made.savings], header=("switch", "saves"))
-    output.result("")
+    if made.savings:
+        output.table([(name, _size(gib)) for name, gib in made.savings], header=("switch", "saves"))
+        output.result("")
     output.table([(f"{size} GB", _verdict(memory, made.ram_by_size[size])) for size, memory in made.verdicts])
     output.result("")
     output.table([(name, _size(gib)) for name, gib in made.disk], header=("disk", ""))
     output.result("")
-    second = second_gpu(made)
-    times = " or ".join(f"{seconds * 1000:,.0f} ms over {name}" for name, seconds in second.exchange_s.items())
-    output.table(
-        [
-            (
-                "a second GPU",
-                f"`--gpus 2`: {second.samples} pictures a step, {second.steps_per_epoch:g} steps an epoch",
-            ),
-            ("", f"a step takes as long as on one, and {times} for the exchange"),
-            ("", f"as much memory on each, and {_size(second.more_gib)}"),
-            ("", f"{_size(made.ram.needed(2))} of the computer's memory in place of {_size(made.ram.needed())}"),
-        ]
-    )
+    output.table(_with_a_second_gpu(made))
     output.result("")
     if made.free_gib is None:
         output.result("this machine: no GPU was found, so there is nothing to compare with")
@@ -140,3 +129,19 @@ def _verdict(memory: MemoryPlan, ram: RamPlan) -> str:
     means += [f"{ram.locked:.1f} GiB of frozen layers in the computer's memory"] if memory.offload else []
     verdict = f"fits, {memory.needed_gib:.1f} GiB" if memory.fits else f"too small, {memory.needed_gib:.1f} GiB"
     return f"{verdict}, with {' and '.join(means)}" if means else verdict
+
+
+def _with_a_second_gpu(made: Plan) -> list[tuple[str, str]]:
+    from emotrain.runs.plan import second_gpu
+
+    second = second_gpu(made)
+    times = " or ".join(f"{seconds * 1000:,.0f} ms over {name}" for name, seconds in second.exchange_s.items())
+    return [
+        (
+            "a second GPU",
+            f"`--gpus 2`: {second.samples} pictures a step, {second.steps_per_epoch:g} steps an epoch",
+        ),
+        ("", f"a step takes as long as on one, and {times} for the exchange"),
+        ("", f"as much memory on each, and {_size(second.more_gib)}"),
+        ("", f"{_size(made.ram.needed(2))} of the computer's memory in place of {_size(made.ram.needed())}"),
+    ]

@@ -44,9 +44,10 @@ def lint_folder(path: str, options: Options | None = None) -> Report:
         rules = BucketRules((model.resolution,), model.bucket_step)
         assumed = f"held against {model.resolution} px, the size of the built-in models"
     else:
-        side = usual_resolution(found.examples) or USUAL[-1]
-        rules = BucketRules((side,))
-        assumed = f"held against {side} px, the largest of 1024, 768 and 512 that half reach"
+        reached = usual_resolution(found.examples)
+        rules = BucketRules((reached or USUAL[-1],))
+        why = "the largest of 1024, 768 and 512 that half reach" if reached else "which more than half do not reach"
+        assumed = f"held against {reached or USUAL[-1]} px, {why}"
     settings = LintSettings(previews=options.previews, rules=rules)
     report = lint(found, settings, workers=options.workers, progress=options.progress)
     return replace(report, assumed=assumed)

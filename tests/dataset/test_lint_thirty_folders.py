@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from emotrain.cli.app import main
+from emotrain.runs.lint import lint_folder
 
 
 def lint(root: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -187,6 +188,12 @@ CASES: dict[str, tuple[Case, int, str | None, str]] = {
     "30 orphan caption": (lambda make: {"gone.txt": "a cat"}, 0, "orphan-caption", "warning"),
     "30 HEIC": (lambda make: {"phone.heic": b"\0\0\0\x18ftypheic"}, 0, "unsupported", "warning"),
 }  # fmt: skip
+
+
+def test_the_size_that_was_assumed_is_said_with_its_reason(folder: Any, make: Any) -> None:
+    for sides, words in (((600, 700, 90), "512 px, the largest of"), ((90, 80, 700), "512 px, which more than half")):
+        root = folder({f"{side}.png": make.encode(picture(side, side)) for side in sides})
+        assert words in lint_folder(str(root)).assumed
 
 
 @pytest.mark.parametrize("name", CASES)

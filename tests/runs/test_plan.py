@@ -198,6 +198,15 @@ def test_plan_says_exit_6_where_it_does_not_fit(monkeypatch: Any, capsys: Any) -
     assert "GPU memory are free" in said.err
     assert "hint: `" in said.err
     assert "8 GB" in said.out
+    assert "\nswitch " in said.out
+
+
+def test_plan_names_no_switch_where_none_saves(monkeypatch: Any, capsys: Any) -> None:
+    few = ("--set", "train.micro_batch_size=1", "--set", "dataset.resolution=32", "--set", "dataset.buckets.min=32")
+    assert main(["plan", "quickstart", *few]) == 0
+    said = capsys.readouterr().out
+    assert "\nswitch " not in said
+    assert " in 1 bucket, " in said
 
 
 def test_optimizer_state_is_counted_by_looking(sdxl_preset: Path) -> None:
