@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.errors import ModelError
-from emotrain.families.base import DrawRequest, TextEncoderPart
 from emotrain.families.memory import TILE, MemoryPlan
 from emotrain.families.offload import offload_blocks
 from emotrain.families.quantize import RoundedLinear, WithoutWeight, make_plain, quantize_linears
@@ -27,6 +26,30 @@ from emotrain.families.registry import FAMILIES
 # a little ragged, and above 2 the colours of what the model knows less well run together.
 SMALL_MODEL_GUIDANCE = 2.0
 SAMPLED_VALUES = 65_536  # per tensor, evenly spread: enough to notice any retrained or merged tensor
+
+
+@dataclass
+class TextEncoderPart:
+    """One text encoder with its tokenizer; `name` as in the diffusers folder: text_encoder, text_encoder_2, ..."""
+
+    name: str
+    encoder: nn.Module
+    tokenizer: Any
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """One sample: text embeddings (positive and negative), size in pixels, seed."""
+
+    text: TextEmbeds
+    negative: TextEmbeds
+    width: int
+    height: int
+    seed: int
+    steps: int = 20
+    guidance: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,7 +109,15 @@ def digest_encoder(part: TextEncoderPart) -> str:
 
 
 class LoadedFamily(ABC):
-    """A model whose parameters are all frozen; see `families.base.Family` for what each method promises."""
+    """A loaded model, all of its parameters frozen; the LoRA is added to `denoiser` by `lora.adapter`.
+
+    Attributes:
+        vae: None once freed.
+        text_encoders: empty once freed.
+        trained_encoders: names of those that carry a LoRA; they are never freed.
+        dtype: of the denoiser's arithmetic.
+        vae_scale: pixels per latent: 8 on most models.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.name = parts.name
@@ -200,9 +231,9 @@ class LoadedFamily(ABC):
 
     # ------------------------------------------------------------ the denoiser
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+    def text_shapes(cls, config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shape of each text embedding of one caption, by the denoiser's config: what `predict` takes."""
 
     def num_image_tokens(self, height: int, width: int) -> int:
@@ -212,7 +243,10 @@ class LoadedFamily(ABC):
 
     @abstractmethod
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
-        """The denoiser's output, float32 [B, C, H, W]; see `Family.predict`."""
+        """The denoiser's output, float32 [B, C, H, W].
+
+        `timesteps` float32 [B]: SD 0..999 (whole numbers); flow models sigma in 0..1.
+        """
 
     def _inputs(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds) -> tuple[Tensor, Tensor, TextEmbeds]:
         """To the device; latents and embeddings in the denoiser's dtype, timesteps in float32."""
@@ -319,13 +353,40 @@ class PipelineFamily(LoadedFamily):
             kwargs[encoder.tokenizer_name] = part.tokenizer if part else None
         return kwargs
 
-    @abstractmethod
-    def pipeline(self, **parts: Any) -> Any:
-        """A diffusers pipeline around the live modules; freed encoders are None in it."""
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> TextEmbeds:
+        """What `encode_with_grad` gives, float32 on the CPU, a row per text."""
+        return self.to_rows(self.encode_with_grad(texts))
 
-    @abstractmethod
+    @classmethod
+    def text_shapes(cls, config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Tokens and one pooled embedding."""
+        return {
+            "prompt_embeds": (num_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
+    def pipeline(self) -> Any:
+        """The stock pipeline around the live modules; freed encoders are None in it."""
+        import diffusers
+
+        spec = FAMILIES[self.name]
+        parts = {"vae": self.vae, spec.denoiser: self.denoiser, "scheduler": self.fresh_scheduler()}
+        return getattr(diffusers, spec.pipeline)(**parts, **self.encoder_kwargs(), **self.pipeline_settings())
+
+    def pipeline_settings(self) -> dict[str, Any]:
+        """What the pipeline is told besides its parts."""
+        return {}
+
     def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
-        """Arguments of the pipeline's call for these embeddings; `guidance` None is the model's usual one."""
+        """Arguments of the pipeline's call: classifier-free guidance; `guidance` None is the model's usual one."""
+        without = {f"negative_{key}": value for key, value in negative.items()}
+        return {**text, **without, "guidance_scale": self.usual_guidance if guidance is None else guidance}
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance of samples."""
+        return FAMILIES[self.name].guidance
 
     def draw(self, request: DrawRequest, text: TextEmbeds, negative: TextEmbeds) -> Tensor:
         """Scaled latents [1, C, H, W] by the stock pipeline; embeddings are on the device."""

@@ -15,14 +15,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.diffusion import mu_for
-from emotrain.families.base import DrawRequest, TextEncoderPart
-from emotrain.families.common import LoadedFamily
+from emotrain.families.common import DrawRequest, LoadedFamily, TextEncoderPart
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import latent_channels
 
 
 class FlowFamily(LoadedFamily):
     """A rectified flow whose text encoder is never trained."""
+
+    text_width = "joint_attention_dim"  # of one embedding: a key of the denoiser's config
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
         """The cached embeddings: no text encoder of these families is trained."""
@@ -39,6 +40,11 @@ class FlowFamily(LoadedFamily):
         rows = [self.encode_one(part, text).cpu() for text in texts]
         real = [torch.ones(row.shape[0], dtype=torch.bool) for row in rows]
         return {"prompt_embeds": pad_sequence(rows, True), "prompt_mask": pad_sequence(real, True)}
+
+    @classmethod
+    def text_shapes(cls, config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """One embedding a token."""
+        return {"prompt_embeds": (num_tokens, getattr(config, cls.text_width))}
 
     @abstractmethod
     def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:

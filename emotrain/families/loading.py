@@ -74,25 +74,52 @@ def family_class(name: str) -> type[LoadedFamily]:
     return found
 
 
-def load(
+def load_family(
     base: str,
     *,
-    family: str,
-    vae: str | None,
-    text_encoder: str | None,
-    tokenizer: str | None,
-    revision: str | None,
-    dtype: str,
-    quantize: str,
-    quantize_text_encoders: str,
-    plan: MemoryPlan | None,
-    device: str,
-    gradient_checkpointing: bool | str,
+    family: str = "auto",
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantize: str = "none",
+    quantize_text_encoders: str = "auto",
+    plan: MemoryPlan | None = None,
+    device: str = "auto",
+    gradient_checkpointing: bool | str = "auto",
     prediction: str = "auto",
     clip_skip: int | str = "auto",
     kept: KeptBase | None = None,
 ) -> LoadedFamily:
-    """See `emotrain.families.load_family`."""
+    """Load a model, frozen, ready for a LoRA.
+
+    Args:
+        base: a .safetensors file, a diffusers folder, a hub id, or `builtin:tiny-sd` | `builtin:tiny-flux`.
+        family: auto, or the family that it has to be.
+        vae: another VAE: a diffusers folder, a hub id or a file.
+        text_encoder: of a single file without one: a file or a folder.
+        tokenizer: a folder with its tokenizer.
+        revision: a hub id's branch, tag or commit.
+        dtype: auto | bf16 | fp16 | fp32, of the denoiser and the text encoders; auto is bf16 on GPUs that have it,
+            fp16 on others, fp32 on the CPU.
+        quantize: none | int8 | nf4 | fp8, of the frozen denoiser.
+        quantize_text_encoders: none | int8 | nf4 | fp8, of T5 and language models; auto is none.
+        plan: what is done to fit into the GPU; without one what is named here.
+        device: auto | cuda | mps | cpu.
+        gradient_checkpointing: whether activations are computed again in the backward pass; auto is not.
+        prediction: auto | epsilon | v | flow, where the files do not say it or say it wrongly.
+        clip_skip: which layer of CLIP the prompt is taken from: 1 is the last; auto is the family's own.
+        kept: what the run before in a queue has loaded, and what is kept for the next.
+
+    Returns:
+        The family; `placement` says in one sentence what was decided about memory.
+
+    Raises:
+        ConfigError: an unknown name.
+        ModelError: the model is missing, not readable or not of that family.
+        ResourceError: a device that is not there.
+    """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     found = sniff(base, family, revision, prediction)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from emotrain.errors import ModelError
-from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import TextEncoderPart
 from emotrain.families.component import guard, known_class, load_one, load_whole, refuse_filled_up
 from emotrain.families.headers import read_index
 from emotrain.families.registry import FAMILIES

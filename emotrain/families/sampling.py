@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from emotrain.families.base import DrawRequest
-from emotrain.families.common import LoadedFamily, to_device
+from emotrain.families.common import DrawRequest, LoadedFamily, to_device
 
 
 def draw_sample(family: LoadedFamily, request: DrawRequest) -> Image.Image:

@@ -22,10 +22,10 @@ from emotrain.dataset.loader import CachedDataset
 from emotrain.dataset.settings import LoaderSettings, settings_from
 from emotrain.diffusion import Objective, build_objective
 from emotrain.errors import ConfigError
-from emotrain.families import load_family
 from emotrain.families.blocks import can_compile, compile_blocks
 from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.kept import KeptBase
+from emotrain.families.loading import load_family
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.quantize import RoundedLinear
 from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from emotrain.batch import TextEmbeds
 from emotrain.config.prompts import SamplePrompt
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sampling import draw_sample
 from emotrain.files import fsync_file, fsync_folder, replace_file

@@ -15,11 +15,10 @@ from torch import nn
 
 from emotrain.config.schema import Preset
 from emotrain.errors import ModelError
-from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily, config_values, digest_module
 from emotrain.families.component import guard
 from emotrain.families.fitting import refuse_misfit
-from emotrain.families.loading import load_beside
+from emotrain.families.loading import load_beside, load_family
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.sniff_file import public_model, refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff

@@ -23,7 +23,7 @@ from emotrain.train.validation import part
 if TYPE_CHECKING:
     from emotrain.batch import TextEmbeds
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family
+    from emotrain.families.common import LoadedFamily
 
 Caption = tuple[str, "TextEmbeds"]  # with its row of cached embeddings; none where text encoders are trained
 TOGETHER = 16  # samples in one forward pass at most ...
@@ -40,7 +40,7 @@ class Pictures(Protocol):
 
 @torch.no_grad()
 def contrastive_losses(
-    family: Family,
+    family: LoadedFamily,
     objective: Objective,
     data: Pictures,
     captions: Mapping[str, str],
@@ -85,7 +85,7 @@ def contrastive_losses(
 
 @torch.no_grad()
 def one_draw(
-    family: Family,
+    family: LoadedFamily,
     objective: Objective,
     data: Pictures,
     captions: Mapping[str, str],
@@ -131,7 +131,7 @@ def _picture(data: Pictures, name: str, others: Sequence[str]) -> tuple[Batch, l
 
 
 def _losses(
-    family: Family,
+    family: LoadedFamily,
     objective: Objective,
     single: Batch,
     captions: Sequence[Caption],

@@ -33,7 +33,7 @@ from emotrain.train.validation import Validation
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family
+    from emotrain.families.common import LoadedFamily
     from emotrain.lora.adapter import Adapter
     from emotrain.optim.protocol import OptimizerLike
     from emotrain.pulse.stopping import StopRule
@@ -70,7 +70,7 @@ class Data(Protocol):
 class Parts:
     """What one run is made of. `save` and `sample` are called between steps and must leave training untouched."""
 
-    family: Family
+    family: LoadedFamily
     objective: Objective
     adapter: Adapter
     optimizer: OptimizerLike

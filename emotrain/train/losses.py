@@ -17,7 +17,7 @@ from emotrain.batch import Batch, Conditioning, TextEmbeds, embeddings_and_masks
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family
+    from emotrain.families.common import LoadedFamily
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -40,7 +40,7 @@ def uniforms(seed: int, first: int, count: int) -> Tensor:
     return u.clamp(max=1 - 1e-7).float()
 
 
-def timesteps_at(family: Family, objective: Objective, u: Tensor, latents: Tensor) -> Tensor:
+def timesteps_at(family: LoadedFamily, objective: Objective, u: Tensor, latents: Tensor) -> Tensor:
     """Timesteps [B] at the places `u` [B] of their density, for pictures whose latents have the size of `latents`.
 
     The one way to timesteps: some flow models shift them by the number of image tokens, which the family counts.
@@ -49,12 +49,12 @@ def timesteps_at(family: Family, objective: Objective, u: Tensor, latents: Tenso
     return timesteps_of(family, objective, u, (height, width))
 
 
-def timesteps_of(family: Family, objective: Objective, u: Tensor, latent_size: tuple[int, int]) -> Tensor:
+def timesteps_of(family: LoadedFamily, objective: Objective, u: Tensor, latent_size: tuple[int, int]) -> Tensor:
     """As `timesteps_at`, for latents of this height and width."""
     return objective.timesteps(u, family.num_image_tokens(*latent_size))
 
 
-def text_of(family: Family, texts: Sequence[str], cached: Mapping[str, Tensor]) -> TextEmbeds:
+def text_of(family: LoadedFamily, texts: Sequence[str], cached: Mapping[str, Tensor]) -> TextEmbeds:
     """What the denoiser is told: `cached` embeddings, or fresh ones where text encoders are trained.
 
     Fresh ones carry gradients, and are those of the encoders as they are now: with the adapter on or off.
@@ -89,7 +89,7 @@ def _asked(batch: Batch, noisy: Tensor, timesteps: Tensor) -> list[Tensor]:
     return [noisy, timesteps, sizes.original_sizes, sizes.crop_top_lefts, sizes.target_sizes, *embeddings]
 
 
-def _predicted(family: Family, batch: Batch, there: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _predicted(family: LoadedFamily, batch: Batch, there: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The denoiser's output for `_asked` on the device, and what came after that."""
     noisy, timesteps, original, crop, target, *rest = there
     keys, masks = embeddings_and_masks(batch.text)
@@ -98,12 +98,12 @@ def _predicted(family: Family, batch: Batch, there: Sequence[Tensor]) -> tuple[T
     return family.predict(noisy, timesteps, told, Conditioning(original, crop, target)).float(), rest[len(keys) :]
 
 
-def predict(family: Family, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+def predict(family: LoadedFamily, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """The denoiser's output for a batch, float32 [B, C, H, W]; `noisy` and `timesteps` [B] are on the CPU."""
     return _predicted(family, batch, send(_asked(batch, noisy, timesteps), family.device))[0]
 
 
-def losses_there(family: Family, batch: Batch, there: Sequence[Tensor]) -> Tensor:
+def losses_there(family: LoadedFamily, batch: Batch, there: Sequence[Tensor]) -> Tensor:
     """See `sample_losses`; `there` is what `inputs` gave, on the device."""
     prediction, (target, weight, *masks) = _predicted(family, batch, there)
     error = (prediction - target).pow(2)
@@ -112,7 +112,7 @@ def losses_there(family: Family, batch: Batch, there: Sequence[Tensor]) -> Tenso
     return error.mean(dim=(1, 2, 3)) * weight
 
 
-def sample_losses(family: Family, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+def sample_losses(family: LoadedFamily, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Mean squared error of each sample, weighted by mask and noise level but not by the data set: float32 [B]."""
     return losses_there(family, batch, send(inputs(objective, batch, noise, timesteps), family.device))
 

@@ -15,7 +15,7 @@ from emotrain.train.losses import noise_like, sample_losses, timesteps_at, unifo
 
 if TYPE_CHECKING:
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family
+    from emotrain.families.common import LoadedFamily
     from emotrain.lora.adapter import Adapter
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def describe(batch: Batch, vae_scale: int) -> str:
 
 
 def rehearse(
-    family: Family,
+    family: LoadedFamily,
     objective: Objective,
     adapter: Adapter,
     batch: Batch,

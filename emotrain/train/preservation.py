@@ -18,7 +18,7 @@ from emotrain.train.losses import predict
 
 if TYPE_CHECKING:
     from emotrain.batch import Batch, TextEmbeds
-    from emotrain.families.base import Family
+    from emotrain.families.common import LoadedFamily
     from emotrain.lora.adapter import Adapter
 
 EVERY = 2  # steps: one of so many preserves
@@ -33,7 +33,7 @@ class Preservation:
     trained, which then encode them anew.
     """
 
-    family: Family
+    family: LoadedFamily
     adapter: Adapter
     texts_of: Callable[[Sequence[str]], tuple[tuple[str, ...], TextEmbeds]]
 

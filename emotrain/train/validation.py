@@ -21,7 +21,7 @@ from emotrain.train.losses import GOLDEN, predict, sample_losses, timesteps_at
 if TYPE_CHECKING:
     from emotrain.batch import TextEmbeds
     from emotrain.diffusion import Objective
-    from emotrain.families.base import Family
+    from emotrain.families.common import LoadedFamily
     from emotrain.lora.adapter import Adapter
 
 
@@ -75,7 +75,7 @@ class Validation:
 
     def __init__(
         self,
-        family: Family,
+        family: LoadedFamily,
         objective: Objective,
         adapter: Adapter,
         batches: Sequence[Batch],

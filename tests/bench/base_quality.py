@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
+from emotrain.families.loading import load_family
 from emotrain.families.sampling import draw_sample
 
 PICTURES = Path(__file__).parent / "base_pictures"

@@ -17,8 +17,8 @@ from emotrain.dataset.encode import prepare
 from emotrain.dataset.scan import scan
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.diffusion import build_objective
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
+from emotrain.families.loading import load_family
 from emotrain.families.sampling import draw_sample
 from emotrain.lora.adapter import adapter_like
 from emotrain.lora.file import read_lora

@@ -34,8 +34,8 @@ from newer_models import pipeline_of  # noqa: E402
 
 from emotrain.batch import Conditioning  # noqa: E402
 from emotrain.cli.app import main as emotrain  # noqa: E402
-from emotrain.families import load_family  # noqa: E402
 from emotrain.families.krea2 import model as krea2  # noqa: E402
+from emotrain.families.loading import load_family  # noqa: E402
 from emotrain.families.table import ASSETS  # noqa: E402
 from emotrain.lora.adapter import adapter_like  # noqa: E402
 from emotrain.lora.file import read_lora  # noqa: E402

@@ -14,9 +14,8 @@ from newer_models import anima_files, anima_parts, denoiser_of
 
 from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
-from emotrain.families.common import LoadedFamily
+from emotrain.families.common import DrawRequest, LoadedFamily
+from emotrain.families.loading import load_family
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from emotrain.config.load import load
-from emotrain.families import load_family
+from emotrain.families.loading import load_family
 from emotrain.runs import start
 
 TEXTS = ["tiger face", "", "inkmoji, two birds on a wire"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from emotrain.batch import Conditioning
 from emotrain.config.load import load_preset
-from emotrain.families import load_family
 from emotrain.families.blocks import checkpoint_blocks, compile_blocks
+from emotrain.families.loading import load_family
 from emotrain.families.table import FAMILIES
 from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.lora.half import HalfLora

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from emotrain.batch import Conditioning
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
 from emotrain.families.flux.model import image_ids, pack, unpack
+from emotrain.families.loading import load_family
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 

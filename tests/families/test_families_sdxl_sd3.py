@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from emotrain.batch import Conditioning
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
+from emotrain.families.loading import load_family
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
 

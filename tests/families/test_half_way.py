@@ -12,9 +12,9 @@ from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.diffusion import build_objective
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
 from emotrain.families.flux.model import pack
+from emotrain.families.loading import load_family
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import ASSETS
 

@@ -122,7 +122,7 @@ def test_what_a_vae_holds_is_what_is_counted(size: int) -> None:
 
 
 def test_a_vae_in_tiles_gives_nearly_the_same_picture() -> None:
-    from emotrain.families import load_family
+    from emotrain.families.loading import load_family
 
     family = load_family("builtin:tiny-sd", device="cpu")
     latents = torch.randn(1, family.vae.config.latent_channels, 160, 96, generator=torch.Generator().manual_seed(0))

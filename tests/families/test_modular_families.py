@@ -18,8 +18,8 @@ from torch import Tensor
 from emotrain.batch import Conditioning
 from emotrain.cli.app import main
 from emotrain.errors import ModelError
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
+from emotrain.families.loading import load_family
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff

@@ -21,10 +21,10 @@ from emotrain.batch import Conditioning
 from emotrain.cli.app import main
 from emotrain.diffusion import shift_for
 from emotrain.errors import ModelError
-from emotrain.families import load_family, quantize
-from emotrain.families.base import DrawRequest
+from emotrain.families import quantize
+from emotrain.families.common import DrawRequest
 from emotrain.families.flux.model import unpack
-from emotrain.families.loading import family_class
+from emotrain.families.loading import family_class, load_family
 from emotrain.families.quantize import RoundedLinear
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sampling import draw_sample

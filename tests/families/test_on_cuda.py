@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from emotrain.config.load import load_preset
-from emotrain.families import load_family
 from emotrain.families.common import Parts
+from emotrain.families.loading import load_family
 from emotrain.families.memory import MemoryPlan
 from emotrain.lora.adapter import add_adapter
 from emotrain.runs.build import build_graphs

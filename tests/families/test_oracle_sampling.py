@@ -10,8 +10,8 @@ from stock import VARIANTS, build, latents_of, listen, oracle, overheard, text_o
 
 from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
-from emotrain.families import load_family
-from emotrain.families.base import DrawRequest
+from emotrain.families.common import DrawRequest
+from emotrain.families.loading import load_family
 from emotrain.train.losses import sample_losses, timesteps_at
 
 CLEAN = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(5))

@@ -20,7 +20,8 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.config.schema import ModelSection
 from emotrain.errors import ResourceError
-from emotrain.families import load_family, quantize, ram
+from emotrain.families import quantize, ram
+from emotrain.families.loading import load_family
 from emotrain.families.memory import GIB
 from emotrain.families.offload import offload_blocks
 from emotrain.families.ram import Ram

@@ -308,7 +308,7 @@ def test_a_file_of_the_denoiser_alone_takes_the_other_parts_of_the_model_that_is
 
 
 def test_what_the_stack_needs_is_asked_of_the_other_model_too(zimage: Path, tmp_path: Path) -> None:
-    from emotrain.families import load_family
+    from emotrain.families.loading import load_family
     from emotrain.lora.adapter import add_adapter
     from emotrain.runs.sample_base import look
 

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emotrain.errors import ModelError
-from emotrain.families import load_family, quantize
+from emotrain.families import quantize
+from emotrain.families.loading import load_family
 from emotrain.families.table import sniff
 
 

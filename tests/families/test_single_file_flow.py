@@ -29,9 +29,10 @@ from emotrain.batch import Conditioning
 from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import ModelError
-from emotrain.families import load_family, quantize
+from emotrain.families import quantize
 from emotrain.families.headers import read_header
 from emotrain.families.kept import KeptBase
+from emotrain.families.loading import load_family
 from emotrain.families.single import as_published
 from emotrain.families.stored import kept_names
 from emotrain.families.table import sniff

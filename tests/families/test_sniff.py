@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from emotrain.errors import ConfigError, EmotrainError, ModelError
-from emotrain.families import load_family
 from emotrain.families.headers import read_header
+from emotrain.families.loading import load_family
 from emotrain.families.table import is_hub_id, resolve_base, sniff
 
 UNET = "model.diffusion_model."
@@ -304,7 +304,7 @@ def test_what_lies_beside_a_file_says_what_it_predicts_and_the_preset_may_insist
 
 
 def test_a_prediction_that_is_insisted_on_reaches_training_and_samples(sd_folder: Path) -> None:
-    from emotrain.families import load_family
+    from emotrain.families.loading import load_family
 
     family = load_family(str(sd_folder), device="cpu", prediction="v")
     assert family.prediction == "v_prediction"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from emotrain.batch import Conditioning
 from emotrain.cli.app import main
 from emotrain.config.load import load_preset
-from emotrain.families import load_family, quantize
+from emotrain.families import quantize
+from emotrain.families.loading import load_family
 from emotrain.families.memory import Needs, choose_memory
 from emotrain.families.offload import offload_blocks
 from emotrain.families.quantize import RoundedLinear

@@ -12,7 +12,8 @@ import torch
 from newer_models import pipeline_of, separate_files, text_model
 from safetensors.torch import save_file
 
-from emotrain.families import load_family, quantize
+from emotrain.families import quantize
+from emotrain.families.loading import load_family
 from emotrain.families.memory import EncoderNeeds, Needs, choose_memory, place_encoders
 from emotrain.families.registry import FAMILIES, encoder_configs
 from emotrain.families.table import Sniffed

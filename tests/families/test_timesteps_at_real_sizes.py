@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emotrain.batch import Batch, Conditioning
 from emotrain.diffusion import build_objective
-from emotrain.families import load_family
+from emotrain.families.loading import load_family
 from emotrain.families.registry import configs, family_of_variant
 from emotrain.train import loop
 from emotrain.train.state import TrainState

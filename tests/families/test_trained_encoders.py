@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from emotrain.config.load import load
 from emotrain.config.schema import Preset
 from emotrain.errors import ConfigError
-from emotrain.families import load_family
 from emotrain.families.common import LoadedFamily
+from emotrain.families.loading import load_family
 from emotrain.lora.file import LoraFile, read_lora, save_lora
 from emotrain.lora.merge import merge
 from emotrain.runs import start

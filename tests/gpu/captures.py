@@ -27,7 +27,7 @@ from stages import CUDA, Trainer
 from torch import Tensor
 
 from emotrain.batch import send
-from emotrain.families import load_family
+from emotrain.families.loading import load_family
 from emotrain.train.graphs import Graphs, Work
 
 HOST = ("syncs", "h2d", "d2h", "pageable")

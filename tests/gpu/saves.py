@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import pretend_cuda
 import torch
 
-from emotrain.families import load_family
+from emotrain.families.loading import load_family
 from emotrain.lora.adapter import add_adapter
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer

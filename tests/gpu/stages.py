@@ -31,9 +31,9 @@ import real_size
 import torch
 
 from emotrain.cli.app import main as emotrain_main
-from emotrain.families import load_family
 from emotrain.families.blocks import checkpoint_blocks, compile_blocks
 from emotrain.families.common import LoadedFamily
+from emotrain.families.loading import load_family
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.registry import FAMILIES, family_of_variant
 from emotrain.lora.adapter import Adapter, add_adapter

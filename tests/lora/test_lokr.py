@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from emotrain.batch import Conditioning
 from emotrain.errors import ConfigError, ModelError
-from emotrain.families import load_family
-from emotrain.families.base import Conditioning
+from emotrain.families.loading import load_family
 from emotrain.families.quantize import quantize_linears
 from emotrain.families.registry import FAMILIES
 from emotrain.lora import names, targets

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageChops
 
 from emotrain.config.load import load
-from emotrain.families import load_family
+from emotrain.families.loading import load_family
 from emotrain.lora.adapter import HIDDEN, add_adapter, hidden_off, stack_frozen
 from emotrain.lora.file import save_lora
 from emotrain.ranks import ALONE

@@ -182,7 +182,7 @@ def draw_fresh(model: str, lora: Path | None, prompt: str, strength: float = 1.0
     """As a user of diffusers would: from_pretrained, load_lora_weights, a prompt."""
     from diffusers import DiffusionPipeline
 
-    from emotrain.families import load_family
+    from emotrain.families.loading import load_family
 
     folder = resolve_base(f"builtin:{model}")
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.anima.spec import MAX_TOKENS
-from emotrain.families.base import TextEncoderPart
-from emotrain.families.common import Parts
+from emotrain.families.common import Parts, TextEncoderPart
 from emotrain.families.qwen_vae import QwenVae
 
 
 class Anima(QwenVae):
     """Base, and small ones of the same build. The conditioner is frozen: what it makes of a caption is cached."""
+
+    text_width = "text_embed_dim"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -43,11 +44,6 @@ class Anima(QwenVae):
         )
         tokens: Tensor = made[0, : said.input_ids.shape[1]]  # the rest is zeros, which `predict` puts back
         return tokens
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """One embedding a token."""
-        return {"prompt_embeds": (num_tokens, config.text_embed_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]; zeros after the last token are attended to, as in the release."""

@@ -54,19 +54,6 @@ class Flux(PipelineFamily):
         pooled = clip.encoder(ids_of(clip, texts), output_hidden_states=False).pooler_output
         return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
 
-    @torch.no_grad()
-    def encode_texts(self, texts: list[str]) -> TextEmbeds:
-        """prompt_embeds float32 [B, S, D] and pooled_prompt_embeds float32 [B, D] on the CPU."""
-        return self.to_rows(self.encode_with_grad(texts))
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """Tokens and one pooled embedding."""
-        return {
-            "prompt_embeds": (num_tokens, config.joint_attention_dim),
-            "pooled_prompt_embeds": (config.pooled_projection_dim,),
-        }
-
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W].
 
@@ -85,14 +72,6 @@ class Flux(PipelineFamily):
             img_ids=image_ids(height, width, latents),
         )
         return unpack(output.sample, height, width).float()
-
-    def pipeline(self, **parts: Any) -> Any:
-        """FluxPipeline."""
-        from diffusers import FluxPipeline
-
-        built = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_kwargs()
-        return FluxPipeline(**{**built, **parts})
 
     def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
         """dev: guidance goes into its embedding. Others: true classifier-free guidance, where any is asked for."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.base import DrawRequest, TextEncoderPart
+from emotrain.families.common import DrawRequest, TextEncoderPart
 from emotrain.families.flow import FlowFamily, chat_ids, hidden_states
 from emotrain.families.flux2.spec import FLUX2
 
@@ -88,11 +88,6 @@ class Flux2(Flux2Vae):
         deep = MISTRAL_LAYERS if mistral else LAYERS
         layers = deep if len(states) > deep[-1] else range(1, 4)  # small ones of the same build are not so deep
         return torch.cat([states[layer][0] for layer in layers], dim=-1)
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """One embedding a token."""
-        return {"prompt_embeds": (num_tokens, config.joint_attention_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import TextEncoderPart
 from emotrain.families.flow import hidden_states
 from emotrain.families.flux2.model import Flux2Vae, places
 from emotrain.families.flux3.spec import PAD
@@ -37,11 +37,6 @@ class Flux3(Flux2Vae):
         states = hidden_states(part, ids, mask, position_ids=at)
         layers = LAYERS if len(states) > LAYERS[-1] else range(1, 9)  # small ones of the same build are not so deep
         return torch.cat([states[layer][0] for layer in layers], dim=-1)
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """One embedding a token."""
-        return {"prompt_embeds": (num_tokens, config.joint_attention_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]; the model takes no mask."""

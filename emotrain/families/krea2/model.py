@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import TextEncoderPart
 from emotrain.families.flux.model import image_ids, pack, unpack
 from emotrain.families.qwen_vae import QwenVae
 
@@ -53,8 +53,8 @@ class Krea2(QwenVae):
         stacked = torch.stack([states[layer][0] for layer in layers], dim=1)
         return stacked[LEFT_OUT:][mask[0, LEFT_OUT:]]
 
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def text_shapes(cls, config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """Several layers a token."""
         return {"prompt_embeds": (num_tokens, config.num_text_layers, config.text_hidden_dim)}
 

@@ -5,13 +5,11 @@ Shape letters: B batch, C latent channels, H W latent height and width, S tokens
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import TextEncoderPart
 from emotrain.families.flux.model import pack, unpack
 from emotrain.families.qwen_vae import QwenVae
 
@@ -37,11 +35,6 @@ class QwenImage(QwenVae):
         ).last_hidden_state
         tokens: Tensor = states[0, LEFT_OUT:]
         return tokens
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """One embedding a token."""
-        return {"prompt_embeds": (num_tokens, config.joint_attention_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import TextEncoderPart
 from emotrain.families.qwen_vae import QwenVae
 
 # The template that the model was trained with; the system's part is left out of what the denoiser is given.
@@ -22,6 +22,8 @@ SLOT = 4  # latents that one place of the sequence stands for
 
 class QwenImage21(QwenVae):
     """Qwen-Image 2.1, and small ones of the same build. Pictures have a fourth channel: training's are opaque."""
+
+    text_width = "context_in_dim"
 
     def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
         """[S, D]: the last layer before the norm, at the prompt's tokens; the empty text is a blank."""
@@ -51,11 +53,6 @@ class QwenImage21(QwenVae):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> pixels float32 [B, 3, 16H, 16W] on the CPU, about -1..1, without their opacity."""
         return super().decode_latents(latents)[:, :3]
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """One embedding a token."""
-        return {"prompt_embeds": (num_tokens, config.context_in_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]; padding would move the picture's places, which follow it."""

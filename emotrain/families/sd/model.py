@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.common import SMALL_MODEL_GUIDANCE, PipelineFamily, ids_of
-from emotrain.families.sd.spec import SD15
 
 
 class StableDiffusion(PipelineFamily):
@@ -25,13 +23,8 @@ class StableDiffusion(PipelineFamily):
         norm: Any = getattr(part.encoder, "text_model", part.encoder).final_layer_norm
         return {"prompt_embeds": norm(states[-self.clip_skip])}
 
-    @torch.no_grad()
-    def encode_texts(self, texts: list[str]) -> TextEmbeds:
-        """prompt_embeds float32 [B, S, D] on the CPU."""
-        return self.to_rows(self.encode_with_grad(texts))
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def text_shapes(cls, config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """One embedding a token."""
         return {"prompt_embeds": (num_tokens, config.cross_attention_dim)}
 
@@ -41,24 +34,12 @@ class StableDiffusion(PipelineFamily):
         output: Tensor = self.denoiser(latents, timesteps.long(), encoder_hidden_states=text["prompt_embeds"]).sample
         return output.float()
 
-    def pipeline(self, **parts: Any) -> Any:
-        """StableDiffusionPipeline."""
-        from diffusers import StableDiffusionPipeline
+    def pipeline_settings(self) -> dict[str, Any]:
+        """No filter of the pictures."""
+        absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        return {**absent, "requires_safety_checker": False}
 
-        built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        built |= {"requires_safety_checker": False, **self.encoder_kwargs()}
-        return StableDiffusionPipeline(**{**built, **parts})
-
-    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
-        """Classifier-free guidance."""
-        return {
-            "prompt_embeds": text["prompt_embeds"],
-            "negative_prompt_embeds": negative["prompt_embeds"],
-            "guidance_scale": usual_guidance(self.variant) if guidance is None else guidance,
-        }
-
-
-def usual_guidance(variant: str) -> float:
-    """The guidance of samples."""
-    return SD15.guidance if variant != "custom" else SMALL_MODEL_GUIDANCE
+    @property
+    def usual_guidance(self) -> float:
+        """Less for small models."""
+        return super().usual_guidance if self.variant != "custom" else SMALL_MODEL_GUIDANCE

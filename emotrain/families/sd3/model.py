@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.common import PipelineFamily, ids_of
-from emotrain.families.sd3.spec import SD3, T5_TOKENS
+from emotrain.families.sd3.spec import T5_TOKENS
 
 
 class StableDiffusion3(PipelineFamily):
@@ -44,19 +42,6 @@ class StableDiffusion3(PipelineFamily):
         tokens: Tensor = part.encoder(ids_of(part, texts))[0]
         return tokens
 
-    @torch.no_grad()
-    def encode_texts(self, texts: list[str]) -> TextEmbeds:
-        """prompt_embeds and pooled_prompt_embeds as above, float32 on the CPU."""
-        return self.to_rows(self.encode_with_grad(texts))
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """Tokens and one pooled embedding."""
-        return {
-            "prompt_embeds": (num_tokens, config.joint_attention_dim),
-            "pooled_prompt_embeds": (config.pooled_projection_dim,),
-        }
-
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W]; sigmas become timesteps 0..1000 here."""
         latents, sigmas, text = self._inputs(noisy_latents, timesteps, text)
@@ -67,21 +52,3 @@ class StableDiffusion3(PipelineFamily):
             pooled_projections=text["pooled_prompt_embeds"],
         ).sample
         return output.float()
-
-    def pipeline(self, **parts: Any) -> Any:
-        """StableDiffusion3Pipeline."""
-        from diffusers import StableDiffusion3Pipeline
-
-        built = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_kwargs()
-        return StableDiffusion3Pipeline(**{**built, **parts})
-
-    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
-        """Classifier-free guidance."""
-        return {
-            "prompt_embeds": text["prompt_embeds"],
-            "pooled_prompt_embeds": text["pooled_prompt_embeds"],
-            "negative_prompt_embeds": negative["prompt_embeds"],
-            "negative_pooled_prompt_embeds": negative["pooled_prompt_embeds"],
-            "guidance_scale": SD3.guidance if guidance is None else guidance,
-        }

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
 from emotrain.families.common import PipelineFamily, ids_of
-from emotrain.families.sdxl.spec import SDXL
 
 
 def time_ids(conditioning: Conditioning) -> Tensor:
@@ -22,7 +21,12 @@ class StableDiffusionXL(PipelineFamily):
     """SDXL and its many children, epsilon or v."""
 
     def encode_with_grad(self, texts: list[str], frozen: TextEmbeds | None = None) -> TextEmbeds:
-        """prompt_embeds [B, S, D + D']: both penultimate layers, or `clip_skip`'s; pooled of the second encoder."""
+        """prompt_embeds [B, S, D + D']: both penultimate layers, or `clip_skip`'s; pooled [B, D'] of the second.
+
+        An empty caption is encoded like any other text, so caption dropout trains what ComfyUI and others make
+        of an empty prompt; zeros, which stand for no negative prompt (see `no_negative`), would give the
+        cross-attention nothing to learn from: keys and values of zeros are zeros, with a LoRA as without.
+        """
         hidden, pooled = [], None
         for part in self.text_encoders:
             output = part.encoder(ids_of(part, texts), output_hidden_states=True)
@@ -31,22 +35,12 @@ class StableDiffusionXL(PipelineFamily):
         assert pooled is not None
         return {"prompt_embeds": torch.cat(hidden, dim=-1), "pooled_prompt_embeds": pooled}
 
-    @torch.no_grad()
-    def encode_texts(self, texts: list[str]) -> TextEmbeds:
-        """prompt_embeds float32 [B, S, D + D'], pooled_prompt_embeds float32 [B, D'], on the CPU.
-
-        An empty caption is encoded like any other text, so caption dropout trains what ComfyUI and others make
-        of an empty prompt; zeros, which stand for no negative prompt (see `no_negative`), would give the
-        cross-attention nothing to learn from: keys and values of zeros are zeros, with a LoRA as without.
-        """
-        return self.to_rows(self.encode_with_grad(texts))
-
     def no_negative(self, empty: TextEmbeds) -> TextEmbeds:
         """Zeros, unless the model's model_index.json says otherwise."""
         return {key: torch.zeros_like(value) for key, value in empty.items()} if self.force_zeros else empty
 
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def text_shapes(cls, config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """The pooled embedding shares its input with the six sizes."""
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {"prompt_embeds": (num_tokens, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
@@ -66,21 +60,6 @@ class StableDiffusionXL(PipelineFamily):
         ).sample
         return output.float()
 
-    def pipeline(self, **parts: Any) -> Any:
-        """StableDiffusionXLPipeline, without the watermark."""
-        from diffusers import StableDiffusionXLPipeline
-
-        built = {"vae": self.vae, "unet": self.denoiser, "scheduler": self.fresh_scheduler()}
-        built |= self.encoder_kwargs()
-        built |= {"add_watermarker": False, "force_zeros_for_empty_prompt": self.force_zeros}
-        return StableDiffusionXLPipeline(**{**built, **parts})
-
-    def pipeline_kwargs(self, text: TextEmbeds, negative: TextEmbeds, guidance: float | None) -> dict[str, Any]:
-        """Classifier-free guidance."""
-        return {
-            "prompt_embeds": text["prompt_embeds"],
-            "pooled_prompt_embeds": text["pooled_prompt_embeds"],
-            "negative_prompt_embeds": negative["prompt_embeds"],
-            "negative_pooled_prompt_embeds": negative["pooled_prompt_embeds"],
-            "guidance_scale": SDXL.guidance if guidance is None else guidance,
-        }
+    def pipeline_settings(self) -> dict[str, Any]:
+        """No watermark."""
+        return {"add_watermarker": False, "force_zeros_for_empty_prompt": self.force_zeros}

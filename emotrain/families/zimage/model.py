@@ -5,29 +5,24 @@ Shape letters: B batch, C latent channels, H W latent height and width, S tokens
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from emotrain.batch import Conditioning, TextEmbeds
-from emotrain.families.base import TextEncoderPart
+from emotrain.families.common import TextEncoderPart
 from emotrain.families.flow import FlowFamily, chat_ids, hidden_states
 
 
 class ZImage(FlowFamily):
     """Base, Turbo and what descends from them; they differ in weights, steps and guidance only."""
 
+    text_width = "cap_feat_dim"
+
     def encode_one(self, part: TextEncoderPart, text: str) -> Tensor:
         """[S, D]: the last layer but one at the real tokens, in thinking mode's template."""
         ids, mask = chat_ids(part, text, enable_thinking=True)
         states = hidden_states(part, ids, mask.bool())
         return states[-2][0][mask[0].bool()]
-
-    @staticmethod
-    def text_shapes(config: Any, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """One embedding a token."""
-        return {"prompt_embeds": (num_tokens, config.cap_feat_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
         """The flow's velocity, float32 [B, C, H, W].
