@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
-from emotrain.families.common import LoadedFamily, Parts, refuse_larger_tokenizer
+from emotrain.families.common import LoadedFamily, refuse_larger_tokenizer
 from emotrain.families.component import guard, known_class, weight_files
 from emotrain.families.headers import own_name, read_header, read_index, read_json
 from emotrain.families.kept import stamp_of
-from emotrain.families.loading import family_class
+from emotrain.families.loading import assemble
 from emotrain.families.pieces import ENCODERS, load_encoder, load_tokenizer, scheduler_class, text_parts
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.separate import original_vae, tokenizer_of
@@ -425,12 +425,7 @@ def _family(found: Sniffed, pieces: dict[str, Any]) -> LoadedFamily:
     """The family's own object around parts on the meta device."""
     where = str(found.path)
     texts = guard(where, "tokenizer", lambda: text_parts(found, pieces))
-    parts = Parts(
-        name=found.family, variant=found.variant, prediction=found.prediction, denoiser=pieces["denoiser"],
-        vae=pieces["vae"], text_encoders=texts, scheduler=pieces["scheduler"], device=torch.device("meta"),
-        dtype=torch.float32,
-    )  # fmt: skip
-    family = guard(where, "", lambda: family_class(found.family)(parts))
+    family = guard(where, "", lambda: assemble(found, pieces, texts, torch.device("meta"), torch.float32))
     family._placed = True
     family._identities = {"text": "", "vae": ""}  # there are no numbers to tell it by
     if not FAMILIES[found.family].flow:

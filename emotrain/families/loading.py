@@ -12,7 +12,7 @@ import torch
 
 from emotrain.errors import ConfigError, ResourceError
 from emotrain.families.blocks import checkpoint_blocks
-from emotrain.families.common import LoadedFamily, Parts
+from emotrain.families.common import LoadedFamily, Parts, TextEncoderPart
 from emotrain.families.component import refuse_non_finite
 from emotrain.families.kept import KeptBase
 from emotrain.families.memory import GIB, ON_CPU, MemoryPlan, require_backend
@@ -92,7 +92,7 @@ def load_family(
     clip_skip: int | str = "auto",
     kept: KeptBase | None = None,
 ) -> LoadedFamily:
-    """Load a model, frozen, ready for a LoRA.
+    """Load a model, frozen, ready for a LoRA; its `placement` says in one sentence what was decided about memory.
 
     Args:
         base: a .safetensors file, a diffusers folder, a hub id, or `builtin:tiny-sd` | `builtin:tiny-flux`.
@@ -112,9 +112,6 @@ def load_family(
         clip_skip: which layer of CLIP the prompt is taken from: 1 is the last; auto is the family's own.
         kept: what the run before in a queue has loaded, and what is kept for the next.
 
-    Returns:
-        The family; `placement` says in one sentence what was decided about memory.
-
     Raises:
         ConfigError: an unknown name.
         ModelError: the model is missing, not readable or not of that family.
@@ -123,40 +120,43 @@ def load_family(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     found = sniff(base, family, revision, prediction)
-    if plan is None:
-        form = {"auto": "none"}.get(quantize_text_encoders, quantize_text_encoders)
-        forms = tuple((one.name, form) for one in FAMILIES[found.family].text_encoders if one.quantizable)
-        plan = MemoryPlan(quantize, gradient_checkpointing is True, False, 0.0, None, "", encoders=forms)
-    require_backend(plan.quantize)
-    for _, form in plan.encoders:
-        require_backend(form, "model.quantize_text_encoders")
+    plan = plan or _as_told(found, quantize, quantize_text_encoders, gradient_checkpointing is True)
+    for key, form in (("quantize", plan.quantize), *(("quantize_text_encoders", form) for _, form in plan.encoders)):
+        require_backend(form, f"model.{key}")
     read = partial(_read, found, kind, revision, Given(vae, text_encoder, tokenizer))
     beside = str(companion(Path(found.path))) if found.kind == "file" else None
     paths = [path for path in (str(found.path), beside, vae, text_encoder, tokenizer) if path is not None]
     model = base, family, vae, text_encoder, tokenizer, revision, dtype, prediction  # as `kept.WORDS`
     pieces = read() if kept is None else kept.load(model, paths, read)
-    if found.prediction != "flow" and pieces["scheduler"].config.get("prediction_type") != found.prediction:
-        config = {**pieces["scheduler"].config, "prediction_type": found.prediction}
-        pieces["scheduler"] = type(pieces["scheduler"]).from_config(config)
-    parts = Parts(
-        name=found.family,
-        variant=found.variant,
-        prediction=found.prediction,
-        denoiser=pieces["denoiser"],
-        vae=pieces["vae"],
-        text_encoders=text_parts(found, pieces),
-        scheduler=pieces["scheduler"],
-        device=where,
-        dtype=kind,
-        memory=plan,
-        force_zeros=pieces.get("force_zeros", True),
-        distilled=found.distilled,
-    )
-    built = family_class(found.family)(parts)
+    built = assemble(found, pieces, text_parts(found, pieces), where, kind, plan)
     if isinstance(clip_skip, int):
         built.clip_skip = clip_skip
     _place(built, plan)
     return built
+
+
+def _as_told(found: Sniffed, quantize: str, texts: str, gradient_checkpointing: bool) -> MemoryPlan:
+    """The plan of who says by hand how the model is held."""
+    form = "none" if texts == "auto" else texts
+    forms = tuple((one.name, form) for one in FAMILIES[found.family].text_encoders if one.quantizable)
+    return MemoryPlan(quantize, gradient_checkpointing, False, 0.0, None, "", encoders=forms)
+
+
+def assemble(
+    found: Sniffed,
+    pieces: dict[str, Any],
+    texts: list[TextEncoderPart],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: MemoryPlan | None = None,
+) -> LoadedFamily:
+    """The family's own object around its pieces."""
+    parts = Parts(
+        name=found.family, variant=found.variant, prediction=found.prediction, denoiser=pieces["denoiser"],
+        vae=pieces["vae"], text_encoders=texts, scheduler=pieces["scheduler"], device=device, dtype=dtype,
+        memory=memory, force_zeros=pieces.get("force_zeros", True), distilled=found.distilled,
+    )  # fmt: skip
+    return family_class(found.family)(parts)
 
 
 def _read(found: Sniffed, dtype: torch.dtype, revision: str | None, given: Given) -> dict[str, Any]:
@@ -166,6 +166,9 @@ def _read(found: Sniffed, dtype: torch.dtype, revision: str | None, given: Given
     if own_vae is not None:
         pieces["vae"] = own_vae
     refuse_non_finite(str(found.path), pieces)
+    if found.prediction != "flow" and pieces["scheduler"].config.get("prediction_type") != found.prediction:
+        config = {**pieces["scheduler"].config, "prediction_type": found.prediction}
+        pieces["scheduler"] = type(pieces["scheduler"]).from_config(config)
     return pieces
 
 
@@ -179,13 +182,8 @@ def load_beside(found: Sniffed, family: LoadedFamily, plan: MemoryPlan | None) -
     """
     pieces = load_denoiser(found, family.dtype)
     refuse_non_finite(str(found.path), pieces)
-    parts = Parts(
-        name=found.family, variant=found.variant, prediction=found.prediction, denoiser=pieces["denoiser"],
-        vae=family.vae, text_encoders=[], scheduler=pieces["scheduler"], device=family.device, dtype=family.dtype,
-        memory=plan, distilled=found.distilled,
-    )  # fmt: skip
-    built = family_class(found.family)(parts)
-    built.text_encoders = [
+    built = assemble(found, {**pieces, "vae": family.vae}, [], family.device, family.dtype, plan)
+    built.text_encoders = [  # not frozen anew: some of them may be in training
         replace(part, encoder=pieces[part.name].requires_grad_(False)) if part.name in pieces else part
         for part in family.text_encoders
     ]

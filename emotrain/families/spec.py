@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from emotrain.errors import ModelError
+
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 
 CLIP_TOKENIZERS = "stabilityai/stable-diffusion-xl-base-1.0"  # not gated; the second one pads with `!`
@@ -278,8 +280,48 @@ _FEW_STEPS = re.compile(
 _UNDONE = re.compile(r"(?:\b(?:de|un|non|not|anti) |de|un)(?:turbo|distill)|\btraining adapter\b")
 
 
+Check = Callable[[Path, Shapes, Mapping[str, Any]], None]
+
+
+def by_signs(variant: str, *signs: str) -> Callable[[Path, Shapes], str | None]:
+    """Recognises a public model by tensors that it alone has, for `FileFacts.variant_of`."""
+    return lambda path, shapes: variant if all(sign in shapes for sign in signs) else None
+
+
 def nothing_to_check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
     """A single file whose tensor names alone say enough."""
+
+
+def same_sizes(
+    title: str, models: str, blocks: Mapping[str, str], *, inputs: str | None = None, width: str | None = None
+) -> Check:
+    """Refuses a file of other sizes than its config's: pruned, taking more than latents, or one that came later.
+
+    Args:
+        title: of the family.
+        models: what to train on.
+        blocks: how the tensors of each kind of block begin, and the config's key for their number.
+        inputs: a tensor whose last side is the config's `in_channels`.
+        width: a tensor whose last side is that of all attention heads together.
+    """
+
+    def check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+        numbers = {kind: {name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")} for kind in blocks}
+        sizes = [(kind, len(numbers[kind]), int(config.get(key, len(numbers[kind])))) for kind, key in blocks.items()]
+        if inputs is not None:
+            sizes.append(("inputs", shapes.get(inputs, (0, 0))[-1], int(config["in_channels"])))
+        if width is not None:
+            wide = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+            sizes.append(("channels", shapes[width][-1], wide))
+        if odd := [size for size in sizes if size[1] != size[2]]:
+            own = ", ".join(f"{there} {what}" for what, there, _ in odd)
+            wanted = ", ".join(str(number) for _, _, number in odd)
+            raise ModelError(
+                f"`{path}` has {own}, and {title} has {wanted}: a pruned model or one of another kind",
+                f"train on {models}",
+            )
+
+    return check
 
 
 @dataclass(frozen=True)
@@ -297,17 +339,17 @@ class FileFacts:
     variant_of: Callable[[Path, Shapes], str | None]
     heads: tuple[str, ...]
     vae_prefixes: tuple[str, ...] = ()
-    check: Callable[[Path, Shapes, Mapping[str, Any]], None] = nothing_to_check
+    check: Check = nothing_to_check
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """One family; sizes in pixels.
 
     Attributes:
         name: in presets.
         title: for people.
-        folder: of `configs.json` and `model.py`.
+        folder: of `configs.json` and `model.py`; by itself the name.
         pipeline: diffusers' class, which model_index.json names.
         denoiser: unet or transformer, as in a diffusers folder.
         denoiser_class: of diffusers.
@@ -336,13 +378,13 @@ class FamilySpec:
 
     name: str
     title: str
-    folder: str
+    folder: str = ""
     pipeline: str
-    denoiser: Literal["unet", "transformer"]
+    denoiser: Literal["unet", "transformer"] = "transformer"
     denoiser_class: str
     model_class: str
-    resolution: int
-    latent_channels: int
+    resolution: int = 1024
+    latent_channels: int = 16
     guidance: float
     text_encoders: tuple[TextEncoder, ...]
     variants: Mapping[str, Variant]
@@ -352,7 +394,7 @@ class FamilySpec:
     vae_scale: int = 8
     bucket_step: int = 64
     vae_class: str = "AutoencoderKL"
-    flow: bool = False
+    flow: bool = True
     clip_skip: int = 0
     packed_channels: int = 1
     patch: int = 1
@@ -361,6 +403,10 @@ class FamilySpec:
     tag_presets: Mapping[str, str] = field(default_factory=dict)
     other_pipelines: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            object.__setattr__(self, "folder", self.name)
 
     @property
     def trainable_encoders(self) -> tuple[TextEncoder, ...]:

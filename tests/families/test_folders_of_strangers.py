@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emotrain.errors import ModelError
-from emotrain.families import fitting, load_family
+from emotrain.families import fitting
 from emotrain.families.component import weight_files
 from emotrain.families.fitting import refuse_misfit, refuse_other_types
+from emotrain.families.loading import load_family
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.table import sniff
 

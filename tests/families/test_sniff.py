@@ -245,7 +245,10 @@ def test_the_table_is_read_without_torch() -> None:
     [
         ({**flux_shapes(), "distilled_guidance_layer.in_proj.bias": [4], "nerf_blocks.0.x": [4]}, "is Chroma Radiance"),
         ({**flux_shapes(double=8), "distilled_guidance_layer.in_proj.bias": [4]}, "8 double_blocks, and Chroma has 19"),
-        ({**flux_shapes(), "double_stream_modulation_img.lin.weight": [4, 4]}, "is FLUX.2"),
+        (
+            {**flux_shapes(), "double_stream_modulation_img.lin.weight": [4, 4]},
+            "4 channels, and FLUX.2 has 5",
+        ),
         (flux_shapes(inputs=384), "is FLUX.1 Fill"),
         (flux_shapes(inputs=128), "is FLUX.1 Canny or Depth"),
         (flux_shapes(double=8), "8 double_blocks, and FLUX.1 has 19"),

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from emotrain.errors import ModelError
 from emotrain.families.spec import (
     T5_TOKENIZER,
     FamilySpec,
     FileFacts,
     LoraFacts,
     NameTable,
-    Shapes,
     TextEncoder,
     Variant,
+    by_signs,
+    same_sizes,
 )
 
 MAX_TOKENS = 512
 ADAPTER = "llm_adapter."  # the text conditioner's tensors, in the denoiser's own file
-
-
-def _variant_of(path: Path, shapes: Shapes) -> str | None:
-    signs = ("blocks.0.mlp.layer1.weight", f"{ADAPTER}blocks.0.cross_attn.q_proj.weight")
-    return "anima" if all(sign in shapes for sign in signs) else None
-
-
-def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    """Refuse other sizes than that of Base 1.0: there are larger ones about."""
-    width = shapes["blocks.0.mlp.layer1.weight"][1]
-    count = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-    wanted = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    if (width, count) != (wanted, int(config["num_layers"])):
-        raise ModelError(
-            f"`{path}` has {count} blocks, {width} wide, and Anima {config['num_layers']}, {wanted} wide",
-            "train on Anima Base",
-        )
 
 
 _BLOCK, _NORMS = "transformer_blocks.{i}", {"self_attn": "norm1", "cross_attn": "norm2", "mlp": "norm3"}
@@ -65,13 +44,9 @@ NAMES = NameTable(
 ANIMA = FamilySpec(
     name="anima",
     title="Anima",
-    folder="anima",
     pipeline="AnimaModularPipeline",
-    denoiser="transformer",
     denoiser_class="CosmosTransformer3DModel",
     model_class="Anima",
-    resolution=1024,
-    latent_channels=16,
     guidance=4.0,
     text_encoders=(
         TextEncoder(
@@ -110,13 +85,12 @@ ANIMA = FamilySpec(
         stated=("anima",),
     ),
     file=FileFacts(
-        _variant_of,
+        by_signs("anima", "blocks.0.mlp.layer1.weight", f"{ADAPTER}blocks.0.cross_attn.q_proj.weight"),
         ("blocks.", "x_embedder.", "t_embedder.", "t_embedding_norm.", "final_layer.", "pos_embedder.", ADAPTER),
-        check=_check,
+        check=same_sizes("Anima", "Anima Base", {"blocks": "num_layers"}, width="blocks.0.mlp.layer1.weight"),
     ),
     blocks=("CosmosTransformerBlock",),
     vae_class="AutoencoderKLQwenImage",
-    flow=True,
     patch=2,
     elsewhere={
         "kohya lora_anima": "anima", "kohya anima_checkbox": "anima", "kohya qwen3": "anima",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from emotrain.errors import ModelError
 from emotrain.families.flux.spec import FLUX
 from emotrain.families.flux.spec import NAMES as FLUX_NAMES
-from emotrain.families.spec import T5_TOKENIZER, Distilled, FamilySpec, FileFacts, Shapes, TextEncoder, Variant
+from emotrain.families.spec import (
+    T5_TOKENIZER,
+    Distilled,
+    FamilySpec,
+    FileFacts,
+    Shapes,
+    TextEncoder,
+    Variant,
+    same_sizes,
+)
 
 MAX_TOKENS = 512
 GUIDANCE = "distilled_guidance_layer."  # makes the modulation of all blocks
@@ -25,23 +32,6 @@ def _variant_of(path: Path, shapes: Shapes) -> str | None:
             "train on Chroma1-HD or -Base",
         )
     return "chroma"
-
-
-def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    """Refuse pruned models and ones that take more than latents."""
-    for kind, key in (("double_blocks", "num_layers"), ("single_blocks", "num_single_layers")):
-        count = len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
-        if count != int(config[key]):
-            raise ModelError(
-                f"`{path}` has {count} {kind}, and Chroma has {config[key]}: a pruned model or one of another kind",
-                "train on Chroma1-HD or -Base",
-            )
-    inputs = shapes.get("img_in.weight", (0, 0))[-1]
-    if inputs != int(config["in_channels"]):
-        raise ModelError(
-            f"`{path}` takes {inputs} inputs instead of {config['in_channels']}: a model of another kind",
-            "train on Chroma1-HD or -Base",
-        )
 
 
 _MODULATED = (".norm1.linear", ".norm1_context.linear", ".norm.linear")
@@ -64,13 +54,9 @@ NAMES = replace(
 CHROMA = FamilySpec(
     name="chroma",
     title="Chroma",
-    folder="chroma",
     pipeline="ChromaPipeline",
-    denoiser="transformer",
     denoiser_class="ChromaTransformer2DModel",
     model_class="Chroma",
-    resolution=1024,
-    latent_channels=16,
     guidance=5.0,
     text_encoders=(
         TextEncoder(
@@ -102,10 +88,12 @@ CHROMA = FamilySpec(
     file=FileFacts(
         _variant_of,
         ("img_in.", "txt_in.", "double_blocks.", "single_blocks.", "final_layer.", GUIDANCE),
-        check=_check,
+        check=same_sizes(
+            "Chroma", "Chroma1-HD or -Base", {"double_blocks": "num_layers", "single_blocks": "num_single_layers"},
+            inputs="img_in.weight",
+        ),
     ),
     blocks=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
-    flow=True,
     packed_channels=4,
     patch=2,
     distilled=Distilled(words=("flash",)),

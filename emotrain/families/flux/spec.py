@@ -20,6 +20,7 @@ from emotrain.families.spec import (
     TextEncoder,
     Variant,
     double_blocks,
+    same_sizes,
 )
 
 T5_TOKENS = 512  # what the stock pipeline pads to
@@ -41,13 +42,12 @@ def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
             f"`{path}` is {kind}: it takes {inputs} inputs instead of {wanted}",
             "train on the text-to-image model, FLUX.1-dev or -schnell",
         )
-    for kind, key in (("double_blocks", "num_layers"), ("single_blocks", "num_single_layers")):
-        count = len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
-        if count != int(config.get(key, count)):
-            raise ModelError(
-                f"`{path}` has {count} {kind}, and FLUX.1 has {config[key]}: a pruned model or one of another kind",
-                "train on FLUX.1-dev or -schnell",
-            )
+    _same_sizes(path, shapes, config)
+
+
+_same_sizes = same_sizes(
+    "FLUX.1", "FLUX.1-dev or -schnell", {"double_blocks": "num_layers", "single_blocks": "num_single_layers"}
+)
 
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
@@ -78,13 +78,9 @@ _MODULES = {"attn": 266, "attn-mlp": 418, "all": 494}
 FLUX = FamilySpec(
     name="flux",
     title="FLUX.1",
-    folder="flux",
     pipeline="FluxPipeline",
-    denoiser="transformer",
     denoiser_class="FluxTransformer2DModel",
     model_class="Flux",
-    resolution=1024,
-    latent_channels=16,
     guidance=3.5,
     text_encoders=(
         TextEncoder(
@@ -141,7 +137,6 @@ FLUX = FamilySpec(
         _check,
     ),
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-    flow=True,
     packed_channels=4,
     patch=2,
     distilled=Distilled(4, words=("schnell",), variants=("flux1-schnell",)),

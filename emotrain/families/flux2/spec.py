@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from emotrain.errors import ModelError
 from emotrain.families.spec import (
     Distilled,
     FamilySpec,
@@ -19,6 +16,7 @@ from emotrain.families.spec import (
     TextEncoder,
     Variant,
     double_blocks,
+    same_sizes,
 )
 
 MAX_TOKENS = 512
@@ -28,21 +26,6 @@ _WIDTHS = {3072: "klein-4b", 4096: "klein-9b", 6144: "flux2-dev"}
 def _variant_of(path: Path, shapes: Shapes) -> str | None:
     sign = shapes.get("double_stream_modulation_img.lin.weight")
     return None if sign is None else _WIDTHS.get(sign[-1], "klein-4b")
-
-
-def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    """Refuse other sizes than those that are known: pruned models, and ones that came later."""
-    wanted = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    width = shapes["double_stream_modulation_img.lin.weight"][-1]
-    counts = [
-        len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
-        for kind in ("double_blocks", "single_blocks")
-    ]
-    if [width, *counts] != [wanted, int(config["num_layers"]), int(config["num_single_layers"])]:
-        raise ModelError(
-            f"`{path}` is FLUX.2 of a size that emotrain does not know: {width} wide, {counts[0]} + {counts[1]} blocks",
-            "train on FLUX.2 klein base, 4B or 9B, or on dev",
-        )
 
 
 def _recognise(shapes: Shapes) -> bool:
@@ -94,13 +77,10 @@ _MISTRAL = TextEncoder(
 FLUX2 = FamilySpec(
     name="flux2",
     title="FLUX.2",
-    folder="flux2",
     pipeline="Flux2KleinPipeline",
     other_pipelines=("Flux2Pipeline",),
-    denoiser="transformer",
     denoiser_class="Flux2Transformer2DModel",
     model_class="Flux2",
-    resolution=1024,
     latent_channels=128,
     guidance=4.0,
     text_encoders=(_QWEN,),
@@ -156,13 +136,16 @@ FLUX2 = FamilySpec(
             "img_in.", "txt_in.", "time_in.", "guidance_in.", "double_blocks.", "single_blocks.", "final_layer.",
             "double_stream_modulation_", "single_stream_modulation.",
         ),
-        check=_check,
+        check=same_sizes(
+            "FLUX.2", "FLUX.2 klein base, 4B or 9B, or on dev",
+            {"double_blocks": "num_layers", "single_blocks": "num_single_layers"},
+            width="double_stream_modulation_img.lin.weight",
+        ),
     ),
     blocks=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
     vae_class="AutoencoderKLFlux2",
     vae_scale=16,
     vae_patch=2,
-    flow=True,
     distilled=Distilled(4, words=("klein",), unless="base"),
     elsewhere={
         "ai-toolkit flux2_klein_4b": "klein-4b", "ai-toolkit flux2_klein_9b": "klein-9b",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant, same_sizes
 
 PAD = 80  # captions are filled up to a multiple of that many tokens
 MAX_TOKENS = 7 * PAD  # the stock blocks take up to 8192
@@ -24,17 +22,6 @@ def _variant_of(path: Path, shapes: Shapes) -> str | None:
             "train on FLUX.3 klein base",
         )
     return "flux3-klein"
-
-
-def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    """Refuse other sizes than klein's."""
-    wanted = (int(config["num_attention_heads"]) * int(config["attention_head_dim"]), int(config["num_single_layers"]))
-    count = len({name.split(".")[1] for name in shapes if name.startswith("single_blocks.")})
-    if (shapes[_SIGN][-1], count) != wanted:
-        raise ModelError(
-            f"`{path}` is FLUX.3 of a size that emotrain does not know: {shapes[_SIGN][-1]} wide, {count} blocks",
-            "train on FLUX.3 klein base",
-        )
 
 
 _LAYERS = {
@@ -74,12 +61,9 @@ _TRAINED = r"(?:single_transformer_blocks|txt_mode_blocks|mode_blocks\.image)\.\
 FLUX3 = FamilySpec(
     name="flux3",
     title="FLUX.3",
-    folder="flux3",
     pipeline="Flux3ModularPipeline",
-    denoiser="transformer",
     denoiser_class="Flux3Transformer2DModel",
     model_class="Flux3",
-    resolution=1024,
     latent_channels=128,
     guidance=3.5,
     text_encoders=(
@@ -122,12 +106,11 @@ FLUX3 = FamilySpec(
             "emb_in.", "txt_in.", "time_in.", "content_mode_blocks.", "txt_mode_blocks.", "single_blocks.",
             "final_layer.", "early_stream_modulations.", "single_stream_modulations.", "repa_projectors.",
         ),
-        check=_check,
+        check=same_sizes("FLUX.3 klein", "FLUX.3 klein base", {"single_blocks": "num_single_layers"}, width=_SIGN),
     ),
     blocks=("Flux3ModeTransformerBlock", "Flux3SingleTransformerBlock"),
     vae_class="AutoencoderKLFlux2",
     vae_scale=16,
     vae_patch=2,
-    flow=True,
     elsewhere={"ai-toolkit flux3": "flux3-klein"},
 )  # fmt: skip

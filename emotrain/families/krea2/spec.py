@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from emotrain.errors import ModelError
-from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import (
+    FamilySpec,
+    FileFacts,
+    LoraFacts,
+    NameTable,
+    TextEncoder,
+    Variant,
+    by_signs,
+    same_sizes,
+)
 
 MAX_TOKENS = 512
-
-
-def _variant_of(path: Path, shapes: Shapes) -> str | None:
-    return "krea2-raw" if "txtfusion.projector.weight" in shapes else None
-
-
-def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    """Refuse pruned models."""
-    count = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-    if count != int(config["num_layers"]):
-        raise ModelError(
-            f"`{path}` has {count} blocks, and Krea 2 has {config['num_layers']}: a pruned or another model",
-            "train on Krea 2 Raw",
-        )
 
 
 _ATTENTION = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0", "gate": "to_gate"}
@@ -60,13 +50,9 @@ NAMES = NameTable(
 KREA2 = FamilySpec(
     name="krea2",
     title="Krea 2",
-    folder="krea2",
     pipeline="Krea2Pipeline",
-    denoiser="transformer",
     denoiser_class="Krea2Transformer2DModel",
     model_class="Krea2",
-    resolution=1024,
-    latent_channels=16,
     guidance=5.5,
     text_encoders=(
         TextEncoder(
@@ -105,13 +91,12 @@ KREA2 = FamilySpec(
         stated=("krea2", "krea-2"),
     ),
     file=FileFacts(
-        _variant_of,
+        by_signs("krea2-raw", "txtfusion.projector.weight"),
         ("blocks.", "first.", "last.", "tmlp.", "tproj.", "txtmlp.", "txtfusion."),
-        check=_check,
+        check=same_sizes("Krea 2", "Krea 2 Raw", {"blocks": "num_layers"}),
     ),
     blocks=("Krea2TransformerBlock",),
     vae_class="AutoencoderKLQwenImage",
-    flow=True,
     packed_channels=4,
     patch=2,
     elsewhere={

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from emotrain.errors import ModelError
-from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import (
+    FamilySpec,
+    FileFacts,
+    LoraFacts,
+    NameTable,
+    Shapes,
+    TextEncoder,
+    Variant,
+    by_signs,
+    same_sizes,
+)
 
 MAX_TOKENS = 512
-
-
-def _variant_of(path: Path, shapes: Shapes) -> str | None:
-    signs = ("transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight")
-    return "qwen-image" if all(sign in shapes for sign in signs) else None
-
-
-def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    """Refuse pruned models and ones that take more than latents."""
-    count = len({name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")})
-    inputs = shapes.get("img_in.weight", (0, 0))[-1]
-    if (count, inputs) != (int(config["num_layers"]), int(config["in_channels"])):
-        raise ModelError(
-            f"`{path}` has {count} blocks and {inputs} inputs, and Qwen-Image {config['num_layers']} and "
-            f"{config['in_channels']}: a pruned model or one of another kind",
-            "train on Qwen-Image",
-        )
 
 
 def _recognise(shapes: Shapes) -> bool:
@@ -50,13 +39,9 @@ NAMES = NameTable(rows=tuple((name, (name,)) for name in _NAMES), heads=("txt_no
 QWEN = FamilySpec(
     name="qwen",
     title="Qwen-Image",
-    folder="qwen",
     pipeline="QwenImagePipeline",
-    denoiser="transformer",
     denoiser_class="QwenImageTransformer2DModel",
     model_class="QwenImage",
-    resolution=1024,
-    latent_channels=16,
     guidance=4.0,
     text_encoders=(
         TextEncoder(
@@ -89,13 +74,12 @@ QWEN = FamilySpec(
         stated=("qwen",),
     ),
     file=FileFacts(
-        _variant_of,
+        by_signs("qwen-image", "transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight"),
         ("transformer_blocks.", "img_in.", "txt_in.", "txt_norm.", "norm_out.", "proj_out.", "time_text_embed."),
-        check=_check,
+        check=same_sizes("Qwen-Image", "Qwen-Image", {"transformer_blocks": "num_layers"}, inputs="img_in.weight"),
     ),
     blocks=("QwenImageTransformerBlock",),
     vae_class="AutoencoderKLQwenImage",
-    flow=True,
     packed_channels=4,
     patch=2,
     elsewhere={

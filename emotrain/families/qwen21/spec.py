@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from emotrain.errors import ModelError
-from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import (
+    FamilySpec,
+    FileFacts,
+    LoraFacts,
+    NameTable,
+    Shapes,
+    TextEncoder,
+    Variant,
+    by_signs,
+    same_sizes,
+)
 
 MAX_TOKENS = 512  # the stock blocks have no limit
 _BLOCK = "transformer_blocks.{i}"
-
-
-def _variant_of(path: Path, shapes: Shapes) -> str | None:
-    signs = ("transformer_blocks.0.img_mlp.out.weight", "txt_in.text_norm.weight")
-    return "qwen-image-2.1" if all(sign in shapes for sign in signs) else None
-
-
-def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    """Refuse pruned models."""
-    count = len({name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")})
-    if count != int(config["num_layers"]):
-        raise ModelError(
-            f"`{path}` has {count} blocks, and Qwen-Image 2.1 has {config['num_layers']}: a pruned or another model",
-            "train on Qwen-Image 2.1",
-        )
 
 
 def _recognise(shapes: Shapes) -> bool:
@@ -57,12 +47,9 @@ NAMES = NameTable(
 QWEN21 = FamilySpec(
     name="qwen21",
     title="Qwen-Image 2.1",
-    folder="qwen21",
     pipeline="QwenImage21ModularPipeline",
-    denoiser="transformer",
     denoiser_class="QwenImage21Transformer2DModel",
     model_class="QwenImage21",
-    resolution=1024,
     latent_channels=64,
     guidance=1.0,
     text_encoders=(
@@ -98,14 +85,13 @@ QWEN21 = FamilySpec(
         stated=("qwen_image_2.1", "qwen-image-2.1", "qwen_image_21"),
     ),
     file=FileFacts(
-        _variant_of,
+        by_signs("qwen-image-2.1", "transformer_blocks.0.img_mlp.out.weight", "txt_in.text_norm.weight"),
         ("transformer_blocks.", "img_in.", "txt_in.", "modulation.", "norm_out.", "proj_out.", "time_text_embed."),
-        check=_check,
+        check=same_sizes("Qwen-Image 2.1", "Qwen-Image 2.1", {"transformer_blocks": "num_layers"}),
     ),
     blocks=("QwenImage21TransformerBlock",),
     vae_class="AutoencoderKLQwenImage21",
     vae_scale=16,
     patch=1,
-    flow=True,
     elsewhere={"ai-toolkit qwen_image_21": "qwen-image-2.1"},
 )  # fmt: skip

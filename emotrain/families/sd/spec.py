@@ -35,6 +35,7 @@ SD15 = FamilySpec(
     resolution=512,
     latent_channels=4,
     guidance=5.0,
+    flow=False,
     clip_skip=1,
     text_encoders=(
         TextEncoder(
@@ -67,6 +68,7 @@ SD21 = FamilySpec(
     resolution=768,
     latent_channels=4,
     guidance=5.0,
+    flow=False,
     clip_skip=1,
     text_encoders=(
         TextEncoder(

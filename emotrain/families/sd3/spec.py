@@ -61,13 +61,9 @@ NAMES = NameTable(
 SD3 = FamilySpec(
     name="sd3",
     title="Stable Diffusion 3",
-    folder="sd3",
     pipeline="StableDiffusion3Pipeline",
-    denoiser="transformer",
     denoiser_class="SD3Transformer2DModel",
     model_class="StableDiffusion3",
-    resolution=1024,
-    latent_channels=16,
     guidance=5.0,
     text_encoders=(
         TextEncoder(
@@ -122,7 +118,6 @@ SD3 = FamilySpec(
         ("first_stage_model.",),
     ),
     blocks=("JointTransformerBlock",),
-    flow=True,
     patch=2,
     distilled=Distilled(4),
     elsewhere={

@@ -8,14 +8,13 @@ from emotrain.families.unet import BLOCKS, FILE_HEADS, LORA_HEADS, TARGETS, SgmN
 SDXL = FamilySpec(
     name="sdxl",
     title="Stable Diffusion XL",
-    folder="sdxl",
     pipeline="StableDiffusionXLPipeline",
     denoiser="unet",
     denoiser_class="UNet2DConditionModel",
     model_class="StableDiffusionXL",
-    resolution=1024,
     latent_channels=4,
     guidance=6.0,
+    flow=False,
     clip_skip=2,
     text_encoders=(
         TextEncoder(

@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.errors import ModelError
-from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant
+from emotrain.families.spec import FamilySpec, FileFacts, LoraFacts, NameTable, Shapes, TextEncoder, Variant, by_signs
 
 MAX_TOKENS = 512
 _REFINERS = ("noise_refiner", "context_refiner")
-
-
-def _variant_of(path: Path, shapes: Shapes) -> str | None:
-    signs = ("cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight")
-    return "z-image" if all(sign in shapes for sign in signs) else None
 
 
 def _check(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
@@ -53,13 +48,9 @@ NAMES = NameTable(
 ZIMAGE = FamilySpec(
     name="zimage",
     title="Z-Image",
-    folder="zimage",
     pipeline="ZImagePipeline",
-    denoiser="transformer",
     denoiser_class="ZImageTransformer2DModel",
     model_class="ZImage",
-    resolution=1024,
-    latent_channels=16,
     guidance=4.0,
     text_encoders=(
         TextEncoder(
@@ -103,7 +94,7 @@ ZIMAGE = FamilySpec(
         stated=("zimage", "z-image", "z_image"),
     ),
     file=FileFacts(
-        _variant_of,
+        by_signs("z-image", "cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight"),
         (
             "layers.", "noise_refiner.", "context_refiner.", "x_embedder.", "final_layer.", "cap_embedder.",
             "t_embedder.", "x_pad_token", "cap_pad_token", "norm_final.",
@@ -111,7 +102,6 @@ ZIMAGE = FamilySpec(
         check=_check,
     ),
     blocks=("ZImageTransformerBlock",),
-    flow=True,
     patch=2,
     elsewhere={
         "ai-toolkit zimage": "zimage", "ai-toolkit zimage:turbo": "zimage-turbo", "onetrainer Z_IMAGE": "zimage",
