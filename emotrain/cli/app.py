@@ -178,7 +178,7 @@ def guarded(work: Callable[[], int], *, as_json: bool) -> int:
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else int(bool(ending.code))
     except MemoryError:
-        return _report(_out_of_memory(), as_json)
+        return _report(ResourceError("out of memory", "close other programs, or make the run smaller"), as_json)
     except Exception as failure:
         known = _as_path_error(failure)
         return _report(known, as_json) if known is not None else _report_bug(failure, as_json)
@@ -239,12 +239,6 @@ def _as_config_error(failure: Any) -> ConfigError:
     return ConfigError(message, hint)
 
 
-def _out_of_memory() -> EmotrainError:
-    from emotrain.errors import ResourceError
-
-    return ResourceError("out of memory", "close other programs, or make the run smaller")
-
-
 def _report_bug(failure: Exception, as_json: bool) -> int:
     """An exception that nobody expected: the traceback goes to a file, one line to the user."""
     resource = _resource_problem(failure)
@@ -262,10 +256,6 @@ def _report_bug(failure: Exception, as_json: bool) -> int:
 
 def _resource_problem(failure: Exception) -> EmotrainError | None:
     """A full disk or a full GPU is no bug."""
-    import errno
-
-    from emotrain.errors import ResourceError
-
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("the disk is full", "free some space; finished files are intact")
     if "torch" in sys.modules:

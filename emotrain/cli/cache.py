@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.options import Json
 from emotrain.errors import ResourceError
 
 app = typer.Typer(help="Show and clear the cache")
-
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 
 
 @app.command()

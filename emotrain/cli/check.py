@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from emotrain.cli import output
 from emotrain.cli.bar import progress
-from emotrain.cli.complete import preset_names
-from emotrain.cli.options import RUNS, OneJson, Overrides, RunName, RunsDir
+from emotrain.cli.options import RUNS, OneJson, Overrides, PresetName, RunName, RunsDir
 
 
 def check(
-    preset: Annotated[
-        str,
-        typer.Argument(help="A preset file, or the name of a shipped one", autocompletion=preset_names),
-    ],
+    preset: PresetName,
     overrides: Overrides = None,
     name: RunName = None,
     runs_dir: RunsDir = RUNS,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from emotrain.cli import output
+from emotrain.cli.options import Json
 from emotrain.errors import ConfigError
 from emotrain.files import is_regular
 
@@ -19,7 +20,6 @@ app = typer.Typer(help="Inspect, convert and merge LoRA files")
 
 Format = Literal["kohya", "diffusers", "comfyui"]
 AnyFormat = Literal["auto", "kohya", "diffusers", "comfyui"]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 Yes = Annotated[bool, typer.Option("--yes", help="Write over an existing file")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The new .safetensors file")]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from emotrain.cli import output
-from emotrain.cli.complete import preset_names
-from emotrain.cli.options import OneJson, Overrides
+from emotrain.cli.options import OneJson, Overrides, PresetName
 
 if TYPE_CHECKING:
     from emotrain.families.memory import MemoryPlan
@@ -17,10 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    preset: Annotated[
-        str,
-        typer.Argument(help="A preset file, or the name of a shipped one", autocompletion=preset_names),
-    ],
+    preset: PresetName,
     overrides: Overrides = None,
     as_json: OneJson = False,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from emotrain.cli import output
 from emotrain.cli.complete import preset_names
+from emotrain.cli.options import Json
 from emotrain.cli.written import new_preset
 from emotrain.config.builtin import shipped_presets
 from emotrain.config.guess import likely
@@ -17,7 +18,6 @@ from emotrain.errors import ConfigError
 app = typer.Typer(help="List, show and copy presets")
 
 Name = Annotated[str, typer.Argument(help="A shipped preset's name", autocompletion=preset_names)]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 
 
 @app.command("list")

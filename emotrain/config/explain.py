@@ -271,16 +271,17 @@ def section_at(loc: Loc) -> type[BaseModel] | None:
         if section is None:
             return None
         fields = {field.alias or name: field for name, field in section.model_fields.items()}
-        section = _section_in(fields[part].annotation) if part in fields else None
+        section = section_in(fields[part].annotation) if part in fields else None
     return section
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone or in a list; None where it holds none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (tuple, Union, types.UnionType):
         for one in get_args(annotation):
-            if found := _section_in(one):
+            if found := section_in(one):
                 return found
     return None
 
@@ -290,7 +291,7 @@ def all_keys(section: type[BaseModel] = Preset, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + (field.alias or name))
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         if inner:
             keys += all_keys(inner, f"{keys[-1]}.")
     return keys

@@ -16,9 +16,10 @@ from emotrain.config.builtin import is_builtin
 from emotrain.config.source import Node
 from emotrain.config.words import as_mapping
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
-_FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".yaml", ".json")
+MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_FILE_ENDINGS = (*MODEL_FILES, ".yaml", ".json")
 
 
 def absolute(text: str, folder: Path) -> str:
@@ -33,7 +34,7 @@ def absolute(text: str, folder: Path) -> str:
 def model_or_hub(text: str, folder: Path) -> str:
     """As `absolute`, but `organisation/name` is a hub id unless such a path exists."""
     clear = text.startswith((".", "~", "/")) or "\\" in text
-    if not clear and _HUB_ID.fullmatch(text) and not text.lower().endswith(_FILE_ENDINGS):
+    if not clear and HUB_ID.fullmatch(text) and not text.lower().endswith(_FILE_ENDINGS):
         path = absolute(text, folder)
         return path if os.path.exists(path) else text
     return absolute(text, folder)

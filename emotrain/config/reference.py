@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from emotrain.config.aliases import FOLDER_WORDS, INSIDE, ONE_FOLDER, TOP
+from emotrain.config.explain import section_in
 from emotrain.config.schema import Preset
 
 SCHEMA_FILE = "preset.schema.json"  # beside the presets that are written for the user
@@ -73,7 +74,7 @@ def _section_lines(prefix: str, section: type[BaseModel]) -> list[str]:
     inner: list[tuple[str, type[BaseModel]]] = []
     for name, field in section.model_fields.items():
         key = field.alias or name
-        below = _inner_section(field.annotation)
+        below = section_in(field.annotation)
         if below is None:
             lines.append(_row(key, field))
             continue
@@ -129,14 +130,6 @@ def _bounds(metadata: list[Any]) -> str:
                 if limit is not None:
                     found[sign] = limit
     return "".join(f" {sign} {limit:g}" for sign, limit in found.items())
-
-
-def _inner_section(annotation: Any) -> type[BaseModel] | None:
-    candidates = get_args(annotation) if get_origin(annotation) is tuple else (annotation,)
-    for one in candidates:
-        if isinstance(one, type) and issubclass(one, BaseModel):
-            return one
-    return None
 
 
 def _alias_lines() -> list[str]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from emotrain import assets
+from emotrain.config.builtin import DATASETS, check_name
 from emotrain.config.paths import folder_names
 from emotrain.config.schema import Folder as FolderSpec
 from emotrain.dataset.examples import Example, Scan, Skipped
@@ -33,10 +34,9 @@ from emotrain.dataset.images import SUFFIXES
 from emotrain.dataset.reader import FolderReader, index_masks
 from emotrain.dataset.textfile import printable
 from emotrain.dataset.walk import walk
-from emotrain.errors import ConfigError, DatasetError, Problem
+from emotrain.errors import DatasetError, Problem
 
 __all__ = ["Example", "FolderSpec", "Scan", "Skipped", "require_pictures", "resolve_folder", "scan"]
-BUILTIN = ("example", "example-heldout")
 
 
 def resolve_folder(path: str) -> Path:
@@ -47,11 +47,8 @@ def resolve_folder(path: str) -> Path:
     """
     if not path.startswith("builtin:"):
         return Path(path).expanduser()
-    name = path.removeprefix("builtin:")
-    if name not in BUILTIN:
-        known = ", ".join(f"builtin:{word}" for word in BUILTIN)
-        raise ConfigError(f"dataset.folders names `{printable(path)}`, which does not exist", f"there are {known}")
-    return Path(next(iter(assets.__path__))) / name
+    check_name(path, DATASETS, "data set")
+    return Path(next(iter(assets.__path__))) / path.removeprefix("builtin:")
 
 
 def scan(

@@ -15,6 +15,7 @@ from emotrain.families.quantize import RoundedLinear
 from emotrain.families.quiet import quiet
 
 Loaded = TypeVar("Loaded")
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for transformers' classes on a folder of the user's
 
 
 def known_class(where: str, part: str, index: dict[str, Any], known: frozenset[str]) -> str:

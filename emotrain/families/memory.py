@@ -153,16 +153,17 @@ def weights_gib(num_parameters: int, bytes_per_parameter: float, quantize: str =
     return ((num_parameters - stored) * bytes_per_parameter + stored) / GIB
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
 def installed_backends() -> frozenset[str]:
     """The kinds of quantisation whose library is installed."""
-    found = set()
-    for kind, module in BACKENDS.items():
-        try:
-            if importlib.util.find_spec(module) is not None:
-                found.add(kind)
-        except ModuleNotFoundError:
-            continue
-    return frozenset(found)
+    return frozenset(kind for kind, module in BACKENDS.items() if is_installed(module))
 
 
 def require_backend(quantize: str, key: str = "model.quantize") -> None:

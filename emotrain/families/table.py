@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
-from emotrain.config.guess import likely
+from emotrain.config.builtin import MODELS, check_name
+from emotrain.config.paths import HUB_ID, MODEL_FILES
 from emotrain.errors import ConfigError, ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Prediction, Sniffed, sniff_folder, sniff_hub
 from emotrain.families.sniff_file import sniff_file
 
-__all__ = ["BUILTIN", "FAMILIES", "Sniffed", "expected_modules", "is_hub_id", "resolve_base", "sniff"]
+__all__ = ["FAMILIES", "Sniffed", "expected_modules", "is_hub_id", "resolve_base", "sniff"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BUILTIN = ("tiny-sd", "tiny-flux")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(base: str) -> bool:
     """Whether `base` has the form of a hub id (`owner/name`) and nothing of that name is on the disk."""
-    suffix = Path(base).suffix.lower()
-    named = suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-    return bool(HUB_ID.fullmatch(base)) and not named and not Path(base).exists()
+    return bool(HUB_ID.fullmatch(base)) and not base.lower().endswith(MODEL_FILES) and not Path(base).exists()
 
 
 def resolve_base(base: str) -> str | Path:
@@ -34,12 +30,8 @@ def resolve_base(base: str) -> str | Path:
         ModelError: a path where nothing is.
     """
     if base.startswith("builtin:"):
-        name = base.removeprefix("builtin:")
-        if name not in BUILTIN:
-            known = [f"builtin:{one}" for one in BUILTIN]
-            hint = likely(base, known) or f"there are {' and '.join(f'`{one}`' for one in known)}"
-            raise ConfigError(f"`{base}` is not a built-in model", hint)
-        folder = ASSETS / name
+        check_name(base, MODELS, "model")
+        folder = ASSETS / base.removeprefix("builtin:")
         if not (folder / "model_index.json").is_file():
             raise ModelError(
                 f"`{base}` is missing from this installation",

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from emotrain.config.schema import Preset
 from emotrain.dataset.images import open_picture
 from emotrain.errors import EmotrainError, ModelError
-from emotrain.families.component import guard, refuse_filled_up
+from emotrain.families.component import LOCAL, guard, refuse_filled_up
 from emotrain.families.headers import read_json
 from emotrain.runs.data import Pictures, evenly
 from emotrain.train import rng
@@ -32,7 +32,6 @@ DINO = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")  # the class tok
 KINDS = (*JOINT, *TOWERS, *DINO)
 MOST_PICTURES = 32  # of the user's; with more, evenly spaced ones
 WHAT = "name a folder of transformers with config.json, preprocessor_config.json and model.safetensors"
-LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 Embed = Callable[[Image.Image], Tensor]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from emotrain.errors import ConfigError
 from emotrain.families.registry import FAMILIES, configs, family_of_variant
 from emotrain.lora import names, targets
 from emotrain.lora.formats import LAYOUTS, layout_of, to_layout
+from emotrain.runs.activation_memory import build_on_meta
 
 KNOWN = tuple(dict.fromkeys(name for family, spec in FAMILIES.items() for name in (family, *spec.variants)))
 
@@ -42,7 +42,9 @@ def lora_keys(
     base = family if family in FAMILIES else str(family_of_variant(family))
     variant = family if family not in FAMILIES else next(iter(FAMILIES[base].variants))
     layout = layout_of(base, format)
-    state = _names_of(_denoiser(base, variant), target_set, base, targets.part_of(base))
+    state = _names_of(
+        build_on_meta(base, configs(base)["denoiser"][variant], torch.float32), target_set, base, targets.part_of(base)
+    )
     if text_encoder:
         for part, encoder in _clips(base).items():
             state.update(_names_of(encoder, "attn-mlp", "clip", part))
@@ -72,14 +74,6 @@ def _names_of(model: nn.Module, target_set: str, kind: str, part: str) -> dict[s
         state[name + names.DOWN] = torch.zeros((1, inner, *kernel))
         state[name + names.UP] = torch.zeros((out, 1, *(1 for _ in kernel)))
     return state
-
-
-def _denoiser(family: str, variant: str) -> nn.Module:
-    with torch.device("meta"):
-        model: nn.Module = getattr(diffusers, FAMILIES[family].denoiser_class).from_config(
-            configs(family)["denoiser"][variant]
-        )
-    return model
 
 
 def _clips(family: str) -> dict[str, nn.Module]:

@@ -5,10 +5,10 @@ Nothing is trained and nothing written. `check` shows all of it; `run` stops at 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,9 @@ from emotrain.config.source import place_of
 from emotrain.dataset.balance import folder_shares
 from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
-from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem, ResourceError
+from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
 from emotrain.families.headers import read_header, read_json
-from emotrain.families.memory import BACKENDS
+from emotrain.families.memory import BACKENDS, is_installed
 from emotrain.families.ram import ram
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
@@ -55,6 +55,14 @@ class Preflight:
     scan: Scan | None = None
     pictures: Pictures | None = None
     other: Other | None = None  # the model that samples are drawn on, where that is another one
+
+    @contextmanager
+    def failing(self, place: str = "") -> Iterator[None]:
+        """An error from within is one of the failures, with its place in the preset where that is known."""
+        try:
+            yield
+        except EmotrainError as error:
+            self.failures.append(type(error)(f"{place}: {error.message}", error.hint) if place else error)
 
     def raise_first(self) -> None:
         """Raise one error that holds the problems of all failures; its kind is the first one's.
@@ -101,10 +109,8 @@ def preflight(
     _look_at_data(preset, result, progress)
     result.failures.extend(_missing_packages(preset, at))
     if runs_dir is not None:
-        try:
+        with result.failing():
             refuse_place(runs_dir, preset.name)
-        except EmotrainError as error:
-            result.failures.append(error)
     _describe(preset, result)
     return result
 
@@ -121,10 +127,8 @@ def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
         hint = f"write `family: {found.family}`, or leave it out"
         result.failures.append(ConfigError(f"{at('model.family')}: {what}", hint))
         return
-    try:
+    with result.failing():
         refuse_incomplete(found, has_vae=model.vae is not None, has_text=model.text_encoder is not None)
-    except ModelError as error:
-        result.failures.append(error)
     result.found = found
     size = f"{found.resolution} px"
     title = FAMILIES[found.family].title
@@ -147,10 +151,8 @@ def _rehearse(preset: Preset, result: Preflight) -> None:
         return
     from emotrain.runs.rehearsal import rehearse  # needs torch, which costs seconds
 
-    try:
+    with result.failing():
         rehearse(preset, result.found, whole=any(told))
-    except EmotrainError as error:
-        result.failures.append(error)
 
 
 def _look_at_encoder(preset: Preset, found: Sniffed, result: Preflight, at: Where) -> None:
@@ -167,10 +169,8 @@ def _look_at_encoder(preset: Preset, found: Sniffed, result: Preflight, at: Wher
         return
     from emotrain.families.separate import refuse_other_encoder  # needs torch, which costs seconds
 
-    try:
+    with result.failing():
         refuse_other_encoder(found, preset.model.text_encoder)
-    except ModelError as error:
-        result.failures.append(error)
 
 
 def _check_network(preset: Preset, found: Sniffed, at: Where) -> list[Problem]:
@@ -267,17 +267,13 @@ def _look_at_parts(preset: Preset, result: Preflight, at: Where) -> None:
             message = f"{at(f'model.{key}')}: {part} does not exist"
             result.failures.append(ModelError(message, "paths are relative to the preset's file"))
         elif part is not None and Path(part).is_file():
-            try:
+            with result.failing():
                 read_header(Path(part))
-            except ModelError as error:
-                result.failures.append(error)
     if result.found is not None and not result.failures and preset.model.vae is not None:
         from emotrain.families.fitting import refuse_misfit_vae  # needs torch, which costs seconds
 
-        try:
+        with result.failing():
             refuse_misfit_vae(preset.model.vae, result.found)
-        except ModelError as error:
-            result.failures.append(error)
     if result.found is not None and not result.failures:
         _look_at_encoder(preset, result.found, result, at)
 
@@ -294,7 +290,7 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
     from emotrain.runs import parents
 
     for key, path in wanted:
-        try:
+        with result.failing(at(key)):
             file = read_lora(parents.lora_of(path))
             if (line := file.left_out) is not None:
                 result.warnings.append(line)
@@ -303,11 +299,8 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
                 if key == "start_from.continue" and file.is_lokr:
                     file.refuse_mixture()
                     result.failures += [ConfigError(p.message, p.hint) for p in _check_lokr(preset, result.found, at)]
-        except EmotrainError as error:
-            result.failures.append(type(error)(f"{at(key)}: {error.message}", error.hint))
-            continue
-        if key == "start_from.continue":
-            result.facts.append(("continues", parents.continued(file)))
+            if key == "start_from.continue":
+                result.facts.append(("continues", parents.continued(file)))
 
 
 def _look_at_sample_base(preset: Preset, result: Preflight, at: Where) -> None:
@@ -336,13 +329,9 @@ def _look_at_likeness(preset: Preset, result: Preflight, at: Where) -> None:
         return
     from emotrain.runs.likeness import refuse_unusable  # needs torch, which costs seconds
 
-    try:
+    with result.failing(place_of(at("validate.likeness"), "validate.likeness")):
         refuse_unusable(Path(folder))
-    except EmotrainError as error:
-        place = place_of(at("validate.likeness"), "validate.likeness")
-        result.failures.append(type(error)(f"{place}: {error.message}", error.hint))
-        return
-    result.facts.append(("likeness", f"samples and pictures are compared by {Path(folder).name}"))
+        result.facts.append(("likeness", f"samples and pictures are compared by {Path(folder).name}"))
 
 
 def _how_drawn(preset: Preset, found: Sniffed) -> str:
@@ -356,7 +345,7 @@ def _how_drawn(preset: Preset, found: Sniffed) -> str:
 
 
 def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) -> None:
-    try:
+    with result.failing():
         scans = scan_preset(preset)
         found = result.scan = require_pictures(scans.train)
         result.facts.append(("data", found.totals()))
@@ -371,8 +360,6 @@ def _look_at_data(preset: Preset, result: Preflight, progress: Progress | None) 
             result.facts.append(("validate", require_pictures(scans.held_out).totals()))
         if result.found is not None and not result.failures:
             _lint(preset, result, scans, progress)
-    except EmotrainError as error:
-        result.failures.append(error)
 
 
 def _lint(preset: Preset, result: Preflight, scans: Scans, progress: Progress | None) -> None:
@@ -425,15 +412,8 @@ def _missing_packages(preset: Preset, at: Where) -> list[EmotrainError]:
             f"{at(key)}: {key} `{value}` needs the package {packages[value]}", f"pip install 'emotrain[{extra}]'"
         )
         for key, value, extra, packages in needed
-        if value in packages and not _is_installed(packages[value])
+        if value in packages and not is_installed(packages[value])
     ]
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
 
 
 def look_at_ram(preset: Preset, result: Preflight) -> None:
@@ -449,11 +429,9 @@ def look_at_ram(preset: Preset, result: Preflight) -> None:
 
     settings = loader_settings(preset, result.found)
     _, plan = plan_run(preset, result.found, result.pictures, settings, other=result.other)
-    try:
+    with result.failing():
         _, tight = room(plan, ram())
         result.warnings += [tight] if tight is not None else []
-    except ResourceError as error:
-        result.failures.append(error)
 
 
 def _describe(preset: Preset, result: Preflight) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
-from emotrain.batch import Batch, Labels, embeddings_and_masks, send
+from emotrain.batch import Batch, embeddings_and_masks, send
 from emotrain.dataset.ranking import LossRecord
 from emotrain.pulse.gain import Change
 from emotrain.pulse.stopping import UNFAIR_SENTENCE
@@ -32,6 +32,7 @@ from emotrain.train.state import LIMIT, TrainState, describe
 from emotrain.train.validation import Validation
 
 if TYPE_CHECKING:
+    from emotrain.dataset.loader import CachedDataset
     from emotrain.diffusion import Objective
     from emotrain.families.common import LoadedFamily
     from emotrain.lora.adapter import Adapter
@@ -54,18 +55,6 @@ class StopReason(StrEnum):
     DIVERGED = "diverged"
 
 
-class Data(Protocol):
-    """What the loop needs of a data set: batches as a pure function of the micro-step."""
-
-    batches_per_epoch: int
-
-    def batch(self, micro_step: int, shares: Mapping[str, float] = ...) -> Batch:
-        """The micro-batch of that number; pictures in `shares` are shown that much as often."""
-
-    def labels(self, micro_step: int, shares: Mapping[str, float] = ...) -> Labels:
-        """The same without its tensors."""
-
-
 @dataclass(frozen=True)
 class Parts:
     """What one run is made of. `save` and `sample` are called between steps and must leave training untouched."""
@@ -74,7 +63,7 @@ class Parts:
     objective: Objective
     adapter: Adapter
     optimizer: OptimizerLike
-    data: Data
+    data: CachedDataset
     stop_rule: StopRule
     loss_baseline: LossBaseline
     validation: Validation | None

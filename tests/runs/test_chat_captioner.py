@@ -15,8 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.generation import GenerationMixin
 
 from emotrain.errors import ModelError
-from emotrain.runs.captioner import load_captioner
-from emotrain.runs.chat_captioner import ASK
+from emotrain.runs.captioner import ASK, load_captioner
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip

@@ -8,14 +8,18 @@ from typing import Any
 
 from emotrain.config.aliases import INSIDE
 from emotrain.config.trainers.imported import (
+    BASE,
     BLOCKS,
     CACHED,
     CHECKPOINTING,
+    CONTINUES,
     DTYPES,
     ENCODERS,
     IDLE,
     QUANTIZED,
     SKIP,
+    TEXT_ENCODER,
+    VAE,
     Import,
     Values,
     because,
@@ -31,6 +35,7 @@ from emotrain.config.trainers.imported import (
     repeats_of,
     section,
     switch,
+    unless_off,
 )
 from emotrain.errors import ConfigError
 
@@ -130,14 +135,12 @@ def _model(words: Values, out: Import) -> None:
         else:
             out.lack(word, kind, f"{key} has int8, fp8 and nf4")
 
+    @unless_off
     def below(out: Import, word: str, value: Any) -> None:
-        if is_off(value):
-            out.num_off += 1
-        else:
-            out.stack(word, value, 1.0, sample=not word.endswith("assistant_lora_path"))
+        out.stack(word, value, 1.0, sample=not word.endswith("assistant_lora_path"))
 
     special: dict[str, Any] = {
-        "name_or_path": Import.model, "vae_path": Import.vae, "te_name_or_path": Import.text_encoder,
+        "name_or_path": BASE, "vae_path": VAE, "te_name_or_path": TEXT_ENCODER,
         "quantize": quantize, "dtype": SKIP, "qtype": SKIP, "qtype_te": SKIP,
         "quantize_te": partial(quantize, qtype="qtype_te", key="model.quantize_text_encoders"),
         "arch": SKIP, **dict.fromkeys(out.models, SKIP), "assistant_lora_path": below, "lora_path": below,
@@ -190,17 +193,16 @@ def mask_is_used(words: Values) -> bool:
 def _network(words: Values, out: Import) -> None:
     unet = out.kind is not None and out.kind.unet
 
+    @unless_off
     def conv(out: Import, word: str, value: Any) -> None:
-        if is_off(value):
-            out.num_off += 1
-        elif unet:
+        if unet:
             out.take(word, value, "network.conv_rank")
             out.take(word, value, "network.targets", "all")
         else:
             out.leave(word, value, "this model has no convolutions to adapt")
 
     special = {
-        "type": kind_of_adapter("lora"), "conv": conv, "pretrained_lora_path": Import.continues,
+        "type": kind_of_adapter("lora"), "conv": conv, "pretrained_lora_path": CONTINUES,
         "lokr_full_rank": _full_rank if words.get("type") == "lokr" else SKIP,
         "lokr_factor": factor if words.get("type") == "lokr" else SKIP, "network_kwargs": _network_kwargs,
         "conv_alpha": because("one strength for all layers: network.alpha / rank"),
@@ -256,11 +258,10 @@ def _ema(out: Import, word: str, value: Any) -> None:
         out.num_off += 1
 
 
+@unless_off
 def _class(out: Import, word: str, value: Any) -> None:
     """The word that is kept as it was; the trigger tells the two apart."""
-    if is_off(value):
-        out.num_off += 1
-    elif "trigger" not in out.values.get("dataset", {}):
+    if "trigger" not in out.values.get("dataset", {}):
         out.leave(word, value, "dataset.class needs a dataset.trigger")
     else:
         out.take(word, value, "dataset.class")

@@ -8,13 +8,17 @@ from typing import Any
 
 from emotrain.config.trainers.files import parse_file
 from emotrain.config.trainers.imported import (
+    BASE,
     BLOCKS,
     CHECKPOINTING,
+    CONTINUES,
     DTYPES,
     IDLE,
     IN_FLOAT32,
     QUANTIZED,
     SKIP,
+    TEXT_ENCODER,
+    VAE,
     Import,
     Values,
     because,
@@ -98,12 +102,12 @@ def _model(words: Values, out: Import) -> None:
     base_word = next((word for word in _BASES if not is_off(words.get(word))), "")
 
     def another(out: Import, word: str, value: Any) -> None:
-        out.lack(f"model.{word}", value, f"model.base is {base_word}") if word != base_word else out.model(word, value)
+        out.lack(f"model.{word}", value, f"model.base is {base_word}") if word != base_word else BASE(out, word, value)
 
     def text_encoders(out: Import, word: str, value: Any) -> None:
         paths = [one.get("path") or one.get("paths") for one in items({word: value}, word)]
         if len(paths) == 1 and isinstance(paths[0], str):
-            out.text_encoder(word, paths[0])
+            TEXT_ENCODER(out, word, paths[0])
         else:
             out.lack(word, value)
 
@@ -112,8 +116,8 @@ def _model(words: Values, out: Import) -> None:
             out.stack(word, path, 1.0)
 
     special = {
-        **dict.fromkeys(_BASES, another), "type": SKIP, "vae": Import.vae, "vae_path": Import.vae,
-        "llm_path": Import.text_encoder, "text_encoder_path": Import.text_encoder, "text_encoders": text_encoders,
+        **dict.fromkeys(_BASES, another), "type": SKIP, "vae": VAE, "vae_path": VAE,
+        "llm_path": TEXT_ENCODER, "text_encoder_path": TEXT_ENCODER, "text_encoders": text_encoders,
         "dtype": chosen("model.dtype", DTYPES), "transformer_dtype": chosen("model.quantize", QUANTIZED),
         "diffusion_model_dtype": chosen("model.quantize", QUANTIZED), "merge_adapters": merged,
         "timestep_sample_method": chosen("train.loss.timesteps", _TIMESTEPS),
@@ -130,7 +134,7 @@ def _adapter(words: Values, out: Import) -> None:
 
     special = {
         "type": kind_of_adapter("lora"), "decompose_factor": factor, "dtype": IN_FLOAT32,
-        "init_from_existing": Import.continues, "fuse_adapters": fused,
+        "init_from_existing": CONTINUES, "fuse_adapters": fused,
     }  # fmt: skip
     out.read(words, {"rank": "network.rank", "alpha": "network.alpha"}, special, "adapter.")
 

@@ -151,30 +151,8 @@ class Import:
 
     def file(self, word: str, value: Any, place: str) -> None:
         """A model's file, folder or hub id."""
-        if is_off(value):
-            self.num_off += 1
-            return
         found = model_or_hub(str(value), self.folder)
         self.take(word, value, place, found if os.path.exists(found) else model_or_hub(str(value), Path.cwd()))
-
-    def model(self, word: str, value: Any) -> None:
-        """The model to train on."""
-        self.file(word, value, "model.base")
-
-    def vae(self, word: str, value: Any) -> None:
-        """Another VAE."""
-        self.file(word, value, "model.vae")
-
-    def text_encoder(self, word: str, value: Any) -> None:
-        """A text encoder in a file of its own."""
-        self.file(word, value, "model.text_encoder")
-
-    def continues(self, word: str, value: Any) -> None:
-        """An earlier LoRA whose weights are the start."""
-        if is_off(value):
-            self.num_off += 1
-        else:
-            self.take(word, value, "start_from.continue", self.path(str(value)))
 
     def stack(self, word: str, value: Any, weight: float, *, sample: bool = True) -> None:
         """An earlier LoRA that lies frozen below the new one; `sample` says whether samples are drawn with it."""
@@ -182,13 +160,6 @@ class Import:
         listed.append({"path": self.path(str(value)), "weight": weight} | ({} if sample else {"sample": False}))
         told = f"start_from.stack, weight {weight:g}" + ("" if sample else ", sample: false")
         self.rows.append(Row(word, shown(value), "taken", told))
-
-    def fraction(self, word: str, value: Any) -> None:
-        """The share of the pictures that is held out."""
-        if is_off(value):
-            self.num_off += 1
-        else:
-            self.take(word, value, "validate.fraction")
 
     def beside(self, word: str, value: Any) -> Any:
         """The values of a file that a config names; None, and said, where it is not there."""
@@ -379,28 +350,31 @@ def chosen(place: str, words: Mapping[str, Any]) -> Special:
     return take
 
 
-def because(why: str) -> Special:
-    """A word that is left out for a reason; nothing is said where it is off."""
+def unless_off(take: Special) -> Special:
+    """`take` for a word that is in use; one that is off is counted alone."""
 
-    def leave(out: Import, word: str, value: Any) -> None:
+    def taken(out: Import, word: str, value: Any) -> None:
         if is_off(value):
             out.num_off += 1
         else:
-            out.leave(word, value, why)
+            take(out, word, value)
 
-    return leave
+    return taken
+
+
+def because(why: str) -> Special:
+    """A word that is left out for a reason; nothing is said where it is off."""
+    return unless_off(lambda out, word, value: out.leave(word, value, why))
 
 
 def switch(place: str, on: Any = True) -> Special:
     """A word that sets `place` to `on`, and nothing where it is off."""
+    return unless_off(lambda out, word, value: out.take(word, value, place, on))
 
-    def take(out: Import, word: str, value: Any) -> None:
-        if is_off(value):
-            out.num_off += 1
-        else:
-            out.take(word, value, place, on)
 
-    return take
+def file_at(place: str) -> Special:
+    """A word for a model's file, folder or hub id."""
+    return unless_off(lambda out, word, value: out.file(word, value, place))
 
 
 def kind_of_adapter(*plain: str) -> Special:
@@ -479,6 +453,8 @@ def _skip(out: Import, word: str, value: Any) -> None:
 
 SKIP: Special = _skip
 IDLE: Special = _idle  # a word that says nothing of what is trained: how it is started, what is shown
+BASE, VAE, TEXT_ENCODER = file_at("model.base"), file_at("model.vae"), file_at("model.text_encoder")
+CONTINUES = unless_off(lambda out, word, value: out.take(word, value, "start_from.continue", out.path(str(value))))
 IN_FLOAT32 = because("the LoRA is trained in float32")
 CHECKPOINTING = because("it is on where the model does not fit without")
 BLOCKS = because("blocks move by themselves where memory is short")

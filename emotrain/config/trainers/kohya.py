@@ -17,13 +17,17 @@ from emotrain.config.prompts import is_prompt_file
 from emotrain.config.text import read_text
 from emotrain.config.trainers.files import parse_file
 from emotrain.config.trainers.imported import (
+    BASE,
     BLOCKS,
     CACHED,
     CHECKPOINTING,
+    CONTINUES,
     DTYPES,
     IDLE,
     IN_FLOAT32,
     SKIP,
+    TEXT_ENCODER,
+    VAE,
     Import,
     Special,
     Values,
@@ -40,12 +44,14 @@ from emotrain.config.trainers.imported import (
     repeats_of,
     section,
     switch,
+    unless_off,
 )
 
 KEY = "kohya"  # in `FamilySpec.elsewhere`
 NAME = "a config of kohya's sd-scripts"
 _MARKS = frozenset(("pretrained_model_name_or_path", "train_data_dir", "dataset_config", "network_module", "LoRA_type"))
-_PLACES = {
+_SHARE = {"validation_split": "validate.fraction"}
+_PLACES = _SHARE | {
     word: TOP[word]
     for word in (
         "network_dim", "network_alpha", "save_every_n_steps", "bucket_reso_steps", "min_bucket_reso",
@@ -100,9 +106,8 @@ def read(words: Values, out: Import) -> None:
     _optimizer(flat, out)
     special = {
         **dict.fromkeys(out.models, SKIP),
-        "pretrained_model_name_or_path": Import.model,
-        "vae": Import.vae, "ae": Import.vae, "qwen3": Import.text_encoder,
-        "output_name": Import.name, "validation_split": Import.fraction,
+        "pretrained_model_name_or_path": BASE, "vae": VAE, "ae": VAE, "qwen3": TEXT_ENCODER,
+        "output_name": Import.name,
         "mixed_precision": chosen("model.dtype", DTYPES), "save_precision": chosen("save.dtype", DTYPES),
         "fp8_base": switch("model.quantize", "fp8"),
         "fp8_base_unet": switch("model.quantize", "fp8"),
@@ -114,7 +119,7 @@ def read(words: Values, out: Import) -> None:
         "network_train_unet_only": switch("network.text_encoder", False),
         "sample_prompts": _sample_prompts,
         "resolution": _resolution, "max_resolution": _resolution,
-        "network_weights": Import.continues, "lora_network_weights": Import.continues, "clip_skip": _clip_skip,
+        "network_weights": CONTINUES, "lora_network_weights": CONTINUES, "clip_skip": _clip_skip,
         "train_text_encoder": switch("network.text_encoder"),
         "timestep_sampling": _timesteps, "weighting_scheme": _weighting, **_left_out(flat),
         "base_weights": lambda out, word, value: _base_weights(out, word, value, flat),
@@ -212,7 +217,7 @@ def _folders(flat: Values, out: Import, weight: float) -> None:
 def _datasets(words: Any, out: Import, weight: float) -> None:
     for dataset in items(words, "datasets"):
         whole = {**section(words, "general"), **dataset}
-        special = {"resolution": _resolution, "validation_split": Import.fraction, **dict.fromkeys(_IDLE, IDLE)}
+        special = {"resolution": _resolution, **dict.fromkeys(_IDLE, IDLE)}
         out.read(whole, _PLACES, special | dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP))
         for subset in items(dataset, "subsets"):
             own = {**whole, **subset}
@@ -227,7 +232,7 @@ def _datasets(words: Any, out: Import, weight: float) -> None:
             )  # fmt: skip
             if not own.get("is_reg"):
                 _captions(own, out)
-            out.read(subset, {}, {"validation_split": Import.fraction} | dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP))
+            out.read(subset, _SHARE, dict.fromkeys((*_FOLDERS, *_CAPTIONS), SKIP))
 
 
 def _mask(words: Values, out: Import) -> str | None:
@@ -251,12 +256,10 @@ def _max_grad_norm(out: Import, word: str, value: Any) -> None:
         out.take(word, value, "train.max_grad_norm")
 
 
+@unless_off
 def _conv(out: Import, word: str, value: Any) -> None:
-    if is_off(value):
-        out.num_off += 1
-    else:
-        out.take(word, value, "network.conv_rank")
-        out.take(word, value, "network.targets", "all")
+    out.take(word, value, "network.conv_rank")
+    out.take(word, value, "network.targets", "all")
 
 
 def _timesteps(out: Import, word: str, value: Any) -> None:

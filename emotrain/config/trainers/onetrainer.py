@@ -13,8 +13,10 @@ from typing import Any
 from emotrain.config.trainers.files import parse_file
 from emotrain.config.trainers.imported import (
     ATTENTION,
+    BASE,
     CACHED,
     CHECKPOINTING,
+    CONTINUES,
     DTYPES,
     IDLE,
     IN_FLOAT32,
@@ -36,6 +38,7 @@ from emotrain.config.trainers.imported import (
     repeats_of,
     section,
     switch,
+    unless_off,
 )
 
 KEY = "onetrainer"  # in `FamilySpec.elsewhere`
@@ -88,7 +91,7 @@ def read(words: Values, out: Import) -> None:
     out.choose("model_type", str(words.get("model_type", "STABLE_DIFFUSION_15")))
     is_lokr = str(words.get("peft_type")).lower() == "lokr"
     special = {
-        "base_model_name": Import.model,
+        "base_model_name": BASE,
         "output_model_destination": lambda out, word, value: out.name(word, Path(str(value)).stem),
         "train_dtype": chosen("model.dtype", DTYPES), "output_dtype": chosen("save.dtype", DTYPES),
         "output_model_format": _format,
@@ -96,7 +99,7 @@ def read(words: Values, out: Import) -> None:
         "layer_filter_preset": chosen("network.targets", _TARGETS),
         "lokr_decompose_factor": factor if is_lokr else SKIP,
         "training_method": kind_of_adapter("LORA"), "peft_type": kind_of_adapter("LORA"),
-        "lora_model_name": Import.continues,
+        "lora_model_name": CONTINUES,
         "ema": chosen("train.ema", {"gpu": True, "cpu": True}),
         "force_v_prediction": switch("model.prediction", "v"),
         "force_epsilon_prediction": switch("model.prediction", "epsilon"),
@@ -183,11 +186,10 @@ def _loss_weight(out: Import, word: str, value: Any, words: Values) -> None:
         out.lack(word, value)
 
 
+@unless_off
 def _layer_skip(out: Import, word: str, value: Any) -> None:
     """Layers of CLIP that are left out at its end, beyond what the model leaves out by itself."""
-    if is_off(value):
-        out.num_off += 1
-    elif out.kind is not None and out.kind.unet and isinstance(value, int):
+    if out.kind is not None and out.kind.unet and isinstance(value, int):
         out.take(word, value, "model.clip_skip", value + 1)
     else:
         out.lack(word, value)
@@ -212,9 +214,9 @@ def _part(out: Import, word: str, value: Any, kind: str) -> None:
     name = words.get("model_name")
     if not is_off(name):
         if word == "vae":
-            out.vae(f"{word}.model_name", name)
+            out.file(f"{word}.model_name", name, "model.vae")
         elif word == "text_encoder" and not kind.startswith(_WITH_CLIP):
-            out.text_encoder(f"{word}.model_name", name)
+            out.file(f"{word}.model_name", name, "model.text_encoder")
         else:
             out.lack(f"{word}.model_name", name)
     if word.startswith("text_encoder"):
