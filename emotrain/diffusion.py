@@ -160,7 +160,6 @@ class DiffusionObjective:
         return (quantile(u, self.density) * count).floor().clamp(0, count - 1).float()
 
     def noise(self, latents: Tensor, generator_noise: Tensor) -> Tensor:
-        """See `Objective.noise`."""
         return add_offset(generator_noise, self.noise_offset) if self.noise_offset else generator_noise
 
     def _mix(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,23 +149,19 @@ class JoinedRanks(Ranks):
         self.meet(None)
 
     def meet(self, value: T) -> list[T]:
-        """See `Ranks.meet`."""
         return self._exchange(value, None)
 
     def lead_where(self, there: bool) -> bool:
-        """See `Ranks.lead_where`."""
         found = self.meet(there)
         self.lead = found.index(True) if any(found) else 0
         return any(found)
 
     def told(self, value: T | None) -> T:
-        """See `Ranks.told`."""
         found = self.meet(value)[self.lead]
         assert found is not None
         return found
 
     def send(self, content: bytes | None) -> bytes:
-        """See `Ranks.send`."""
         import torch
         import torch.distributed as dist
 
@@ -178,7 +174,6 @@ class JoinedRanks(Ranks):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """See `Ranks.together`."""
         try:
             yield
         except LostRankError:
@@ -189,7 +184,6 @@ class JoinedRanks(Ranks):
             raise
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """See `Ranks.in_turn`."""
         done = [work()] if self.local_rank == 0 else []
         self.meet(None)
         done = done or [work()]
@@ -197,7 +191,6 @@ class JoinedRanks(Ranks):
         return done[0]
 
     def one_by_one(self, work: Callable[[], T]) -> T:
-        """See `Ranks.one_by_one`."""
         done: list[T] = []
         for turn in range(max(self.meet(self.local_world))):
             if turn == self.local_rank:
@@ -206,7 +199,6 @@ class JoinedRanks(Ranks):
         return done[0]
 
     def sum_gradients(self, parameters: Sequence[Tensor], numbers: Tensor, stopped: Callable[[], bool]) -> None:
-        """See `Ranks.sum_gradients`; `stopped` says whether this process was told to stop."""
         import torch
         import torch.distributed as dist
 
@@ -236,7 +228,6 @@ class JoinedRanks(Ranks):
                 parameter.grad = view.clone()
 
     def close(self) -> None:
-        """See `Ranks.close`."""
         import torch.distributed as dist
 
         self.meet(None)

@@ -36,7 +36,6 @@ class PictureContrast:
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> PictureContrast:
-        """Inverse of `to_dict`."""
         others = tuple((str(name), tuple(float(loss) for loss in row)) for name, row in entry["others"].items())
         return cls(str(entry["id"]), tuple(float(loss) for loss in entry["own"]), others)
 

@@ -95,7 +95,6 @@ class Report:
         return any(finding.severity == "error" for finding in self.findings)
 
     def counts(self) -> dict[str, int]:
-        """How many findings of each severity."""
         counted = Counter(finding.severity for finding in self.findings)
         return {name: counted[name] for name in ("error", "warning", "info")}
 

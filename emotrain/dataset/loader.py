@@ -92,12 +92,10 @@ class TextRows(Mapping[str, Tensors]):
         return row
 
     def __iter__(self) -> Iterator[str]:
-        """All texts."""
         yield from self._held
         yield from self._keys
 
     def __len__(self) -> int:
-        """Number of texts."""
         return len(self._held) + len(self._keys)
 
 

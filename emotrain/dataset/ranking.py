@@ -85,7 +85,6 @@ class PictureScore:
     z_contrast: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 

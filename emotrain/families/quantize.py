@@ -106,7 +106,6 @@ class WithoutWeight(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's."""
         y: Tensor = self.layer(x)
         return y
 

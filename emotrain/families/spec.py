@@ -143,7 +143,6 @@ class NameTable:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Every segment of the table's paths that holds an underscore."""
         paths = [path for original, parts in self.rows for path in (original, *parts)]
         return tuple(sorted({word for path in paths for word in path.split(".") if "_" in word}))
 
@@ -154,7 +153,6 @@ class NameTable:
         return any(len(parts) > 1 and parts[0] not in alone for _, parts in self.rows)
 
     def to_original(self, path: str) -> Group | None:
-        """The original module that a diffusers path belongs to; None where there is none."""
         for original, parts in self.rows:
             for part in parts:
                 if found := _rule(part).fullmatch(path):
@@ -162,7 +160,6 @@ class NameTable:
         return None
 
     def from_original(self, path: str) -> Group | None:
-        """The group of a dotted original name; None where it is not one."""
         for original, parts in self.rows:
             if found := _rule(original).fullmatch(path):
                 return self._filled(original, parts, found.groups())
@@ -429,5 +426,4 @@ class FamilySpec:
         return own or self.text_encoders
 
     def encoder(self, name: str) -> TextEncoder:
-        """The text encoder of that name."""
         return next(encoder for encoder in self.text_encoders if encoder.name == name)

@@ -74,12 +74,10 @@ class SgmNames:
     joins = False
 
     def to_original(self, path: str) -> Group | None:
-        """The SGM module of a diffusers path; None where there is none."""
         name = to_sgm(path, self.plain)
         return None if name is None else Group(name, (path,))
 
     def from_original(self, path: str) -> Group | None:
-        """The group of an SGM name; None where it is not one."""
         ours = from_sgm(path)
         return None if ours is None else Group(path, (ours,))
 

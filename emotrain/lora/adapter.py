@@ -220,7 +220,6 @@ class LokrAdapter(Adapter):
 
     @property
     def title(self) -> str:
-        """What it is, in words."""
         return f"LoKr with factor {self.factor}"
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -234,12 +233,10 @@ class LokrAdapter(Adapter):
         return {}
 
     def alphas(self) -> dict[str, float]:
-        """Module path -> 1."""
         return dict.fromkeys(self._layers, 1.0)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Run the model without this adapter; frozen ones underneath stay on."""
         active = {path: lokr.active for path, lokr in self._layers.items()}
         try:
             for lokr in self._layers.values():

@@ -26,7 +26,6 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """Rank of the pair."""
         return int(self.down.shape[0])
 
     @property

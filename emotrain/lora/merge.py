@@ -51,7 +51,6 @@ class Merged:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module path -> rank."""
         return {path: int(alpha) for path, alpha in self.alphas.items()}
 
 

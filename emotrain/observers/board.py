@@ -132,7 +132,6 @@ class Board:
 
     @property
     def step(self) -> int:
-        """Steps done."""
         if self.last is not None:
             return self.last.step
         return self.start.start_step if self.start is not None else 0
@@ -153,7 +152,6 @@ class Board:
         return self.end.seconds if self.end is not None else self.clock() - self.began
 
     def note(self, event: Event) -> None:
-        """Take note of one event."""
         match event:
             case StepEnd():
                 self.phases.end()

@@ -80,7 +80,6 @@ class JsonEvents:
         self._writer = LineWriter(sys.stdout if stream is None else stream)
 
     def handle(self, event: Event) -> None:
-        """Write one event."""
         self._writer.write(event.line(with_kind=True))
 
     def close(self) -> None:
@@ -119,7 +118,6 @@ class ConsoleLines:
         self._training = False  # from then on a phase is told when it takes long
 
     def handle(self, event: Event) -> None:
-        """Write what is worth a line."""
         if isinstance(event, StepEnd):
             self._step(event)
         elif isinstance(event, Notice):

@@ -179,7 +179,6 @@ class Dashboard:
             self._thread.start()
 
     def handle(self, event: Event) -> None:
-        """Take note of one event; the next frame shows it."""
         with self._lock:
             self._board.note(event)
             self._changed = True

@@ -36,25 +36,20 @@ class Averaged:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups."""
         return self.inner.param_groups
 
     @property
     def reading(self) -> Reading | None:
-        """The last reading of the inner optimizer."""
         return self.inner.reading
 
     @property
     def should_stop(self) -> bool:
-        """The inner optimizer's stop signal."""
         return self.inner.should_stop
 
     def begin(self, loss: float) -> None:
-        """Tell what the loss is before the first step."""
         self.inner.begin(loss)
 
     def observe(self, loss: float | Tensor) -> Reading:
-        """Tell the mean loss of the whole step."""
         return self.inner.observe(loss)
 
     @torch.no_grad()
@@ -69,7 +64,6 @@ class Averaged:
         return loss
 
     def rescale(self, scale: float) -> None:
-        """Go on with steps `scale` times as long."""
         self.inner.rescale(scale)
 
     def restart(self, scale: float) -> None:
@@ -78,7 +72,6 @@ class Averaged:
         self.steps, self._average = 0, []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:

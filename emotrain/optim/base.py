@@ -199,7 +199,6 @@ class EmoOptimizer(torch.optim.Optimizer):
         return loss
 
     def rescale(self, scale: float) -> None:
-        """Go on with steps `scale` times as long."""
         for group in self.param_groups:
             group["scope"] *= scale
             group["lr"] *= scale

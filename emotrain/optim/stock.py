@@ -43,11 +43,9 @@ class StockOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups."""
         return self.inner.param_groups
 
     def begin(self, loss: float) -> None:
-        """Tell what the loss is before the first step, for the display."""
         self._emotion = start("3.9", loss)
 
     def observe(self, loss: float | Tensor) -> Reading:
@@ -68,14 +66,12 @@ class StockOptimizer:
         return loss
 
     def rescale(self, scale: float) -> None:
-        """Go on with steps `scale` times as long."""
         for group in self.param_groups:
             group["lr"] *= scale
 
     restart = rescale
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:

@@ -170,7 +170,6 @@ class Gain:
         }
 
     def to_document(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
         return asdict(self)
 
     @classmethod

@@ -94,5 +94,4 @@ class Paired:
         return f"{said}; the chance of an improvement of {100 * self.negligible:g}% is {likely}"
 
     def summary(self) -> dict[str, Any]:
-        """What run.json says."""
         return {**asdict(self), "chance": self.chance, "words": self.words()}

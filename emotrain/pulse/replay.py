@@ -38,7 +38,6 @@ class Replay:
     signals: tuple[Signal, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists and numbers for JSON."""
         words = ("scalar", "trust", "pulse", "drive", "short", "medium", "long", "noise_est", "d_est")
         return {
             "generation": self.generation,

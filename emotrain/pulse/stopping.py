@@ -322,7 +322,6 @@ class StopRule:
         return f"the {which} {fell} at step {self.best_step} ({self.best_loss:.4g}) and {why}{self.evidence()}"
 
     def to_document(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
         average = self.averages
         return {
             "mode": self.mode,

@@ -30,7 +30,6 @@ class Identity:
     inputs: dict[str, str]
 
     def to_document(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
         return asdict(self)
 
     @classmethod

@@ -70,7 +70,6 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
         return self.path.name
 
     @property

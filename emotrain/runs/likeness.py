@@ -173,7 +173,6 @@ class Likeness:
         self.lora = self.measure(paths)
 
     def summary(self) -> dict[str, Any]:
-        """What run.json says of it."""
         return {
             "model": self.folder.name,
             "base": self.base,

@@ -40,7 +40,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
         return self.folder.name
 
     @property

@@ -158,7 +158,6 @@ class SampleBase:
             self._moved = leave(self.family.denoiser, self.family.device, self._staying(self.adapter))
 
     def record(self) -> dict[str, str]:
-        """What run.json says of it."""
         return {"name": self.name, "sha256": self.digest}
 
     @staticmethod

@@ -55,12 +55,10 @@ class Guard:
         return self.in_a_row >= LIMIT
 
     def to_dict(self) -> dict[str, int]:
-        """Plain numbers, for the checkpoint."""
         return {"in_a_row": self.in_a_row, "skipped": self.skipped}
 
     @classmethod
     def from_dict(cls, numbers: Mapping[str, Any]) -> Guard:
-        """The guard that `to_dict` wrote."""
         return cls(in_a_row=int(numbers["in_a_row"]), skipped=int(numbers["skipped"]))
 
 
@@ -99,7 +97,6 @@ class TrainState:
 
     @classmethod
     def from_document(cls, document: dict[str, Any], best_adapter: dict[str, Tensor]) -> TrainState:
-        """Inverse of `to_document`."""
         suspects = Suspects.from_document(document["suspects"])
         fields = {**document, "guard": Guard.from_dict(document["guard"]), "suspects": suspects}
         return cls(**fields, best_adapter=best_adapter)

@@ -110,7 +110,6 @@ class Suspects:
         return changed + begun
 
     def to_document(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
         return {
             "actions": [asdict(one) for one in self.actions],
             "contrasts": [one.to_dict() for one in self.contrasts.values()],
@@ -120,7 +119,6 @@ class Suspects:
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Suspects:
-        """Inverse of `to_document`."""
         contrasts = [PictureContrast.from_dict(one) for one in document["contrasts"]]
         return cls(
             [Action(**one) for one in document["actions"]],

@@ -110,7 +110,6 @@ class Import:
         self.rows.append(Row(word, shown(value), "taken", place if same else f"{place}: {shown(new)}"))
 
     def set(self, word: str, value: Any, place: str, new: None) -> None:
-        """Set `place` to null."""
         section, key = place.split(".")
         self.values.setdefault(section, {})[key] = new
         self.rows.append(Row(word, shown(value), "taken", f"{place}: null"))

@@ -92,7 +92,6 @@ class Flux(PipelineFamily):
         return {**kwargs, "guidance_scale": 0.0, "true_cfg_scale": max(scale, 1.0)}
 
     def unpack_sampled(self, latents: Tensor, width: int, height: int) -> Tensor:
-        """[B, H/2 * W/2, 4C] -> [B, C, H, W]."""
         return unpack(latents, height // self.vae_scale, width // self.vae_scale)
 
 

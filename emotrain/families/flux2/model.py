@@ -90,7 +90,6 @@ class Flux2(Flux2Vae):
         return torch.cat([states[layer][0] for layer in layers], dim=-1)
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
-        """The flow's velocity, float32 [B, C, H, W]."""
         latents, sigmas, embeds, _ = self._flow_inputs(noisy_latents, timesteps, text)
         height, width = latents.shape[-2:]
         output: Tensor = self.denoiser(
@@ -114,7 +113,6 @@ class Flux2(Flux2Vae):
             self.guidance = TRAINING_GUIDANCE
 
     def mu(self, scheduler_config: Any, num_tokens: int, steps: int) -> float:
-        """By tokens and steps."""
         return empirical_mu(num_tokens, steps)
 
 

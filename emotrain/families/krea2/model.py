@@ -59,7 +59,6 @@ class Krea2(QwenVae):
         return {"prompt_embeds": (num_tokens, config.num_text_layers, config.text_hidden_dim)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
-        """The flow's velocity, float32 [B, C, H, W]."""
         latents, sigmas, embeds, mask = self._flow_inputs(noisy_latents, timesteps, text)
         height, width = latents.shape[-2:]
         places = image_ids(height, width, sigmas)

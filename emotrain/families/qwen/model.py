@@ -37,7 +37,6 @@ class QwenImage(QwenVae):
         return tokens
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
-        """The flow's velocity, float32 [B, C, H, W]."""
         latents, sigmas, embeds, mask = self._flow_inputs(noisy_latents, timesteps, text)
         height, width = latents.shape[-2:]
         output: Tensor = self.denoiser(

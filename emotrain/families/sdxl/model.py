@@ -46,7 +46,6 @@ class StableDiffusionXL(PipelineFamily):
         return {"prompt_embeds": (num_tokens, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
-        """Epsilon or v, float32 [B, C, H, W]."""
         latents, timesteps, text = self._inputs(noisy_latents, timesteps, text)
         added = {
             "text_embeds": text["pooled_prompt_embeds"],
