@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import torch
+from diffusers import FluxPipeline
 from peft import LoraConfig
 
 from emotrain.families.common import LoadedFamily
@@ -18,7 +19,7 @@ from emotrain.lora import targets
 
 
 class BareLoop:
-    """SD 1.x and SDXL in the usual way.
+    """SD 1.x, SDXL and FLUX.1 in the usual way.
 
     Args:
         family: with random weights, on its device.
@@ -27,48 +28,65 @@ class BareLoop:
     """
 
     def __init__(self, family: LoadedFamily, text: dict[str, torch.Tensor], size: int, *, checkpointing: bool) -> None:
-        self.unet, self.device, self.dtype = family.denoiser, family.device, family.dtype
+        self.model, self.device, self.dtype = family.denoiser, family.device, family.dtype
         family.vae = None  # its script keeps it out of the way too: latents are cached
-        self.unet.requires_grad_(False)
-        paths = targets.select(self.unet, "attn-mlp", family.name)
-        self.unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(paths)))
-        for parameter in self.unet.parameters():
+        self.model.requires_grad_(False)
+        paths = targets.select(self.model, "attn-mlp", family.name)
+        self.model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(paths)))
+        for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.unet.train()
-        self.trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+            self.model.enable_gradient_checkpointing()
+        self.model.train()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
-        side = size // family.vae_scale
-        self.latents = torch.zeros(1, 4, side, side, device=self.device)
-        self.words: dict[str, Any] = {
-            "encoder_hidden_states": text["prompt_embeds"].to(self.device, self.dtype),
-        }
-        if "pooled_prompt_embeds" in text:
+        self.side = size // family.vae_scale
+        self.is_flux = family.name == "flux"
+        self.latents = torch.zeros(1, 16 if self.is_flux else 4, self.side, self.side, device=self.device)
+        embeds = text["prompt_embeds"].to(self.device, self.dtype)
+        self.words: dict[str, Any] = {"encoder_hidden_states": embeds}
+        pooled = text["pooled_prompt_embeds"].to(self.device, self.dtype) if "pooled_prompt_embeds" in text else None
+        if self.is_flux:
+            grid = FluxPipeline._prepare_latent_image_ids(1, self.side // 2, self.side // 2, self.device, self.dtype)
+            tokens = torch.zeros(embeds.shape[1], 3, device=self.device, dtype=self.dtype)
+            scale = torch.ones(1, device=self.device) if self.model.config.guidance_embeds else None
+            self.words |= {"pooled_projections": pooled, "img_ids": grid, "txt_ids": tokens, "guidance": scale}
+        elif pooled is not None:
             ids = torch.tensor([[size, size, 0, 0, size, size]], device=self.device, dtype=self.dtype)
-            pooled = text["pooled_prompt_embeds"].to(self.device, self.dtype)
             self.words["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
         self.alpha_bar = torch.linspace(0.9991, 0.0047, 1000, device=self.device)
 
-    def step(self) -> float:
-        """One step; its loss."""
+    def loss(self) -> torch.Tensor:
+        """Of one sample at a random timestep."""
         noise = torch.randn_like(self.latents)
+        if self.is_flux:
+            sigma = torch.sigmoid(torch.randn(1, device=self.device))
+            noisy = ((1 - sigma) * self.latents + sigma * noise).to(self.dtype)
+            packed = FluxPipeline._pack_latents(noisy, 1, 16, self.side, self.side)
+            with torch.autocast(self.device.type, self.dtype):
+                output = self.model(packed, timestep=sigma, return_dict=False, **self.words)[0]
+            output = FluxPipeline._unpack_latents(output, 8 * self.side, 8 * self.side, 8)
+            return (output.float() - (noise - self.latents)).pow(2).mean()
         timesteps = torch.randint(0, 1000, (1,), device=self.device)
         share = self.alpha_bar[timesteps].view(-1, 1, 1, 1)
         noisy = (share.sqrt() * self.latents + (1 - share).sqrt() * noise).to(self.dtype)
         with torch.autocast(self.device.type, self.dtype):
-            output = self.unet(noisy, timesteps, **self.words).sample
-        loss = (output.float() - noise.float()).pow(2).mean()
+            output = self.model(noisy, timesteps, **self.words).sample
+        return (output.float() - noise).pow(2).mean()
+
+    def step(self) -> float:
+        """One step; its loss."""
+        loss = self.loss()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
-    def measure(self, steps: int) -> dict[str, Any]:
-        """Seconds a step and the loss."""
-        losses = [self.step() for _ in range(3)]
+    def measure(self, first: int, steps: int) -> dict[str, Any]:
+        """Seconds a step, the `first` ones left out, and the loss."""
+        losses = [self.step() for _ in range(first)]
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()

@@ -129,6 +129,7 @@ def install() -> None:
     cuda.is_available = lambda: True
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: 0
+    cuda.set_device = lambda device: None
     cuda.is_bf16_supported = lambda including_emulation=True: bf16
     cuda.mem_get_info = lambda device=None: (free - ext.counts()[4], total)
     cuda.empty_cache = lambda: None

@@ -11,6 +11,8 @@ import contextlib
 import gc
 import io
 import json
+import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,7 @@ from emotrain.lora.adapter import Adapter, add_adapter
 from emotrain.optim import kernels
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
+from emotrain.ranks import JoinedRanks
 from emotrain.train import rng
 from emotrain.train.graphs import Graphs
 from emotrain.train.loop import Limits, accumulate, train_step
@@ -84,6 +87,11 @@ def pretended() -> dict[str, int] | None:
     import pretend_cuda
 
     return pretend_cuda.counts()
+
+
+def first() -> int:
+    """Steps that are not timed: of a shape the first ones choose kernels, are compiled and recorded."""
+    return 3 if pretended() is None else 1
 
 
 def launches(work: Callable[[], Any]) -> int:
@@ -155,22 +163,26 @@ class Trainer:
         return float("nan") if done is None else done[0]
 
     def measure(self, steps: int) -> dict[str, Any]:
-        """Seconds a step, launches, waits, memory."""
+        """Seconds a step, memory, losses."""
         clean()
         started = time.perf_counter()
-        losses = [self.step() for _ in range(3)]
+        losses = [self.step() for _ in range(first())]
         warm_up = time.perf_counter() - started
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
             losses.append(self.step())
             seconds.append(time.perf_counter() - started)
-        memory = {"peak_gib": peak(), "reserved_gib": torch.cuda.max_memory_reserved() / GIB}
         return {
-            "s_step": statistics.median(seconds), "warm_up_s": warm_up, "launches": launches(self.step),
-            "waits": blocking(self.step), **memory, "loss": losses[-1], "finite": all(loss == loss for loss in losses),
-            **({"said": self.said} if self.said else {}), **({"works": self.compiled.works} if self.compiled else {}),
+            "s_step": statistics.median(seconds), "warm_up_s": warm_up, "peak_gib": peak(),
+            "reserved_gib": torch.cuda.max_memory_reserved() / GIB, "loss": losses[-1],
+            "finite": all(loss == loss for loss in losses), **({"said": self.said} if self.said else {}),
+            **({"works": self.compiled.works} if self.compiled else {}),
         }  # fmt: skip
+
+    def count(self) -> dict[str, Any]:
+        """Launches and waits of a step: apart, since a profiler that fails must not take a time with it."""
+        return {"launches": launches(self.step), "waits": blocking(self.step)}
 
 
 def doctor(tiny: bool) -> Rows:
@@ -203,10 +215,34 @@ def quickstart(tiny: bool) -> Rows:
             apart = max(abs(one["loss"] - two["loss"]) for one, two in zip(lines, other, strict=False))
             good = not code and not again and len(other) == steps
             yield row(f"{preset}, resumed half-way", good, largest_difference=apart)
+            if tiny:  # pretend CUDA records nothing
+                continue
+            graphs = ["--set", "train.cuda_graphs=true", "--set", f"train.max_steps={steps}"]
+            code, _ = emotrain("run", preset, "--name", "recorded", *sets, *graphs)
+            text = (Path(work) / "recorded" / "metrics.jsonl").read_text()
+            found = [json.loads(line) for line in text.splitlines()]
+            apart = max(abs(one["loss"] / two["loss"] - 1) for one, two in zip(lines, found, strict=False))
+            times = s_step / statistics.median(line["step_s"] for line in found[2:])
+            good = not code and len(found) == steps and apart < 0.02
+            yield row(f"{preset}, recorded", good, largest_difference=apart, times_eager=times)
 
 
 def exact(tiny: bool) -> Rows:
-    """Equal runs: bits of one backward pass, and verify-resume."""
+    """Equal runs: verify-resume, and bits of one backward pass."""
+    steps = "3" if tiny else "5"
+    # pretend CUDA's kernels are the CPU's: the second would say the same
+    for words in ([],) if tiny else ([], ["--set", "train.deterministic=false"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "emotrain", "verify-resume", "quickstart", "--steps", steps, "--json", *words],
+            capture_output=True, text=True, cwd=HERE.parents[1],
+        )  # fmt: skip
+        found = json.loads(done.stdout) if done.stdout.startswith("{") else {}
+        name = "verify-resume" + (", common kernels" if words else "")
+        equal, compared = found.get("equal", False), found.get("compared", [])
+        numbers: dict[str, Any] = {"apart": max((one["apart"] for one in compared), default=None)}
+        if not compared:
+            numbers["why"] = (done.stdout + done.stderr)[-300:]
+        yield row(name, None if words else equal, equal_bits=equal, **numbers)
     for wanted in (True, False):
         rng.deterministic_kernels(wanted)
         clean()
@@ -225,21 +261,30 @@ def exact(tiny: bool) -> Rows:
         name = f"SDXL backward twice, deterministic: {wanted}".lower()
         yield row(name, equal if wanted else None, equal_bits=equal, s_backward=seconds[-1])
         del family, trainer, twice
-    steps = "3" if tiny else "5"
-    for words in ([], ["--set", "train.deterministic=false"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "emotrain", "verify-resume", "quickstart", "--steps", steps, "--json", *words],
-            capture_output=True, text=True, cwd=HERE.parents[1],
-        )  # fmt: skip
-        found = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-        name = "verify-resume" + (", common kernels" if words else "")
-        equal, compared = found.get("equal", False), found.get("compared", [])
-        numbers: dict[str, Any] = {"apart": max((one["apart"] for one in compared), default=None)}
-        if not compared:
-            numbers["why"] = (done.stdout + done.stderr)[-300:]
-        yield row(name, None if words else equal, equal_bits=equal, **numbers)
-        if tiny:
-            return  # pretend CUDA's kernels are the CPU's: the second would say the same
+
+
+def ranks(tiny: bool) -> Rows:
+    """What several GPUs do each step, in a group of one: NCCL begins, adds up SDXL's gradients, tells what it has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    device = CUDA if pretended() is None else torch.device("cpu")  # pretend CUDA has no NCCL
+    joined = JoinedRanks()
+    trained = [torch.nn.Parameter(torch.zeros(1000 if tiny else 23_220_000 // 8, device=device)) for _ in range(8)]
+    for number, parameter in enumerate(trained[:-1]):
+        parameter.grad = torch.full_like(parameter, number + 0.5)
+    numbers, seconds = torch.tensor([3.0, 4.0], device=device), []
+    for _ in range(5):
+        started = time.perf_counter()
+        joined.sum_gradients(trained, numbers, lambda: False)
+        seconds.append(time.perf_counter() - started)
+    kept = all(bool((p.grad == n + 0.5).all()) for n, p in enumerate(trained[:-1]) if p.grad is not None)
+    good = kept and trained[-1].grad is None and numbers.tolist() == [3.0, 4.0]
+    good = good and joined.meet({"a": 1}) == [{"a": 1}] and joined.send(b"file") == b"file"
+    backend = torch.distributed.get_backend_config()
+    joined.close()
+    yield row("a group of one process", good, ms=1000 * statistics.median(seconds), backend=backend)
 
 
 def optimizer_kernels(tiny: bool) -> Rows:
@@ -301,25 +346,31 @@ WAYS = {  # checkpointed, compiled, recorded as CUDA graphs
 }  # fmt: skip
 
 
-def speed(
-    tiny: bool,
-    variant: str,
-    size: int,
-    steps: int,
-    ways: Sequence[str],
-    base: Path | str | None,
-    beside: bool = True,
-) -> Rows:
-    """A model with random weights: our step in each way, and the bare loop's; `base` is what `plan` is asked about."""
+TARGETS = {  # seconds a step on an H100, by model and whether checkpointed
+    ("sdxl", False): 0.25, ("sdxl", True): 0.4, ("sd15", False): 0.07, ("flux1-dev", True): 0.75,
+}  # fmt: skip
+
+
+def failed(what: str, error: Exception) -> dict[str, Any]:
+    """A row of something that must not hide the others."""
+    return row(what, False, why=f"{type(error).__name__}: {error}"[:300])
+
+
+def speed(tiny: bool, variant: str, size: int, steps: int, ways: Sequence[str], base: Path | str | None) -> Rows:
+    """A model with random weights: our step in each way, the bare loop's after each plain one.
+
+    `base` is what `plan` is asked about; None: nothing is.
+    """
+    kind = {"flux1-dev": "flux"}.get(variant, variant)
     plans = {}
-    if base is not None:
-        for way in [way for way in ("eager", "checkpointed") if way in ways]:
-            words = f"train.gradient_checkpointing={str(way == 'checkpointed').lower()}"
-            plans[way] = Planned("sdxl", base, size, words)
-            plans[way].gib() if tiny else None
+    for way in [way for way in ("eager", "checkpointed") if way in ways and base is not None]:
+        plans[way] = Planned(kind, base, size, f"train.gradient_checkpointing={str(way == 'checkpointed').lower()}")
+        plans[way].gib() if tiny else None
     found: dict[str, dict[str, Any]] = {}
+    bare_s: dict[bool, float] = {}
     for way in ways:
         checkpointing, compiled, recorded = WAYS[way]
+        plain, what = "checkpointed" if checkpointing else "eager", f"{variant} {size} px, {way}"
         clean()
         family = real_size.build(variant, torch.bfloat16, CUDA, models.change(variant, tiny))
         blocks = FAMILIES[family.name].blocks if compiled else ()
@@ -327,64 +378,98 @@ def speed(
         try:
             trainer = Trainer(family, size, checkpointing=checkpointing, compiled=blocks, recorded=recorded)
             found[way] = trainer.measure(steps)
-        except Exception as error:  # one way that fails must not hide the others
-            yield row(f"{variant} {size} px, {way}", False, why=f"{type(error).__name__}: {error}"[:300])
+        except Exception as error:
+            yield failed(what, error)
+            del family
             continue
-        del family, trainer
-        good, more = found[way]["finite"] and found[way]["waits"] <= 1, dict[str, Any]()
-        plain = "checkpointed" if checkpointing else "eager"
+        good, more = found[way]["finite"], dict[str, Any]()
         if way != plain and plain in found:
             more["times_eager"] = found[plain]["s_step"] / found[way]["s_step"]
             whole = 1000 * found[way]["s_step"] + found[way]["warm_up_s"]  # seconds of a run of 1,000 steps
             more["times_eager_in_1000_steps"] = 1000 * found[plain]["s_step"] / whole
             good = good and abs(found[way]["loss"] / found[plain]["loss"] - 1) < 0.01
             good = good and found[way].get("works", True) and not found[way].get("said")
-        yield row(f"{variant} {size} px, {way}", good, **found[way], **more)
+        if checkpointing in bare_s:
+            more["times_bare"] = bare_s[checkpointing] / found[way]["s_step"]
+        yield row(what, good, **found[way], **more)
+        try:
+            counted = trainer.count()
+            yield row(f"{what}, a step", counted["waits"] <= 1, **counted)
+        except Exception as error:
+            yield failed(f"{what}, a step", error)
+        del family, trainer
+        if way == plain and not compiled:
+            yield from beside(tiny, variant, size, steps, checkpointing, found[way]["s_step"], bare_s)
+    for checkpointing, usual in bare_s.items():
+        ours = min(one["s_step"] for way, one in found.items() if WAYS[way][0] == checkpointing)
+        target = TARGETS.get((variant, checkpointing))
+        good = tiny or (usual / ours >= 1.5 and (target is None or ours <= target))
+        name = f"{variant} {size} px, {'checkpointed, ' * checkpointing}the fastest"
+        yield row(name, good, s_step=ours, times_bare=usual / ours, **({"target_s": target} if target else {}))
     for way, plan in plans.items():
-        said = plan.gib() if not tiny else found[way]["peak_gib"]
-        share = found[way]["peak_gib"] / said
-        yield row(f"{variant} {size} px, {way}, peak of plan", 0.9 <= share <= 1.1, planned_gib=said, of_plan=share)
-    for way in [way for way in ("eager", "checkpointed") if beside and way in found]:
-        clean()
+        if way in found:
+            yield of_plan(f"{variant} {size} px, {way}, peak of plan", plan, found[way]["peak_gib"], tiny)
+
+
+def beside(
+    tiny: bool,
+    variant: str,
+    size: int,
+    steps: int,
+    checkpointing: bool,
+    ours_s: float,
+    bare_s: dict[bool, float],
+) -> Rows:
+    """The bare loop in the same process; its seconds a step come into `bare_s`."""
+    clean()
+    what = f"{variant} {size} px, {'checkpointed, ' * checkpointing}bare loop"
+    try:
         family = real_size.build(variant, torch.bfloat16, CUDA, models.change(variant, tiny))
         text = real_size.text_of(family)
-        usual = bare.BareLoop(family, text, size, checkpointing=WAYS[way][0]).measure(steps)
-        ours = min(one["s_step"] for name, one in found.items() if WAYS[name][0] == WAYS[way][0])
-        times = usual["s_step"] / ours
-        numbers = {**usual, "peak_gib": peak(), "ours_faster": times}
-        yield row(f"{variant} {size} px, bare loop, {way}", tiny or times >= 1.5, **numbers)
-        del family
+        usual = bare.BareLoop(family, text, size, checkpointing=checkpointing).measure(first(), steps)
+    except Exception as error:
+        yield failed(what, error)
+        return
+    bare_s[checkpointing] = usual["s_step"]
+    good = usual["loss"] == usual["loss"]
+    yield row(what, good, **usual, peak_gib=peak(), ours_faster=usual["s_step"] / ours_s)
+
+
+def of_plan(what: str, plan: Planned, peak_gib: float, tiny: bool) -> dict[str, Any]:
+    """A peak against what `plan` says."""
+    try:
+        said = peak_gib if tiny else plan.gib()
+    except (ValueError, LookupError) as error:
+        return failed(what, error)
+    return row(what, 0.9 <= peak_gib / said <= 1.1, planned_gib=said, of_plan=peak_gib / said)
 
 
 def recorded(tiny: bool) -> Rows:
-    """SDXL as it is and recorded as CUDA graphs, and the bare loop: what is not known of speed, first."""
-    ways = ("eager",) if tiny else ("eager", "recorded")
-    yield from speed(tiny, "sdxl", 128 if tiny else 1024, 2 if tiny else 6, ways, None)
+    """SDXL as it is, the bare loop, and recorded as CUDA graphs: what is not known of speed, first."""
+    yield from speed(tiny, "sdxl", 128 if tiny else 1024, 1 if tiny else 6, ("eager", "recorded")[: 2 - tiny], None)
 
 
 def compiled(tiny: bool) -> Rows:
-    """SDXL's blocks compiled; last, since compiling may take all the time that there is. Tiny: SD 1.5's."""
-    if tiny:
-        yield from speed(tiny, "sd15", 64, 2, ("eager", "compiled"), None, beside=False)
-        return
-    yield from speed(tiny, "sdxl", 1024, 6, ("eager", "compiled", "compiled, recorded"), None, beside=False)
+    """SDXL's blocks compiled, which may take all the time that there is. Tiny: SD 1.5's."""
+    variant, size, steps = ("sd15", 64, 1) if tiny else ("sdxl", 1024, 6)
+    yield from speed(tiny, variant, size, steps, ("eager", "compiled", "compiled, recorded")[: 3 - tiny], None)
 
 
 def sdxl(tiny: bool) -> Rows:
-    """SDXL: plain and checkpointed against the plan, checkpointed and recorded, the bare loop checkpointed."""
+    """SDXL checkpointed against the bare loop and the plan, recorded; then plain against the plan."""
     with tempfile.TemporaryDirectory() as work:
         base: Path | str = "stabilityai/stable-diffusion-xl-base-1.0"
         if tiny:
             base = Path(work) / "sdxl"
             models.write_folder(base, "sdxl", torch.bfloat16, torch.device("cpu"), models.change("sdxl", tiny))
         ways = ("eager", "checkpointed") if tiny else ("checkpointed", "checkpointed, recorded", "eager")
-        yield from speed(tiny, "sdxl", 128 if tiny else 1024, 2 if tiny else 6, ways, base)
+        yield from speed(tiny, "sdxl", 128 if tiny else 1024, 1 if tiny else 6, ways, base)
 
 
 def sd15(tiny: bool) -> Rows:
-    """SD 1.5: plain and recorded, against the bare loop."""
-    ways = ("eager",) if tiny else ("eager", "recorded")
-    yield from speed(tiny, "sd15", 64 if tiny else 512, 2 if tiny else 10, ways, None)
+    """SD 1.5: plain and recorded, against the bare loop and the plan."""
+    base = None if tiny else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    yield from speed(tiny, "sd15", 64 if tiny else 512, 1 if tiny else 10, ("eager", "recorded")[: 2 - tiny], base)
 
 
 def newer(tiny: bool) -> Rows:
@@ -395,15 +480,16 @@ def newer(tiny: bool) -> Rows:
         try:
             plan = None if tiny else Planned(preset, None, size, "train.gradient_checkpointing=true")
             family = real_size.build(variant, torch.bfloat16, CUDA, models.change(variant, tiny))
-            found = Trainer(family, size, checkpointing=True).measure(2)
+            trainer = Trainer(family, size, checkpointing=True)
+            found = {**trainer.measure(2), **trainer.count()}
             said = plan.gib() if plan is not None else found["peak_gib"]
-        except Exception as error:  # one that fails must not hide the others
-            yield row(f"{variant} {size} px", False, why=f"{type(error).__name__}: {error}"[:300])
+        except Exception as error:
+            yield failed(f"{variant} {size} px", error)
             continue
         share = found["peak_gib"] / said
         good = found["finite"] and found["waits"] <= 1 and 0.9 <= share <= 1.1
         yield row(f"{variant} {size} px, checkpointed", good, **found, planned_gib=said, of_plan=share)
-        del family
+        del family, trainer
 
 
 def flux_kinds(tiny: bool) -> Rows:
@@ -426,8 +512,8 @@ def flux_kinds(tiny: bool) -> Rows:
                     family = load_family(str(base), dtype="bf16", quantize=kind, device="cuda")
                     trainer = Trainer(family, size)
                     loss = trainer.step()
-                except Exception as error:  # one kind that fails must not hide the others
-                    yield row(f"FLUX.1 {base.name}, {kind}", False, why=f"{type(error).__name__}: {error}"[:300])
+                except Exception as error:
+                    yield failed(f"FLUX.1 {base.name}, {kind}", error)
                     continue
                 first.setdefault(base, loss)
                 there = all(p.device.type == "cuda" for p in family.denoiser.parameters())
@@ -441,23 +527,23 @@ def flux_kinds(tiny: bool) -> Rows:
 
 
 def flux(tiny: bool) -> Rows:
-    """FLUX.1 whole, checkpointed: resident, recorded, then with its weights at home."""
-    size, steps = (128, 2) if tiny else (1024, 4)
-    losses = {}
-    for way in ("resident", "offloaded") if tiny else ("resident", "recorded", "offloaded"):
-        clean()
-        family = real_size.build("flux1-dev", torch.bfloat16, CUDA, models.change("flux1-dev", tiny))
-        if way == "offloaded":
-            family.denoiser.cpu()
-            clean()
-            family.memory = MemoryPlan("none", True, True, 0.0, None, "")
-        trainer = Trainer(family, size, checkpointing=True, recorded=way == "recorded")
-        found = trainer.measure(steps)
-        losses[way] = found["loss"]
-        good = found["finite"] and found["waits"] <= 1 and "said" not in found
-        yield row(f"FLUX.1 {size} px, checkpointed, {way}", good, **found)
-        del family, trainer
-    yield row("all train alike", all(abs(x / losses["resident"] - 1) < 1e-3 for x in losses.values()), **losses)
+    """FLUX.1 whole, checkpointed: as it is, the bare loop, recorded, then with its weights at home."""
+    size, steps = (128, 1) if tiny else (1024, 4)
+    base = None if tiny else "black-forest-labs/FLUX.1-dev"
+    loss = float("nan")
+    for one in speed(tiny, "flux1-dev", size, steps, ("checkpointed", "checkpointed, recorded")[: 2 - tiny], base):
+        loss = one["loss"] if one["what"].endswith("px, checkpointed") and one["ok"] else loss
+        yield one
+    clean()
+    family = real_size.build("flux1-dev", torch.bfloat16, CUDA, models.change("flux1-dev", tiny))
+    family.denoiser.cpu()
+    family.memory = MemoryPlan("none", True, True, 0.0, None, "")
+    trainer = Trainer(family, size, checkpointing=True)
+    found = trainer.measure(steps)
+    good = found["finite"] and abs(found["loss"] / loss - 1) < 1e-3
+    yield row(f"flux1-dev {size} px, checkpointed, offloaded", good, **found, resident_loss=loss)
+    counted = trainer.count()
+    yield row(f"flux1-dev {size} px, checkpointed, offloaded, a step", counted["waits"] <= 1, **counted)
 
 
 def fp16(tiny: bool) -> Rows:
@@ -485,11 +571,14 @@ def fp16(tiny: bool) -> Rows:
 
 
 def capped(words: list[str]) -> None:
-    """`stages.py capped GIB -- emotrain's words`: a command that may take so much of the GPU's memory and no more."""
+    """`stages.py capped GIB FILE -- emotrain's words`: a command that may take so much of the GPU's memory and no more.
+
+    Into the file comes what it took.
+    """
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(float(words[0]) * GIB / total)
-    code = emotrain_main(words[2:])
-    print(json.dumps({"peak_gib": peak()}), file=sys.stderr)
+    code = emotrain_main(words[3:])
+    Path(words[1]).write_text(json.dumps({"peak_gib": peak()}))
     sys.exit(code)
 
 
@@ -508,16 +597,20 @@ def whole_run(
     ]  # fmt: skip
     sets = [word for pair in words for word in ("--set", pair)]
     command = ["run", preset, "--name", f"card-{gib}", "--runs-dir", str(work), "--plain", *sets]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "stages.py"), "capped", str(gib), "--", *command],
-        capture_output=True, text=True, cwd=work,
-    )  # fmt: skip
+    file = work / "peak.json"
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "stages.py"), "capped", str(gib), str(file), "--", *command],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=work,
+    ) as process:  # fmt: skip
+        said = list[str]()
+        for line in process.stderr or ():  # passed on: where the stage is ended, it says how far the run was
+            sys.stderr.write(line)
+            said = [*said[-5:], line.strip()]
     drawn = list((work / f"card-{gib}" / "samples").glob("step-*.png"))
-    said = [line for line in done.stderr.splitlines() if line.startswith('{"peak_gib"')]
-    numbers: dict[str, Any] = json.loads(said[-1]) if said else {}
-    if done.returncode:
-        numbers["why"] = " ".join(done.stderr.split()[-60:])
-    return done.returncode == 0 and bool(drawn), numbers
+    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if process.returncode:
+        numbers["why"] = " ".join(said)
+    return process.returncode == 0 and bool(drawn), numbers
 
 
 def sdxl_memory(tiny: bool) -> Rows:
@@ -545,7 +638,7 @@ def flux_memory(tiny: bool) -> Rows:
 
 STAGES: dict[str, Callable[[bool], Rows]] = {
     "doctor": doctor, "quickstart": quickstart, "exact": exact, "kernels": optimizer_kernels, "sdxl": sdxl,
-    "sd15": sd15, "sdxl-memory": sdxl_memory, "flux-memory": flux_memory, "flux-kinds": flux_kinds,
+    "ranks": ranks, "sd15": sd15, "sdxl-memory": sdxl_memory, "flux-memory": flux_memory, "flux-kinds": flux_kinds,
     "flux": flux, "fp16": fp16, "newer": newer, "recorded": recorded, "compiled": compiled,
 }  # fmt: skip
 
