@@ -2,12 +2,11 @@
 
 The published step length has a fixed unit, 1e-4 times what the loss says. How long a step may be depends on the model,
 the network and the pictures as well, and no loss of single steps tells. So a run begins at START times the published
-length. Where PATIENCE validations in a row bring no new best, the best weights are put back and the gain is multiplied
-by SHRINK; when VAIN gains in a row have each brought less than NEGLIGIBLE of the whole improvement, the run is done.
+length. Where FAILURES validations in a row bring no new best, the best weights are put back and the gain is divided by
+FACTOR; when VAIN gains in a row have each brought less than NEGLIGIBLE of the whole improvement, the run is done.
 
 Where SURE validations in a row have each been better than the best before by more than their standard error, the steps
-are shorter than they could be: the gain is multiplied by RISE. The first validation without a new best takes that back,
-with the best weights, and the gain does not rise above that again.
+are shorter than they could be: the gain is multiplied by FACTOR.
 """
 
 from __future__ import annotations
@@ -16,38 +15,34 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
-START = 3.0
-SHRINK = 1.0 / 3.0  # the second gain is the published unit
-PATIENCE = 2  # validations in a row without a new best
+FACTOR = 3.0  # from one gain to the next
+START = FACTOR  # the second gain is the published unit
+FAILURES = 2  # validations in a row without a new best
 SURE = 10  # validations in a row, each surely better: half of all that a small set takes to be learned
-RISE = 2.0
-HIGHEST = 4.0 * START  # two rises: more has not been tried
 VAIN = 2  # gains in a row that brought next to nothing
 NEGLIGIBLE = 0.005  # of the improvement over the base
 LOWEST = 0.01  # a run that is not finite at this gain is not finite because of something else
-HOPE = 200  # steps in which a gain that brings nothing does not count while nothing is better than the base
+HOPE = 200  # steps that a run gets in which no validation is better than the base
 
 
 class Change(StrEnum):
     """What a validation did to the step length; the values end the sentence `step length ...`."""
 
     NONE = ""
-    RAISED = "doubled"
-    TAKEN_BACK = "halved again"
+    RAISED = "tripled"
     LOWERED = "reduced to a third"
 
     @property
     def factor(self) -> float:
         """On the step length."""
-        return {Change.RAISED: RISE, Change.TAKEN_BACK: 1.0 / RISE, Change.LOWERED: SHRINK}.get(self, 1.0)
+        return {Change.RAISED: FACTOR, Change.LOWERED: 1.0 / FACTOR}.get(self, 1.0)
 
     @property
     def why(self) -> str:
         """What brought it about."""
         return {
             Change.RAISED: f"{SURE} validations in a row were each better by more than their standard error",
-            Change.TAKEN_BACK: "a validation without improvement",
-            Change.LOWERED: f"{PATIENCE} validations without improvement",
+            Change.LOWERED: f"{FAILURES} validations without improvement",
         }.get(self, "")
 
 
@@ -71,8 +66,6 @@ class Gain:
     value: float = START
     failed: int = 0  # validations in a row without a new best
     sure: int = 0  # validations in a row that were better by more than their standard error
-    risen: bool = False  # and no validation has failed since
-    highest: float = HIGHEST  # the gain rises to this at most
     vain: int = 0  # gains in a row that brought next to nothing
     mark: float | None = None  # the lowest loss when the gain changed last; None: the base's
     validated: int = 0  # the step of the last validation
@@ -98,11 +91,11 @@ class Gain:
         self.sure = self.sure + 1 if surely else 0
         if is_best:
             self.failed, self.best = 0, self.now
-            return self._rise(step)
-        if self.risen:
-            return self._take_back(step)
+            if self.sure < SURE or self.done:
+                return Change.NONE
+            return self._change(step, Change.RAISED)
         self.failed += 1
-        if self.failed < PATIENCE or self.done:
+        if self.failed < FAILURES or self.done:
             return Change.NONE
         improvement = base_loss - best_loss
         brought = (base_loss if self.mark is None else self.mark) - best_loss
@@ -113,43 +106,30 @@ class Gain:
         self.mark = best_loss
         if self.done:
             return Change.NONE
-        self._change(step, Change.LOWERED)
-        return Change.LOWERED
+        return self._change(step, Change.LOWERED)
 
     def update_divergence(self, step: int) -> bool:
         """Numbers were not finite; true when the gain was lowered and the best weights are to be put back."""
         if self.value <= LOWEST:
             return False
         self._change(step, Change.LOWERED)
-        self.risen, self.highest = False, self.value
         return True
 
-    def _rise(self, step: int) -> Change:
-        if self.sure < SURE or self.value * RISE > self.highest or self.done:
-            return Change.NONE
-        self.risen = True
-        self._change(step, Change.RAISED)
-        return Change.RAISED
-
-    def _take_back(self, step: int) -> Change:
-        self._change(step, Change.TAKEN_BACK)
-        self.risen, self.highest = False, self.value
-        return Change.TAKEN_BACK
-
-    def _change(self, step: int, change: Change) -> None:
+    def _change(self, step: int, change: Change) -> Change:
         self.failed, self.sure = 0, 0
         self.value *= change.factor
         self.now = self.best
         self.changes.append((step, self.value))
+        return change
 
     def progress(self) -> float:
         """0..1: how far it is towards `done`."""
-        return 1.0 if self.done else (self.vain * PATIENCE + self.failed) / (VAIN * PATIENCE)
+        return 1.0 if self.done else (self.vain * FAILURES + self.failed) / (VAIN * FAILURES)
 
     def missing(self, best_loss: float, base_loss: float) -> int:
         """How many more validations it takes until it is done, if none of them is better."""
         trial = replace(self, changes=[])
-        for count in range(2 * VAIN * PATIENCE + HOPE):
+        for count in range(2 * VAIN * FAILURES + HOPE):
             if trial.done:
                 return count
             step = trial.validated + max(trial.interval, 1)

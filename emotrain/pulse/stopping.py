@@ -26,8 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from emotrain.pulse.gain import NEGLIGIBLE, VAIN, Change, Gain
-from emotrain.pulse.gain import PATIENCE as PATIENCE_OF_GAIN
+from emotrain.pulse.gain import FAILURES, HOPE, NEGLIGIBLE, VAIN, Change, Gain
 from emotrain.pulse.paired import Paired
 from emotrain.pulse.signal import update_averages
 from emotrain.pulse.state import Averages
@@ -36,14 +35,12 @@ WINDOW = 32  # steps that a published signal is watched over
 DENSE = 0.9  # share of lit steps in the window that counts as sustained
 PATIENCE = 0.4  # of the best step: how long the validation may fail to improve
 PATIENCE_LIT = 0.3  # the same while the published signal is sustained
-MIN_FAILED_VALIDATIONS = 2  # in a row, with scalar below zero
 NEGLIGIBLE_PLAIN = 0.03  # NEGLIGIBLE for unflipped training pictures, which go on falling as they are memorised
 SHARED = 0.35  # of what unflipped pictures gain: flipped ones that gain less are being memorised
 FAST = 0.1  # of the improvement so far: a fall of flipped pictures that counts whatever it is
 UNFAIR = 0.4  # of the gain of unflipped pictures: if flipped ones have gained less, flipping is not fair
 MIN_GAIN = 0.02  # of the base's loss: before that nothing is said about flipping
 MIN_STEPS = 60
-HOPE = 200  # steps that a run gets in which no validation is better than the base
 UNFAIR_SENTENCE = (
     "flipped, the training pictures have hardly improved where unflipped they have: from now on the validation uses"
     " them unflipped, which cannot show over-training; a folder of other pictures would (validate.folder)"
@@ -232,16 +229,12 @@ class StopRule:
         if self.gain is not None:
             return min(ready, self.gain.progress())
         waited = (step - self.anchor_step) / max(self.wait(), self.min_steps - self.anchor_step, 1)
-        return (
-            min(ready, waited, self.failed_validations / MIN_FAILED_VALIDATIONS, 1.0)
-            if self.failed_validations
-            else 0.0
-        )
+        return min(ready, waited, self.failed_validations / FAILURES, 1.0) if self.failed_validations else 0.0
 
     def _missing(self) -> int:
         """How many more validations it takes until the run ends, if none of them is better."""
         if self.gain is None:
-            return max(MIN_FAILED_VALIDATIONS - self.failed_validations, 0)
+            return max(FAILURES - self.failed_validations, 0)
         assert self.best_loss is not None
         assert self.base_loss is not None
         return self.gain.missing(self.best_loss, self.base_loss)
@@ -281,15 +274,13 @@ class StopRule:
         end = self.expected_end(step, max_steps, every)
         if end is None:
             return f"the validation improves; {latest}" if step else latest
-        failed, needed = self.failed_validations, MIN_FAILED_VALIDATIONS
-        if self.gain is not None:
-            failed, needed = self.gain.failed, PATIENCE_OF_GAIN
+        failed = self.gain.failed if self.gain is not None else self.failed_validations
         missing, when = self._missing(), f"{end[0]} to {end[1]}" if end[0] != end[1] else f"{end[0]}"
-        count = f"{min(failed, needed)} of {needed} validations without improvement"
+        count = f"{min(failed, FAILURES)} of {FAILURES} validations without improvement"
         if self.gain is not None and not failed and self.best_step != step:
             count = f"the steps were shortened at step {step}"
         if self.gain is not None and missing > 1:
-            shorter = ", then shorter steps" if failed and missing > needed - failed else ""
+            shorter = ", then shorter steps" if failed and missing > FAILURES - failed else ""
             return f"{count}{shorter}; ends at step {end[0]} at the earliest"
         if missing > 1:
             return f"{count}; ends at step {when} if the next {missing} are no better"
@@ -307,7 +298,7 @@ class StopRule:
             if not self.gain.done:
                 return None
             why = f"{VAIN} step lengths in a row have brought less than {NEGLIGIBLE:.1%} of what was gained"
-        elif self.failed_validations >= MIN_FAILED_VALIDATIONS and step - self.anchor_step >= self.wait():
+        elif self.failed_validations >= FAILURES and step - self.anchor_step >= self.wait():
             why = f"has not improved for {self.failed_validations} validations"
         else:
             return None

@@ -10,18 +10,19 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from emotrain.pulse.gain import PATIENCE, RISE, SHRINK, START, SURE, VAIN
+from emotrain.pulse.gain import FACTOR, FAILURES, START, SURE, VAIN
 
 KEPT = Path(__file__).parents[2] / "docs" / "benchmarks" / "gain_trials.jsonl"  # the rows of the report
 SAID = "## What it says"  # from here on the report is written by hand
 STEPS = 1000  # the ceiling
 LEVEL = 0.005  # of the gain
 RULE = (
-    f"begin at {START:g}, times {RISE:g} after {SURE} sure improvements, times {SHRINK:.2f} after {PATIENCE} failed"
+    f"begin at {START:g}, times {FACTOR:g} after {SURE} sure improvements, divided by it after {FAILURES} failed"
     f" validations, end after {VAIN} in vain"
 )
 AFTER = 100  # steps beyond the end, or beyond the lowest validation
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+MADE_ON = ("ink", "signs", "mosaic", "thermal", "stained", "halftone", "blueprint", "duotone")  # the rule; styles.py
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Policy:
     gain: str = "fixed"
     flipped: bool = False
     network: str = "lora"
-    rises: bool = True  # with a measured gain
+    sure: float = SURE  # validations before a measured gain rises
     cosine: bool = False  # over the steps of the best constant rate's lowest validation, at that rate
 
     @property
@@ -47,7 +48,8 @@ PRODIGYPLUS = "prodigy-plus 1"  # its package is not among the project's: pip in
 ADAMW = tuple(Policy(f"adamw {rate:g}", "adamw", rate) for rate in RATES)
 POLICIES = (
     Policy("gain auto", gain="auto"),
-    Policy("gain auto, no rises", gain="auto", rises=False),
+    Policy("gain auto, rises after 5", gain="auto", sure=5),
+    Policy("gain auto, no rises", gain="auto", sure=math.inf),
     Policy("gain fixed"),
     *ADAMW,
     Policy("adamw, cosine", "adamw", cosine=True),
@@ -56,12 +58,12 @@ POLICIES = (
     Policy(PRODIGYPLUS, "schedulefree", 1.0),
     Policy("emocats, gain fixed", "emocats"),
     Policy("emoairy, gain fixed", "emoairy"),
-    Policy("emocats, gain auto from 1", "emocats", lr=1.0 / START, gain="auto", rises=False),
-    Policy("emoairy, gain auto from 1", "emoairy", lr=1.0 / START, gain="auto", rises=False),
+    Policy("emocats, gain auto from 1", "emocats", lr=1.0 / START, gain="auto", sure=math.inf),
+    Policy("emoairy, gain auto from 1", "emoairy", lr=1.0 / START, gain="auto", sure=math.inf),
     Policy("lokr, gain auto", gain="auto", network="lokr"),
     Policy("lokr, gain fixed", network="lokr"),
     *(replace(policy, name=f"lokr, {policy.name}", network="lokr") for policy in ADAMW),
-    Policy("gain auto, flipped", gain="auto", flipped=True, rises=False),
+    Policy("gain auto, flipped", gain="auto", flipped=True, sure=math.inf),
     Policy("gain fixed, flipped", flipped=True),
 )
 
@@ -110,63 +112,87 @@ def passes(row: dict[str, Any]) -> float:
     return 12.0 * row["stopped"] + 12.0 * (row["stopped"] // row["every"] + 1) + 32.0
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per task, seed and policy."""
-    heads = (
-        "task, seed | row | handed over @ step | of the gain | ended | lowest @ step | regret | steps | ceiling, date"
-    )
+def beside(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per task and seed: EmoSens with its own stop, and the others given the best one."""
+    heads = "task, seed | base | EmoSens | best AdamW | AdamW, cosine | Prodigy | to AdamW | to Prodigy | passes"
     lines = [f"| {heads} |", "|" + " --- |" * 9]
-    for row in rows:
+    for row in own_of(rows):
         rival = best_rival(row, rows)
-        words = f"| {row['task']}, {row['seed']} | {row['policy']} | {row['true']:.4f} @ {row['chosen']} |"
-        words += f" {share_of(row, rival):+.1%} |" if rival else " - |"
-        if "stopped" in row:
-            ended = row["stopped"] if row["ended"] else "-"
-            steps = f"{row['stopped'] / max(row['oracle'], 1):.2f}"
-            words += f" {ended} | {row['lowest']:.4f} @ {row['oracle']} | {regret_of(row):.1%} | {steps} |"
-        else:
-            words += " - | - | - | - |"
-        lines.append(f"{words} {row['ceiling']}{' (cut)' if cut_short(row) else ''}, {row['date']} |")
+        cosine, prodigy = (other_of(row, rows, policy) for policy in ("adamw, cosine", "prodigy 1"))
+        rate = f" ({rival['policy'].split()[-1]})" if rival else ""
+        cells = [
+            f"{row['task']}, {row['seed']}",
+            f"{row['base']:.4f}",
+            cell(row),
+            cell(rival) + rate,
+            cell(cosine),
+            cell(prodigy),
+            f"{share_of(row, rival):+.1%}" if rival else "-",
+            f"{share_of(row, prodigy):+.1%}" if prodigy else "-",
+            f"{passes(row) / (12.0 * rival['chosen']):.2f}" if rival else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Held-out loss and step of what is handed over."""
+    if row is None:
+        return "-"
+    return f"{row['true']:.4f} @ {row['chosen']}{' (cut)' if cut_short(row) else ''}"
+
+
+def ends(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per run that ends by itself: how far from its own best, and what its step length did."""
+    heads = "task, seed | row | handed over @ step | ended | lowest @ step | regret | steps | step lengths"
+    lines = [f"| {heads} |", "|" + " --- |" * 8]
+    for row in rows:
+        if "stopped" not in row:
+            continue
+        ended, steps = row["stopped"] if row["ended"] else "-", row["stopped"] / max(row["oracle"], 1)
+        lines.append(
+            f"| {row['task']}, {row['seed']} | {row['policy']} | {cell(row)} | {ended} |"
+            f" {row['lowest']:.4f} @ {row['oracle']} | {regret_of(row):.1%} | {steps:.2f} | {lengths(row)} |"
+        )
+    return lines
+
+
+def lengths(row: dict[str, Any]) -> str:
+    """The changes of a run's step length: gain and the step from which on it had it."""
+    return ", ".join(f"{gain:.2g} @ {step}" for step, gain in row.get("changes") or []) or "-"
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line per policy."""
-    heads = "row | runs | of the gain: mean | worst | best | regret: median | worst | steps: median | run's steps"
-    lines = [f"| {heads} |", "|" + " --- |" * 9]
+    lines = ["| row | runs | of the gain: mean | worst | best | handed over at step: median |", "|" + " --- |" * 6]
     for policy in POLICIES:
         own = [row for row in rows if row["policy"] == policy.name]
         shares = [share_of(row, rival) for row in own if (rival := best_rival(row, rows))]
-        if not shares:
-            continue
-        line = f"| {policy.name} | {len(shares)} | {fmean(shares):+.1%} |"
-        line += f" {min(shares):+.1%} | {max(shares):+.1%} |"
-        if policy.own:
-            regrets, used = [regret_of(row) for row in own], [row["stopped"] for row in own]
-            ratios = [row["stopped"] / max(row["oracle"], 1) for row in own]
-            line += f" {median(regrets):.1%} | {max(regrets):.1%} | {median(ratios):.2f} |"
-            line += f" {median(used):.0f} ({min(used)} to {max(used)}) |"
-        else:
-            line += " - | - | - | - |"
-        lines.append(line)
+        if shares:
+            line = f"| {policy.name} | {len(shares)} | {fmean(shares):+.1%} | {min(shares):+.1%} | {max(shares):+.1%} |"
+            lines.append(f"{line} {median(row['chosen'] for row in own):.0f} |")
     return lines
+
+
+def own_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of what a run does by default."""
+    return [row for row in rows if row["policy"] == "gain auto" and row["rule"] == RULE]
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What a run promises, against what it does on styles that nothing was tuned on."""
-    lines = ["| measure | target | here | runs | with rows cut below it | runs |", "|" + " --- |" * 6]
-    both = zip(figures(whole(rows, STEPS)), figures(rows), strict=True)
-    return lines + [f"| {name} | {target} | {here} | {with_cut} |" for (name, target, here), (_, _, with_cut) in both]
+    lines = ["| measure | target | here | runs |", "|" + " --- |" * 4]
+    return lines + [f"| {name} | {target} | {here} |" for name, target, here in figures(rows)]
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Name, target, and two cells: the figure and the number of runs."""
-    own = [row for row in rows if row["policy"] == "gain auto" and row["rule"] == RULE]
-    beside = [(row, rival) for row in own if (rival := best_rival(row, rows))]
-    prodigy = [(row, other) for row in own for other in rows if is_of(row, other, "prodigy 1")]
-    shares, others = ([share_of(row, other) for row, other in pairs] for pairs in (beside, prodigy))
-    quick = [row["reached"] / rival["chosen"] for row, rival in beside if row["reached"]]
-    cost = [passes(row) / (12.0 * rival["chosen"]) for row, rival in beside]
+    own = own_of(rows)
+    pairs = [(row, rival) for row in own if (rival := best_rival(row, rows))]
+    shares = [share_of(row, rival) for row, rival in pairs]
+    others = [share_of(row, other) for row in own if (other := other_of(row, rows, "prodigy 1"))]
+    quick = [row["reached"] / rival["chosen"] for row, rival in pairs]
+    cost = [passes(row) / (12.0 * rival["chosen"]) for row, rival in pairs]
     ratios = [row["stopped"] / row["oracle"] for row in own]
     early = [ratio for row, ratio in zip(own, ratios, strict=True) if row["ended"]]
     regrets = [regret_of(row) for row in own if row["ended"]]
@@ -189,10 +215,10 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
-def is_of(row: dict[str, Any], other: dict[str, Any], policy: str) -> bool:
-    """Whether `other` is the row of a policy on the same task, seed and base."""
+def other_of(row: dict[str, Any], rows: Sequence[dict[str, Any]], policy: str) -> dict[str, Any] | None:
+    """The row of a policy on the same task, seed and base."""
     place = (row["task"], row["seed"], policy)
-    return place == (other["task"], other["seed"], other["policy"]) and same_base(row, other)
+    return next((o for o in rows if place == (o["task"], o["seed"], o["policy"]) and same_base(row, o)), None)
 
 
 def counted(shares: Sequence[float]) -> str:
@@ -229,9 +255,21 @@ def whole(rows: Iterable[dict[str, Any]], ceiling: int) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """All tables of these rows."""
+    """All tables of these rows; those of styles that the rule was made on come last."""
     order = {policy.name: place for place, policy in enumerate(POLICIES)}
     rows = [row for row in rows if row["policy"] in order]
     places = list(dict.fromkeys(row["task"] for row in rows))
     rows.sort(key=lambda row: (places.index(row["task"]), row["seed"], order[row["policy"]]))
-    return [*targets(rows), "", *summary(rows), "", *table(rows)]
+    made_on = [row for row in rows if row["task"].split(":")[1].split("-")[-1] in MADE_ON]
+    rows = [row for row in rows if row not in made_on]
+    parts = [targets(rows), beside(rows), summary(rows), ends(rows), ends(made_on)]
+    titles = [
+        "",
+        "Beside the others:",
+        "All rows, to the best AdamW:",
+        "Where runs ended:",
+        "On styles that the rule was made on:",
+    ]
+    return [
+        line for title, part in zip(titles, parts, strict=True) for line in ([title, ""] if title else []) + [*part, ""]
+    ][:-1]

@@ -44,6 +44,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from gain_rows import (
@@ -68,6 +69,7 @@ from third_base import SETS
 from torch import Tensor
 
 from emotrain.optim.stock import StockOptimizer
+from emotrain.pulse import gain as pulse_gain
 from emotrain.pulse.gain import START, Gain
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs import build
@@ -170,7 +172,7 @@ class Place:
             package = importlib.import_module("prodigyplus.prodigy_plus_schedulefree")
             optimizer = StockOptimizer(PRODIGYPLUS, package.ProdigyPlusScheduleFree(run.model.adapter.parameters()))
         state = TrainState()
-        gain = (Gain() if policy.rises else Gain(highest=0.0)) if policy.gain == "auto" else None
+        gain = Gain() if policy.gain == "auto" else None
         rule = Watched(held_out=not policy.flipped, gain=gain)
         rule.own_stop, rule.ceiling = own, ceiling
         every = self.every(policy) if own else RIVALS_EVERY
@@ -188,7 +190,8 @@ class Place:
             notify=turn, save=lambda state: None, sample=lambda step: None,
             interrupted=lambda: False, plain_validation=plain,  # type: ignore[arg-type]
         )  # fmt: skip
-        fit(parts, Limits(limit, 1, 1.0, self.seed, every, 10**9, 0), state)
+        with patch.object(pulse_gain, "SURE", policy.sure):
+            fit(parts, Limits(limit, 1, 1.0, self.seed, every, 10**9, 0), state)
         row: dict[str, Any] = {"task": self.name, "seed": self.seed, "policy": policy.name, "base": self.base}
         row |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "ceiling": ceiling, "every": every, "steps": state.step}
         chosen = (rule.ended[1] if rule.ended else rule.best_step or 0) if own else best_of(validation.losses)

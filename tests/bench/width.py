@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from emotrain.optim.protocol import OptimizerLike
 from emotrain.optim.registry import build_optimizer
-from emotrain.pulse.gain import SHRINK, START, Gain
+from emotrain.pulse.gain import FACTOR, START, Gain
 
 RANK, ROWS, TEST_ROWS = 8, 32, 128
 TEACHER, NOISE, COMMON = 0.03, 10.0, 0.7
@@ -129,7 +129,7 @@ class Measured:
         if self.gain.update_validation(step, is_best=is_best, best_loss=self.lowest, base_loss=self.base):
             for parameter, best in zip(self.student.parameters(), self.best, strict=True):
                 parameter.copy_(best)
-            optimizer.restart(SHRINK)
+            optimizer.restart(1.0 / FACTOR)
 
 
 def learn(

@@ -17,7 +17,7 @@ from fake_run import FakeData, Recorder, limits, make_parts
 from emotrain.optim import EmoSens
 from emotrain.optim.averaged import Averaged
 from emotrain.optim.registry import build_optimizer
-from emotrain.pulse.gain import RISE, SHRINK, SURE, Gain
+from emotrain.pulse.gain import SURE, Gain
 from emotrain.pulse.stopping import UNFAIR_SENTENCE, StopRule
 from emotrain.train.events import Notice, StepEnd, ValidationEnd
 from emotrain.train.loop import StopReason, accumulate, fit
@@ -216,7 +216,7 @@ def test_where_validations_stop_improving_the_best_weights_train_on_with_a_third
     recorder, state, parts, _ = measured_run([1.0, 0.5, 0.6, 0.6], max_steps=6)  # validations at 0, 2, 4, 6
     assert torch.equal(parts.adapter.state()["layer.weight"], state.best_adapter["layer.weight"])
     assert state.best_step == 2
-    assert [group["scope"] for group in parts.optimizer.param_groups] == [3.0 * SHRINK]
+    assert [group["scope"] for group in parts.optimizer.param_groups] == [1.0]
     assert [(notice.level, notice.message) for notice in recorder.of(Notice)] == [
         (
             "info",
@@ -234,23 +234,23 @@ def test_where_validations_stop_improving_the_best_weights_train_on_with_a_third
 
 def test_a_rise_goes_on_from_the_weights_of_now_and_is_taken_back_with_the_best_ones():
     losses = [[1.0 - 0.01 * place] * 3 for place in range(SURE + 1)]
-    recorder, state, parts, _ = measured_run([*losses, [0.95] * 3], max_steps=2 * SURE)
-    assert [group["scope"] for group in parts.optimizer.param_groups] == [3.0 * RISE]
+    recorder, state, parts, _ = measured_run(losses, max_steps=2 * SURE)
+    assert [group["scope"] for group in parts.optimizer.param_groups] == [9.0]
     assert parts.optimizer.steps == 2 * SURE  # the average goes on
     said = [notice.message for notice in recorder.of(Notice)]
     assert said == [
-        "step length doubled at step 20 (gain 6): 10 validations in a row were each better by more than their standard"
+        "step length tripled at step 20 (gain 9): 10 validations in a row were each better by more than their standard"
         " error"
     ]
-    recorder, state, parts, _ = measured_run([*losses, [0.95] * 3], max_steps=2 * SURE + 2)
-    assert [group["scope"] for group in parts.optimizer.param_groups] == [3.0]
+    recorder, state, parts, _ = measured_run([*losses, [0.95] * 3, [0.95] * 3], max_steps=2 * SURE + 4)
+    assert [group["scope"] for group in parts.optimizer.param_groups] == [pytest.approx(3.0)]
     assert state.best_step == 2 * SURE
     assert torch.equal(parts.adapter.state()["layer.weight"], state.best_adapter["layer.weight"])
     assert recorder.of(Notice)[1].message == (
-        "step length halved again at step 22 (gain 3): a validation without improvement; training goes on from the"
-        " weights of step 20"
+        "step length reduced to a third at step 24 (gain 3): 2 validations without improvement; training goes on from"
+        " the weights of step 20"
     )
-    assert [event.gain for event in recorder.of(StepEnd)][-3:] == [3.0, 6.0, 6.0]
+    assert [event.gain for event in recorder.of(StepEnd)][-5:] == [3.0, 9.0, 9.0, 9.0, 9.0]
 
 
 def test_a_measured_run_ends_by_itself_and_says_why():
