@@ -220,7 +220,7 @@ class TrainSection(Section):
     lr: PositiveFloat | None = Field(None, description="emo: 1.0 (3.6: 1e-3); other optimizers: required")
     gain: Literal["auto", "fixed"] = Field(
         "auto",
-        description="emosens: auto begins at three times the published step length, doubles it where ten validations in"
+        description="emosens: auto begins at three times the published step length, triples it where ten validations in"
         " a row are surely better, and reduces it to a third, from the best weights, where they stop improving, if"
         " pictures are held out; fixed: as published",
     )

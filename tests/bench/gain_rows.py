@@ -22,7 +22,6 @@ RULE = (
 )
 AFTER = 100  # steps beyond the end, or beyond the lowest validation
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-MADE_ON = ("ink", "signs", "mosaic", "thermal", "stained", "halftone", "blueprint", "duotone")  # the rule; styles.py
 
 
 @dataclass(frozen=True)
@@ -143,16 +142,14 @@ def cell(row: dict[str, Any] | None) -> str:
 
 
 def ends(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per run that ends by itself: how far from its own best, and what its step length did."""
-    heads = "task, seed | row | handed over @ step | ended | lowest @ step | regret | steps | step lengths"
-    lines = [f"| {heads} |", "|" + " --- |" * 8]
-    for row in rows:
-        if "stopped" not in row:
-            continue
-        ended, steps = row["stopped"] if row["ended"] else "-", row["stopped"] / max(row["oracle"], 1)
+    """One line per run as it is by default: how far it ended from its own best, and what its step length did."""
+    heads = "task, seed | handed over @ step | ended | lowest @ step | regret | steps | step lengths"
+    lines = [f"| {heads} |", "|" + " --- |" * 7]
+    for row in own_of(rows):
+        ended, steps = row["stopped"] if row["ended"] else "-", row["stopped"] / row["oracle"]
         lines.append(
-            f"| {row['task']}, {row['seed']} | {row['policy']} | {cell(row)} | {ended} |"
-            f" {row['lowest']:.4f} @ {row['oracle']} | {regret_of(row):.1%} | {steps:.2f} | {lengths(row)} |"
+            f"| {row['task']}, {row['seed']} | {cell(row)} | {ended} | {row['lowest']:.4f} @ {row['oracle']} |"
+            f" {regret_of(row):.1%} | {steps:.2f} | {lengths(row)} |"
         )
     return lines
 
@@ -164,13 +161,17 @@ def lengths(row: dict[str, Any]) -> str:
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line per policy."""
-    lines = ["| row | runs | of the gain: mean | worst | best | handed over at step: median |", "|" + " --- |" * 6]
+    heads = "row | runs | of the gain: mean | worst | best | handed over at step: median | regret: median | worst"
+    lines = [f"| {heads} |", "|" + " --- |" * 8]
     for policy in POLICIES:
-        own = [row for row in rows if row["policy"] == policy.name]
-        shares = [share_of(row, rival) for row in own if (rival := best_rival(row, rows))]
-        if shares:
-            line = f"| {policy.name} | {len(shares)} | {fmean(shares):+.1%} | {min(shares):+.1%} | {max(shares):+.1%} |"
-            lines.append(f"{line} {median(row['chosen'] for row in own):.0f} |")
+        own = [(row, rival) for row in rows if row["policy"] == policy.name and (rival := best_rival(row, rows))]
+        if not own:
+            continue
+        shares = [share_of(row, rival) for row, rival in own]
+        line = f"| {policy.name} | {len(shares)} | {fmean(shares):+.1%} | {min(shares):+.1%} | {max(shares):+.1%} |"
+        line += f" {median(row['chosen'] for row, _ in own):.0f} |"
+        regrets = [regret_of(row) for row, _ in own if policy.own]
+        lines.append(line + (f" {median(regrets):.1%} | {max(regrets):.1%} |" if regrets else " - | - |"))
     return lines
 
 
@@ -255,21 +256,15 @@ def whole(rows: Iterable[dict[str, Any]], ceiling: int) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """All tables of these rows; those of styles that the rule was made on come last."""
+    """All tables of these rows."""
     order = {policy.name: place for place, policy in enumerate(POLICIES)}
     rows = [row for row in rows if row["policy"] in order]
     places = list(dict.fromkeys(row["task"] for row in rows))
     rows.sort(key=lambda row: (places.index(row["task"]), row["seed"], order[row["policy"]]))
-    made_on = [row for row in rows if row["task"].split(":")[1].split("-")[-1] in MADE_ON]
-    rows = [row for row in rows if row not in made_on]
-    parts = [targets(rows), beside(rows), summary(rows), ends(rows), ends(made_on)]
-    titles = [
-        "",
-        "Beside the others:",
-        "All rows, to the best AdamW:",
-        "Where runs ended:",
-        "On styles that the rule was made on:",
+    parts = [
+        targets(rows),
+        ["Each task:", "", *beside(rows)],
+        ["Each row, to the best AdamW of its task and seed:", "", *summary(rows)],
+        ["Where runs ended:", "", *ends(rows)],
     ]
-    return [
-        line for title, part in zip(titles, parts, strict=True) for line in ([title, ""] if title else []) + [*part, ""]
-    ][:-1]
+    return [line for part in parts for line in ([""] if part is not parts[0] else []) + part]

@@ -7,10 +7,9 @@
 
 A task is model:style:pictures; micro-batches of 4, rank 8, at most 1,000 steps, fewer where no validation was
 better than the lowest one for 100 steps (EmoSens: where its own stop lies 100 steps back). "(cut)" is a row that the
-ceiling ended before that, 400 in the rows of 2026-11-27; the first table is given without and with rows that a ceiling
-below 1,000 cut. None of the styles was tuned on. The models are the two that are built in and a third, trained
-differently (third_base.py); made anew it is not the same to the last digit, and rows are compared where the base's loss
-is within 0.1 %. Rows:
+ceiling ended before that. None of the styles was tuned on. The models are the two that are built in and a third,
+trained differently (third_base.py); made anew that one is not the same to the last digit, and rows are compared where
+the base's loss is within 0.1 %. Rows:
 
 * gain auto, gain fixed: EmoSens at LR 1.0 as a run has it, with its own stop and a validation as often as a run has one
 * adamw RATE, prodigy 1, schedulefree, prodigy-plus: constant, without an average of the weights; of 1e-4, 3e-4, 1e-3,
@@ -21,14 +20,17 @@ is within 0.1 %. Rows:
 * emocats, emoairy: "gain fixed" is what a run does with them; "gain auto from 1" is a trial with the measured unit,
   begun at the published length
 * lokr: a LoKr in place of the LoRA, beside AdamW with a LoKr
-* no rises: as runs were before 2026-11-28, without longer steps where validations keep improving
+* no rises, rises after 5: trials without longer steps where validations keep improving, or with them sooner
+* flipped: trials that hear three flipped training pictures in place of those held out
 
-"handed over" is the held-out loss of the LoRA of the lowest validation (3 pictures that are not trained on), for
-EmoSens of those before its own stop, for the others of all steps: they are given the best stop that the validation can
-tell. "of the gain" is the distance to the best AdamW row of the task and seed, as a share of what that gained over the
-base: above zero is better. "regret" is the distance to the lowest held-out loss of the row's own steps, as a share of
-what that gained; "steps" are those of the whole run over the step of that lowest loss. "flipped" rows hear three
-flipped training pictures in place of those held out. The rows are kept in gain_trials.jsonl.
+The loss is that of 64 held-out pictures, for the LoRA that is handed over: that of the lowest validation (3 pictures
+that are not trained on), for EmoSens of those before its own stop, for the others of all steps: they are given the best
+stop that the validation can tell. "of the gain" is the distance to the best AdamW row of the task and seed, as a share
+of what that gained over the base: above zero is better. "regret" is the distance to the lowest held-out loss of the
+row's own steps, as a share of what that gained; "steps" are those of the whole run over the step of that lowest loss.
+"passes" are the forward passes of the whole run, validations counted, over those of the best AdamW up to the LoRA that
+is handed over, its rate and number of steps being known. "step lengths" are multiples of the published one. All rows
+are kept in gain_trials.jsonl.
 """
 
 from __future__ import annotations
