@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -73,26 +74,22 @@ def replay(
 
 
 def _show(log: LossLog, replayed: Replay) -> None:
-    from emotrain.pulse.draw import braille
-
-    width = max(20, min(shutil.get_terminal_size((80, 24)).columns - 12, 120))
+    width = max(20, min(shutil.get_terminal_size((80, 24)).columns - 1, 120))
     count, first, last = len(replayed.steps), replayed.steps[0], replayed.steps[-1]
     output.result(
         f"{log.source}: `{log.column}`, {count} losses, steps {first} to {last}, generation {replayed.generation}"
     )
-    rows = (
-        ("loss", list(replayed.losses), False, 5),
+    curves = (
+        ("loss", replayed.losses, False, 5),
         ("scalar", [reading.scalar for reading in replayed.readings], False, 3),
         ("trust", [reading.trust for reading in replayed.readings], False, 3),
         ("emoPulse" if replayed.generation != "3.6" else "lr x drive", _lengths(replayed), True, 4),
     )
-    for name, values, log_scale, height in rows:
+    for name, values, log_scale, height in curves:
         output.result("")
         output.result(name)
-        lines = braille(values, width, height, log=log_scale)
-        for index, line in enumerate(lines):
-            label = max(values) if index == 0 else min(values) if index == len(lines) - 1 else None
-            output.result(f"{'' if label is None else f'{label:.3g}':>10} {line}")
+        for line in _curve(values, log_scale, width, height):
+            output.result(line)
     output.result("")
     signals = [
         (
@@ -104,6 +101,19 @@ def _show(log: LossLog, replayed: Replay) -> None:
         for signal in replayed.signals
     ]
     output.table(signals, ("stop signal", "first lit at step", "steps lit", "lit at the end"))
+
+
+def _curve(values: Sequence[float], log_scale: bool, width: int, height: int) -> list[str]:
+    from rich.console import Console
+
+    from emotrain.observers.curve import Plot, Scale, Trace
+
+    trace = Trace()
+    for value in values:
+        trace.add(value)
+    plot = Plot([(trace, "")], Scale(min(values), max(values), log_scale), rows=height)
+    console = Console(width=width, height=height, color_system=None)
+    return ["".join(piece.text for piece in line).rstrip() for line in console.render_lines(plot)]
 
 
 def _lengths(replayed: Replay) -> list[float]:

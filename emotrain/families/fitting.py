@@ -30,8 +30,8 @@ from emotrain.families.kept import stamp_of
 from emotrain.families.loading import assemble
 from emotrain.families.pieces import ENCODERS, load_encoder, load_tokenizer, scheduler_class, text_parts
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
-from emotrain.families.separate import original_vae, tokenizer_of
-from emotrain.families.single import copy_tokenizer, own_vae_config
+from emotrain.families.separate import diffusers_vae, own_vae_config, tokenizer_of
+from emotrain.families.single import copy_tokenizer
 from emotrain.families.sniff import MAX_SIZE, Sniffed, odd_value, refuse_other_vae
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
@@ -212,17 +212,12 @@ def refuse_misfit_vae(vae: str, found: Sniffed) -> None:
     first = next((shapes[name] for name in LATENT_INPUTS if len(shapes.get(name, ())) > 1), None)
     if first is not None:
         refuse_other_vae(vae, {"latent_channels": first[1]}, found)
-    beside = companion(path) / "config.json"
-    if spec.vae_class == "AutoencoderKL":
-        config = own_vae_config(path, found)
-    else:
-        config = read_json(beside) if beside.is_file() else configs(found.family)["vae"]
+    config = own_vae_config(path, found)
     refuse_other_types(path, config, cls)
     with bounded(vae, len(shapes)), torch.device("meta"):
         model: nn.Module = guard(vae, "", lambda: cls.from_config(config))
         held = {name: torch.empty(shape) for name, shape in shapes.items()}
-        if not any(name.startswith("encoder.down_blocks.") for name in held):
-            held = guard(vae, "", lambda: original_vae(held, spec.vae_class, config))
+        held = guard(vae, "", lambda: diffusers_vae(held, spec.vae_class, config))
     refuse_other_tensors(vae, model, {name: tuple(value.shape) for name, value in held.items()})
 
 

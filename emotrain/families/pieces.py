@@ -19,10 +19,10 @@ from emotrain.families.separate import (
     Given,
     load_denoiser_file,
     load_separate,
-    load_separate_vae,
+    load_vae_file,
     without_upper_layers,
 )
-from emotrain.families.single import load_denoiser_of, load_single_file, load_vae_file
+from emotrain.families.single import load_denoiser_of, load_single_file
 from emotrain.families.sniff import Sniffed, refuse_other_vae
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.spec import TextEncoder
@@ -198,7 +198,7 @@ def load_vae(vae: str, found: Sniffed) -> Any:
     spec = FAMILIES[found.family]
     kind = getattr(diffusers, spec.vae_class)
     if path.is_file():
-        loaded = load_vae_file(path, found) if spec.vae_class == "AutoencoderKL" else load_separate_vae(path, found)
+        loaded = load_vae_file(path, found)
     elif (path / "vae").is_dir():
         loaded = load_whole(kind, str(path), "vae", None, torch_dtype=torch.float32)
     else:

@@ -274,34 +274,43 @@ def tokenizer_of(found: Sniffed, encoder: TextEncoder, given: str | None) -> Any
     return tokenizer
 
 
-def load_separate_vae(path: Path, found: Sniffed) -> Any:
-    """A VAE that diffusers has no reader of single files for, in the original layout or in diffusers'.
+def load_vae_file(path: Path, found: Sniffed) -> Any:
+    """A VAE from one file, in the original layout or in diffusers'.
 
     Raises:
         ModelError: not readable, or not of the family's kind.
     """
     import diffusers
 
-    spec = FAMILIES[found.family]
-    names = read_header(path).shapes
-    beside = companion(path) / "config.json"
-    config = read_json(beside) if beside.is_file() else configs(found.family)["vae"]
+    spec, config = FAMILIES[found.family], own_vae_config(path, found)
     vae = getattr(diffusers, spec.vae_class).from_config(config)
     tensors = load_file(path)
-    if not any(name.startswith("encoder.down_blocks.") for name in names):
-        tensors = guard(str(path), "", lambda: original_vae(tensors, spec.vae_class, config))
+    tensors = guard(str(path), "", lambda: diffusers_vae(tensors, spec.vae_class, config))
     guard(str(path), "", lambda: vae.load_state_dict(tensors))
     return vae.float()
 
 
-def original_vae(tensors: dict[str, Tensor], kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Original names in diffusers': of Wan's VAE, which is Qwen-Image's too, or of latent diffusion's.
+def own_vae_config(path: Path, found: Sniffed) -> dict[str, Any]:
+    """config.json beside a VAE's file, of the folder beside the model, or the public one."""
+    kind = FAMILIES[found.family].vae_class
+    beside = companion(Path(found.path)) / "vae" if found.kind == "file" else Path(found.path) / "vae"
+    for own in (path.parent / "config.json", companion(path) / "config.json", beside / "config.json"):
+        if own.is_file() and read_json(own).get("_class_name", kind) == kind:
+            return read_json(own)
+    public: dict[str, Any] = configs(found.family)["vae"]
+    return public
+
+
+def diffusers_vae(tensors: dict[str, Tensor], kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """A VAE's tensors by diffusers' names, whose originals are Wan's (Qwen-Image's too) or latent diffusion's.
 
     The statistics that FLUX.2 adds to the latter have one name in both; its maker's file has the convolutions between
     the halves inside these.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
 
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return tensors
     if kind == "AutoencoderKLQwenImage":
         film: dict[str, Tensor] = convert_wan_vae_to_diffusers(dict(tensors))
         return film

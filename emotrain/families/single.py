@@ -91,7 +91,11 @@ def _load(
     elif "vae" in absent:
         vae = load_one(diffusers.AutoencoderKL, beside, "vae", None, torch_dtype=torch.float32)
     else:
-        vae = _vae_of(path, folder)
+        vae = guard(
+            path, "vae", lambda: diffusers.AutoencoderKL.from_single_file(
+                path, config=str(folder), subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+            ),
+        )  # fmt: skip
     given: dict[str, Any] = {"vae": vae, info.denoiser: pieces["denoiser"]}
     for name, tokenizer in ((encoder.name, encoder.tokenizer_name) for encoder in info.text_encoders):
         if name in lacking:
@@ -147,54 +151,7 @@ def check_complete(path: str, pieces: dict[str, Any]) -> None:
                 )
 
 
-def _vae_of(path: str, folder: Path) -> Any:
-    import diffusers
-
-    return guard(
-        path, "vae", lambda: diffusers.AutoencoderKL.from_single_file(
-            path, config=str(folder), subfolder="vae", torch_dtype=torch.float32,
-            local_files_only=True,
-        ),
-    )  # fmt: skip
-
-
-def load_vae_file(path: Path, found: Sniffed) -> Any:
-    """A VAE from one file, in the original layout or in diffusers'.
-
-    Raises:
-        ModelError: not readable.
-    """
-    import diffusers
-
-    names = read_header(path).shapes
-    config = own_vae_config(path, found)
-    if any(name.startswith("encoder.down_blocks.") for name in names):
-        vae = diffusers.AutoencoderKL.from_config(config)
-        guard(str(path), "", lambda: vae.load_state_dict(load_file(path)))
-        return vae.float()
-    with _temporary() as folder:
-        write_json(folder / "vae" / "config.json", config)
-        vae = _vae_of(str(path), folder)
-    check_complete(str(path), {"vae": vae})
-    return vae
-
-
-def own_vae_config(path: Path, found: Sniffed) -> dict[str, Any]:
-    """config.json beside a VAE's file, of the folder beside the model, or the public one."""
-    beside = companion(Path(found.path)) / "vae" if found.kind == "file" else Path(found.path) / "vae"
-    for own in (path.parent / "config.json", companion(path) / "config.json", beside / "config.json"):
-        if own.is_file() and read_json(own).get("_class_name", "AutoencoderKL") == "AutoencoderKL":
-            return read_json(own)
-    return _vae_config(found)
-
-
 # ---------------------------------------------------------------- configs
-
-
-@contextlib.contextmanager
-def _temporary() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="emotrain-") as name:
-        yield Path(name)
 
 
 @contextlib.contextmanager
@@ -211,8 +168,9 @@ def config_folder(found: Sniffed, skip: set[str]) -> Iterator[Path]:
     info = FAMILIES[found.family]
     beside = companion(Path(found.path))
     texts = configs(found.family)["text_encoders"]
-    with _temporary() as folder:
-        parts: dict[str, Any] = {info.denoiser: found.denoiser_config, "vae": _vae_config(found)}
+    with tempfile.TemporaryDirectory(prefix="emotrain-") as name:
+        folder = Path(name)
+        parts: dict[str, Any] = {info.denoiser: found.denoiser_config, "vae": configs(found.family)["vae"]}
         parts |= {name: config for name, (_, config) in texts.items() if name not in skip}
         for part, config in parts.items():
             own = beside / part / "config.json"
@@ -223,11 +181,6 @@ def config_folder(found: Sniffed, skip: set[str]) -> Iterator[Path]:
         write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(found)[1])
         write_json(folder / "model_index.json", _index(found, texts, skip))
         yield folder
-
-
-def _vae_config(found: Sniffed) -> dict[str, Any]:
-    config: dict[str, Any] = configs(found.family)["vae"]
-    return config
 
 
 def _scheduler(found: Sniffed) -> tuple[str, dict[str, Any]]:

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from torch import Tensor
@@ -25,91 +24,45 @@ _HOMES = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:[\\/]Users[\\/])[^\s\"',
 
 @dataclass(frozen=True)
 class About:
-    """What a LoRA file says of itself; everything but the family may be left out.
+    """What a LoRA file says of itself; everything but the family may be left out."""
 
-    Attributes:
-        family: sd15, sd21, sdxl, sd3 or flux.
-        variant: of the base, as `sd35-large` or `flux1-schnell`.
-        name: the file's name without its end; web interfaces use it in prompts.
-        title: for people; the name where empty.
-        rank: of the LoRA.
-        alpha: of the LoRA; strength is alpha / rank.
-        factor: of a LoKr.
-        network_args: further settings, such as targets and conv_rank.
-        base_name: the base model's file or folder name.
-        base_sha256: of the base model's file.
-        prediction: epsilon, v_prediction or flow.
-        trigger: the word that calls the LoRA.
-        tag_frequency: folder name -> tag -> how many pictures have it.
-        folders: folder name -> (repeats, pictures).
-        buckets: (width, height, pictures) each.
-        num_images: pictures trained on.
-        num_reg_images: pictures of regularisation folders among them.
-        resolution: (width, height) in pixels.
-        steps: optimizer steps behind these weights.
-        max_steps: the ceiling of the run.
-        epochs: passes over the pictures, whole or not.
-        micro_batch_size: pictures at once.
-        gradient_accumulation_steps: micro-batches per step.
-        clip_skip: which layer of CLIP the prompts were taken from, counted as A1111 does.
-        seed: of the run.
-        optimizer: its name.
-        lr: the learning rate.
-        text_encoder: whether text encoders were trained.
-        dtype: of the base during training: bf16, fp16 or fp32.
-        min_snr_gamma: of the loss.
-        noise_offset: of the loss.
-        started_at: unix seconds.
-        finished_at: unix seconds.
-        preset: the whole preset.
-        dataset_sha256: digest of the data set.
-        parents: earlier LoRAs: kind, sha256, weight.
-        stop_reason: why the run ended.
-        best_step: the step of these weights, where the best was kept.
-        version: of emotrain.
-        extra: further `emotrain.*` values.
-    """
-
-    family: str
-    variant: str = ""
-    name: str = ""
-    title: str = ""
+    family: str  # sd15, sd21, sdxl, sd3 or flux
+    variant: str = ""  # of the base, as `sd35-large` or `flux1-schnell`
+    name: str = ""  # the file's name without its end; web interfaces use it in prompts
     rank: int | None = None
-    alpha: float | None = None
-    factor: int | None = None
-    network_args: Mapping[str, Any] = field(default_factory=dict)
-    base_name: str = ""
-    base_sha256: str = ""
-    prediction: str = ""
-    trigger: str | None = None
-    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    folders: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    buckets: Sequence[tuple[int, int, int]] = ()
-    num_images: int | None = None
-    num_reg_images: int | None = None
-    resolution: tuple[int, int] | None = None
-    steps: int | None = None
-    max_steps: int | None = None
-    epochs: float | None = None
-    micro_batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
-    clip_skip: int | None = None
+    alpha: float | None = None  # strength is alpha / rank
+    factor: int | None = None  # of a LoKr
+    network_args: Mapping[str, Any] = field(default_factory=dict)  # further settings, such as targets and conv_rank
+    base_name: str = ""  # the base model's file or folder name
+    base_sha256: str = ""  # of the base model's file
+    prediction: str = ""  # epsilon, v_prediction or flow
+    trigger: str | None = None  # the word that calls the LoRA
+    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder name -> tag -> pictures
+    folders: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # folder name -> (repeats, pictures)
+    buckets: Sequence[tuple[int, int, int]] = ()  # (width, height, pictures) each
+    num_images: int | None = None  # pictures trained on
+    num_reg_images: int | None = None  # pictures of regularisation folders among them
+    resolution: tuple[int, int] | None = None  # (width, height) in pixels
+    steps: int | None = None  # optimizer steps behind these weights
+    max_steps: int | None = None  # the ceiling of the run
+    epochs: float | None = None  # passes over the pictures, whole or not
+    micro_batch_size: int | None = None  # pictures at once
+    gradient_accumulation_steps: int | None = None  # micro-batches per step
+    clip_skip: int | None = None  # which layer of CLIP the prompts were taken from, counted as A1111 does
     seed: int | None = None
     optimizer: str = ""
     lr: float | None = None
-    text_encoder: bool = False
-    dtype: str = ""
-    min_snr_gamma: float | None = None
-    noise_offset: float | None = None
-    started_at: float | None = None
-    finished_at: float | None = None
-    preset: Mapping[str, Any] | None = None
-    dataset_sha256: str = ""
-    parents: Sequence[Mapping[str, Any]] = ()
-    stop_reason: str = ""
-    best_step: int | None = None
-    version: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    text_encoder: bool = False  # whether text encoders were trained
+    dtype: str = ""  # of the base during training: bf16, fp16 or fp32
+    min_snr_gamma: float | None = None  # of the loss
+    noise_offset: float | None = None  # of the loss
+    preset: Mapping[str, Any] | None = None  # the whole preset
+    dataset_sha256: str = ""  # digest of the data set
+    parents: Sequence[Mapping[str, Any]] = ()  # earlier LoRAs: kind, sha256, weight
+    stop_reason: str = ""  # why the run ended
+    best_step: int | None = None  # the step of these weights, where the best was kept
+    version: str = ""  # of emotrain
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further `emotrain.*` values
 
 
 def build_metadata(about: About) -> dict[str, str]:
@@ -196,9 +149,6 @@ def _kohya(about: About) -> dict[str, Any]:
         "ss_tag_frequency": about.tag_frequency or None,
         "ss_dataset_dirs": _folders(about),
         "ss_bucket_info": _buckets(about),
-        "ss_training_started_at": about.started_at,
-        "ss_training_finished_at": about.finished_at,
-        "ss_session_id": _session(about),
         "ss_training_comment": f"trigger: {about.trigger}" if about.trigger else None,
     }
 
@@ -206,15 +156,13 @@ def _kohya(about: About) -> dict[str, Any]:
 def _modelspec(about: About) -> dict[str, Any]:
     spec = FAMILIES[about.family]
     base = spec.variants.get(about.variant, next(iter(spec.variants.values()))).architecture
-    moment = about.finished_at
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(about.prediction)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/lora",
         "modelspec.implementation": spec.lora.implementation or "diffusers",
-        "modelspec.title": about.title or about.name or "LoRA",
+        "modelspec.title": about.name or "LoRA",
         "modelspec.resolution": "x".join(map(str, about.resolution)) if about.resolution else None,
-        "modelspec.date": _date(moment),
         "modelspec.trigger_phrase": about.trigger,
         "modelspec.prediction_type": prediction,
     }
@@ -261,20 +209,6 @@ def _buckets(about: About) -> dict[str, Any] | None:
         for number, (width, height, count) in enumerate(about.buckets)
     }
     return {"buckets": listed}
-
-
-def _session(about: About) -> int | None:
-    """A number for the run that is the same for the same run."""
-    if about.started_at is None:
-        return None
-    text = f"{about.started_at} {about.seed} {about.name} {about.dataset_sha256}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
-def _date(moment: float | None) -> str | None:
-    if moment is None:
-        return None
-    return datetime.fromtimestamp(int(moment), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _last_part(path: str) -> str:

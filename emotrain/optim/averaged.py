@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emotrain.optim.protocol import OptimizerLike
-from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import Reading
 
 POWER = 10  # step n weighs about 10/n: the average looks back over a tenth of the run, however long it is
 SLOT = "average"

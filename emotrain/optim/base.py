@@ -17,18 +17,19 @@ from torch import Tensor
 
 from emotrain.optim.kernels import Batch, Length, correction_at, fill, gather, refuse_sparse
 from emotrain.optim.state import check_state, emotion_to_dict, load_tensors, reading_from_dict
-from emotrain.pulse.reading import Reading
 from emotrain.pulse.signal import (
     SENSORS,
+    EmotionState,
+    Reading,
     Sensor,
     Watch,
     canonical_generation,
     observe,
     pulse_at,
     start,
+    state_from_dict,
     tensor_pulses,
 )
-from emotrain.pulse.state import EmotionState, state_from_dict
 
 LOG = logging.getLogger("emotrain.optim")
 

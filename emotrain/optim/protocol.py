@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import Reading
 
 
 class OptimizerLike(Protocol):

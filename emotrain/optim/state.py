@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from emotrain.errors import CheckpointError
 from emotrain.optim.kernels import state_dtype
-from emotrain.pulse.reading import Reading
-from emotrain.pulse.state import EmotionState, state_to_dict
+from emotrain.pulse.signal import EmotionState, Reading, state_to_dict
 
 
 class WrongStateError(CheckpointError, ValueError):

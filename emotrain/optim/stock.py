@@ -14,9 +14,7 @@ from torch import Tensor
 from emotrain.errors import ConfigError
 from emotrain.optim.lion import Lion
 from emotrain.optim.state import WrongStateError, reading_from_dict
-from emotrain.pulse.reading import Reading
-from emotrain.pulse.signal import Sensor, observe, start
-from emotrain.pulse.state import state_from_dict, state_to_dict
+from emotrain.pulse.signal import Reading, Sensor, observe, start, state_from_dict, state_to_dict
 
 _INSTALL = "pip install emotrain[optimizers]"
 Betas = tuple[float, float] | None

@@ -1,4 +1,4 @@
-"""Charts by hand: braille lines for a terminal, SVG for a page (no torch, no drawing library)."""
+"""Charts as SVG, by hand, for a page or a file (no torch, no drawing library)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Points = Sequence[tuple[float, float]]
-_DOT_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # [column][row] of a braille cell
 _COLOURS = ("#3b6fb6", "#d1663f", "#3f9a6b", "#8a5fb0", "#777777")
 _LEFT, _RIGHT, _TOP, _GAP = 64, 16, 30, 46
 
@@ -23,29 +22,6 @@ class Panel:
     bounds: tuple[float, float] | None = None
     marks: Sequence[tuple[float, str]] = ()
     x_label: str = "step"
-
-
-def braille(values: Sequence[float], width: int, height: int, *, log: bool = False) -> list[str]:
-    """A curve as `height` lines of `width` characters, the lowest value at the bottom.
-
-    Args:
-        values: finite numbers; several in one dot column are drawn as their range.
-        width: in characters, two dots each.
-        height: in characters, four dots each.
-        log: logarithmic, for positive values.
-    """
-    values = [math.log10(max(v, 1e-12)) for v in values] if log else values
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    columns, rows = 2 * width, 4 * height
-    cells = [[0] * width for _ in range(height)]
-    for column in range(columns):
-        first = column * len(values) // columns
-        last = max(first + 1, (column + 1) * len(values) // columns)
-        part = [rows - 1 - round((v - low) / span * (rows - 1)) for v in values[first:last]]
-        for row in range(min(part), max(part) + 1):
-            cells[row // 4][column // 2] |= _DOT_BITS[column % 2][row % 4]
-    return ["".join(chr(0x2800 + bits) for bits in line) for line in cells]
 
 
 def svg(panels: Sequence[Panel], *, title: str = "", width: int = 820, panel_height: int = 150) -> str:

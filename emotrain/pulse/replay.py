@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emotrain.pulse.reading import Reading
-from emotrain.pulse.signal import Sensor, Watch, canonical_generation, observe, start
+from emotrain.pulse.signal import Reading, Sensor, Watch, canonical_generation, observe, start
 
 # Each published stop signal: its name, the generation it runs in, and what it watches.
 SIGNALS: tuple[tuple[str, str, Watch], ...] = (

@@ -7,13 +7,11 @@ arithmetic is float64 in the order written here: one branch of the sensors is de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
 from emotrain.errors import DivergedError
-from emotrain.pulse.reading import Reading
-from emotrain.pulse.state import Averages, EmotionState
 
 Sensor = Literal["faithful", "intent"]
 Watch = Literal["long", "scalar"]
@@ -25,6 +23,54 @@ _EDGE = math.nextafter(1.0, 0.0)  # tanh rounds to 1 from 19.1 on; a scalar stay
 
 class NonFiniteLossError(DivergedError, ValueError):
     """A loss that is NaN or infinite; the averages have not been touched."""
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Moving averages of the loss with the weights 0.30, 0.05 and 0.01; all start at one loss."""
+
+    short: float
+    medium: float
+    long: float
+
+
+@dataclass(frozen=True)
+class EmotionState:
+    """All that the emotion remembers from step to step.
+
+    `noise_est` and `d_est` are emoPulse's noise and signal, `history` and `chain` its slow parts; `recent` the last
+    values the windowed stop signal looks at; `ready` whether the signal is lit.
+    """
+
+    generation: str
+    step: int = 0
+    averages: Averages | None = None
+    noise_est: float = 0.0
+    d_est: float = 0.0
+    history: float = 1.0
+    chain: float = 0.0
+    recent: tuple[float, ...] = ()
+    ready: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The emotion of one optimizer step.
+
+    `scalar` in (-1, 1), positive while the loss falls; `trust` = copysign(1 - |scalar|, scalar); `pulse` is the step
+    length; `drive` the 3.6 and 3.7.0 multiplier (1 elsewhere); `short`, `medium`, `long` the loss averages; `noise_est`
+    and `d_est` the two sides of emoPulse's signal-to-noise ratio. Those with a tag are curves in TensorBoard.
+    """
+
+    scalar: Annotated[float, "emo/scalar"]
+    trust: Annotated[float, "emo/trust"]
+    pulse: Annotated[float, "emo/pulse"]
+    drive: float
+    short: float
+    medium: float
+    long: float
+    noise_est: float
+    d_est: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +104,24 @@ def canonical_generation(generation: str) -> str:
     if name not in GENERATIONS:
         raise ValueError(f"generation must be one of {', '.join(GENERATIONS)}, got {generation!r}")
     return name
+
+
+def state_to_dict(state: EmotionState) -> dict[str, Any]:
+    """Plain numbers, strings and lists, ready for JSON."""
+    plain = asdict(state)
+    plain["averages"] = [] if state.averages is None else list(asdict(state.averages).values())
+    plain["recent"] = list(state.recent)
+    return plain
+
+
+def state_from_dict(plain: Mapping[str, Any]) -> EmotionState:
+    """The inverse of `state_to_dict`; `plain` is not touched."""
+    words = dict(plain)
+    averages = words.pop("averages")
+    return EmotionState(
+        **{**words, "recent": tuple(words["recent"])},
+        averages=Averages(*averages) if averages else None,
+    )
 
 
 def start(generation: str = "3.9", loss: float | None = None) -> EmotionState:

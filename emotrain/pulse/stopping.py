@@ -28,8 +28,7 @@ from typing import Any, Literal
 
 from emotrain.pulse.gain import FAILURES, HOPE, NEGLIGIBLE, VAIN, Change, Gain
 from emotrain.pulse.paired import Paired
-from emotrain.pulse.signal import update_averages
-from emotrain.pulse.state import Averages
+from emotrain.pulse.signal import Averages, update_averages
 
 WINDOW = 32  # steps that a published signal is watched over
 DENSE = 0.9  # share of lit steps in the window that counts as sustained

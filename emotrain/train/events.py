@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Protocol, get_type_hints
 
 from emotrain.dataset.ranking import LossRecord
 from emotrain.errors import ResourceError
-from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import Reading
 
 SCHEMA_VERSION = 1  # of the rows
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from emotrain.observers.board import Board
 from emotrain.observers.choose import display_observers
 from emotrain.observers.dashboard import BYTES_PER_S, FASTEST_S, SHARE, Dashboard, make_console
-from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import Reading
 from emotrain.train.events import (
     Event,
     Notice,

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import Reading
 from emotrain.train.events import Event, StepEnd, ValidationEnd
 
 

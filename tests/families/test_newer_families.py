@@ -28,7 +28,7 @@ from emotrain.families.loading import family_class, load_family
 from emotrain.families.quantize import RoundedLinear
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sampling import draw_sample
-from emotrain.families.separate import original_vae, refuse_other_encoder, without_upper_layers
+from emotrain.families.separate import diffusers_vae, refuse_other_encoder, without_upper_layers
 from emotrain.families.stored import stored_in_encoder, stored_parameters
 from emotrain.families.table import sniff
 
@@ -269,7 +269,7 @@ def test_flux2s_vae_is_read_under_its_original_names(inside: bool) -> None:
     if inside:
         tensors = {re.sub("^post_quant_conv", "decoder.post_quant_conv", key): t for key, t in tensors.items()}
         tensors = {re.sub("^quant_conv", "encoder.quant_conv", key): t for key, t in tensors.items()}
-    found = original_vae(tensors, "AutoencoderKLFlux2", dict(vae.config))
+    found = diffusers_vae(tensors, "AutoencoderKLFlux2", dict(vae.config))
     own = vae.state_dict()
     assert found.keys() == own.keys()
     assert all(torch.equal(found[key], own[key]) for key in own)

@@ -17,7 +17,6 @@ FULL = About(
     family="sdxl",
     variant="sdxl",
     name="mika_v1",
-    title="Mika",
     rank=16,
     alpha=8.0,
     network_args={"targets": "attn-mlp"},
@@ -40,8 +39,6 @@ FULL = About(
     optimizer="emosens",
     lr=1.0,
     dtype="bf16",
-    started_at=1_760_000_000.5,
-    finished_at=1_760_003_600.0,
     dataset_sha256="cd" * 32,
     parents=[{"kind": "stack", "sha256": "ef" * 32, "weight": 0.8}],
     preset={
@@ -62,9 +59,9 @@ def test_the_readers_keys_are_there() -> None:
         "ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False", "ss_output_name": "mika_v1",
         "ss_sd_model_name": "base.safetensors", "ss_learning_rate": "1.0", "ss_optimizer": "emosens", "ss_steps": "400",
         "ss_num_train_images": "10", "ss_total_batch_size": "6", "ss_resolution": "(1024, 1024)", "ss_seed": "42",
-        "ss_num_epochs": "13", "ss_epoch": "12", "ss_training_finished_at": "1760003600",
+        "ss_num_epochs": "13", "ss_epoch": "12",
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.title": "Mika", "modelspec.resolution": "1024x1024", "modelspec.date": "2025-10-09T09:53:20Z",
+        "modelspec.title": "mika_v1", "modelspec.resolution": "1024x1024",
         "modelspec.trigger_phrase": "mika_ch", "modelspec.prediction_type": "epsilon",
         "emotrain.stop_reason": "signal", "emotrain.best_step": "375", "emotrain.dataset_sha256": "cd" * 32,
     }  # fmt: skip

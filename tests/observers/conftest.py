@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import Reading
 from emotrain.train.events import RunStart, StepEnd
 
 

@@ -24,7 +24,7 @@ from emotrain.observers.board import Board
 from emotrain.observers.dashboard import Dashboard, StrayLines, make_console
 from emotrain.observers.dashboard import Terminal as Pen
 from emotrain.observers.frame import EMOTION, STYLES, compose, print_summary
-from emotrain.pulse.reading import Reading
+from emotrain.pulse.signal import Reading
 from emotrain.train.events import (
     Event,
     LikenessMeasured,

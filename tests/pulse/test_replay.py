@@ -13,7 +13,7 @@ import torch
 
 from emotrain.cli.app import main
 from emotrain.optim import EmoAiry, EmoSens
-from emotrain.pulse.draw import Panel, braille, svg
+from emotrain.pulse.draw import Panel, svg
 from emotrain.pulse.replay import replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -122,15 +122,6 @@ def test_replay_leaves_torch_out() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_braille_reaches_from_the_lowest_to_the_highest_value() -> None:
-    lines = braille([0.0, 1.0], width=2, height=2)
-    assert [len(line) for line in lines] == [2, 2]
-    assert lines[0][0] == lines[1][1] == "\u2800"  # empty above the low half and below the high half
-    assert lines[1][0] != "\u2800"
-    assert lines[0][1] != "\u2800"
-    assert braille([5.0], width=3, height=1)  # one value, no range
 
 
 def test_svg_escapes_names_and_draws_flat_curves() -> None:

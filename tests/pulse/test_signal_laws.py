@@ -17,9 +17,10 @@ from emotrain.pulse.signal import (
     canonical_generation,
     observe,
     start,
+    state_from_dict,
+    state_to_dict,
     update_averages,
 )
-from emotrain.pulse.state import state_from_dict, state_to_dict
 
 losses = st.lists(st.floats(1e-4, 1e6), min_size=1, max_size=60)
 wild_losses = st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=60)
