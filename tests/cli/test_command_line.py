@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -223,6 +224,13 @@ def test_a_console_without_the_letters_does_not_end_the_program() -> None:
 def test_examples_keep_their_lines() -> None:
     text = help_text("Do it.\n\n    Words.\n\n    Examples:\n      a b\n      c d\n\n    After.\n    ")
     assert text == "Do it\n\nWords.\n\nExamples:\n\n    a b\n    c d\n\nAfter."
+
+
+def test_bitsandbytes_does_not_write_a_line_for_every_product() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+    assert logging.getLogger("bitsandbytes.autograd._functions").isEnabledFor(logging.WARNING)
+    assert main(["presets", "list"]) == 0
+    assert not logging.getLogger("bitsandbytes.autograd._functions").isEnabledFor(logging.WARNING)
 
 
 def test_only_the_command_that_is_asked_for_is_imported() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from original_files import (
     clip_of,
     clip_tensors,
@@ -27,6 +29,8 @@ from emotrain.errors import ModelError
 from emotrain.families import quantize
 from emotrain.families.loading import load_family
 from emotrain.families.table import sniff
+
+NF4 = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
 def unet_of(width: int, **words: Any) -> Any:
@@ -194,6 +198,27 @@ def test_a_unet_in_plain_fp8_stays_so(
         save_file({k: v.to(dtype) if v.element_size() == 1 else v for k, v in tensors.items()}, path)
         families.append(load_family(str(path), device="cpu", dtype="bf16"))
     assert same_weights(families[0].denoiser, families[1].denoiser) > 10
+
+
+@pytest.mark.parametrize("kind", ["fp8", pytest.param("nf4", marks=NF4)])
+def test_a_file_and_a_folder_are_quantised_alike(
+    kind: str, tmp_path: Path, sd_parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' own way takes a single file for already quantised."""
+    monkeypatch.setattr(quantize, "SMALLEST", 32)
+    file = write_sd(tmp_path / "model.safetensors", sd_parts)
+    parts = {**sd_parts, "scheduler": DDIMScheduler(clip_sample=False), "safety_checker": None}
+    pipeline = StableDiffusionPipeline(**parts, feature_extractor=None, requires_safety_checker=False)
+    pipeline.save_pretrained(tmp_path / "folder")
+    states = []
+    for base in (file, tmp_path / "folder"):
+        family = load_family(str(base), device="cpu", dtype="fp32", quantize=kind)
+        family.place_denoiser()
+        linear = [module for module in family.denoiser.modules() if isinstance(module, torch.nn.Linear)]
+        assert sum(type(module) is not torch.nn.Linear for module in linear) > 10
+        states.append(dict(family.denoiser.named_parameters()))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_a_vae_that_is_given_serves_a_file_without_one(tmp_path: Path, sd_parts: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ import real_size
 import torch
 
 from emotrain.cli.app import main as emotrain_main
+from emotrain.families import quantize
 from emotrain.families.blocks import checkpoint_blocks, compile_blocks
 from emotrain.families.common import LoadedFamily
 from emotrain.families.loading import load_family
@@ -503,6 +504,7 @@ def flux_kinds(tiny: bool) -> Rows:
         del denoiser
         file.with_suffix("").symlink_to(folder)
         first: dict[Path, float] = {}
+        quantize.SMALLEST = 32 if tiny else quantize.SMALLEST
         # diffusers reads single files of the public width alone; bitsandbytes' kernels are real
         bases, kinds = ([folder], ["none", "fp8"]) if tiny else ([folder, file], ["none", "fp8", "int8", "nf4"])
         for base in bases:
@@ -517,9 +519,11 @@ def flux_kinds(tiny: bool) -> Rows:
                     continue
                 first.setdefault(base, loss)
                 there = all(p.device.type == "cuda" for p in family.denoiser.parameters())
-                share = abs(loss / first[base] - 1)
-                numbers = {"loss": loss, "from_bf16": share, "all_on_cuda": there, "peak_gib": peak()}
-                yield row(f"FLUX.1 {base.name}, {kind}", there and share < 0.05, **numbers)
+                linear = [one for one in family.denoiser.modules() if isinstance(one, torch.nn.Linear)]
+                swapped, share = sum(type(one) is not torch.nn.Linear for one in linear), abs(loss / first[base] - 1)
+                good = there and share < 0.05 and (swapped > 0) == (kind != "none")
+                numbers = {"loss": loss, "from_bf16": share, "swapped": swapped, "all_on_cuda": there}
+                yield row(f"FLUX.1 {base.name}, {kind}", good, **numbers, peak_gib=peak())
                 del family, trainer
         both = list(first.values())
         if not tiny:
