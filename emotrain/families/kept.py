@@ -27,13 +27,17 @@ class KeptBase:
     Attributes:
         next: the model of the run after this one, its values of `WORDS`; only that one is kept.
         reused: whether the last `load` had nothing to read.
+        copied: bytes of the model that were converted while they were read; others are pages of its files, which the
+            system takes back when it needs them.
+        beside: bytes that the run takes of the computer's memory besides.
     """
 
     def __init__(self, processes: int = 1) -> None:
         self.processes = processes
         self.next: tuple[Any, ...] = ()
         self.reused = False
-        self._held: tuple[tuple[Any, ...], Hashable, Pieces] | None = None
+        self.copied = self.beside = 0
+        self._held: tuple[tuple[Any, ...], Hashable, Pieces, int] | None = None
 
     def load(self, model: tuple[Any, ...], paths: list[str], read: Callable[[], Pieces]) -> Pieces:
         """The pieces of a model: those that are held if its files are as they were, else what `read` gives.
@@ -47,15 +51,19 @@ class KeptBase:
         self.reused = self._held is not None and self._held[:2] == (model, stamp)
         held, self._held = self._held if self.reused else None, None  # what is not used goes before another is read
         pieces = read() if held is None else held[2]
-        if model != self.next or not _room_for(pieces, self.processes):
+        if model != self.next or not self._has_room():
             return pieces
-        self._held = model, stamp, pieces
+        self._held = model, stamp, pieces, self.copied
         return {part: _around_the_same_weights(piece) for part, piece in pieces.items()}
 
     @property
     def nbytes(self) -> int:
-        """Of the weights that are held."""
-        return 0 if self._held is None else _nbytes(self._held[2])
+        """Of the weights that are held, but for those that are pages of files: these count as free."""
+        return 0 if self._held is None else self._held[3]
+
+    def _has_room(self) -> bool:
+        """Whether the base may stay in each process: all see the same free memory before any has taken its part."""
+        return ram().free > self.processes * self.beside + SPARE
 
     def drop(self) -> None:
         """Let go of what is held: the next run reads its files."""
@@ -70,21 +78,6 @@ def _around_the_same_weights(piece: Any) -> Any:
     same: dict[int, Any] = {id(value): nn.Parameter(value.data, requires_grad=False) for value in piece.parameters()}
     same |= {id(value): value.data for value in piece.buffers()}
     return copy.deepcopy(piece, same)
-
-
-def _room_for(pieces: Pieces, processes: int) -> bool:
-    """Whether what a run makes of it, on a GPU or quantised, leaves the computer's memory room for it, in each process.
-
-    All of them see the same free memory before any has taken its part.
-    """
-    return ram().free > processes * _nbytes(pieces) + SPARE
-
-
-def _nbytes(pieces: Pieces) -> int:
-    from torch import nn
-
-    models = [piece for piece in pieces.values() if isinstance(piece, nn.Module)]
-    return sum(value.nbytes for model in models for value in model.parameters())
 
 
 def stamp_of(path: str) -> Hashable:

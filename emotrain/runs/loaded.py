@@ -14,7 +14,7 @@ from emotrain.dataset.settings import LoaderSettings
 from emotrain.dataset.split import example_digests, fingerprint
 from emotrain.families.common import config_values
 from emotrain.families.kept import KeptBase
-from emotrain.families.memory import MemoryPlan
+from emotrain.families.memory import GIB, MemoryPlan
 from emotrain.families.ram import ram
 from emotrain.families.table import Sniffed
 from emotrain.lora.file import LoraFile, read_lora
@@ -199,6 +199,8 @@ def one_after_another(plan: RamPlan, notify: Callable[[Event], None], ranks: Ran
         ResourceError: it does not hold what the run needs.
     """
     alone, tight = room(plan, ram(), ranks.local_world, kept=kept.nbytes if kept is not None else 0)
+    if kept is not None:
+        kept.copied, kept.beside = round(plan.copied * GIB), round(plan.beside * GIB)
     alone = any(ranks.meet(alone))
     if tight is not None:
         notify(Notice(tight))

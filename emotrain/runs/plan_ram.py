@@ -59,10 +59,14 @@ class RamPlan:
     Attributes:
         stages: load, encode, place, train, and draw where two bases take turns, each with its peak.
         locked: of it what cannot go to the swap.
+        copied: the model's weights that are converted while they are read.
+        beside: the largest stage after loading, without the program itself.
     """
 
     stages: tuple[tuple[str, float], ...]
     locked: float = 0.0
+    copied: float = 0.0
+    beside: float = 0.0
 
     def needed(self, processes: int = 1, *, in_turn: bool = False) -> float:
         """The largest stage, of all processes of a machine that do the same at the same time.
@@ -99,12 +103,15 @@ def plan_ram(memory: Memory, chosen: MemoryPlan, weights: Weights, data: float) 
         "train": train,
         "draw": train + waiting,
     }
-    return RamPlan(tuple((name, gib) for name, gib in stages.items() if name != "draw" or waiting), home)
+    beside = max(gib for name, gib in stages.items() if name != "load") - program
+    here = tuple((name, gib) for name, gib in stages.items() if name != "draw" or waiting)
+    return RamPlan(here, home, sum(copied.values()) - other, beside)
 
 
 def plan_without_gpu(weights: Weights) -> RamPlan:
     """Of a run on the CPU, by its weights alone: all of them are there while it loads."""
-    return RamPlan((("load", PROGRAM_GIB + weights.whole), ("train", PROGRAM_GIB + weights.whole)))
+    whole, copied = weights.whole, sum(gib for part, gib in weights.copied.items() if part != "other")
+    return RamPlan((("load", PROGRAM_GIB + whole), ("train", PROGRAM_GIB + whole)), copied=copied, beside=whole)
 
 
 def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: Sniffed | None = None) -> Weights:

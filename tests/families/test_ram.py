@@ -29,7 +29,7 @@ from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff_file import public_model
 from emotrain.families.table import sniff
 from emotrain.runs import loaded, plan, preflight
-from emotrain.runs.plan_ram import RamPlan, Weights, plan_ram, room, weights_of
+from emotrain.runs.plan_ram import RamPlan, Weights, plan_ram, plan_without_gpu, room, weights_of
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 MEMORY = SimpleNamespace(total=64 * GIB, available=48 * GIB)
@@ -167,6 +167,9 @@ def test_each_stage_holds_what_is_there_at_that_time(small: tuple[Any, Any], mon
     stages = {name: round(gib, 1) for name, gib in made.stages}
     assert stages == {"load": 32.8, "encode": 25.5, "place": 47.5, "train": 3.5}
     assert made.locked == memory.blocks_at_home(on_cpu) > 0
+    assert (round(made.copied, 1), round(made.beside, 1)) == (31.3, 46.0)  # without the base for samples; of "place"
+    bare = plan_without_gpu(weights)
+    assert (bare.copied, bare.beside, bare.needed()) == (pytest.approx(31.3), 40.0, pytest.approx(40.7))
     monkeypatch.setattr(type(memory), "other_base", lambda self, chosen: 11.0)
     turns = dict(plan_ram(memory, on_cpu, weights, 2.0).stages)
     assert (round(turns["train"], 1), round(turns["draw"], 1)) == (14.5, 25.5)  # both wait while they change places
