@@ -137,6 +137,7 @@ class JoinedRanks(Ranks):
             dist.init_process_group(backend, timeout=LONGEST, store=store, rank=self.rank, world_size=self.world)
         _open.append(self)
         self._buffer: Tensor | None = None
+        self._met: list[Tensor] = []
         place = f"{environment.get('TORCHELASTIC_RUN_ID')}/{socket.gethostname()}/{os.getppid()}"
         own = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.launch = tuple(sorted(set(self.meet(own))))
@@ -248,12 +249,15 @@ class JoinedRanks(Ranks):
         import torch.distributed as dist
 
         with _lost():
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-            dist.all_gather(sizes, torch.tensor([len(text)]))
+            size, sizes = torch.tensor([len(text)]), [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+            dist.all_gather(sizes, size)
             longest = max(int(size) for size in sizes)
             own = torch.zeros(longest, dtype=torch.uint8)
             own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             rows = [torch.empty_like(own) for _ in range(self.world)]
+            # gloo's thread lets go of them a moment later. Were it the last, it would ask for Python's lock, with which
+            # `destroy_process_group` of torch before 2.8 waits for that thread for ever
+            self._met = [size, own, *sizes, *rows]
             dist.all_gather(rows, own)
         return [row.numpy().tobytes()[: int(size)] for row, size in zip(rows, sizes, strict=True)]
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -192,6 +193,26 @@ def test_values_of_any_length_and_numbers_arrive_as_they_are() -> None:
         return ranks.meet(value if ranks.rank else None), len(sent)
 
     assert together(run) == [([None, value], 100_000)] * 2
+
+
+def test_what_a_meeting_sent_is_there_until_the_next_one() -> None:
+    """gloo's thread must not be the last to let go of it: it would wait for Python's lock."""
+
+    def run(ranks: Ranks) -> Any:
+        sent: list[weakref.ref[torch.Tensor]] = []
+        gather = torch.distributed.all_gather
+
+        def noted(rows: list[torch.Tensor], own: torch.Tensor) -> None:
+            sent.extend(map(weakref.ref, (*rows, own)))
+            gather(rows, own)
+
+        torch.distributed.all_gather = noted
+        ranks.meet("a")
+        first = [one() is not None for one in sent]
+        ranks.meet("b")
+        return first, sum(one() is not None for one in sent)
+
+    assert together(run) == [([True] * 6, 6)] * 2
 
 
 def test_a_start_reads_nothing_of_what_an_earlier_one_left_in_the_store() -> None:
