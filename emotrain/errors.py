@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -87,3 +88,14 @@ class DivergedError(EmotrainError):
     """Numbers that are no longer finite: exit 7."""
 
     exit_code = ExitCode.DIVERGED
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says first; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first `most` names, and how many more there are: `a, b and 3 more`."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

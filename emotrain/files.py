@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -142,6 +143,12 @@ def is_regular(path: Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hex; read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def header_at(file: BinaryIO, size: int, limit: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

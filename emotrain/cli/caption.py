@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.bar import progress
 from emotrain.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def _tags(words: Sequence[str] | None, option: str) -> list[str]:
 def _pictures(folder: Path) -> tuple[Example, ...]:
     from emotrain.dataset.scan import FolderSpec, require_pictures, scan
 
-    with progress("looking at pictures") as tell:
+    with output.progress("looking at pictures") as tell:
         found = require_pictures(scan((FolderSpec(path=str(folder)),), progress=tell))
     for item in found.errors():
         output.warning(f"{item.path} {item.reason}: left alone")
@@ -147,7 +146,7 @@ def _proposals(examples: Sequence[Example], model: Path | None, again: bool, ask
 
     describe = load_captioner(model, ask.strip())
     found = {}
-    with progress("describing pictures") as tell:
+    with output.progress("describing pictures") as tell:
         for index, example in enumerate(wanted):
             found[example.path] = describe(open_picture(example.path))
             if tell is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from emotrain.cli import output
-from emotrain.cli.bar import progress
 from emotrain.cli.options import RUNS, OneJson, Overrides, PresetName, RunName, RunsDir
 
 
@@ -27,7 +26,7 @@ def check(
     from emotrain.runs.preflight import look_at_ram, preflight
 
     loaded = load(preset, overrides or (), name)
-    with progress("looking at pictures") as tell:
+    with output.progress("looking at pictures") as tell:
         found = preflight(loaded.preset, loaded.where, tell, runs_dir)
         look_at_ram(loaded.preset, found)
     if not as_json:

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.complete import run_names
-from emotrain.cli.options import RUNS, OneJson, RunsDir
+from emotrain.cli.options import RUNS, OneJson, RunsDir, run_names
 
 
 def images(

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.bar import progress
-from emotrain.cli.complete import preset_names
-from emotrain.cli.options import OneJson
+from emotrain.cli.options import OneJson, preset_names
 from emotrain.cli.report import check_page, write_page
 from emotrain.errors import ConfigError, DatasetError, ExitCode
 
@@ -52,7 +50,7 @@ def lint(
     if html is not None:
         check_page(html)
     scores = _ranking(run)
-    with progress("looking at pictures") as tell:
+    with output.progress("looking at pictures") as tell:
         report = _lint(target, Options(PREVIEWS if html is not None else 0, None, tell))
     if html is not None:
         from emotrain.report.lint_page import lint_page

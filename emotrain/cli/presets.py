@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.complete import preset_names
-from emotrain.cli.options import Json
+from emotrain.cli.options import Json, preset_names
 from emotrain.cli.written import new_preset
 from emotrain.config.builtin import shipped_presets
 from emotrain.config.guess import likely

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.complete import run_names
-from emotrain.cli.options import RUNS, RunsDir
+from emotrain.cli.options import RUNS, RunsDir, run_names
 from emotrain.errors import ConfigError
 
 if TYPE_CHECKING:

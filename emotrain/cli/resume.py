@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emotrain.cli.complete import run_names
 from emotrain.cli.launch import Gpus, joined, launch, wants_launch
-from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunsDir
+from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunsDir, run_names
 
 if TYPE_CHECKING:
     from emotrain.ranks import Ranks

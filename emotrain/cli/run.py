@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.complete import preset_names
 from emotrain.cli.launch import Gpus, begun_before, joined, launch, wants_launch
-from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunName, RunsDir
+from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunName, RunsDir, preset_names
 from emotrain.cli.resume import go_on
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem
 

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emotrain.cli import output
-from emotrain.cli.complete import run_names
-from emotrain.cli.options import RUNS, RunsDir
+from emotrain.cli.options import RUNS, Json, RunsDir, run_names
 
 if TYPE_CHECKING:
     from emotrain.runs.lineage import Run
 
 app = typer.Typer()
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
 _DIGEST = 64  # letters of a sha256
 
 

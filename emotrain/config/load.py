@@ -23,7 +23,7 @@ from emotrain.config.source import MAX_PROBLEMS, Node, place_of
 from emotrain.config.text import read_text
 from emotrain.config.trainers.known import refuse_foreign
 from emotrain.config.words import as_mapping, child_of, merge, normalise
-from emotrain.errors import ConfigError, Problem
+from emotrain.errors import ConfigError, Problem, first_line
 
 MAX_EXTENDS = 16
 
@@ -147,7 +147,7 @@ def _read_prompt_files(tree: Node, folder: Path, found: _Found) -> None:
         except (ConfigError, ValueError) as error:
             hint = "a prompt file has a prompt a line"
             place = place_of(node.where, "sample.prompts")
-            found.problems.append(Problem(f"{place}: {str(error).splitlines()[0]}", hint))
+            found.problems.append(Problem(f"{place}: {first_line(error)}", hint))
             continue
         entries += [Node(line, str(node.value), number, text=line) for number, line in lines]
     as_mapping(as_mapping(tree)["sample"])["prompts"] = replace(prompts, value=entries)

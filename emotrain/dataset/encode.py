@@ -3,7 +3,7 @@
 One text at a time, and on the CPU one picture: what an encoder gives for it then depends on it alone. A GPU may be
 given several pictures of one size at once: the same to rounding. Reading and decoding run ahead in two threads.
 
-Shape letters: C latent channels, h w latent height and width, S tokens, D width.
+Shape letters: H W height and width in pixels; C latent channels, h w latent height and width; S tokens, D width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,7 +32,6 @@ from emotrain.dataset.images import (
     parse_background,
 )
 from emotrain.dataset.loader import DEFAULT_LIMIT, CachedDataset, Item, TextRows
-from emotrain.dataset.pixels import to_mask, to_pixels
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.dataset.split import take_shard
 from emotrain.dataset.textfile import FileProblem, printable, read_bytes
@@ -339,3 +339,29 @@ def _run_ahead(
                 yield pending.popleft()
         while pending:
             yield pending.popleft()
+
+
+def to_pixels(image: Image.Image, placement: Placement) -> Tensor:
+    """An RGB picture scaled (Lanczos) and cut as placed: float32 [3, H, W] in -1..1."""
+    values = np.asarray(_placed(image, placement, Image.Resampling.LANCZOS), dtype=np.float32)
+    return torch.from_numpy(values / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def to_mask(mask: Image.Image, placement: Placement, vae_scale: int) -> Tensor:
+    """A gray mask of the whole picture as the weight of each latent: float32 [1, h, w] in 0..1.
+
+    The mask is stretched to the picture where their sizes differ; a latent's weight is the mean of
+    its pixels.
+    """
+    placed = _placed(mask.convert("L"), placement, Image.Resampling.BOX)
+    size = (placement.bucket_w // vae_scale, placement.bucket_h // vae_scale)
+    values = np.asarray(placed.resize(size, Image.Resampling.BOX), dtype=np.float32)
+    return torch.from_numpy(values / 255.0)[None]
+
+
+def _placed(image: Image.Image, placement: Placement, resampling: Image.Resampling) -> Image.Image:
+    size = (placement.resize_w, placement.resize_h)
+    if image.size != size:
+        image = image.resize(size, resampling)
+    left, top = placement.crop_left, placement.crop_top
+    return image.crop((left, top, left + placement.bucket_w, top + placement.bucket_h))

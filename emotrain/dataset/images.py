@@ -21,7 +21,7 @@ from emotrain.dataset.avif import num_frames
 from emotrain.dataset.colour import Note as Note
 from emotrain.dataset.colour import split_alpha
 from emotrain.dataset.textfile import FileProblem, read_bytes
-from emotrain.errors import ConfigError
+from emotrain.errors import ConfigError, first_line
 from emotrain.files import disguise
 
 FORMATS = (
@@ -220,7 +220,7 @@ def decode_picture(data: bytes, *, background: str = "white", path: str | Path) 
         except _TooSlow as error:
             raise _too_slow(path) from error
         except Exception as error:  # OSError, ValueError, SyntaxError, struct.error ...
-            raise FileProblem("damaged", path, f"is truncated or damaged ({_first_line(error)})", FIX) from error
+            raise FileProblem("damaged", path, f"is truncated or damaged ({first_line(error)})", FIX) from error
     if alpha is not None:
         notes.append(Note("transparent", f"is partly transparent: put on a {background} background"))
         canvas = Image.new("RGB", rgb.size, colour)
@@ -245,7 +245,7 @@ def _opened(data: bytes, path: str | Path) -> Image.Image:
         reason = f"claims more than {MAX_PIXELS // 1_000_000} megapixels"
         raise FileProblem("too-many-pixels", path, reason, "make it smaller") from error
     except Exception as error:
-        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", FIX) from error
+        raise FileProblem("damaged", path, f"is damaged ({first_line(error)})", FIX) from error
 
 
 def _too_slow(path: str | Path) -> FileProblem:
@@ -271,7 +271,7 @@ def _guarded_header(image: Image.Image, data: bytes, path: str | Path) -> Header
     except _TooSlow as error:
         raise _too_slow(path) from error
     except Exception as error:  # a second frame or a chunk that lies
-        raise FileProblem("damaged", path, f"is damaged ({_first_line(error)})", FIX) from error
+        raise FileProblem("damaged", path, f"is damaged ({first_line(error)})", FIX) from error
 
 
 def _header(image: Image.Image, data: bytes, path: str | Path) -> Header:
@@ -365,7 +365,3 @@ def _orientation(image: Image.Image, data: bytes) -> tuple[int, list[Note]]:
 def _upright(image: Image.Image, name: str, data: bytes) -> Image.Image:
     turn = 1 if name == "TIFF" else _orientation(image, data)[0]
     return image.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else image
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

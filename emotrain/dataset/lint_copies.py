@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from emotrain.dataset.duplicates import grouped, near_duplicates, same_bytes
 from emotrain.dataset.examples import Example
 from emotrain.dataset.lint_types import Finding
+from emotrain.errors import listed
 
 _TAKE_OUT = "keep the best one; where you want it seen more often, use `repeats`"
 _LEAK = "take it out of one of them: a held-out picture that is trained on measures nothing"
@@ -52,7 +53,7 @@ def _group_findings(members: Sequence[Item], *, exact: bool) -> list[Finding]:
         first, *others = own
         names = tuple(example.id for example in others)
         what = "is the same file as" if exact else "shows the same picture as"
-        message = f"{what} {_listed(names)}"
+        message = f"{what} {listed(names, 3)}"
         if len({example.captions for example in own}) > 1:
             message += ", with other captions"
         code = "duplicate" if exact else "near-duplicate"
@@ -60,11 +61,6 @@ def _group_findings(members: Sequence[Item], *, exact: bool) -> list[Finding]:
     if own and held_out:
         names = tuple(example.id for example in held_out)
         what = "the same file as" if exact else "the same picture as"
-        message = f"is trained on, and {what} {_listed(names)}, which is held out"
+        message = f"is trained on, and {what} {listed(names, 3)}, which is held out"
         found.append(Finding("leak", "warning", own[0].id, message, _LEAK, names))
     return found
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

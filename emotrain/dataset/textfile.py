@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import os
-import stat
+import errno
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from emotrain.errors import DatasetError
+from emotrain.files import read_regular
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_METADATA_BYTES = 64 * 1024 * 1024
@@ -49,21 +49,14 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
     Raises:
         FileProblem: missing, unreadable, not a regular file, or larger than `limit`.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise FileProblem("not-a-file", path, "is not a regular file")
-            if status.st_size > limit:
-                reason = f"is larger than {limit:,} bytes ({status.st_size:,})"
-                raise FileProblem("too-large", path, reason)
-            return file.read(limit + 1)
+        return read_regular(path, limit)
     except FileNotFoundError as error:
         raise FileProblem("missing", path, "does not exist (any more)") from error
     except OSError as error:
-        raise FileProblem("unreadable", path, f"cannot be read ({error.strerror})") from error
+        code = {errno.EFBIG: "too-large", errno.EINVAL: "not-a-file"}.get(error.errno or 0, "unreadable")
+        reason = f"cannot be read ({error.strerror})" if code == "unreadable" else f"is {error.strerror}"
+        raise FileProblem(code, path, reason) from error
 
 
 def decode_text(data: bytes, path: Path) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from emotrain.errors import first_line
+
 Backend = str | Callable[..., Any]
 MOST_FORMS = 64  # forms of one kind of block: widths, dtypes and LoRA layers that differ each need one
 
@@ -73,8 +75,7 @@ class CompiledBlocks:
             except RuntimeError as error:  # what torch.compile raises; an error of the model itself comes again below
                 self.works = False
                 cause = getattr(error, "inner_exception", error)
-                first = str(cause).strip().splitlines() or [type(cause).__name__]
-                self.notify(f"the model's blocks are not compiled: {first[0]}")
+                self.notify(f"the model's blocks are not compiled: {first_line(cause)}")
             return forward(*args, **kwargs)
 
         return either

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from emotrain.errors import EmotrainError, ModelError
+from emotrain.errors import EmotrainError, ModelError, first_line
 from emotrain.families.headers import refuse_unreadable
 from emotrain.families.quantize import RoundedLinear
 from emotrain.families.quiet import quiet
@@ -142,8 +142,7 @@ def guard(where: str, part: str, load: Callable[[], Loaded]) -> Loaded:
     except Exception as error:
         if (known := hub_error(where, error)) is not None:
             raise known from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"`{os.path.join(where, part)}` cannot be loaded: {first}",
+            f"`{os.path.join(where, part)}` cannot be loaded: {first_line(error)}",
             "the download may be damaged or not complete",
         ) from error

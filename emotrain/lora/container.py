@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from emotrain.errors import ModelError, ResourceError
+from emotrain.errors import ModelError, ResourceError, first_line
 from emotrain.files import disguise, header_at, replace_file
 
 MAX_FILE = 8 * 2**30  # bytes
@@ -98,7 +98,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(path), metadata
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{path}: damaged safetensors file ({_one_line(error)})", "download or copy it again"
+            f"{path}: damaged safetensors file ({first_line(error)})", "download or copy it again"
         ) from error
 
 
@@ -117,17 +117,11 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        words = f"{path}: not a safetensors file, or a damaged one ({_one_line(error)})"
+        words = f"{path}: not a safetensors file, or a damaged one ({first_line(error)})"
         raise ModelError(words, "download or copy it again") from error
     if len(header) > MAX_TENSORS:
         raise ModelError(f"{path}: {len(header)} tensors are more than a LoRA has")
     return header, metadata
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _regular_size(path: Path) -> int:
@@ -144,7 +138,3 @@ def _regular_size(path: Path) -> int:
     if info.st_size > MAX_FILE:
         raise ModelError(f"{path}: {info.st_size / 2**30:.1f} GiB is more than a LoRA has, is it a whole model?")
     return info.st_size
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emotrain.errors import ModelError
+from emotrain.errors import ModelError, listed
 from emotrain.families.registry import FAMILIES
 from emotrain.families.spec import Group
 from emotrain.lora import names
 from emotrain.lora.formats import halves_swap
 from emotrain.lora.fused import Pair, split, swap_halves
 from emotrain.lora.kron import Kron, from_file
-from emotrain.lora.origin import Place, detect_family, peft_alpha
-from emotrain.lora.originals import dotted
+from emotrain.lora.origin import Place, detect_family, dotted, peft_alpha
 from emotrain.lora.targets import part_of
 
 _REFUSED = (
@@ -80,23 +79,15 @@ _OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_ou
 
 @dataclass(frozen=True)
 class Parsed:
-    """A LoRA in the canonical layout.
+    """A LoRA in the canonical layout."""
 
-    Attributes:
-        state: "<part>.<diffusers path>.lora_A.weight" [rank, in, ...] and ".lora_B.weight" [out, rank, ...].
-        alphas: "<part>.<diffusers path>" -> alpha; strength is alpha / rank.
-        family: a name of `emotrain.families.registry.FAMILIES`.
-        dialect: kohya, diffusers, comfyui, onetrainer, lycoris or peft.
-        notes: what was assumed.
-        ignored: keys that no module belongs to; only where that was allowed.
-    """
-
+    # "<part>.<diffusers path>.lora_A.weight" [rank, in, ...] and ".lora_B.weight" [out, rank, ...]
     state: dict[str, Tensor]
-    alphas: dict[str, float]
-    family: str
-    dialect: str
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    alphas: dict[str, float]  # "<part>.<diffusers path>" -> alpha; strength is alpha / rank
+    family: str  # a name of `emotrain.families.registry.FAMILIES`
+    dialect: str  # kohya, diffusers, comfyui, onetrainer, lycoris or peft
+    notes: tuple[str, ...] = ()  # what was assumed
+    ignored: tuple[str, ...] = ()  # keys that no module belongs to; only where that was allowed
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_partial: bool = False) -> Parsed:
@@ -317,9 +308,8 @@ def _refuse_unmatched(unknown: list[str], matched: int, family: str, allow_parti
     if matched == 0:
         raise ModelError(f"none of its weights belong to a {family} model, such as `{unknown[0]}`")
     if unknown and not allow_partial:
-        listed = ", ".join(f"`{key}`" for key in sorted(unknown)[:8])
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        raise ModelError(f"{len(unknown)} of its keys belong to no module of {family}: {listed}{more}")
+        keys = [f"`{key}`" for key in sorted(unknown)]
+        raise ModelError(f"{len(unknown)} of its keys belong to no module of {family}: {listed(keys, 8)}")
 
 
 def _dialect(halves: Mapping[Place, object]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emotrain.errors import ModelError, UnwritableWeightsError
+from emotrain.files import sha256_of
 from emotrain.lora import container, names
 from emotrain.lora.dialects import parse, refuse_other_networks
 from emotrain.lora.formats import Layout, layout_of, to_layout
@@ -23,34 +24,21 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA read from a file, in the canonical layout and in float32.
+    """A LoRA read from a file, in the canonical layout and in float32."""
 
-    Attributes:
-        path: where it was.
-        state: "<part>.<diffusers path>.lora_A.weight" [rank, in, ...], ".lora_B.weight" [out, rank, ...]; of a LoKr
-            ".lokr_w1" and ".lokr_w2".
-        alphas: "<part>.<diffusers path>" -> alpha; strength is alpha / rank, and 1 of a LoKr.
-        family: sd15, sd21, sdxl, sd3 or flux.
-        format: kohya, diffusers, comfyui, onetrainer, lycoris or peft.
-        dtype: of the stored weights: fp16, bf16, fp32, fp64, fp8, or "mixed".
-        metadata: the header's strings.
-        sha256: of the file.
-        notes: what was assumed, one line each.
-        ignored: keys that no module belongs to; only where `allow_partial` let them pass.
-        embeddings: words whose embeddings lie in the file too; they are left out.
-    """
-
-    path: Path
+    path: Path  # where it was
+    # "<part>.<diffusers path>.lora_A.weight" [rank, in, ...], ".lora_B.weight" [out, rank, ...]; of a LoKr ".lokr_w1"
+    # and ".lokr_w2"
     state: dict[str, Tensor]
-    alphas: dict[str, float]
-    family: str
-    format: str
-    dtype: str
-    metadata: dict[str, str]
-    sha256: str
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    embeddings: tuple[str, ...] = ()
+    alphas: dict[str, float]  # "<part>.<diffusers path>" -> alpha; strength is alpha / rank, and 1 of a LoKr
+    family: str  # sd15, sd21, sdxl, sd3 or flux
+    format: str  # kohya, diffusers, comfyui, onetrainer, lycoris or peft
+    dtype: str  # of the stored weights: fp16, bf16, fp32, fp64, fp8, or "mixed"
+    metadata: dict[str, str]  # the header's strings
+    sha256: str  # of the file
+    notes: tuple[str, ...] = ()  # what was assumed, one line each
+    ignored: tuple[str, ...] = ()  # keys that no module belongs to; only where `allow_partial` let them pass
+    embeddings: tuple[str, ...] = ()  # words whose embeddings lie in the file too; they are left out
 
     @property
     def left_out(self) -> str | None:
@@ -185,7 +173,7 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
         raise ModelError(message, error.hint) from error
     return LoraFile(
         path, parsed.state, parsed.alphas, parsed.family, parsed.dialect, _dtype_name(tensors), metadata,
-        container.sha256_of(path), parsed.notes, parsed.ignored,
+        sha256_of(path), parsed.notes, parsed.ignored,
         tuple(dict.fromkeys(key.removeprefix(BUNDLED).split(".")[0][:60] for key in bundled)),
     )  # fmt: skip
 

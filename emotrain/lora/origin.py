@@ -1,4 +1,4 @@
-"""What a LoRA was made for: the family behind its names, widths and metadata."""
+"""What a LoRA was made for: the family behind its names, widths and metadata; names of original checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -13,24 +14,19 @@ from torch import Tensor
 from emotrain.errors import ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.families.unet import LORA_HEADS, TEXT_WIDTHS
-from emotrain.lora.originals import families_of_original
+
+# Text encoders have these beside the words of the families.
+_TEXT_WORDS = ("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a file belongs.
+    """Where a tensor of a file belongs."""
 
-    Attributes:
-        part: "" for the denoiser, or text_encoder, text_encoder_2.
-        path: dotted, in diffusers' or in the original's names.
-        stem: the key as the file has it, without its role.
-        dialect: whose key it is.
-    """
-
-    part: str
-    path: str
-    stem: str = field(compare=False)
-    dialect: str = field(compare=False)
+    part: str  # "" for the denoiser, or text_encoder, text_encoder_2
+    path: str  # dotted, in diffusers' or in the original's names
+    stem: str = field(compare=False)  # the key as the file has it, without its role
+    dialect: str = field(compare=False)  # whose key it is
 
     def suffixes(self, keys: Iterable[str]) -> list[str]:
         """What follows the stem in the file's keys."""
@@ -179,3 +175,30 @@ def _text_only(halves: Mapping[Place, Mapping[str, Tensor]], metadata: Mapping[s
         return "sdxl"
     widths = {int(found["down"].shape[1]) for found in halves.values() if "down" in found and found["down"].ndim > 1}
     return "sd21" if 1024 in widths else "sd15"
+
+
+def families_of_original(path: str) -> tuple[str, ...]:
+    """The families that have an original name of this kind; none for a diffusers name."""
+    return tuple(name for name, spec in FAMILIES.items() if path.startswith(spec.lora.originals.heads))
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    words = {*_TEXT_WORDS, *(word for spec in FAMILIES.values() for word in spec.lora.originals.words)}
+    return re.compile("(?:(" + "|".join(sorted(words, key=lambda w: (-len(w), w))) + ")|([^_]+))(?:_|$)")
+
+
+def dotted(name: str) -> str:
+    """A name whose dots became underscores, with its dots again.
+
+    >>> dotted("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0")
+    'down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0'
+    """
+    words, place = [], 0
+    while place < len(name):
+        found = _word().match(name, place)
+        if found is None:
+            return name
+        words.append(found.group(1) or found.group(2))
+        place = found.end()
+    return ".".join(words)

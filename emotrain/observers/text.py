@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,24 +24,13 @@ def clean(text: object) -> str:
     raw = str(text)
     if raw.isascii() and raw.isprintable():
         return raw
-    kept: list[str] = []
-    marks = 0
-    for char in unicodedata.normalize("NFC", raw):
-        category = unicodedata.category(char)
-        if char in "\n\r\t\v\f\x1c\x1d\x1e\x85" or category in {"Zl", "Zp", "Zs"}:
-            kept.append(" ")
-        elif category in _DROPPED or "\ufe00" <= char <= "\ufe0f":
-            continue
-        elif category in {"Mn", "Me"}:
-            marks += 1
-            if marks > _MAX_MARKS:
-                continue
-            kept.append(char)
-            continue
-        else:
-            kept.append(char)
-        marks = 0
-    return "".join(kept)
+    spaced = re.sub(r"\s", " ", unicodedata.normalize("NFC", raw))
+    kept = (char for char in spaced if unicodedata.category(char) not in _DROPPED and not "\ufe00" <= char <= "\ufe0f")
+    return "".join("".join(islice(run, _MAX_MARKS if marks else None)) for marks, run in groupby(kept, _is_mark))
+
+
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char) in ("Mn", "Me")
 
 
 def short_path(path: Path) -> str:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from emotrain.config.schema import Preset
-from emotrain.errors import CheckpointError, ConfigError, Problem
+from emotrain.errors import CheckpointError, ConfigError, Problem, listed
 
 FREE = ("save.", "sample.", "log.", "name", "validate.likeness")  # what may change from one resume to the next
 FIXED = ("train.loss.baseline", "train.ema", "train.gain")  # a checkpoint's state depends on them: they cannot change
@@ -163,8 +163,7 @@ def example_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list
     lines = []
     for what, names in kinds.items():
         if names:
-            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-            lines.append(f"data set: {len(names)} {what}: {', '.join(names[:MOST_NAMES])}{more}")
+            lines.append(f"data set: {len(names)} {what}: {listed(names, MOST_NAMES)}")
     return lines
 
 

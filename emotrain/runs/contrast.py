@@ -10,7 +10,7 @@ from emotrain.dataset.captions import uniform
 from emotrain.dataset.contrasts import PictureContrast
 from emotrain.dataset.loader import CachedDataset
 from emotrain.dataset.ranking import COMPARED
-from emotrain.errors import CheckpointError
+from emotrain.errors import CheckpointError, listed
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.loaded import Loaded
 from emotrain.runs.pictures import CONTRASTS, rank_pictures
@@ -172,6 +172,5 @@ def _tell(folder: RunFolder, notify: Callable[[Event], None]) -> None:
     scores = rank_pictures(folder)
     doubted = [one.id for one in scores if one.verdict == "suspicious" and one.z_contrast is not None]
     if doubted:
-        names = ", ".join(doubted[:NAMED]) + (f" and {len(doubted) - NAMED} more" if len(doubted) > NAMED else "")
-        what = f"captions that match their pictures no better than those of others: {names}"
+        what = f"captions that match their pictures no better than those of others: {listed(doubted, NAMED)}"
         notify(Notice(f"{what}; see `emotrain images {folder.path}`"))

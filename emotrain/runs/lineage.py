@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Any
 
 from emotrain.config.source import parse
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError
-from emotrain.files import is_regular, read_regular
+from emotrain.files import is_regular, read_regular, sha256_of
 from emotrain.runs.changes import flat
 from emotrain.runs.folder import RunFolder, list_runs
 from emotrain.runs.lock import is_held
 
-BLOCK = 1 << 20  # bytes
 RESULTS = (
     "status", "steps", "best_step", "best_loss", "base_loss", "train_s", "seed", "device",
     "emotrain", "base_sha256", "dataset_sha256",
@@ -190,16 +188,10 @@ def validated_apart(runs: Sequence[Run], changed: Sequence[tuple[str, list[Any]]
 
 def file_digest(path: Path) -> str | None:
     """sha256 of a file in hex, None where there is none."""
-    digest = hashlib.sha256()
-    if not is_regular(path):
-        return None
     try:
-        with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
+        return sha256_of(path) if is_regular(path) else None
     except OSError:
         return None
-    return digest.hexdigest()
 
 
 def _preset(run: Run) -> Any:

@@ -22,7 +22,7 @@ from emotrain.dataset.images import open_picture
 from emotrain.dataset.lint_pictures import preview_of
 from emotrain.dataset.lint_types import PictureRow
 from emotrain.dataset.ranking import PictureScore
-from emotrain.errors import EmotrainError
+from emotrain.errors import EmotrainError, first_line
 from emotrain.families.headers import read_header
 from emotrain.files import is_regular, replace_file, strict_json
 from emotrain.observers.sheet import LORA, choose_steps
@@ -66,7 +66,7 @@ def write_page(
     try:
         replace_file(folder.path / PAGE, page_of(folder, examples, previews, refresh_s).encode("utf-8"))
     except Exception as error:  # decoders and templates raise anything, and the LoRA is worth more than its page
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 
@@ -295,7 +295,7 @@ def _preset(folder: RunFolder, missing: list[str]) -> Preset | None:
     try:
         return load(folder.preset_path).preset
     except (EmotrainError, OSError) as error:
-        missing.append(f"preset.yaml, which cannot be read: {_line(error)}")
+        missing.append(f"preset.yaml, which cannot be read: {first_line(error)}")
         return None
 
 
@@ -310,7 +310,7 @@ def _settings(info: Mapping[str, Any], preset: Preset | None, missing: list[str]
         try:
             name, base = extends, load(extends).preset
         except (EmotrainError, OSError) as error:
-            missing.append(f"what differs from `{extends}`, which cannot be read: {_line(error)}")
+            missing.append(f"what differs from `{extends}`, which cannot be read: {first_line(error)}")
     there = dict(flat(base.to_dict()))
     keys = [key for key in dict.fromkeys([*own, *there]) if key != "name" and own.get(key) != there.get(key)]
     changed = tuple((key, _text(own[key]) if key in own else "–", _text(there.get(key))) for key in keys)
@@ -321,15 +321,11 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _ranking(folder: RunFolder, missing: list[str]) -> tuple[PictureScore, ...]:
     try:
         return rank_pictures(folder)
     except EmotrainError as error:
-        missing.append(f"the ranking of the pictures: {_line(error)}")
+        missing.append(f"the ranking of the pictures: {first_line(error)}")
         return ()
 
 
@@ -346,7 +342,7 @@ def _pictures(
             scans = scan_preset(preset)
             examples = (*scans.train.examples, *(scans.held_out.examples if scans.held_out else ()))
         except (EmotrainError, OSError) as error:
-            missing.append(f"the pictures themselves: {_line(error)}")
+            missing.append(f"the pictures themselves: {first_line(error)}")
     known = {one.id: one for one in examples or ()}
     rows = {}
     for score in ranking:
@@ -423,7 +419,7 @@ def _lora(folder: RunFolder, info: Mapping[str, Any], preset: Preset | None, mis
     try:
         header = read_header(path)
     except (EmotrainError, OSError) as error:
-        missing.append(f"the LoRA: {_line(error)}")
+        missing.append(f"the LoRA: {first_line(error)}")
         return None
     words = header.metadata
     modules = sum(name.endswith(("lora_down.weight", "lora_A.weight", "lokr_w1")) for name in header.shapes)

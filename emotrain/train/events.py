@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, get_type_hints
 
 from emotrain.dataset.ranking import LossRecord
-from emotrain.errors import ResourceError
+from emotrain.errors import ResourceError, first_line
 from emotrain.pulse.signal import Reading
 
 SCHEMA_VERSION = 1  # of the rows
@@ -254,8 +254,7 @@ class Observers:
         """Say that a log or display cannot be written."""
         if id(writer) not in self._failed:
             self._failed.add(id(writer))
-            reason = str(error).splitlines()[0]
-            self.notify(Notice(f"{type(writer).__name__} loses lines while the run goes on: {reason}"))
+            self.notify(Notice(f"{type(writer).__name__} loses lines while the run goes on: {first_line(error)}"))
 
     def close(self) -> None:
         """Let every observer finish, whatever happened: the logs first, so that a display can still tell of them."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import Unpack, layout, pack, send
+from emotrain.errors import first_line
 
 WARM_UP = 1  # passes of a shape before it is recorded: libraries choose and load their kernels in it
 NEAR = 0.02  # relative difference of losses and gradients of one pass done twice: kernels add in no fixed order
@@ -89,7 +90,7 @@ class Graphs:
                 self._compare(recorded, tensors, result, made)
                 self._checked.add(key)
         except (RuntimeError, MemoryError) as error:  # the replay: an operation that was recorded, and may not be
-            self._give_up(_first_line(error))
+            self._give_up(first_line(error))
         torch._foreach_copy_(list(self.gradients()), made)
         return result
 
@@ -116,7 +117,7 @@ class Graphs:
             replay, result = self.capture(lambda: work(unpack(inputs)))
         except (RuntimeError, MemoryError) as error:
             # an operation that cannot be recorded, or no room
-            self._give_up(_first_line(error))
+            self._give_up(first_line(error))
             return None
         self._recorded[key] = _Recorded(inputs, unpack, replay, result)
         return self._recorded[key]
@@ -129,7 +130,3 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from emotrain.dataset.contrasts import PictureContrast
 from emotrain.dataset.ranking import LossRecord, caption_scores, rank
+from emotrain.errors import listed
 
 Mode = Literal["weigh", "leave_out"]
 Kind = Literal["weigh", "leave_out", "seldom"]
@@ -21,6 +22,7 @@ GONE = 0.0  # and below which it is undone
 LESS = 0.1  # of the gradient of a picture that may teach the wrong thing
 SELDOM = 0.25  # of the showings of a memorised one
 REMEMBERED = 20_000  # losses of single samples that are ranked
+NAMED = 5  # pictures in a line for the user
 WORDS: dict[Kind, str] = {
     "weigh": "counting a tenth",
     "leave_out": "left out",
@@ -134,10 +136,6 @@ def describe(changed: Sequence[Action]) -> list[str]:
     for kind in WORDS:
         begun = [one.id for one in changed if one.kind == kind and one.undone is None]
         ended = [one.id for one in changed if one.kind == kind and one.undone is not None]
-        lines += [f"{_named(begun)}: {WORDS[kind]} from now on, {REASONS[kind]}"] if begun else []
-        lines += [f"{_named(ended)}: as before again (not {WORDS[kind]}), the evidence is gone"] if ended else []
+        lines += [f"{listed(begun, NAMED)}: {WORDS[kind]} from now on, {REASONS[kind]}"] if begun else []
+        lines += [f"{listed(ended, NAMED)}: as before again (not {WORDS[kind]}), the evidence is gone"] if ended else []
     return lines
-
-
-def _named(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

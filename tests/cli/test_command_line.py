@@ -286,7 +286,7 @@ def test_option_names_are_few_and_known() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs wait4")
 def test_completion_offers_runs_and_the_presets_that_lie_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emotrain.cli.complete import preset_names, run_names
+    from emotrain.cli.options import preset_names, run_names
 
     monkeypatch.chdir(tmp_path)
     assert run_names("") == []

@@ -271,7 +271,7 @@ def test_a_file_that_cannot_be_opened_any_more_is_skipped(
         raise error
 
     root = folder({"a.png": make.encode(make.noise())})
-    monkeypatch.setattr("emotrain.dataset.textfile.os.open", refuse)
+    monkeypatch.setattr("emotrain.files.os.open", refuse)
     assert reasons(look(root)) == {"a.png": code}
 
 

@@ -11,7 +11,7 @@ from emotrain.errors import ModelError
 from emotrain.families.unet import from_sgm, to_sgm
 from emotrain.lora.dialects import parse
 from emotrain.lora.formats import layout_of, to_diffusers, to_kohya, to_layout
-from emotrain.lora.originals import dotted
+from emotrain.lora.origin import dotted
 from emotrain.runs.lora_keys import lora_keys
 
 FAMILIES = ["sd15", "sd21", "sdxl", "sd3", "flux"]

@@ -112,7 +112,7 @@ def others(kind: str, adapter: Adapter) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def dotted_original(kind: str, name: str) -> str:
-    from emotrain.lora.originals import dotted
+    from emotrain.lora.origin import dotted
 
     return dotted(name)
 
