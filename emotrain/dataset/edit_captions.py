@@ -26,21 +26,13 @@ _BETWEEN = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+)(?!\w)|\s*(?:,|\|\|\|)\s*|
 
 @dataclass(frozen=True)
 class Edits:
-    """What to do with each caption, in this order.
+    """What to do with each caption, in this order."""
 
-    Attributes:
-        replace: (old, new) texts, wherever the old one stands.
-        remove: tags.
-        add: tags, behind the others where a caption lacks them.
-        move: (tag, place): 1 is the first, -1 the last.
-        trigger: a word to stand in front.
-    """
-
-    replace: Sequence[tuple[str, str]] = ()
-    remove: Sequence[str] = ()
-    add: Sequence[str] = ()
-    move: Sequence[tuple[str, int]] = ()
-    trigger: str | None = None
+    replace: Sequence[tuple[str, str]] = ()  # (old, new) texts, wherever the old one stands
+    remove: Sequence[str] = ()  # tags
+    add: Sequence[str] = ()  # tags, behind the others where a caption lacks them
+    move: Sequence[tuple[str, int]] = ()  # (tag, place): 1 is the first, -1 the last
+    trigger: str | None = None  # a word to stand in front
 
     def __bool__(self) -> bool:
         return bool(self.replace or self.remove or self.add or self.move or self.trigger)

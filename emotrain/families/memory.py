@@ -53,75 +53,45 @@ class EncoderNeeds:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of a GPU, in GiB but for the first two and other numbers of parameters.
+    """What a run asks of a GPU, in GiB but for the first two and other numbers of parameters."""
 
-    Attributes:
-        num_parameters: of the denoiser.
-        bytes_per_parameter: of its dtype.
-        activations: kept for the backward pass, without and with gradient checkpointing.
-        trained: LoRA weights, gradients, optimizer state, and trained text encoders.
-        encoders: the text encoders that go when all captions are encoded.
-        vae: its decoder; `vae_encoder` goes when all pictures are encoded.
-        encode: a pass of the VAE's encoder over the largest picture, whole and in tiles.
-        decode: a pass of its decoder over a sample, whole and in tiles; 0 where none are drawn.
-        validate: the denoiser's pass without gradients in a validation.
-        sample: the same while a sample is drawn.
-        saved: copies of the optimizer's state that a checkpoint makes.
-        resident: what stays of the denoiser where its other blocks wait in the computer's memory.
-        stored: of the denoiser's parameters, those that stay the 8-bit numbers of its file.
-        other_parameters: of the denoiser that samples are drawn on, where that is another one (`sample.base`).
-        other_stored: of these, as `stored`.
-        other_trained: the copy of the LoRA on it.
-    """
-
-    num_parameters: int
-    bytes_per_parameter: float
-    activations: tuple[float, float]
-    trained: float
-    encoders: tuple[EncoderNeeds, ...] = ()
-    vae: float = VAE_GIB
+    num_parameters: int  # of the denoiser
+    bytes_per_parameter: float  # of its dtype
+    activations: tuple[float, float]  # kept for the backward pass, without and with gradient checkpointing
+    trained: float  # LoRA weights, gradients, optimizer state, and trained text encoders
+    encoders: tuple[EncoderNeeds, ...] = ()  # the text encoders that go when all captions are encoded
+    vae: float = VAE_GIB  # its decoder; `vae_encoder` goes when all pictures are encoded
     vae_encoder: float = VAE_ENCODER_GIB
-    encode: tuple[float, float] = (0.0, 0.0)
+    encode: tuple[float, float] = (0.0, 0.0)  # a pass of the VAE's encoder over the largest picture, whole and in tiles
+    # a pass of its decoder over a sample, whole and in tiles; 0 where none are drawn
     decode: tuple[float, float] = (0.0, 0.0)
-    validate: float = 0.0
-    sample: float = 0.0
-    saved: float = 0.0
-    resident: float = 0.0
-    stored: int = 0
-    other_parameters: int = 0
-    other_stored: int = 0
-    other_trained: float = 0.0
+    validate: float = 0.0  # the denoiser's pass without gradients in a validation
+    sample: float = 0.0  # the same while a sample is drawn
+    saved: float = 0.0  # copies of the optimizer's state that a checkpoint makes
+    resident: float = 0.0  # what stays of the denoiser where its other blocks wait in the computer's memory
+    stored: int = 0  # of the denoiser's parameters, those that stay the 8-bit numbers of its file
+    other_parameters: int = 0  # of the denoiser that samples are drawn on, where that is another one (`sample.base`)
+    other_stored: int = 0  # of these, as `stored`
+    other_trained: float = 0.0  # the copy of the LoRA on it
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is done to fit, and what is then expected to be needed.
+    """What is done to fit, and what is then expected to be needed."""
 
-    Attributes:
-        quantize: of the base.
-        gradient_checkpointing: activations are computed again in the backward pass.
-        offload: frozen blocks wait in the computer's memory and move to the GPU for their turn.
-        needed_gib: the largest of `stages`.
-        budget_gib: what there is, None where that is not known.
-        sentence: all of it for people.
-        stages: encode, train, validate, sample and save, each with its peak.
-        tile_encode: the VAE encodes in tiles, and `tile_decode`: it decodes in tiles.
-        pictures_at_once: how many of the largest pictures the VAE encodes together.
-        encoders: form of each text encoder while the data set is encoded, see `place_encoders`.
-        in_turn: the base that is trained waits in the computer's memory while `sample.base` draws, and it in between.
-    """
-
-    quantize: str
-    gradient_checkpointing: bool
-    offload: bool
-    needed_gib: float
-    budget_gib: float | None
-    sentence: str
-    stages: tuple[tuple[str, float], ...] = ()
-    tile_encode: bool = False
+    quantize: str  # of the base
+    gradient_checkpointing: bool  # activations are computed again in the backward pass
+    offload: bool  # frozen blocks wait in the computer's memory and move to the GPU for their turn
+    needed_gib: float  # the largest of `stages`
+    budget_gib: float | None  # what there is, None where that is not known
+    sentence: str  # all of it for people
+    stages: tuple[tuple[str, float], ...] = ()  # encode, train, validate, sample and save, each with its peak
+    tile_encode: bool = False  # the VAE encodes in tiles, and `tile_decode`: it decodes in tiles
     tile_decode: bool = False
+    # form of each text encoder while the data set is encoded, see `place_encoders`
     encoders: tuple[tuple[str, str], ...] = ()
-    pictures_at_once: int = 1
+    pictures_at_once: int = 1  # how many of the largest pictures the VAE encodes together
+    # the base that is trained waits in the computer's memory while `sample.base` draws, and it in between
     in_turn: bool = False
 
     @property

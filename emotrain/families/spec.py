@@ -23,40 +23,27 @@ T5_TOKENIZER = "google/t5-v1_1-xxl"
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One text encoder of a family.
+    """One text encoder of a family."""
 
-    Attributes:
-        name: as in a diffusers folder: text_encoder, text_encoder_2, ...
-        kind: of model; only CLIP encoders can be trained. An adapter lies in the denoiser's file, and works on what the
-            first encoder gives.
-        parameters: of the public one.
-        tokenizer: a public repository that holds its tokenizer, and the folder in it.
-        tokenizer_class: of transformers.
-        prefixes: how its tensors begin in a single file of the whole model.
-        max_tokens: what the stock pipeline pads or cuts to.
-        adds_tokens: whether its tokens are tokens of the denoiser's, or widen those of another encoder.
-        lora_modules: modules that a LoRA on the public one has; 0 where it is never trained.
-        optional: the model works without it.
-        chat_template: captions go through the tokenizer's chat template.
-        width: of what the denoiser takes: a key of its config, and how many of the encoder's layers stand side by side.
-        folders: of the encoder and its tokenizer in a diffusers folder, where they are other ones than by its name.
-        layers_read: how many of its layers are read; those above them, and the last norm, are left out of memory, and
-            may be left out of a file. 0: all.
-    """
-
-    name: str
+    name: str  # as in a diffusers folder: text_encoder, text_encoder_2, ...
+    # of model; only CLIP encoders can be trained. An adapter lies in the denoiser's file, and works on what the first
+    # encoder gives.
     kind: Literal["clip", "t5", "llm", "adapter"]
-    parameters: int
-    tokenizer: tuple[str, str]
-    tokenizer_class: str = "CLIPTokenizer"
-    prefixes: tuple[str, ...] = ()
-    max_tokens: int = 77
-    adds_tokens: bool = True
-    lora_modules: int = 0
-    optional: bool = False
-    chat_template: bool = False
+    parameters: int  # of the public one
+    tokenizer: tuple[str, str]  # a public repository that holds its tokenizer, and the folder in it
+    tokenizer_class: str = "CLIPTokenizer"  # of transformers
+    prefixes: tuple[str, ...] = ()  # how its tensors begin in a single file of the whole model
+    max_tokens: int = 77  # what the stock pipeline pads or cuts to
+    adds_tokens: bool = True  # whether its tokens are tokens of the denoiser's, or widen those of another encoder
+    lora_modules: int = 0  # modules that a LoRA on the public one has; 0 where it is never trained
+    optional: bool = False  # the model works without it
+    chat_template: bool = False  # captions go through the tokenizer's chat template
+    # of what the denoiser takes: a key of its config, and how many of the encoder's layers stand side by side
     width: tuple[str, int] = ("", 1)
+    # of the encoder and its tokenizer in a diffusers folder, where they are other ones than by its name
     folders: tuple[str, str] = ("", "")
+    # how many of its layers are read; those above them, and the last norm, are left out of memory, and may be left out
+    # of a file. 0: all.
     layers_read: int = 0
 
     @property
@@ -82,21 +69,14 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Variant:
-    """One public model of a family.
+    """One public model of a family."""
 
-    Attributes:
-        parameters: of its denoiser.
-        modules: how many modules a LoRA has per named set of targets, counted on the meta device; a test counts again.
-        architecture: `modelspec.architecture` of LoRA files.
-        repository: on the hub, where its sizes stand for the files.
-        text_encoders: where they are others than the family's.
-    """
-
-    parameters: int
+    parameters: int  # of its denoiser
+    # how many modules a LoRA has per named set of targets, counted on the meta device; a test counts again
     modules: Mapping[str, int]
-    architecture: str
-    repository: str = ""
-    text_encoders: tuple[TextEncoder, ...] = ()
+    architecture: str  # `modelspec.architecture` of LoRA files
+    repository: str = ""  # on the hub, where its sizes stand for the files
+    text_encoders: tuple[TextEncoder, ...] = ()  # where they are others than the family's
 
 
 @dataclass(frozen=True)
@@ -200,44 +180,28 @@ def never(shapes: Shapes) -> bool:
 
 @dataclass(frozen=True)
 class LoraFacts:
-    """How LoRA files of a family look.
+    """How LoRA files of a family look."""
 
-    Attributes:
-        targets: "attn", "mlp" and "rest": regular expressions of whole module paths.
-        heads: how diffusers' paths of its denoiser begin.
-        marks: regular expressions of diffusers' paths that this family alone has.
-        recognise: tells the family by its widths, module path -> (in, out), where names alone do not.
-        originals: names of the original model.
-        layout: the file layout that ComfyUI, A1111 and diffusers all read at exactly the trained strength.
-        loader: diffusers' mixin that reads such files.
-        loader_alphas: whether that returns alphas: always, where asked, or never (it folds them in).
-        unread_layouts: layouts that diffusers cannot read for this family, or not with every target.
-        lokr_layouts: layouts in which diffusers reads a LoKr of this family.
-        kohya_originals: kohya's files use the original's names (else diffusers').
-        comfyui_originals: `diffusion_model.` files use the original's names (else diffusers').
-        kohya_text: prefix of the first text encoder in kohya's files.
-        base_version: `ss_base_model_version`.
-        implementation: `modelspec.implementation`, the original code.
-        stated: words in the metadata of others' files by which they name the family.
-        alike: a family whose files have the same names: metadata alone tell them apart, and either fits the other.
-    """
-
-    targets: Mapping[str, tuple[str, ...]]
-    heads: tuple[str, ...]
-    originals: OriginalNames
+    targets: Mapping[str, tuple[str, ...]]  # "attn", "mlp" and "rest": regular expressions of whole module paths
+    heads: tuple[str, ...]  # how diffusers' paths of its denoiser begin
+    originals: OriginalNames  # names of the original model
+    # the file layout that ComfyUI, A1111 and diffusers all read at exactly the trained strength
     layout: Literal["kohya", "diffusers", "comfyui"]
-    loader: str
-    base_version: str
-    marks: tuple[str, ...] = ()
+    loader: str  # diffusers' mixin that reads such files
+    base_version: str  # `ss_base_model_version`
+    marks: tuple[str, ...] = ()  # regular expressions of diffusers' paths that this family alone has
+    # tells the family by its widths, module path -> (in, out), where names alone do not
     recognise: Callable[[Shapes], bool] = never
+    # whether that returns alphas: always, where asked, or never (it folds them in)
     loader_alphas: Literal["always", "asked", "never"] = "never"
-    unread_layouts: tuple[str, ...] = ()
-    lokr_layouts: tuple[str, ...] = ()
-    kohya_originals: bool = True
-    comfyui_originals: bool = True
-    kohya_text: str = "lora_te1"
-    implementation: str = ""
-    stated: tuple[str, ...] = ()
+    unread_layouts: tuple[str, ...] = ()  # layouts that diffusers cannot read for this family, or not with every target
+    lokr_layouts: tuple[str, ...] = ()  # layouts in which diffusers reads a LoKr of this family
+    kohya_originals: bool = True  # kohya's files use the original's names (else diffusers')
+    comfyui_originals: bool = True  # `diffusion_model.` files use the original's names (else diffusers')
+    kohya_text: str = "lora_te1"  # prefix of the first text encoder in kohya's files
+    implementation: str = ""  # `modelspec.implementation`, the original code
+    stated: tuple[str, ...] = ()  # words in the metadata of others' files by which they name the family
+    # a family whose files have the same names: metadata alone tell them apart, and either fits the other
     alike: str = ""
 
     def joins(self, layout: str) -> bool:
@@ -248,19 +212,12 @@ class LoraFacts:
 
 @dataclass(frozen=True)
 class Distilled:
-    """How a model draws that was distilled to few steps; its weights look like those it was made from.
+    """How a model draws that was distilled to few steps; its weights look like those it was made from."""
 
-    Attributes:
-        steps: that it was made for, where its name says no number of them.
-        words: that tell it of this family's models, beside those of all.
-        unless: a word beside which those do not.
-        variants: public models whose sizes alone tell.
-    """
-
-    steps: int = 8
-    words: tuple[str, ...] = ()
-    unless: str = ""
-    variants: tuple[str, ...] = ()
+    steps: int = 8  # that it was made for, where its name says no number of them
+    words: tuple[str, ...] = ()  # that tell it of this family's models, beside those of all
+    unless: str = ""  # a word beside which those do not
+    variants: tuple[str, ...] = ()  # public models whose sizes alone tell
 
     def tells(self, name: str) -> bool | None:
         """Whether a name says that its model was distilled; False where it says that this was undone, None: neither."""
@@ -323,82 +280,50 @@ def same_sizes(
 
 @dataclass(frozen=True)
 class FileFacts:
-    """How a single file of a family looks, in the original layout.
+    """How a single file of a family looks, in the original layout."""
 
-    Attributes:
-        variant_of: which public model the shapes belong to, "" for the only one; None: another family. Names come
-            without the denoiser's prefix. Raises ModelError for near relatives that cannot be trained.
-        heads: how the denoiser's tensors begin.
-        vae_prefixes: how the VAE's tensors begin.
-        check: refuses what the names alone do not show; gets path, shapes and the denoiser's config.
-    """
-
+    # which public model the shapes belong to, "" for the only one; None: another family. Names come without the
+    # denoiser's prefix. Raises ModelError for near relatives that cannot be trained.
     variant_of: Callable[[Path, Shapes], str | None]
-    heads: tuple[str, ...]
-    vae_prefixes: tuple[str, ...] = ()
+    heads: tuple[str, ...]  # how the denoiser's tensors begin
+    vae_prefixes: tuple[str, ...] = ()  # how the VAE's tensors begin
+    # refuses what the names alone do not show; gets path, shapes and the denoiser's config
     check: Check = nothing_to_check
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
-    """One family; sizes in pixels.
+    """One family; sizes in pixels."""
 
-    Attributes:
-        name: in presets.
-        title: for people.
-        folder: of `configs.json` and `model.py`; by itself the name.
-        pipeline: diffusers' class, which model_index.json names.
-        denoiser: unet or transformer, as in a diffusers folder.
-        denoiser_class: of diffusers.
-        model_class: in `model.py`.
-        resolution: of the public model.
-        latent_channels: of the VAE.
-        vae_scale: pixels per latent.
-        guidance: of samples.
-        clip_skip: which layer of CLIP, counted from the last as 1, the prompt is taken from; 0 where none is chosen.
-        text_encoders: in the order of the pipeline.
-        variants: public models by name; the first is meant where nothing is said.
-        lora: how LoRA files look.
-        file: how single files look.
-        blocks: classes that gradient checkpointing computes again.
-        bucket_step: sides are multiples of this.
-        vae_class: of diffusers.
-        flow: rectified flow; else epsilon or v.
-        packed_channels: the denoiser's input channels are these times the latent channels.
-        patch: latents per token and side, as the stock pipeline counts them for the scheduler.
-        vae_patch: latents are patches of that many of the VAE's own per side.
-        distilled: its models of few steps.
-        tag_presets: shipped presets for captions that are tags, by what the model predicts.
-        other_pipelines: further pipelines that such folders name.
-        elsewhere: how configs of other trainers name it ("trainer word"), and the shipped preset for it, "" for none.
-    """
-
-    name: str
-    title: str
-    folder: str = ""
-    pipeline: str
-    denoiser: Literal["unet", "transformer"] = "transformer"
-    denoiser_class: str
-    model_class: str
-    resolution: int = 1024
-    latent_channels: int = 16
-    guidance: float
-    text_encoders: tuple[TextEncoder, ...]
-    variants: Mapping[str, Variant]
-    lora: LoraFacts = field(repr=False)
-    file: FileFacts = field(repr=False)
-    blocks: tuple[str, ...]
-    vae_scale: int = 8
-    bucket_step: int = 64
-    vae_class: str = "AutoencoderKL"
-    flow: bool = True
+    name: str  # in presets
+    title: str  # for people
+    folder: str = ""  # of `configs.json` and `model.py`; by itself the name
+    pipeline: str  # diffusers' class, which model_index.json names
+    denoiser: Literal["unet", "transformer"] = "transformer"  # unet or transformer, as in a diffusers folder
+    denoiser_class: str  # of diffusers
+    model_class: str  # in `model.py`
+    resolution: int = 1024  # of the public model
+    latent_channels: int = 16  # of the VAE
+    guidance: float  # of samples
+    text_encoders: tuple[TextEncoder, ...]  # in the order of the pipeline
+    variants: Mapping[str, Variant]  # public models by name; the first is meant where nothing is said
+    lora: LoraFacts = field(repr=False)  # how LoRA files look
+    file: FileFacts = field(repr=False)  # how single files look
+    blocks: tuple[str, ...]  # classes that gradient checkpointing computes again
+    vae_scale: int = 8  # pixels per latent
+    bucket_step: int = 64  # sides are multiples of this
+    vae_class: str = "AutoencoderKL"  # of diffusers
+    flow: bool = True  # rectified flow; else epsilon or v
+    # which layer of CLIP, counted from the last as 1, the prompt is taken from; 0 where none is chosen
     clip_skip: int = 0
-    packed_channels: int = 1
-    patch: int = 1
-    vae_patch: int = 1
-    distilled: Distilled = Distilled()
+    packed_channels: int = 1  # the denoiser's input channels are these times the latent channels
+    patch: int = 1  # latents per token and side, as the stock pipeline counts them for the scheduler
+    vae_patch: int = 1  # latents are patches of that many of the VAE's own per side
+    distilled: Distilled = Distilled()  # its models of few steps
+    # shipped presets for captions that are tags, by what the model predicts
     tag_presets: Mapping[str, str] = field(default_factory=dict)
-    other_pipelines: tuple[str, ...] = ()
+    other_pipelines: tuple[str, ...] = ()  # further pipelines that such folders name
+    # how configs of other trainers name it ("trainer word"), and the shipped preset for it, "" for none
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

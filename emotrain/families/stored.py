@@ -32,17 +32,11 @@ TABLES = ("embed_tokens.weight", "shared.weight")  # of a text encoder's words: 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight as stored.
+    """A weight as stored."""
 
-    Attributes:
-        numbers: int8 or float8 [out, in...].
-        scale: one for all, or one a row.
-        group: inputs that were rotated together; 0 where none were.
-    """
-
-    numbers: Tensor
-    scale: Tensor
-    group: int = 0
+    numbers: Tensor  # int8 or float8 [out, in...]
+    scale: Tensor  # one for all, or one a row
+    group: int = 0  # inputs that were rotated together; 0 where none were
 
     def rows(self) -> Tensor:
         """The scale of each number: float32 in the shape of the numbers, without memory of its own."""

@@ -111,15 +111,10 @@ def _applies(weight: str, scale: str, header: Header, layers: Mapping[str, Form]
 
 @dataclass(frozen=True)
 class Form:
-    """How ComfyUI says that a layer's weights are stored.
+    """How ComfyUI says that a layer's weights are stored."""
 
-    Attributes:
-        name: of the form.
-        group: inputs that were rotated together before rounding (ConvRot); 0 where none were.
-    """
-
-    name: str
-    group: int
+    name: str  # of the form
+    group: int  # inputs that were rotated together before rounding (ConvRot); 0 where none were
 
 
 def quantised_layers(path: Path, header: Header) -> dict[str, Form]:

@@ -33,21 +33,13 @@ Rest = tuple[Kron, Tensor, Tensor]  # a LoKr, and A and B of the LoRA that enter
 
 @dataclass(frozen=True)
 class Merged:
-    """One LoRA out of several.
+    """One LoRA out of several."""
 
-    Attributes:
-        state: canonical names, float32.
-        alphas: canonical module path -> alpha (its rank: strength 1).
-        family: of all of them.
-        error: ||merged - exact|| / ||exact|| over all modules; 0 without SVD.
-        worst: the module with the largest error of its own, and that error.
-    """
-
-    state: dict[str, Tensor]
-    alphas: dict[str, float]
-    family: str
-    error: float = 0.0
-    worst: tuple[str, float] = ("", 0.0)
+    state: dict[str, Tensor]  # canonical names, float32
+    alphas: dict[str, float]  # canonical module path -> alpha (its rank: strength 1)
+    family: str  # of all of them
+    error: float = 0.0  # ||merged - exact|| / ||exact|| over all modules; 0 without SVD
+    worst: tuple[str, float] = ("", 0.0)  # the module with the largest error of its own, and that error
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -63,35 +63,22 @@ class LoraFacts:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run.
+    """One run."""
 
-    Attributes:
-        name: of the run.
-        path: its folder.
-        status: signal, max_steps, interrupted, diverged, running, crashed, damaged, or another stop reason.
-        why: the reason in a sentence.
-        command: how it is resumed, where it can be.
-        facts: (label, value) for the head and the comparison; a label is the same in every run.
-        best_step: of the LoRA.
-        best_loss: its validation loss.
-        base_loss: without the LoRA.
-        likeness: what the samples' likeness to the pictures is held against: (label, value).
-        same_validation: runs with equal values were validated on the same pictures and noise.
-        missing: what could not be read, a sentence each.
-    """
-
-    name: str
-    path: str
-    status: str
-    why: str = ""
-    command: str = ""
+    name: str  # of the run
+    path: str  # its folder
+    status: str  # signal, max_steps, interrupted, diverged, running, crashed, damaged, or another stop reason
+    why: str = ""  # the reason in a sentence
+    command: str = ""  # how it is resumed, where it can be
+    # (label, value) for the head and the comparison; a label is the same in every run
     facts: tuple[tuple[str, str], ...] = ()
     last_step: int | None = None
-    best_step: int | None = None
-    best_loss: float | None = None
-    base_loss: float | None = None
+    best_step: int | None = None  # of the LoRA
+    best_loss: float | None = None  # its validation loss
+    base_loss: float | None = None  # without the LoRA
+    # what the samples' likeness to the pictures is held against: (label, value)
     likeness: tuple[tuple[str, float], ...] = ()
-    same_validation: object = None
+    same_validation: object = None  # runs with equal values were validated on the same pictures and noise
     curves: Curves = field(default_factory=Curves)
     gallery: Gallery = field(default_factory=Gallery)
     settings: Settings = field(default_factory=Settings)
@@ -99,4 +86,4 @@ class RunView:
     pictures: Mapping[str, PictureRow] = field(default_factory=dict)
     actions: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by id, what the run did about a picture
     lora: LoraFacts | None = None
-    missing: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # what could not be read, a sentence each

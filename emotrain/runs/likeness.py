@@ -114,25 +114,15 @@ def _processor(where: str) -> Any:
 
 @dataclass
 class Likeness:
-    """The user's pictures as embeddings, and what was measured so far.
+    """The user's pictures as embeddings, and what was measured so far."""
 
-    Attributes:
-        folder: of the vision model.
-        reference: embeddings of the user's pictures, float32 [N, D], each of length 1.
-        own: which prompts count, by place: those with the trigger, or all.
-        notify: told of each value.
-        base: the value of step 0.
-        last: the newest value.
-        lora: that of the LoRA file.
-    """
-
-    folder: Path
-    reference: Tensor
-    own: tuple[int, ...]
-    notify: Callable[[Event], None]
-    base: float | None = None
-    last: float | None = None
-    lora: float | None = None
+    folder: Path  # of the vision model
+    reference: Tensor  # embeddings of the user's pictures, float32 [N, D], each of length 1
+    own: tuple[int, ...]  # which prompts count, by place: those with the trigger, or all
+    notify: Callable[[Event], None]  # told of each value
+    base: float | None = None  # the value of step 0
+    last: float | None = None  # the newest value
+    lora: float | None = None  # that of the LoRA file
 
     @property
     def among(self) -> float | None:

@@ -41,32 +41,22 @@ LEFT_OUT = ("model_ema.",)
 
 @dataclass(frozen=True)
 class Weights:
-    """GiB of a model's weights in the computer's memory.
+    """GiB of a model's weights in the computer's memory."""
 
-    Attributes:
-        whole: all of them, as the run has them.
-        copied: by part (denoiser, vae, text, other), those that are converted while they are read.
-    """
-
-    whole: float = 0.0
+    whole: float = 0.0  # all of them, as the run has them
+    # by part (denoiser, vae, text, other), those that are converted while they are read
     copied: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RamPlan:
-    """What one process takes of the computer's memory, in GiB.
+    """What one process takes of the computer's memory, in GiB."""
 
-    Attributes:
-        stages: load, encode, place, train, and draw where two bases take turns, each with its peak.
-        locked: of it what cannot go to the swap.
-        copied: the model's weights that are converted while they are read.
-        beside: the largest stage after loading, without the program itself.
-    """
-
+    # load, encode, place, train, and draw where two bases take turns, each with its peak
     stages: tuple[tuple[str, float], ...]
-    locked: float = 0.0
-    copied: float = 0.0
-    beside: float = 0.0
+    locked: float = 0.0  # of it what cannot go to the swap
+    copied: float = 0.0  # the model's weights that are converted while they are read
+    beside: float = 0.0  # the largest stage after loading, without the program itself
 
     def needed(self, processes: int = 1, *, in_turn: bool = False) -> float:
         """The largest stage, of all processes of a machine that do the same at the same time.
