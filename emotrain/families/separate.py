@@ -23,7 +23,7 @@ from emotrain.families.headers import own_name, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.single import as_published, check_complete, copy_tokenizer, write_json
 from emotrain.families.sniff import Sniffed
-from emotrain.families.sniff_file import companion
+from emotrain.families.sniff_file import companion, own_config
 from emotrain.families.spec import Shapes, TextEncoder
 from emotrain.families.stored import Scaled, build_stored, load_stored, read_weights
 from emotrain.families.understood import STATED, refuse_quantised, scaled_layers
@@ -69,8 +69,7 @@ def load_denoiser_file(found: Sniffed, dtype: torch.dtype, denoiser: Any = None)
     import diffusers
 
     path = Path(found.path)
-    own = companion(path) / "scheduler" / "scheduler_config.json"
-    words = read_json(own) if own.is_file() else found.scheduler_config
+    words = own_config(found, "scheduler/scheduler_config.json", found.scheduler_config)
     pieces = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)}
     adapters = FAMILIES[found.family].encoders_of(found.variant)[1:]
     plain, scaled = read_weights(path) if denoiser is None or adapters else ({}, {})
@@ -88,8 +87,7 @@ def _adapter(found: Sniffed, spec: TextEncoder, tensors: dict[str, Tensor], dtyp
     import diffusers
 
     kind, words = encoder_configs(found.family, found.variant)[spec.name]
-    own = companion(Path(found.path)) / spec.name / "config.json"
-    model = getattr(diffusers, kind).from_config(read_json(own) if own.is_file() else words)
+    model = getattr(diffusers, kind).from_config(own_config(found, f"{spec.name}/config.json", words))
     (prefix,) = spec.prefixes
     state = {own_name(key).removeprefix(prefix): value for key, value in tensors.items()}
     guard(str(found.path), spec.name, lambda: model.load_state_dict(state))
@@ -100,8 +98,8 @@ def _denoiser(found: Sniffed, dtype: torch.dtype, plain: dict[str, Tensor], scal
     import diffusers
 
     spec, path = FAMILIES[found.family], Path(found.path)
-    cls, own = getattr(diffusers, spec.denoiser_class), companion(path) / spec.denoiser / "config.json"
-    config = read_json(own) if own.is_file() else {"_class_name": spec.denoiser_class, **found.denoiser_config}
+    cls, public = getattr(diffusers, spec.denoiser_class), {"_class_name": spec.denoiser_class, **found.denoiser_config}
+    config = own_config(found, f"{spec.denoiser}/config.json", public)
     if scaled:
         denoiser = guard(str(path), "", lambda: build_stored(cls, config, plain, scaled, dtype))
         check_complete(str(path), {spec.denoiser: denoiser})
@@ -293,12 +291,10 @@ def load_vae_file(path: Path, found: Sniffed) -> Any:
 def own_vae_config(path: Path, found: Sniffed) -> dict[str, Any]:
     """config.json beside a VAE's file, of the folder beside the model, or the public one."""
     kind = FAMILIES[found.family].vae_class
-    beside = companion(Path(found.path)) / "vae" if found.kind == "file" else Path(found.path) / "vae"
-    for own in (path.parent / "config.json", companion(path) / "config.json", beside / "config.json"):
+    for own in (path.parent / "config.json", companion(path) / "config.json"):
         if own.is_file() and read_json(own).get("_class_name", kind) == kind:
             return read_json(own)
-    public: dict[str, Any] = configs(found.family)["vae"]
-    return public
+    return own_config(found, "vae/config.json", configs(found.family)["vae"])
 
 
 def diffusers_vae(tensors: dict[str, Tensor], kind: str, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from emotrain.families.component import guard, load_one
 from emotrain.families.headers import read_header, read_json
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
-from emotrain.families.sniff_file import companion
+from emotrain.families.sniff_file import companion, own_config
 from emotrain.families.spec import TextEncoder
 from emotrain.families.stored import build_stored, kept_names, read_weights
 from emotrain.families.understood import scaled_layers
@@ -173,8 +173,7 @@ def config_folder(found: Sniffed, skip: set[str]) -> Iterator[Path]:
         parts: dict[str, Any] = {info.denoiser: found.denoiser_config, "vae": configs(found.family)["vae"]}
         parts |= {name: config for name, (_, config) in texts.items() if name not in skip}
         for part, config in parts.items():
-            own = beside / part / "config.json"
-            write_json(folder / part / "config.json", read_json(own) if own.is_file() else config)
+            write_json(folder / part / "config.json", own_config(found, f"{part}/config.json", config))
         for encoder in info.text_encoders:
             if encoder.name not in skip:
                 copy_tokenizer(encoder, beside, folder, Path(found.path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from emotrain.families.understood import refuse_not_understood
 def companion(path: Path) -> Path:
     """The folder beside a model file that may hold configs, tokenizers and missing pieces."""
     return path.with_suffix("")
+
+
+def own_config(found: Sniffed, file: str, public: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of a model: the one in its folder, or in the folder beside its file; else the public model's."""
+    path = Path(found.path)
+    own = (companion(path) if found.kind == "file" else path) / file
+    return read_json(own) if found.kind != "hub" and own.is_file() else dict(public)
 
 
 def refuse_incomplete(found: Sniffed, has_vae: bool, has_text: bool = False) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from emotrain.families.headers import read_header, read_json
+from emotrain.families.headers import read_header
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sniff import Sniffed
+from emotrain.families.sniff_file import own_config
 from emotrain.families.spec import TextEncoder
 
 CLIP_TOKENS = 77
@@ -24,15 +26,13 @@ def trainable_encoders(found: Sniffed) -> dict[str, tuple[str, dict[str, Any]]]:
     encoders = {}
     for name in (encoder.name for encoder in FAMILIES[found.family].trainable_encoders):
         kind, config = public[name]
-        own = Path(found.path) / name / "config.json"
-        encoders[name] = (kind, read_json(own) if found.kind == "folder" and own.is_file() else config)
+        encoders[name] = (kind, own_config(found, f"{name}/config.json", config))
     return encoders
 
 
 def _limit(found: Sniffed, encoder: TextEncoder) -> int:
     """Tokens of one encoder: the pipeline's, or less where a folder's tokenizer says less."""
-    path = Path(found.path) / encoder.tokenizer_folder / "tokenizer_config.json"
-    said = read_json(path).get("model_max_length") if found.kind == "folder" and path.is_file() else None
+    said = own_config(found, f"{encoder.tokenizer_folder}/tokenizer_config.json", {}).get("model_max_length")
     return min(int(said), encoder.max_tokens) if isinstance(said, int | float) and said >= 1 else encoder.max_tokens
 
 
@@ -43,7 +43,7 @@ def encoder_parameters(found: Sniffed) -> dict[str, int]:
     counts = {}
     for encoder in FAMILIES[found.family].text_encoders:
         files = sorted((Path(found.path) / encoder.folder).glob("*.safetensors"))
-        counts[encoder.name] = sum(_count(file) for file in files)
+        counts[encoder.name] = sum(math.prod(shape) for file in files for shape in read_header(file).shapes.values())
     return counts
 
 
@@ -53,20 +53,8 @@ def quantizable_parameters(found: Sniffed) -> dict[str, int]:
     for encoder in FAMILIES[found.family].text_encoders:
         if encoder.quantizable:
             words = encoder_configs(found.family, found.variant)[encoder.name][1]
-            own = Path(found.path) / encoder.name / "config.json"
-            if found.kind == "folder" and own.is_file():
-                words = read_json(own)
+            words = own_config(found, f"{encoder.name}/config.json", words)
             words = {**words, **(words.get("text_config") or {})}
             table = int(words.get("vocab_size") or 0) * int(words.get("d_model") or words.get("hidden_size") or 0)
             counts[encoder.name] = max(encoder_parameters(found)[encoder.name] - table, 0)
     return counts
-
-
-def _count(file: Path) -> int:
-    total = 0
-    for shape in read_header(file).shapes.values():
-        count = 1
-        for side in shape:
-            count *= side
-        total += count
-    return total

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from emotrain.batch import AT_ONCE
 from emotrain.config.schema import Preset
-from emotrain.families.headers import read_json
 from emotrain.families.memory import (
     AWAY,
     BACKENDS,
@@ -30,6 +27,7 @@ from emotrain.families.memory import (
 )
 from emotrain.families.registry import configs
 from emotrain.families.sniff import Sniffed
+from emotrain.families.sniff_file import own_config
 from emotrain.families.stored import stored_in_encoder, stored_parameters
 from emotrain.families.texts import encoder_parameters, quantizable_parameters, trainable_encoders
 from emotrain.runs.activation_memory import ActivationMemory
@@ -56,8 +54,7 @@ def state_bytes_per_number(preset: Preset) -> float:
 
 def vae_width(found: Sniffed) -> int:
     """Channels of the VAE's maps at full size: of a folder its own, else the public model's."""
-    own = Path(found.path) / "vae" / "config.json"
-    config = read_json(own) if found.kind == "folder" and own.is_file() else configs(found.family)["vae"]
+    config = own_config(found, "vae/config.json", configs(found.family)["vae"])
     widths = config.get("block_out_channels") or [config.get("base_dim") or 128]
     return int(widths[0])
 
