@@ -194,6 +194,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     others = [share_of(row, other) for row in own if (other := other_of(row, rows, "prodigy 1"))]
     quick = [row["reached"] / rival["chosen"] for row, rival in pairs]
     cost = [passes(row) / (12.0 * rival["chosen"]) for row, rival in pairs]
+    tried = [rivals_of(row["task"], row["seed"], [o for o in rows if same_base(row, o)]).values() for row, _ in pairs]
+    search = [passes(row) / sum(12.0 * o["chosen"] for o in of) for (row, _), of in zip(pairs, tried, strict=True)]
     ratios = [row["stopped"] / row["oracle"] for row in own]
     early = [ratio for row, ratio in zip(own, ratios, strict=True) if row["ended"]]
     regrets = [regret_of(row) for row in own if row["ended"]]
@@ -213,6 +215,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
         ("the same, runs that ended: least", "at least 0.8", said(early, min, form=".2f")),
         ("forward passes over those of the best AdamW with a known number of steps: median, most", "at most 1",
          said(cost, median, max, form=".2f")),
+        ("the same over those of all rates tried, each up to its best: median, most", "-",
+         said(search, median, max, form=".2f")),
     ]  # fmt: skip
 
 
