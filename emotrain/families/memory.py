@@ -70,8 +70,10 @@ class Needs:
     saved: float = 0.0  # copies of the optimizer's state that a checkpoint makes
     resident: float = 0.0  # what stays of the denoiser where its other blocks wait in the computer's memory
     stored: int = 0  # of the denoiser's parameters, those that stay the 8-bit numbers of its file
+    linear: int | None = None  # of them, those that a quantisation stores in fewer bits; None: all
     other_parameters: int = 0  # of the denoiser that samples are drawn on, where that is another one (`sample.base`)
     other_stored: int = 0  # of these, as `stored`
+    other_linear: int | None = None  # of these, as `linear`
     other_trained: float = 0.0  # the copy of the LoRA on it
 
 
@@ -116,10 +118,16 @@ class MemoryPlan:
         return self.budget_gib is None or self.needed_gib <= self.budget_gib
 
 
-def weights_gib(num_parameters: int, bytes_per_parameter: float, quantize: str = "none", stored: int = 0) -> float:
-    """Size of the frozen base, of which `stored` parameters are 8-bit numbers in its file, and stay so."""
+def weights_gib(
+    num_parameters: int, bytes_per_parameter: float, quantize: str = "none", stored: int = 0, linear: int | None = None
+) -> float:
+    """Size of the frozen base.
+
+    Of its parameters `stored` are 8-bit numbers in its file and stay so; a quantisation is of `linear` of them, or all.
+    """
     if quantize in BYTES_PER_PARAMETER:
-        return num_parameters * BYTES_PER_PARAMETER[quantize] / GIB
+        fewer = num_parameters if linear is None else linear
+        return ((num_parameters - fewer) * bytes_per_parameter + fewer * BYTES_PER_PARAMETER[quantize]) / GIB
     return ((num_parameters - stored) * bytes_per_parameter + stored) / GIB
 
 
@@ -204,12 +212,12 @@ def _plan(
 ) -> MemoryPlan:
     """The stages' peaks with these means."""
 
-    def weights(parameters: int, stored: int) -> float:
-        whole = weights_gib(parameters, needs.bytes_per_parameter, kind, stored)
+    def weights(parameters: int, stored: int, linear: int | None) -> float:
+        whole = weights_gib(parameters, needs.bytes_per_parameter, kind, stored, linear)
         return min(needs.resident, whole) if offload else whole
 
-    base = weights(needs.num_parameters, needs.stored)
-    other = weights(needs.other_parameters, needs.other_stored)
+    base = weights(needs.num_parameters, needs.stored, needs.linear)
+    other = weights(needs.other_parameters, needs.other_stored, needs.other_linear)
     rest = CONTEXT_GIB + needs.vae + needs.trained + needs.other_trained
     held = rest + base + (0.0 if in_turn else other)
     drawing = rest + other if in_turn else held

@@ -153,6 +153,11 @@ def is_large(shape: Sequence[int]) -> bool:
     return min(shape) >= SMALLEST
 
 
+def in_large_linears(model: nn.Module) -> int:
+    """How many of a model's parameters `quantize_linears` stores in fewer bits."""
+    return sum(layer.weight.numel() for *_, layer in base_linears(model) if is_large(layer.weight.shape))
+
+
 def base_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """All Linear layers of the base, also rounded ones, not those of LoRAs on it: (parent, name in it, layer)."""
     parents = [module for path, module in model.named_modules() if path.rpartition(".")[2] not in LORA_HOLDERS]

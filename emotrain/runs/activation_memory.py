@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from emotrain.families.loading import family_class
+from emotrain.families.quantize import in_large_linears
 from emotrain.families.registry import FAMILIES
 from emotrain.families.structure import by_masks
 from emotrain.families.texts import CLIP_TOKENS
@@ -49,7 +50,8 @@ class ActivationMemory:
     """Bytes that autograd keeps over one forward pass; `block` is the largest block's share.
 
     `latents` is the shape that was counted with, `forward` what a pass without gradients holds at most for one picture
-    of that size, `block_weights` the numbers of the largest block, and `other_weights` those that are in no block.
+    of that size, `block_weights` the numbers of the largest block, `other_weights` those that are in no block, and
+    `linear` those that a quantisation stores in fewer bits.
     """
 
     saved: int
@@ -61,6 +63,7 @@ class ActivationMemory:
     forward: int
     block_weights: int
     other_weights: int
+    linear: int
     text: TextMemory = TextMemory()
 
     @property
@@ -251,7 +254,7 @@ def measure(
     """
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
-    blocks = block_weights(model)
+    sizes = (*block_weights(model), in_large_linears(model))
     adapter = add_adapter(model, family=family, seed=0, **adapter_kwargs)
     adapter.use_half_precision(low or torch.float32)
     run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
@@ -259,7 +262,7 @@ def measure(
     one = _forward(family, model, (1, *latents[1:]), num_tokens, low or torch.float32)
     forward = count_living(model, one, adapter.half_weights)
     text = measure_texts(family, encoders or {}, latents[0], low, adapter_kwargs)
-    return ActivationMemory(saved, checkpointed, block, adapter, num_parameters, latents, forward, *blocks, text)
+    return ActivationMemory(saved, checkpointed, block, adapter, num_parameters, latents, forward, *sizes, text)
 
 
 def measure_texts(

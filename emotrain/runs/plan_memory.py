@@ -136,7 +136,9 @@ class Memory:
             sample=at_once * forward * drawn,
             saved=self.state() + min(self.state() + self.lora(), AT_ONCE / GIB),
             stored=self.stored,
+            linear=kept.linear,
             other_parameters=self.other.num_parameters if self.other else 0,
+            other_linear=self.other.linear if self.other else None,
             other_stored=self.other_stored,
             other_trained=self.lora() if self.other else 0.0,
             resident=(kept.other_weights + AWAY * kept.block_weights) * self.itemsize * share / GIB,
@@ -167,9 +169,13 @@ class Memory:
             backends=EVERY_BACKEND if memory else installed,
         )
 
+    def base(self, quantize: str) -> float:
+        """GiB of the frozen base in that form."""
+        return weights_gib(self.kept.num_parameters, self.itemsize, quantize, self.stored, self.kept.linear)
+
     def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
         """Name and GiB of everything that a step holds in the GPU."""
-        weights = weights_gib(self.kept.num_parameters, self.itemsize, chosen.quantize, self.stored)
+        weights = self.base(chosen.quantize)
         as_stored = ", in 8 bits as its file has it" if self.stored and chosen.quantize == "none" else ""
         activations = self.activations(chosen.gradient_checkpointing)
         rows = [
@@ -188,8 +194,9 @@ class Memory:
 
     def other_base(self, chosen: MemoryPlan) -> float:
         """What the base for samples takes while it is on the device, in GiB; 0 where the trained one draws."""
-        whole = weights_gib(self.needs().other_parameters, self.itemsize, chosen.quantize, self.other_stored)
-        return min(whole, self.needs().resident) if chosen.offload else whole
+        needs = self.needs()
+        counts = (needs.other_parameters, self.itemsize, chosen.quantize, needs.other_stored, needs.other_linear)
+        return min(weights_gib(*counts), needs.resident) if chosen.offload else weights_gib(*counts)
 
     def blocks_at_home(self, chosen: MemoryPlan) -> float:
         """GiB of frozen blocks that wait in the computer's memory for their turn."""
@@ -204,11 +211,10 @@ class Memory:
 
     def savings(self, chosen: MemoryPlan, least: float = 0.01) -> tuple[tuple[str, float], ...]:
         """What a switch would save, beginning with the one that saves most; those below `least` GiB are left out."""
-        count, batch = self.kept.num_parameters, self.preset.train.micro_batch_size
+        batch = self.preset.train.micro_batch_size
         activations = self.activations(chosen.gradient_checkpointing) * SPARE
-        base = 0.0 if chosen.offload else weights_gib(count, self.itemsize, chosen.quantize, self.stored)
-        rows = [("model.quantize: nf4", base - weights_gib(count, self.itemsize, "nf4"))]
-        rows.append(("model.quantize: int8", base - weights_gib(count, self.itemsize, "int8")))
+        base = 0.0 if chosen.offload else self.base(chosen.quantize)
+        rows = [(f"model.quantize: {kind}", base - self.base(kind)) for kind in ("nf4", "int8")]
         if not chosen.gradient_checkpointing:
             saved = self.activations(False) - self.activations(True)
             rows.append(("train.gradient_checkpointing: true", saved * SPARE))

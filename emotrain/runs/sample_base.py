@@ -20,6 +20,7 @@ from emotrain.families.component import guard
 from emotrain.families.fitting import refuse_misfit
 from emotrain.families.loading import load_beside, load_family
 from emotrain.families.memory import MemoryPlan
+from emotrain.families.quantize import in_large_linears
 from emotrain.families.sniff_file import public_model, refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.families.turns import away, come_back, leave
@@ -36,10 +37,11 @@ from emotrain.train.events import Event, Phase
 
 @dataclass(frozen=True)
 class Other:
-    """What `sample.base` is, and how many parameters its denoiser has."""
+    """What `sample.base` is, and how many parameters its denoiser has, and in layers that may be quantised."""
 
     found: Sniffed
     num_parameters: int
+    linear: int
 
 
 def look(preset: Preset, found: Sniffed, *, by_size: bool = False) -> Other | None:
@@ -70,7 +72,7 @@ def look(preset: Preset, found: Sniffed, *, by_size: bool = False) -> Other | No
         refuse_misfit(other, other.steps_of_sample(preset.sample.steps))
     theirs = _on_meta(other)
     _refuse_misfit(preset, found, theirs, base)
-    return Other(other, sum(p.numel() for p in theirs.parameters()))
+    return Other(other, sum(p.numel() for p in theirs.parameters()), in_large_linears(theirs))
 
 
 def shares_parts(found: Sniffed) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 
+import make_assets as maker
 import pytest
 import torch
 from torch import nn
 
-from emotrain.families.quantize import RoundedLinear, make_plain, quantize_linears
+from emotrain.families import quantize
+from emotrain.families.memory import GIB, weights_gib
+from emotrain.families.quantize import RoundedLinear, in_large_linears, make_plain, quantize_linears
 from emotrain.lora.half import HalfLora
 from emotrain.lora.inject import initialise, install
 
@@ -182,3 +185,17 @@ def test_large_channels_do_not_cost_the_others_in_int8() -> None:
     scale = (expected - without).norm()
     assert (small(x).float() - expected).norm() < 0.3 * (crushed.float() - expected).norm()
     assert (small(x).float() - expected).norm() < 0.3 * scale
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_unet_takes_what_is_counted_for_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good part of it is convolutions, which stay as they are: of SD 1.5 two thirds."""
+    monkeypatch.setattr(quantize, "SMALLEST", 32)
+    model = maker.build_unet().requires_grad_(False)
+    count, linear = sum(p.numel() for p in model.parameters()), in_large_linears(model)
+    assert 0.1 * count < linear < 0.9 * count
+    quantize_linears(model, kind, CPU)
+    scales = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("scale"))
+    held = sum(p.nbytes for p in model.parameters()) + scales
+    assert weights_gib(count, 4, kind, linear=linear) * GIB == pytest.approx(held, rel=0.02)
+    assert weights_gib(count, 4, kind) * GIB < 0.8 * held

@@ -99,6 +99,7 @@ def test_a_real_sized_model_is_planned_from_its_header(sd15_plan: planning.Plan)
     _, stages = counted(plan, 192, 859_520_964, 1.60)
     assert stages["encode"] == pytest.approx(1.78, abs=0.02)
     assert dict(plan.verdicts)[8].fits
+    assert dict(plan.savings)["model.quantize: nf4"] == pytest.approx(1.60 - 1.24, abs=0.01)  # its convolutions stay
 
 
 @pytest.mark.slow
