@@ -163,16 +163,24 @@ class LoadedFamily(ABC):
         assert self.vae is not None
         weight = next(self.vae.parameters())
         mean: Tensor = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mean
-        return ((mean.float() - self.latent_shift) * self.latent_scale).cpu()
+        return self.normalised(mean.float()).cpu()
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] -> pixels float32 [B, 3, H*vae_scale, W*vae_scale] on the CPU, about -1..1."""
         assert self.vae is not None
         weight = next(self.vae.parameters())
-        raw = latents.float() / self.latent_scale + self.latent_shift
-        pixels: Tensor = self.vae.decode(raw.to(weight.device, weight.dtype)).sample
+        raw = self.unnormalised(latents.float().to(weight.device))
+        pixels: Tensor = self.vae.decode(raw.to(weight.dtype)).sample
         return pixels.float().cpu()
+
+    def normalised(self, raw: Tensor) -> Tensor:
+        """The VAE's latents as the denoiser takes them, of about the size of its noise."""
+        return (raw - self.latent_shift) * self.latent_scale
+
+    def unnormalised(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalised`."""
+        return latents / self.latent_scale + self.latent_shift
 
     @property
     def pictures_at_once(self) -> int:

@@ -16,22 +16,19 @@ class QwenVae(FlowFamily):
 
     vae_encoder_may_go = False  # its decoder clears the caches of both halves
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """float32 [B, 3, 8H, 8W] in -1..1 -> latents float32 [B, C, H, W], on the CPU."""
-        weight = next(self.vae.parameters())
-        raw: Tensor = self.vae.encode(pixels[:, :, None].to(weight.device, weight.dtype)).latent_dist.mode()
-        mean, deviation = self._statistics(raw)
-        return ((raw.float() - mean) / deviation)[:, :, 0].cpu()
+        return super().encode_images(pixels[:, :, None])[:, :, 0]
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pixels float32 [B, 3, 8H, 8W] on the CPU, about -1..1."""
-        weight = next(self.vae.parameters())
-        raw = latents[:, :, None].float().to(weight.device)
+        return super().decode_latents(latents[:, :, None])[:, :, 0]
+
+    def normalised(self, raw: Tensor) -> Tensor:
         mean, deviation = self._statistics(raw)
-        pixels: Tensor = self.vae.decode((raw * deviation + mean).to(weight.dtype)).sample
-        return pixels[:, :, 0].float().cpu()
+        return (raw - mean) / deviation
+
+    def unnormalised(self, latents: Tensor) -> Tensor:
+        mean, deviation = self._statistics(latents)
+        return latents * deviation + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each channel, [1, C, 1, 1, 1]."""

@@ -19,10 +19,6 @@ from emotrain.families.headers import Header, own_name
 from emotrain.families.registry import FAMILIES
 from emotrain.files import MAX_HEADER, header_at
 
-# Other models that share names with those that are trained here, by a tensor that they alone have.
-OTHERS = {
-    "pipe.": "a model of another kind",
-}
 QUANTISED = re.compile(
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|qweight|qzeros|lut|svd\w*)$"
 )
@@ -52,12 +48,6 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
         ModelError: another model, an edit model, a quantised form, EDM, or a tensor of no known place.
     """
     names = [own_name(name) for name in header.shapes]
-    for sign, kind in OTHERS.items():
-        if any(name.startswith(sign) for name in names):
-            raise ModelError(
-                f"`{path}` is {kind}, which emotrain does not train (it has tensors named `{sign}...`)",
-                f"train on {', '.join(spec.title for spec in FAMILIES.values())}",
-            )
     refuse_quantised(path, header)
     if any(name.startswith(("edm_mean", "edm_std", "edm_vpred")) for name in names):
         raise ModelError(

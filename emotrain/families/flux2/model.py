@@ -50,22 +50,13 @@ def empirical_mu(num_tokens: int, steps: int) -> float:
 class Flux2Vae(FlowFamily):
     """A flow family on patches of FLUX.2's latents."""
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """float32 [B, 3, 16H, 16W] in -1..1 -> latents float32 [B, C, H, W], normalised by the VAE's statistics."""
-        weight = next(self.vae.parameters())
-        mean: Tensor = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mean
+    def normalised(self, raw: Tensor) -> Tensor:
         shift, scale = self._statistics()
-        return ((patchify(mean.float()) - shift) / scale).cpu()
+        return (patchify(raw) - shift) / scale
 
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pixels float32 [B, 3, 16H, 16W] on the CPU, about -1..1."""
-        weight = next(self.vae.parameters())
+    def unnormalised(self, latents: Tensor) -> Tensor:
         shift, scale = self._statistics()
-        raw = unpatchify(latents.float().to(weight.device) * scale + shift)
-        pixels: Tensor = self.vae.decode(raw.to(weight.dtype)).sample
-        return pixels.float().cpu()
+        return unpatchify(latents * scale + shift)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each channel, [1, C, 1, 1]: the VAE's batch norm, which stands still."""

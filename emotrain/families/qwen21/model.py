@@ -44,14 +44,10 @@ class QwenImage21(QwenVae):
         tokens: Tensor = states[0, left_out:]
         return tokens
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """float32 [B, 3, 16H, 16W] in -1..1 -> latents float32 [B, C, H, W], on the CPU."""
         return super().encode_images(torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pixels float32 [B, 3, 16H, 16W] on the CPU, about -1..1, without their opacity."""
         return super().decode_latents(latents)[:, :3]
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEmbeds, conditioning: Conditioning) -> Tensor:
