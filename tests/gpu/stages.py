@@ -326,6 +326,7 @@ class Planned:
 
     def __init__(self, preset: str, base: Path | str | None, size: int, *words: str) -> None:
         sets = [f"model={base}", "model.family=auto"] if base else []
+        sets += ["train.micro_batch_size=1"]
         sets += ["network.targets=attn-mlp", "network.rank=16", f"dataset.resolution={size}", *words]
         sets += ["dataset.buckets.upscale=true", "dataset=builtin:example", "model.quantize=none"]
         command = ["plan", preset, "--json", *(word for pair in sets for word in ("--set", pair))]
