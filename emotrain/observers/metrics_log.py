@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Protocol
 
 from emotrain.dataset.ranking import NO_CAPTION
 from emotrain.errors import ResourceError
@@ -24,7 +24,6 @@ LOSSES_FILE = "picture_losses.jsonl"
 MAX_WAITING = 200  # lines that may wait for a full disk to get room before the run is ended
 
 
-@runtime_checkable
 class Log(Protocol):
     """What a run writes as it goes and a checkpoint must not be ahead of."""
 
