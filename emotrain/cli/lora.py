@@ -55,7 +55,7 @@ def inspect(
 
 @app.command()
 def keys(
-    family: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, sd3 or flux, or a variant: sd35-large, ...")],
+    family: Annotated[str, typer.Argument(help="A family or a variant: sdxl, flux, zimage, sd35-large, ...")],
     targets: Annotated[
         Literal["attn", "attn-mlp", "all"], typer.Option("--targets", help="Set of modules")
     ] = "attn-mlp",

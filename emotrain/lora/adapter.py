@@ -35,7 +35,7 @@ class Adapter:
         layers: path in the model -> peft layer that holds this adapter (a LoKr in a `LokrAdapter`).
         name: the adapter's name within peft.
         part: unet, transformer, text_encoder or text_encoder_2: the prefix in files.
-        family: sd15, sd21, sdxl, sd3 or flux.
+        family: a name of `emotrain.families.registry.FAMILIES`.
         rank: the rank asked for; single modules may differ.
         alpha: the alpha asked for; alpha / rank is the strength of every module.
         models: the models that the layers are in, each with its own layers.
@@ -322,7 +322,7 @@ def adapter_like(
         denoiser: the model, or a text encoder with `part`.
         state: canonical or plain names, as `read_lora` gives them; only those of `part` may be in it.
         alphas: alpha per module, under the same names.
-        family: sd15, sd21, sdxl, sd3 or flux.
+        family: a name of `emotrain.families.registry.FAMILIES`.
         name: the adapter's name within peft.
         part: unet, transformer, text_encoder or text_encoder_2.
 

@@ -31,7 +31,7 @@ class LoraFile:
     # and ".lokr_w2"
     state: dict[str, Tensor]
     alphas: dict[str, float]  # "<part>.<diffusers path>" -> alpha; strength is alpha / rank, and 1 of a LoKr
-    family: str  # sd15, sd21, sdxl, sd3 or flux
+    family: str  # a name of `emotrain.families.registry.FAMILIES`
     format: str  # kohya, diffusers, comfyui, onetrainer, lycoris or peft
     dtype: str  # of the stored weights: fp16, bf16, fp32, fp64, fp8, or "mixed"
     metadata: dict[str, str]  # the header's strings
@@ -92,7 +92,7 @@ def save_lora(
         path: the .safetensors file; one that is there is replaced.
         state: canonical names, or plain ones of the denoiser ("<module path>.lora_A.weight").
         alphas: alpha per module path, canonical or plain.
-        family: sd15, sd21, sdxl, sd3 or flux.
+        family: a name of `emotrain.families.registry.FAMILIES`.
         format: auto, kohya, diffusers or comfyui.
         dtype: fp16, bf16 or fp32.
         metadata: strings; `build_metadata` makes them. The hashes of the weights are added here.

@@ -26,7 +26,7 @@ _HOMES = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:[\\/]Users[\\/])[^\s\"',
 class About:
     """What a LoRA file says of itself; everything but the family may be left out."""
 
-    family: str  # sd15, sd21, sdxl, sd3 or flux
+    family: str  # a name of `emotrain.families.registry.FAMILIES`
     variant: str = ""  # of the base, as `sd35-large` or `flux1-schnell`
     name: str = ""  # the file's name without its end; web interfaces use it in prompts
     rank: int | None = None

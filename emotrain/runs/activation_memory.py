@@ -241,7 +241,7 @@ def measure(
     """Count one forward pass of a denoiser with its LoRA.
 
     Args:
-        family: sd15, sd21, sdxl, sd3 or flux.
+        family: a name of `emotrain.families.registry.FAMILIES`.
         config: of the denoiser, as in its config.json.
         latents: B, C, H, W of the largest bucket.
         num_tokens: text tokens of the model.
