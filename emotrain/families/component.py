@@ -78,6 +78,18 @@ def refuse_non_finite(where: str, pieces: dict[str, Any]) -> None:
                 )
 
 
+def check_complete(path: str, pieces: dict[str, Any]) -> None:
+    """Refuse models in which a tensor was not in the file: diffusers leaves those on the meta device."""
+    for part, module in pieces.items():
+        if isinstance(module, torch.nn.Module):
+            empty = [name for name, p in module.named_parameters() if p.device.type == "meta"]
+            if empty:
+                raise ModelError(
+                    f"`{path}` lacks {len(empty)} tensors of its {part}, such as `{empty[0]}`",
+                    "the file is not complete, or it is a model of another kind",
+                )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weights of a component: its .safetensors files, those of the `fp16` variant where there are no others.
 

@@ -25,6 +25,7 @@ from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
 from emotrain.families.common import LoadedFamily, refuse_larger_tokenizer
 from emotrain.families.component import guard, known_class, weight_files
+from emotrain.families.encoder_file import own_names
 from emotrain.families.headers import own_name, read_header, read_index, read_json
 from emotrain.families.kept import stamp_of
 from emotrain.families.loading import assemble
@@ -156,7 +157,10 @@ def refuse_misfit_file(found: Sniffed, tokenizer: str | None = None) -> None:
 
 
 def _refuse_lacking_texts(path: Path, found: Sniffed, spec: TextEncoder, shapes: Shapes) -> None:
-    """Refuse a single file that lacks a tensor of a text encoder which it holds, by either library's names."""
+    """Refuse a single file that lacks a tensor of a text encoder which it holds, by either library's names.
+
+    Also one that has others of a T5, of which every tensor is read.
+    """
     import transformers
 
     kind, words = encoder_configs(found.family, found.variant)[spec.name]
@@ -178,6 +182,12 @@ def _refuse_lacking_texts(path: Path, found: Sniffed, spec: TextEncoder, shapes:
         raise ModelError(
             f"`{path}` lacks {len(lacking)} tensors of its {spec.name}, such as `{lacking[0]}`",
             "the file is not complete, or it is a model of another kind",
+        )
+    known = wanted | given_else
+    if spec.quantizable and (odd := sorted(own_names(kind, dict.fromkeys(held), spec, scaled=True).keys() - known)):
+        raise ModelError(
+            f"`{path}` has {len(odd)} tensors that its {spec.name} does not have, such as `{odd[0][:100]}`",
+            "is it a model of another kind, or an extension of one?",
         )
 
 

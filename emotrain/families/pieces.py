@@ -12,6 +12,7 @@ import torch
 from emotrain.errors import ModelError
 from emotrain.families.common import TextEncoderPart
 from emotrain.families.component import guard, known_class, load_one, load_whole, refuse_filled_up
+from emotrain.families.encoder_file import without_upper_layers
 from emotrain.families.headers import read_index
 from emotrain.families.registry import FAMILIES
 from emotrain.families.separate import (
@@ -20,7 +21,6 @@ from emotrain.families.separate import (
     load_denoiser_file,
     load_separate,
     load_vae_file,
-    without_upper_layers,
 )
 from emotrain.families.single import load_denoiser_of, load_single_file
 from emotrain.families.sniff import Sniffed, refuse_other_vae

@@ -97,7 +97,10 @@ class _Product(torch.autograd.Function):
 
 
 class WithoutWeight(nn.Module):
-    """A layer whose weight's dtype does not show: transformers' T5 casts what goes into `wo` to it."""
+    """A layer whose weight's dtype does not show: transformers' T5 casts what goes into `wo` to it.
+
+    Of float16 it is float32, which holds what comes out.
+    """
 
     weight = None
 
@@ -106,7 +109,7 @@ class WithoutWeight(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
+        y: Tensor = self.layer(x.float() if x.dtype == torch.float16 else x)
         return y
 
 
@@ -145,7 +148,8 @@ def _exchange(parent: nn.Module, name: str, layer: nn.Linear, made: nn.Module, d
 
 def put(parent: nn.Module, name: str, layer: nn.Module) -> None:
     """Give a module of the base a layer in fewer bits."""
-    setattr(parent, name, WithoutWeight(layer) if type(parent).__name__.startswith("T5Dense") else layer)
+    of_t5 = name == "wo" and type(parent).__name__.startswith("T5Dense")
+    setattr(parent, name, WithoutWeight(layer) if of_t5 else layer)
 
 
 def is_large(shape: Sequence[int]) -> bool:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,17 +18,15 @@ from torch import Tensor
 
 from emotrain.errors import ModelError
 from emotrain.families.component import guard, load_one, refuse_filled_up
+from emotrain.families.encoder_file import build_encoder, own_names, without_upper_layers
 from emotrain.families.headers import own_name, read_header, read_json
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
-from emotrain.families.single import as_published, check_complete, copy_tokenizer, write_json
+from emotrain.families.single import build_denoiser, copy_tokenizer
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion, own_config
 from emotrain.families.spec import Shapes, TextEncoder
-from emotrain.families.stored import Scaled, build_stored, load_stored, read_weights
-from emotrain.families.understood import STATED, refuse_quantised, scaled_layers
-
-Stored = TypeVar("Stored")
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table of T5's, of which files hold either name
+from emotrain.families.stored import read_weights
+from emotrain.families.understood import refuse_quantised, scaled_layers
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,12 @@ def load_denoiser_file(found: Sniffed, dtype: torch.dtype, denoiser: Any = None)
     pieces = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler.from_config(words)}
     adapters = FAMILIES[found.family].encoders_of(found.variant)[1:]
     plain, scaled = read_weights(path) if denoiser is None or adapters else ({}, {})
-    plain = as_published(plain)
     for adapter in adapters:
         own_tensors = {key: plain.pop(key) for key in list(plain) if own_name(key).startswith(adapter.prefixes)}
         stored = [key for key in scaled if own_name(key).startswith(adapter.prefixes)]
         own_tensors |= {key: scaled.pop(key).plain(dtype) for key in stored}
         pieces[adapter.name] = _adapter(found, adapter, own_tensors, dtype)
-    return {**pieces, "denoiser": _denoiser(found, dtype, plain, scaled) if denoiser is None else denoiser}
+    return {**pieces, "denoiser": build_denoiser(found, dtype, plain, scaled) if denoiser is None else denoiser}
 
 
 def _adapter(found: Sniffed, spec: TextEncoder, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
@@ -92,27 +88,6 @@ def _adapter(found: Sniffed, spec: TextEncoder, tensors: dict[str, Tensor], dtyp
     state = {own_name(key).removeprefix(prefix): value for key, value in tensors.items()}
     guard(str(found.path), spec.name, lambda: model.load_state_dict(state))
     return torch.nn.Module.to(model, dtype).eval()
-
-
-def _denoiser(found: Sniffed, dtype: torch.dtype, plain: dict[str, Tensor], scaled: dict[str, Scaled]) -> Any:
-    import diffusers
-
-    spec, path = FAMILIES[found.family], Path(found.path)
-    cls, public = getattr(diffusers, spec.denoiser_class), {"_class_name": spec.denoiser_class, **found.denoiser_config}
-    config = own_config(found, f"{spec.denoiser}/config.json", public)
-    if scaled:
-        denoiser = guard(str(path), "", lambda: build_stored(cls, config, plain, scaled, dtype))
-        check_complete(str(path), {spec.denoiser: denoiser})
-        return denoiser
-    with tempfile.TemporaryDirectory(prefix="emotrain-") as folder:
-        write_json(Path(folder) / spec.denoiser / "config.json", config)
-        denoiser = guard(
-            str(path), "", lambda: cls.from_single_file(
-                plain, config=folder, subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
-            ),
-        )  # fmt: skip
-    check_complete(str(path), {spec.denoiser: denoiser})
-    return denoiser
 
 
 def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
@@ -143,7 +118,7 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
         with torch.device("meta"):
             model = guard(str(path), "", lambda: model_class(model_class.config_class(**words)))
         model = without_upper_layers(model, encoder)
-        stored = _own_names(kind, header.shapes, encoder, scaled=bool(scaled_layers(header)))
+        stored = own_names(kind, header.shapes, encoder, scaled=bool(scaled_layers(header)))
         _refuse_other_tensors(path, stored, {k: tuple(v.shape) for k, v in model.state_dict().items()}, spec.title)
     return path
 
@@ -163,37 +138,6 @@ def _refuse_other_width(path: Path, found: Sniffed, encoder: TextEncoder, words:
         )
 
 
-def _own_names(kind: str, tensors: Mapping[str, Stored], encoder: TextEncoder, scaled: bool) -> dict[str, Stored]:
-    """A language model's tensors by transformers' names, without head and eyes, nor scales where it has some.
-
-    What `without_upper_layers` takes from the model, and the tokenizer that ComfyUI keeps among the weights, go too.
-    """
-    named = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
-    unused = ("lm_head.", "logit_scale", "tekken_model", *(("visual.",) if "VL" in kind else ()))
-    applied = STATED if scaled else ()
-    kept = {key: value for key, value in named.items() if not key.startswith(unused) and not key.endswith(applied)}
-    for one, other in (EMBEDDINGS, EMBEDDINGS[::-1]):
-        if encoder.kind == "t5" and one in kept:
-            kept.setdefault(other, kept[one])
-    if encoder.layers_read:
-        above = re.compile(r"layers\.(\d+)\.")
-        kept = {
-            key: value
-            for key, value in kept.items()
-            if key != "norm.weight" and not ((at := above.match(key)) and int(at[1]) >= encoder.layers_read)
-        }
-    return kept
-
-
-def without_upper_layers(model: Any, encoder: TextEncoder) -> Any:
-    """A language model without the layers above the last one that is read, and without the norm after them."""
-    if encoder.layers_read:
-        model.layers = model.layers[: encoder.layers_read]
-        model.config.num_hidden_layers = len(model.layers)
-        model.norm = torch.nn.Identity()
-    return model
-
-
 def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
     """A language model without its head, from a file (ComfyUI's, transformers') or a folder of transformers."""
     import transformers
@@ -207,15 +151,7 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
         refuse_filled_up(str(own), info)
         return without_upper_layers(model, encoder)
     beside = companion(path) / "config.json"
-    config = model_class.config_class(**(read_json(beside) if beside.is_file() else words))
-    plain, stored = read_weights(path)
-    tensors: dict[str, Tensor | Scaled] = {**plain, **stored}
-    state = _own_names(kind, tensors, encoder, scaled=False)
-    with torch.device("meta"):
-        model = without_upper_layers(model_class(config), encoder)
-    guard(str(path), "", lambda: load_stored(model, state, dtype))
-    check_complete(str(path), {encoder.name: model})
-    return _without_meta(model)
+    return build_encoder(path, encoder, kind, read_json(beside) if beside.is_file() else words, dtype)
 
 
 def _refuse_other_tensors(path: Path, own: Shapes, wanted: Shapes, title: str) -> None:
@@ -235,18 +171,6 @@ def _refuse_other_tensors(path: Path, own: Shapes, wanted: Shapes, title: str) -
             f"such as `{(lacking or odd)[0]}`",
             "give the bf16 or fp8_scaled file of the text encoder that was made for this model",
         )
-
-
-def _without_meta(model: Any) -> Any:
-    """Tables that are computed and not stored are computed again: built on the meta device they are empty."""
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.device.type == "meta":
-                fresh = type(module)(config=model.config)
-                module.register_buffer(name, getattr(fresh, name), persistent=False)
-                if hasattr(module, f"original_{name}"):
-                    setattr(module, f"original_{name}", getattr(fresh, name))
-    return model.eval()
 
 
 def tokenizer_of(found: Sniffed, encoder: TextEncoder, given: str | None) -> Any:

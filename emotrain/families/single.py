@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from emotrain.errors import ModelError
-from emotrain.families.component import guard, load_one
-from emotrain.families.headers import read_header, read_json
+from emotrain.families.component import check_complete, guard, load_one
+from emotrain.families.encoder_file import build_encoder
+from emotrain.families.headers import read_json
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion, own_config
 from emotrain.families.spec import TextEncoder
-from emotrain.families.stored import build_stored, kept_names, read_weights
-from emotrain.families.understood import scaled_layers
+from emotrain.families.stored import Scaled, build_stored, read_weights
 
 _NORM = re.compile(r"(\.norm\.(?:key|query)_norm|distilled_guidance_layer\.norms\.\d+)\.weight$")
 
@@ -55,8 +54,7 @@ def load_denoiser_of(found: Sniffed, dtype: torch.dtype) -> dict[str, Any]:
     """
     import diffusers
 
-    with config_folder(found, skip={encoder.name for encoder in FAMILIES[found.family].text_encoders}) as folder:
-        denoiser = _denoiser(found, folder, dtype)
+    denoiser = build_denoiser(found, dtype, *read_weights(Path(found.path)))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(_scheduler(found)[1])
     return {"denoiser": denoiser, "scheduler": scheduler}
 
@@ -85,7 +83,9 @@ def _load(
     info = FAMILIES[found.family]
     path, beside = str(found.path), str(companion(Path(found.path)))
     index = read_json(folder / "model_index.json")
-    pieces: dict[str, Any] = {"denoiser": _denoiser(found, folder, dtype) if denoiser is None else denoiser}
+    if denoiser is None:
+        denoiser = build_denoiser(found, dtype, *read_weights(Path(path)))
+    pieces: dict[str, Any] = {"denoiser": denoiser}
     if vae is not None:
         pass
     elif "vae" in absent:
@@ -97,58 +97,51 @@ def _load(
             ),
         )  # fmt: skip
     given: dict[str, Any] = {"vae": vae, info.denoiser: pieces["denoiser"]}
-    for name, tokenizer in ((encoder.name, encoder.tokenizer_name) for encoder in info.text_encoders):
+    for encoder in info.text_encoders:
+        name, kind = encoder.name, index[encoder.name][1]
         if name in lacking:
-            given[name] = given[tokenizer] = None
+            given[name] = given[encoder.tokenizer_name] = None
         elif name in absent:
-            kind = getattr(transformers, index[name][1])
-            given[name] = load_one(kind, beside, name, None, dtype=dtype)
+            given[name] = load_one(getattr(transformers, kind), beside, name, None, dtype=dtype)
+        elif encoder.quantizable:
+            config = read_json(folder / name / "config.json")
+            given[name] = build_encoder(Path(path), encoder, kind, config, dtype, inside=True)
     pipeline = guard(
         path, "", lambda: getattr(diffusers, info.pipeline).from_single_file(
             path, config=str(folder), torch_dtype=dtype, local_files_only=True, **given
         ),
     )  # fmt: skip
     pieces |= {"vae": vae, "scheduler": pipeline.scheduler}
-    for name, tokenizer in ((encoder.name, encoder.tokenizer_name) for encoder in info.text_encoders):
-        encoder = getattr(pipeline, name)
-        pieces[name], pieces[tokenizer] = encoder, getattr(pipeline, tokenizer)
-        if type(encoder).__name__.startswith("T5"):  # its word embeddings have two names, and files hold one
-            encoder.set_input_embeddings(encoder.get_input_embeddings())
+    for encoder in info.text_encoders:
+        for name in (encoder.name, encoder.tokenizer_name):
+            pieces[name] = getattr(pipeline, name)
     check_complete(path, pieces)
     return pieces
 
 
-def _denoiser(found: Sniffed, folder: Path, dtype: torch.dtype) -> Any:
-    """The file's denoiser; `folder` holds its config."""
+def build_denoiser(found: Sniffed, dtype: torch.dtype, plain: dict[str, Tensor], scaled: dict[str, Scaled]) -> Any:
+    """The denoiser of a file; see `stored.read_weights` for its tensors.
+
+    Raises:
+        ModelError: the tensors do not fit its kind.
+    """
     import diffusers
 
-    spec, path = FAMILIES[found.family], str(found.path)
-    cls, header = getattr(diffusers, spec.denoiser_class), read_header(Path(path))
-    if kept_names(Path(path), header) or scaled_layers(header):
-        plain, scaled = read_weights(Path(path))
-        config = read_json(folder / spec.denoiser / "config.json")
-        denoiser = guard(path, "", lambda: build_stored(cls, config, as_published(plain), scaled, dtype))
+    spec, path, plain = FAMILIES[found.family], str(found.path), as_published(plain)
+    cls, public = getattr(diffusers, spec.denoiser_class), {"_class_name": spec.denoiser_class, **found.denoiser_config}
+    config = own_config(found, f"{spec.denoiser}/config.json", public)
+    if scaled:
+        denoiser = guard(path, "", lambda: build_stored(cls, config, plain, scaled, dtype))
     else:
-        source: Any = as_published(load_file(path)) if any(map(_NORM.search, header.shapes)) else path
-        denoiser = guard(
-            path, "", lambda: cls.from_single_file(
-                source, config=str(folder), subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
-            ),
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="emotrain-") as folder:
+            write_json(Path(folder) / spec.denoiser / "config.json", config)
+            denoiser = guard(
+                path, "", lambda: cls.from_single_file(
+                    plain, config=folder, subfolder=spec.denoiser, torch_dtype=dtype, local_files_only=True
+                ),
+            )  # fmt: skip
     check_complete(path, {spec.denoiser: denoiser})
     return denoiser
-
-
-def check_complete(path: str, pieces: dict[str, Any]) -> None:
-    """Refuse models in which a tensor was not in the file: diffusers leaves those on the meta device."""
-    for part, module in pieces.items():
-        if isinstance(module, torch.nn.Module):
-            empty = [name for name, p in module.named_parameters() if p.device.type == "meta"]
-            if empty:
-                raise ModelError(
-                    f"`{path}` lacks {len(empty)} tensors of its {part}, such as `{empty[0]}`",
-                    "the file is not complete, or it is a model of another kind",
-                )
 
 
 # ---------------------------------------------------------------- configs

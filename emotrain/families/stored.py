@@ -1,9 +1,9 @@
 """Files whose weights are 8-bit numbers, plain fp8 or times a scale, as ComfyUI's `*_fp8_scaled` and `*_int8`.
 
-A denoiser, and a text encoder with a file of its own, keep the large Linear layers of such a file as they are stored
-(`quantize.RoundedLinear`): to the bit the weights that the numbers stand for, in half the memory. Whatever else has
-scales is multiplied by them while it is read: small layers, convolutions, tables, and layers whose inputs were rotated
-before rounding (ConvRot).
+A denoiser, and a T5 or language model in a file of its own or in a checkpoint, keep the large Linear layers as they are
+stored (`quantize.RoundedLinear`): to the bit the weights that the numbers stand for, in half the memory. Whatever else
+has scales is multiplied by them while it is read: small layers, convolutions, tables, and layers whose inputs were
+rotated before rounding (ConvRot).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from emotrain.errors import ModelError
-from emotrain.families.headers import Header, read_header
+from emotrain.families.headers import Header, own_name, read_header
 from emotrain.families.quantize import RoundedLinear, is_large, put
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
+from emotrain.families.spec import TextEncoder
 from emotrain.families.understood import PARTS, STATED, quantised_layers, scaled_layers
 
 PLAIN = ("F8_E4M3", "F8_E5M2")
@@ -50,36 +50,37 @@ class Scaled:
         return (rotated(weight, self.group) if self.group else weight).to(dtype)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Scaled]]:
-    """The tensors of a file: those that are what they are, and those that are stored with a scale.
+def read_weights(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Scaled]]:
+    """The tensors of a file's model: those that are what they are, and those that are stored with a scale.
 
-    Matrices in plain fp8 have a scale of 1, but for those of other parts in a denoiser's file.
+    Matrices in plain fp8 have a scale of 1.
 
-    Raises:
-        ModelError: scales outside the denoiser.
+    Args:
+        path: of the file.
+        prefix: of a text encoder in a checkpoint; "": the file's own model, without the other parts of a checkpoint.
     """
     header = read_header(path)
+    names = _names(header, prefix)
     scales = scaled_layers(header)
-    apart = next((name for name in scales if name.startswith(PARTS)), None)
-    if apart is not None:
-        raise ModelError(
-            f"`{path}` holds a text encoder or VAE in scaled fp8 (`{apart}`), which emotrain does not read",
-            "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
-        )
-    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in names}
     forms = quantised_layers(path, header) if scales else {}
-    scaled = {name: Scaled(tensors[name], torch.ones(())) for name in _plain_matrices(header, scales)}
-    for name, scale in scales.items():
+    scaled = {name: Scaled(tensors[name], torch.ones(())) for name in _plain_matrices(header, scales, names)}
+    for name in names & scales.keys():
         form = forms.get(name.removesuffix(".weight"))
-        scaled[name] = Scaled(tensors[name], tensors[scale], form.group if form is not None else 0)
+        scaled[name] = Scaled(tensors[name], tensors[scales[name]], form.group if form is not None else 0)
     plain = {name: value for name, value in tensors.items() if name not in scaled and not name.endswith(STATED)}
     return plain, scaled
 
 
-def _plain_matrices(header: Header, scales: Mapping[str, str]) -> list[str]:
+def _names(header: Header, prefix: str) -> set[str]:
+    """Tensors of one of a file's models."""
+    return {name for name in header.shapes if (name.startswith(prefix) if prefix else not name.startswith(PARTS))}
+
+
+def _plain_matrices(header: Header, scales: Mapping[str, str], names: set[str]) -> list[str]:
     """Large matrices in fp8 without a scale."""
-    found = [name for name, kind in header.dtypes.items() if kind in PLAIN and name not in scales]
-    found = [name for name in found if name.endswith(".weight") and not name.startswith(PARTS)]
+    found = [name for name in names if header.dtypes[name] in PLAIN and name not in scales and name.endswith(".weight")]
     return [name for name in found if len(header.shapes[name]) == 2 and is_large(header.shapes[name])]
 
 
@@ -144,12 +145,15 @@ def load_stored(model: nn.Module, tensors: Mapping[str, Tensor | Scaled], dtype:
     Raises:
         ValueError: a tensor of another shape, or one that the model does not have.
     """
+    # As transformers loads it: what a T5 adds to its tokens overflows float16.
+    wide = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
     state = {}
     for name, value in tensors.items():
+        own = dtype if wide.isdisjoint(name.split(".")) else torch.float32
         if not isinstance(value, Scaled):
-            state[name] = value.to(dtype)
-        elif value.group or not _keep(model, name, value.numbers, value.rows(), dtype):
-            state[name] = value.plain(dtype)
+            state[name] = value.to(own)
+        elif value.group or not _keep(model, name, value.numbers, value.rows(), own):
+            state[name] = value.plain(own)
     if left_over := model.load_state_dict(state, strict=False, assign=True).unexpected_keys:
         raise ValueError(f"`{left_over[0]}` is no tensor of it")
 
@@ -168,37 +172,56 @@ def _keep(model: nn.Module, name: str, numbers: Tensor, rows: Tensor, dtype: tor
     return True
 
 
-def stored_parameters(found: Sniffed) -> int:
-    """How many parameters of a model's denoiser stay in one byte, as its file has them; from the header alone.
+def stored_parameters(found: Sniffed, given: str | None = None) -> dict[str, int]:
+    """How many parameters stay in one byte, as a model's file has them: of its denoiser ("") and each text encoder.
+
+    Args:
+        found: the model.
+        given: `model.text_encoder`; None: there is none, or it lies in the model's file.
 
     Raises:
-        ModelError: the file cannot be read.
+        ModelError: a file cannot be read.
     """
     path = Path(found.path)
-    return _stored_in(path) if found.kind == "file" and path.is_file() else 0  # there may be no file
+    here = found.kind == "file" and path.is_file()  # there may be no file
+    kept = {part: _numbers(path, names) for part, names in kept_parts(found, read_header(path)).items()} if here else {}
+    if given is not None and Path(given).is_file():
+        text = FAMILIES[found.family].encoders_of(found.variant)[0]
+        kept[text.name] = _numbers(Path(given), kept_names(Path(given), read_header(Path(given))))
+    return kept
 
 
-def stored_in_encoder(found: Sniffed, given: str | None) -> dict[str, int]:
-    """The same of the text encoder that `model.text_encoder` names, where that is a file."""
-    path = Path(given) if given is not None else None
-    if path is None or not path.is_file():
-        return {}
-    return {FAMILIES[found.family].encoders_of(found.variant)[0].name: _stored_in(path)}
-
-
-def _stored_in(path: Path) -> int:
+def _numbers(path: Path, names: set[str]) -> int:
     header = read_header(path)
-    return sum(math.prod(header.shapes[name]) for name in kept_names(path, header))
+    return sum(math.prod(header.shapes[name]) for name in names)
 
 
-def kept_names(path: Path, header: Header) -> set[str]:
+def encoders_inside(found: Sniffed) -> list[TextEncoder]:
+    """A checkpoint's text encoders that are read from its file and never trained."""
+    encoders = FAMILIES[found.family].encoders_of(found.variant)
+    here = [one for one in encoders if found.kind == "file" and one.prefixes and one.name not in found.missing]
+    return [one for one in here if one.quantizable]
+
+
+def kept_parts(found: Sniffed, header: Header) -> dict[str, set[str]]:
+    """Weights of a model's file that stay as they are stored: of its denoiser ("") and of each text encoder in it."""
+    path, encoders = Path(found.path), FAMILIES[found.family].encoders_of(found.variant)
+    apart = tuple(prefix for one in encoders for prefix in one.prefixes)  # adapters, which are widened
+    own = {name for name in kept_names(path, header) if not own_name(name).startswith(apart)}
+    return {"": own, **{one.name: kept_names(path, header, one.prefixes[0]) for one in encoders_inside(found)}}
+
+
+def kept_names(path: Path, header: Header, prefix: str = "") -> set[str]:
     """Weights of a file that stay as they are stored: of large layers, with a scale but not rotated, or plain fp8.
+
+    `prefix` as for `read_weights`.
 
     Raises:
         ModelError: see `understood.quantised_layers`.
     """
     rotated_too = {f"{name}.weight" for name, form in quantised_layers(path, header).items() if form.group}
-    scales = scaled_layers(header)
-    large = {name for name in scales if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}
-    large |= set(_plain_matrices(header, scales))
+    scales, names = scaled_layers(header), _names(header, prefix)
+    with_scale = names & scales.keys()
+    large = {name for name in with_scale if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}
+    large |= set(_plain_matrices(header, scales, names))
     return {name for name in large if name not in rotated_too and not name.endswith(TABLES)}

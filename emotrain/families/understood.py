@@ -55,6 +55,13 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
             "train on the epsilon or v-prediction version of the model",
         )
     facts = FAMILIES[family].file
+    clips = (prefix for one in FAMILIES[family].text_encoders if one.kind == "clip" for prefix in one.prefixes)
+    read = (*facts.vae_prefixes, *clips)
+    if apart := next((name for name in scaled_layers(header) if name.startswith(read)), None):
+        raise ModelError(
+            f"`{path}` holds a CLIP or VAE in scaled fp8 (`{apart}`), which emotrain does not read",
+            "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
+        )
     facts.check(path, {own_name(name): s for name, s in header.shapes.items()}, config)
     known = (*facts.heads, *PARTS)
     unknown = [name for name in names if not name.startswith(known) and not TABLES.fullmatch(name)]

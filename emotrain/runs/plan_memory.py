@@ -28,7 +28,7 @@ from emotrain.families.memory import (
 from emotrain.families.registry import configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import own_config
-from emotrain.families.stored import stored_in_encoder, stored_parameters
+from emotrain.families.stored import stored_parameters
 from emotrain.families.texts import encoder_parameters, quantizable_parameters, trainable_encoders
 from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
@@ -80,11 +80,11 @@ class Memory:
         )
         self.other = other
         self.trained = kept.num_trained
-        self.stored = stored_parameters(found)
-        self.other_stored = stored_parameters(other.found) if other else 0
+        stored = stored_parameters(found, preset.model.text_encoder)
+        self.stored = stored.get("", 0)
+        self.other_stored = stored_parameters(other.found).get("", 0) if other else 0
         self.state_bytes = state_bytes_per_number(preset)
         linear = quantizable_parameters(found)
-        stored = stored_in_encoder(found, preset.model.text_encoder)
         self.encoders = tuple(
             EncoderNeeds(name, count, linear.get(name, 0), stored.get(name, 0))
             for name, count in encoder_parameters(found).items()

@@ -24,8 +24,9 @@ from emotrain.families.ram import Ram
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
-from emotrain.families.stored import kept_names
+from emotrain.families.stored import kept_names, kept_parts
 from emotrain.families.texts import encoder_parameters
+from emotrain.families.understood import PARTS
 from emotrain.runs.activation_memory import num_parameters
 from emotrain.runs.plan_memory import Memory
 
@@ -119,14 +120,16 @@ def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: S
     whole: Counter[str] = Counter()  # bytes
     copied: Counter[str] = Counter()
     files = [*_files(found, model)]
+    apart = FAMILIES[found.family].separate_files  # what else lies in such a file is not read
     if other is not None:
         files += [("other", file) for part, file in _files(other, model) if part == "denoiser"]
     for part, path in files:
         header = read_header(path)
-        kept = kept_names(path, header)
+        kept = set().union(*kept_parts(found, header).values()) if part == "denoiser" else kept_names(path, header)
+        skipped = PARTS if part == "other" or (part == "denoiser" and apart) else LEFT_OUT
         for name, shape in header.shapes.items():
             own, stored, count = own_name(name), header.dtypes[name], math.prod(shape)
-            if stored not in WEIGHTS or own.startswith(LEFT_OUT):
+            if stored not in WEIGHTS or own.startswith(skipped):
                 continue
             of = "vae" if own.startswith(VAE) else "text" if own.startswith(TEXTS) else part
             wanted = torch.float32 if of == "vae" else dtype

@@ -28,16 +28,22 @@ from torch import Tensor
 from emotrain.batch import Conditioning
 from emotrain.cli.app import main
 from emotrain.config.load import load_preset
+from emotrain.config.schema import ModelSection
 from emotrain.errors import ModelError
 from emotrain.families import quantize
+from emotrain.families.encoder_file import build_encoder
+from emotrain.families.fitting import refuse_misfit_file
 from emotrain.families.headers import read_header
 from emotrain.families.kept import KeptBase
-from emotrain.families.loading import load_family
+from emotrain.families.loading import DTYPES, load_family
+from emotrain.families.memory import GIB
+from emotrain.families.registry import FAMILIES, encoder_configs
 from emotrain.families.single import as_published
-from emotrain.families.stored import kept_names
+from emotrain.families.stored import kept_names, stored_parameters
 from emotrain.families.table import sniff
 from emotrain.lora.adapter import add_adapter
 from emotrain.runs.plan import make_plan
+from emotrain.runs.plan_ram import weights_of
 
 FLOW_TOP = {
     "time_text_embed.timestep_embedder.linear_1": ("t_embedder.mlp.0", "time_in.in_layer"),
@@ -154,12 +160,15 @@ def flux_tensors(model: Any) -> dict[str, Tensor]:
     return todo.done()
 
 
+T5 = "text_encoders.t5xxl.transformer."
+
+
 def t5_tensors(t5: Any, tied: bool = False) -> dict[str, Tensor]:
     """As the T5's shared files have them, with or without the second name of its word embeddings."""
     state = {name: value for name, value in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
     if tied:
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    return {f"text_encoders.t5xxl.transformer.{name}": value for name, value in state.items()}
+    return {f"{T5}{name}": value for name, value in state.items()}
 
 
 def clips(parts: dict[str, Any]) -> dict[str, Tensor]:
@@ -255,6 +264,90 @@ def test_an_fp8_file_is_kept_as_it_is_also_where_its_layers_are_pieces_or_swappe
     numbers = sum(p.numel() for p in families[0].denoiser.parameters() if p.dtype == torch.float8_e4m3fn)
     file = tmp_path / "stored.safetensors"
     assert numbers == sum(math.prod(read_header(file).shapes[name]) for name in kept_names(file, read_header(file)))
+
+
+@pytest.mark.parametrize(
+    ("store", "dtype"),
+    [(in_scaled_fp8, "bf16"), (in_plain_fp8, "bf16"), (in_plain_fp8, "fp16")],
+)
+def test_a_t5_in_a_checkpoint_stays_in_8_bits_as_one_in_a_file_of_its_own(
+    store: Any, dtype: str, tmp_path: Path, tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `sd3.5_large_fp8_scaled` and `flux1-dev-fp8`; in float16 what a T5 adds to its tokens would overflow."""
+    monkeypatch.setattr(quantize, "SMALLEST", 32)
+    parts, families = sd3_parts(tokenizers), []
+    for name, tensors in zip(("stored", "plain"), store(t5_tensors(parts["text_encoder_3"])), strict=True):
+        texts = {**clips(parts), **tensors, "text_encoders.t5xxl.logit_scale": torch.ones(())}
+        path = write(tmp_path / f"{name}.safetensors", parts, sd3_tensors(parts["transformer"]), texts)
+        families.append(load_family(str(path), device="cpu", dtype=dtype))
+        if name == "stored":
+            save_file({key.removeprefix(T5): value for key, value in tensors.items()}, tmp_path / "t5.safetensors")
+    ours, theirs = families
+    t5 = ours.text_encoders[2].encoder
+    assert same_weights(t5, theirs.text_encoders[2].encoder) == 2 * 7
+    assert {layer.wo.layer.plain_dtype for layer in t5.modules() if hasattr(layer, "wo")} == {
+        torch.float32 if dtype == "fp16" else DTYPES[dtype]
+    }
+    words = parts["text_encoder_3"].config.to_dict()
+    spec = FAMILIES["sd3"].encoder("text_encoder_3")
+    apart = build_encoder(tmp_path / "t5.safetensors", spec, "T5EncoderModel", words, DTYPES[dtype])
+    same(t5, apart)
+    assert ours.text_identity() == theirs.text_identity()
+    found = sniff(str(tmp_path / "stored.safetensors"))
+    refuse_misfit_file(found)
+    eights = [one.weight.numel() for one in t5.modules() if isinstance(one, quantize.RoundedLinear)]
+    assert stored_parameters(found) == {"": 0, "text_encoder_3": sum(eights)}
+    counted = weights_of(found, ModelSection(base=str(found.path)), DTYPES[dtype])
+    if dtype == "bf16":
+        held = [p for part in ours.text_encoders for p in part.encoder.parameters() if p.element_size() > 1]
+        assert counted.copied["text"] * GIB == pytest.approx(sum(p.nbytes for p in held), rel=0.01)
+    with_t5 = ours.encode_texts(["tiger"])
+    assert all(torch.equal(value, with_t5[key]) for key, value in theirs.encode_texts(["tiger"]).items())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_layer_of_t5_xxl_in_a_checkpoint_takes_a_byte_a_number(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    words = {**encoder_configs("flux", "flux1-dev")["text_encoder_2"][1], "num_layers": 1, "vocab_size": 100}
+    with torch.device("meta"):
+        plain = T5EncoderModel(T5Config(**words))
+    plain = patterned(plain.to(torch.bfloat16).to_empty(device="cpu").eval())
+    plain.set_input_embeddings(plain.get_input_embeddings())  # `to_empty` makes two tables of one
+    for parameter in plain.parameters():
+        parameter.copy_(parameter.to(torch.float8_e4m3fn))
+    tensors = {key: value.to(torch.float8_e4m3fn) for key, value in t5_tensors(plain).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    spec = FAMILIES["flux"].encoder("text_encoder_2")
+    read = build_encoder(
+        tmp_path / "model.safetensors", spec, "T5EncoderModel", words, torch.float32, inside=True
+    )  # in float32: products of the CPU in bf16 take long
+    assert same_weights(read, plain.float()) == 7
+    numbers = sum(p.numel() for p in read.parameters())
+    assert sum(p.nbytes for p in read.parameters()) < 1.01 * numbers > 190e6
+    ids = torch.tensor([[5, 3, 7, 1]])
+    assert torch.equal(read(ids).last_hidden_state, plain(ids).last_hidden_state)
+
+
+def test_a_t5_with_a_tensor_that_it_does_not_have_is_refused_by_check_too(
+    tmp_path: Path, tokenizers: dict[str, Any]
+) -> None:
+    parts = sd3_parts(tokenizers)
+    t5 = t5_tensors(parts["text_encoder_3"]) | {f"{T5}encoder.block.9.layer.0.layer_norm.weight": torch.ones(4)}
+    path = write(tmp_path / "model.safetensors", parts, sd3_tensors(parts["transformer"]), clips(parts), t5)
+    with pytest.raises(ModelError, match="has 1 tensors that its text_encoder_3 does not have"):
+        refuse_misfit_file(sniff(str(path)))
+    with pytest.raises(ModelError, match="is no tensor of it"):
+        load_family(str(path), device="cpu")
+
+
+def test_a_clip_in_scaled_fp8_is_refused(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
+    parts = sd3_parts(tokenizers)
+    texts = in_scaled_fp8(clips(parts))[0]
+    path = write(tmp_path / "model.safetensors", parts, sd3_tensors(parts["transformer"]), texts)
+    with pytest.raises(ModelError, match="holds a CLIP or VAE in scaled fp8"):
+        sniff(str(path))
 
 
 def test_an_sd3_file_without_the_t5_goes_without_it(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
@@ -380,8 +473,8 @@ def test_flux_in_fp8_stays_so_at_its_real_width_from_the_file_to_two_steps(
     stored = load_family("stored.safetensors", device="cpu", dtype="fp32")
     large = [one for one in plain.modules() if type(one) is torch.nn.Linear and min(one.weight.shape) > 256]
     assert same_weights(stored.denoiser, plain) == len(large) > 20
-    state = stored.text_encoders[1].encoder.state_dict()  # the file's T5 is widened
-    assert all(torch.equal(state[key.removeprefix("text_encoders.t5xxl.transformer.")], t5[key].float()) for key in t5)
+    state = stored.text_encoders[1].encoder.state_dict()  # whose layers are too small to be kept
+    assert all(torch.equal(state[key.removeprefix(T5)], t5[key].float()) for key in t5)
     numbers = sum(one.weight.numel() for one in large)
     rest = sum(p.numel() for p in plain.parameters()) - numbers
     Path("p.yaml").write_text(PRESET, encoding="utf-8")
