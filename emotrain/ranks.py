@@ -20,10 +20,11 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from emotrain import errors
-from emotrain.errors import EmotrainError, Problem, ResourceError
+from emotrain import __version__, errors
+from emotrain.errors import ConfigError, EmotrainError, Problem, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,9 @@ class JoinedRanks(Ranks):
         place = f"{environment.get('TORCHELASTIC_RUN_ID')}/{socket.gethostname()}/{os.getppid()}"
         own = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.launch = tuple(sorted(set(self.meet(own))))
+        versions = self.meet(version())
         with self.together():
+            refuse_other_versions(versions)
             if torch.cuda.is_available() and not on_gpu:
                 count, number = torch.cuda.device_count(), self.local_rank + 1
                 raise ResourceError(
@@ -279,6 +282,31 @@ class JoinedRanks(Ranks):
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher has started this process as one of several."""
     return all(key in environment for key in _ENVIRONMENT) and int(environment["WORLD_SIZE"]) > 1
+
+
+def version() -> str:
+    """Of emotrain, with a digest of its source: between two releases a number says little."""
+    whole = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted(here.rglob("*.py"), key=lambda path: path.relative_to(here).as_posix()):
+        whole.update(path.relative_to(here).as_posix().encode() + path.read_bytes().replace(b"\r\n", b"\n"))
+    return f"{__version__} (source {whole.hexdigest()[:8]})"
+
+
+def refuse_other_versions(versions: Sequence[str]) -> None:
+    """Refuse to add up the gradients of programs that may compute them in other ways.
+
+    Args:
+        versions: of every process, in the order of their ranks.
+
+    Raises:
+        ConfigError: with those that differ from rank 0.
+    """
+    other = [(rank, one) for rank, one in enumerate(versions) if one != versions[0]]
+    problems = [Problem(f"rank {rank} is emotrain {one}, and rank 0 is {versions[0]}") for rank, one in other]
+    if problems:
+        problems[-1] = Problem(problems[-1].message, "install the same version on every machine")
+        raise ConfigError(problems[0].message, problems[0].hint, problems=tuple(problems))
 
 
 def join() -> Ranks:

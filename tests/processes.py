@@ -45,15 +45,22 @@ def _in_child(work: Callable[[Ranks], Any], rank: int, world: int, port: int, re
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     os.environ.update(environment)
-    ranks = JoinedRanks(environment)
+    try:
+        ranks = JoinedRanks(environment)
+    except EmotrainError as error:
+        result.put(_shown(error))
+        os._exit(0)
     try:
         value = work(ranks)
     except EmotrainError as error:
-        kind = type(error).__name__
-        value = (kind, int(error.exit_code), [one.message for one in error.problems], error.is_silent)
+        value = _shown(error)
         if error.of_rank is None:
             result.put(value)
             os._exit(0)
     ranks.close()
     assert ranks_module.leave(0) == 0
     result.put(value)
+
+
+def _shown(error: EmotrainError) -> Any:
+    return type(error).__name__, int(error.exit_code), [one.message for one in error.problems], error.is_silent

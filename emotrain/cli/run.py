@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,7 +114,6 @@ def _queue(
     loaded: Sequence[LoadedPreset], runs_dir: Path, plain: bool, as_json: bool, fail_fast: bool, ranks: Ranks
 ) -> list[int]:
     """Run one after another; the exit codes of those that were begun."""
-    from emotrain.cli.app import guarded
     from emotrain.families.kept import WORDS, KeptBase
 
     def work(one: LoadedPreset) -> int:
@@ -131,13 +131,36 @@ def _queue(
     for number, one in enumerate(loaded, 1):
         kept.next = tuple(getattr(after.preset.model, word) for after in loaded[number : number + 1] for word in WORDS)
         tell(f"run {number} of {len(loaded)}: {one.preset.name}")
-        codes.append(guarded(lambda one=one: work(one), as_json=as_json))  # type: ignore[misc]
+        codes.append(_code_of(partial(work, one), as_json, ranks))
         _free()
         if codes[-1] in ENDED_BY_HAND or (fail_fast and codes[-1]):
             break
     rest = [one.preset.name for one in loaded[len(codes) :]]
     tell(f"{codes.count(0)} of {len(loaded)} runs ended well" + (f"; not begun: {', '.join(rest)}" if rest else ""))
     return codes
+
+
+def _code_of(work: Callable[[], int], as_json: bool, ranks: Ranks) -> int:
+    """The exit code of one of several runs, its failure told.
+
+    Raises:
+        BaseException: this process alone failed: the others wait for it in that run, and will not be at the next.
+    """
+    from emotrain.cli.app import guarded
+
+    if ranks.world == 1:
+        return guarded(work, as_json=as_json)
+    try:
+        return work()
+    except EmotrainError as failure:
+        if failure.of_rank is None:
+            raise
+        shared = failure
+
+    def fail() -> int:
+        raise shared
+
+    return guarded(fail, as_json=as_json)
 
 
 def _warn(loaded: Sequence[LoadedPreset], runs_dir: Path) -> None:

@@ -106,11 +106,15 @@ class StockOptimizer:
         if not inner.param_groups[0].get("train_mode"):
             yield
             return
+        params = [p for group in inner.param_groups for p in group["params"]]
+        trained = [p.detach().clone() for p in params]  # `train` comes back to them by rounding alone
         inner.eval()
         try:
             yield
         finally:
             inner.train()
+            with torch.no_grad():
+                torch._foreach_copy_(params, trained)
 
     def _lr(self) -> float:
         group = self.inner.param_groups[0]

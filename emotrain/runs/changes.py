@@ -105,12 +105,24 @@ def refuse_apart(documents: Sequence[Mapping[str, Any]]) -> None:
 
 def library_changes(before: Mapping[str, Any], after: Mapping[str, str]) -> str | None:
     """The libraries that are of another version than at the run's start, in one line; None where all are the same."""
-    changed = [
-        f"{name} {before[name]} -> {version}" for name, version in after.items() if before.get(name, version) != version
-    ]
+    changed = _other(before, after)
     if not changed:
         return None
     return f"other libraries than at the start ({', '.join(changed)}): the run goes on, but is no longer bit-identical"
+
+
+def libraries_apart(versions: Sequence[Mapping[str, str]]) -> list[str]:
+    """The processes that compute with other libraries than rank 0, a line each."""
+    return [
+        f"rank {rank} has other libraries than rank 0 ({', '.join(other)}): they may compute in another way"
+        for rank, one in enumerate(versions)
+        if (other := _other(versions[0], one))
+    ]
+
+
+def _other(before: Mapping[str, Any], after: Mapping[str, str]) -> list[str]:
+    pairs = ((name, before.get(name, version), version) for name, version in after.items())
+    return [f"{name} {was} -> {version}" for name, was, version in pairs if was != version]
 
 
 def memory_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str | None:

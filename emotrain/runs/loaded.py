@@ -24,6 +24,7 @@ from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import adapters, build, changes, parents, sample_base
 from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.draw import Sampler
+from emotrain.runs.folder import library_versions
 from emotrain.runs.likeness import Likeness, build_likeness
 from emotrain.runs.plan import plan_run
 from emotrain.runs.plan_ram import RamPlan, room
@@ -123,6 +124,8 @@ def load(
     """
     rng.deterministic_kernels(preset.train.deterministic is True)
     rng.seed_all(preset.train.seed)
+    for line in changes.libraries_apart(ranks.meet(library_versions())):
+        notify(Notice(line))
     found = build.sniffed(preset)
     settings = build.loader_settings(preset, found)
     pictures = read_the_same(preset, known, ranks)

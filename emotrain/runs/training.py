@@ -63,18 +63,23 @@ class Outputs:
         Raises:
             ResourceError: the processes of the run have other weights.
         """
+        refuse_other_weights(self.loaded, state.step)
+        with self.loaded.ranks.together():
+            if self.store is not None:
+                self._commit(self.store, state)
+            self.loaded.ranks.meet(None)
+
+    def _commit(self, store: CheckpointStore, state: TrainState) -> None:
+        """The files of `save`."""
         loaded, notify = self.loaded, self.observers.notify
-        refuse_other_weights(loaded, state.step)
-        if self.store is None:
-            return
         notify(Phase("saving", 0, 1))
         tensors, documents = capture(state, loaded.model.adapter, loaded.optimizer, loaded.stop_rule, self.expected)
         documents["identity"] = loaded.identity.to_document()
         best = state.best_step is not None and state.best_step == state.step
         sync(self.logs, notify)  # ahead of the commit: no power cut leaves a checkpoint without its logs
         try:
-            keep = loaded.stop_rule.around_signals([*self.store.steps(), state.step])
-            path = self.store.save(state.step, tensors, documents, best=best, keep=keep)
+            keep = loaded.stop_rule.around_signals([*store.steps(), state.step])
+            path = store.save(state.step, tensors, documents, best=best, keep=keep)
             notify(Saved(state.step, path, best))
         except ResourceError as error:
             notify(Notice(f"{error.message}; the run goes on"))
@@ -188,6 +193,7 @@ def loop_parts(
 def limits(loaded: Loaded, state: TrainState) -> Limits:
     """The numbers of the loop."""
     preset = loaded.preset
+    every, at_start = loaded.ranks.told((preset.sample.every, preset.sample.at_start))  # each process may have its own
     return Limits(
         max_steps=preset.train.max_steps,
         gradient_accumulation_steps=state.micro_batches,
@@ -195,8 +201,8 @@ def limits(loaded: Loaded, state: TrainState) -> Limits:
         seed=preset.train.seed,
         validate_every=build.validate_every(preset, len(loaded.pictures.held_out), state.micro_batches),
         save_every=preset.save.every,
-        sample_every=preset.sample.every,
-        sample_at_start=preset.sample.at_start,
+        sample_every=every,
+        sample_at_start=at_start,
         tell_ready=preset.train.optimizer.notify,
     )
 

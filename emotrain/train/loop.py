@@ -310,11 +310,12 @@ def recover(parts: Parts, state: TrainState) -> bool:
 
 
 def run_sample(parts: Parts, step: int) -> None:
-    """Draw the samples with the weights that the optimizer means."""
+    """Draw the samples with the weights that the optimizer means; of several processes one draws."""
     if parts.graphs is not None:
         parts.graphs.drop()  # a picture takes memory, and drawing it much longer than recording them again
-    with parts.optimizer.eval_mode():
+    with parts.ranks.together(), parts.optimizer.eval_mode():
         parts.sample(step)
+        parts.ranks.meet(None)
 
 
 def _validate(parts: Parts, limits: Limits, validation: Validation, state: TrainState) -> None:

@@ -13,10 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from emotrain.cli import run as run_module
 from emotrain.cli.app import main
 from emotrain.cli.training import tell_command
 from emotrain.config.load import load
 from emotrain.errors import ExitCode, ResourceError
+from emotrain.ranks import Ranks
 
 TINY = """
 extends: quickstart
@@ -122,6 +124,26 @@ def test_ctrl_c_stops_the_queue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr("emotrain.runs.start.run", interrupted)
     assert main(["run", preset("a"), preset("b")]) == 130
     assert "not begun: b" in capsys.readouterr().err
+
+
+def test_what_one_of_several_processes_alone_fails_at_ends_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it in the first run, and would take what it says in the second for that."""
+    ranks, begun = Ranks(), []
+    ranks.world, ranks.lead = 2, 1
+    shared, alone = ResourceError("full"), ResourceError("full")
+    shared.of_rank = shared.is_silent = True
+    failures = iter([shared, KeyError("a bug"), shared, alone])
+
+    def fail(one: Any, *_: Any) -> None:
+        begun.append(one.preset.name)
+        raise next(failures)
+
+    monkeypatch.setattr(run_module, "_one", fail)
+    loaded = [load(preset(name), (), name) for name in ("a", "b", "c")]
+    for kind in (KeyError, ResourceError):
+        with pytest.raises(kind):
+            run_module._queue(loaded, Path("runs"), True, False, False, ranks)
+    assert begun == ["a", "b", "a", "b"]
 
 
 def test_a_run_may_go_on_from_the_one_before_it() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sys
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_run import FakeData, Recorder, limits, make_parts
 from processes import together
 
+import emotrain
 from emotrain import ranks as ranks_module
 from emotrain.errors import ConfigError, DatasetError
-from emotrain.ranks import ALONE, JoinedRanks, LostRankError, Ranks, _token, is_launched
+from emotrain.ranks import (
+    ALONE,
+    JoinedRanks,
+    LostRankError,
+    Ranks,
+    _token,
+    is_launched,
+    refuse_other_versions,
+    version,
+)  # fmt: skip
 from emotrain.train.events import StepEnd, ValidationEnd
 from emotrain.train.loop import fit
 from emotrain.train.state import TrainState
@@ -71,6 +83,39 @@ def test_many_processes_give_the_numbers_of_one(world: int) -> None:
             assert [row[1] for row in mine] == [row[1] for row in theirs]
             assert [row[2] for row in mine] == pytest.approx([row[2] for row in theirs])
     assert all(other["weights"] == others[0]["weights"] for other in others)  # to the last bit
+
+
+def test_another_version_on_another_machine_is_refused_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "version", lambda: f"0.2.0 (source {os.environ.get('RANK')})")
+    errors = together(lambda ranks: None)
+    words = "rank 1 is emotrain 0.2.0 (source 1), and rank 0 is 0.2.0 (source 0)"
+    assert errors == [("ConfigError", 2, [words], False), ("ConfigError", 2, [words], True)]
+
+
+def test_the_version_tells_sources_apart() -> None:
+    assert version() == version()
+    assert re.fullmatch(rf"{re.escape(emotrain.__version__)} \(source [0-9a-f]{{8}}\)", version())
+    refuse_other_versions(["0.2.0 (source 0)"] * 3)
+
+
+def test_a_picture_that_one_process_cannot_draw_ends_the_run_in_all() -> None:
+    """The others wait for it, in place of taking the next step without it."""
+
+    def work(ranks: Ranks) -> Any:
+        parts = make_parts(Recorder(), data=FakeData(7, 2), ranks=ranks)
+        parts.validation.ranks = ranks
+
+        def draw(step: int) -> None:
+            if ranks.first and step:
+                raise DatasetError("no room for the picture")
+
+        fit(replace(parts, sample=draw), limits(sample_every=1), TrainState())
+
+    errors = together(work)
+    assert [(one[0], one[2], one[3]) for one in errors] == [
+        ("DatasetError", ["no room for the picture"], False),
+        ("DatasetError", ["no room for the picture"], True),
+    ]
 
 
 def test_a_process_without_a_share_of_the_step_takes_part() -> None:
