@@ -11,6 +11,7 @@ channels are much larger than the others, as in language models, the others are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 class RoundedLinear(nn.Linear):
     """A frozen Linear whose weights are int8 or float8 (e4m3) numbers times a float32 scale for each output.
 
-    `from_linear` rounds; `from_scaled` takes over weights that are stored like this already.
+    `from_linear` rounds; `from_scaled` takes over weights that are stored like this already. Where the inputs were
+    rotated before rounding (ConvRot), what comes in is rotated too.
     """
 
     scale: Tensor  # float32 [out, 1]
+    group: int  # inputs that were rotated together; 0 where none were
     plain_dtype: torch.dtype  # of the weights that the numbers stand for
 
     @classmethod
@@ -42,11 +45,13 @@ class RoundedLinear(nn.Linear):
         return cls.from_scaled(rounded, scale, layer.bias, layer.weight.dtype)
 
     @classmethod
-    def from_scaled(cls, weight: Tensor, scale: Tensor, bias: Tensor | None, plain_dtype: torch.dtype) -> RoundedLinear:
+    def from_scaled(
+        cls, weight: Tensor, scale: Tensor, bias: Tensor | None, plain_dtype: torch.dtype, group: int = 0
+    ) -> RoundedLinear:
         """Weights int8 or float8 [out, in], scale float32 broadcastable to [out, 1], bias [out] or None."""
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
-        made.plain_dtype = plain_dtype
+        made.plain_dtype, made.group = plain_dtype, group
         made.weight = nn.Parameter(weight, requires_grad=False)
         made.register_buffer("scale", scale.detach().float().reshape(-1, 1).expand(weight.shape[0], 1).contiguous())
         if bias is not None:
@@ -55,6 +60,7 @@ class RoundedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear's, in the dtype of `x`."""
+        x = rotated(x, self.group) if self.group else x
         y: Tensor = _Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -62,12 +68,15 @@ class RoundedLinear(nn.Linear):
         """The layer that this one stands for."""
         with torch.device("meta"):
             made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        weight = (self.weight.detach().float() * self.scale).to(self.plain_dtype)
+        weight = self.weight.detach().float() * self.scale
+        weight = (rotated(weight, self.group) if self.group else weight).to(self.plain_dtype)
         made.weight, made.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return made
 
     def sampled(self, stride: int) -> Tensor:
         """Each `stride`-th of the weights that the numbers stand for, row by row, [n]."""
+        if self.group:
+            return self.plain().weight.reshape(-1)[::stride]
         numbers = self.weight.detach().reshape(-1)[::stride].float()
         rows = torch.arange(0, self.weight.numel(), stride, device=numbers.device) // self.in_features
         return (numbers * self.scale[rows, 0]).to(self.plain_dtype)
@@ -94,6 +103,22 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         return (grad * scale.to(grad.dtype).t()) @ weight.to(grad.dtype), None, None
+
+
+def rotated(x: Tensor, group: int) -> Tensor:
+    """Weights [out, in] or inputs [..., in] times a Hadamard matrix on each `group` of the last: its own inverse."""
+    turned: Tensor = x.reshape(*x.shape[:-1], -1, group) @ _hadamard(group, x.device, x.dtype)
+    return turned.reshape(x.shape)
+
+
+@cache
+def _hadamard(group: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A Kronecker power of the regular Hadamard matrix of 4, as ComfyUI's ConvRot has it: [group, group]."""
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = torch.ones(1, 1)
+    while len(matrix) < group:
+        matrix = torch.kron(matrix, four)
+    return matrix.to(device, dtype)
 
 
 class WithoutWeight(nn.Module):

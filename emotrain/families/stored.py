@@ -2,8 +2,7 @@
 
 A denoiser, and a T5 or language model in a file of its own or in a checkpoint, keep the large Linear layers as they are
 stored (`quantize.RoundedLinear`): to the bit the weights that the numbers stand for, in half the memory. Whatever else
-has scales is multiplied by them while it is read: small layers, convolutions, tables, and layers whose inputs were
-rotated before rounding (ConvRot).
+has scales is multiplied by them while it is read: small layers, convolutions and tables.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from emotrain.families.headers import Header, own_name, read_header
-from emotrain.families.quantize import RoundedLinear, is_large, put
+from emotrain.families.quantize import RoundedLinear, is_large, put, rotated
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.spec import TextEncoder
@@ -43,6 +42,10 @@ class Scaled:
         scale = self.scale.float()
         beside = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (self.numbers.ndim - 1))
         return beside.expand(self.numbers.shape)
+
+    def groups(self) -> Tensor:
+        """The group of each number, likewise."""
+        return torch.tensor(float(self.group)).expand(self.numbers.shape)
 
     def plain(self, dtype: torch.dtype) -> Tensor:
         """The weight that is meant."""
@@ -84,19 +87,6 @@ def _plain_matrices(header: Header, scales: Mapping[str, str], names: set[str]) 
     return [name for name in found if len(header.shapes[name]) == 2 and is_large(header.shapes[name])]
 
 
-def rotated(weight: Tensor, group: int) -> Tensor:
-    """A weight [out, in] times a Hadamard matrix on each `group` inputs: its own inverse, a rotation and back.
-
-    The regular Hadamard matrix of 4 and its Kronecker powers, as ComfyUI's ConvRot has it.
-    """
-    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-    matrix = torch.ones(1, 1)
-    while len(matrix) < group:
-        matrix = torch.kron(matrix, four)
-    turned: Tensor = weight.reshape(len(weight), -1, group) @ matrix.to(weight)
-    return turned.reshape(weight.shape)
-
-
 def build_stored(
     cls: Any, config: Mapping[str, Any], plain: Mapping[str, Tensor], scaled: Mapping[str, Scaled], dtype: torch.dtype
 ) -> nn.Module:
@@ -119,17 +109,19 @@ def build_stored(
         model: nn.Module = cls.from_config(dict(config))
     nn.Module.to(model, dtype)  # as diffusers does: tables too
     convert = partial(SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"], config=dict(config))
-    whole = {name: weight.plain(dtype) for name, weight in scaled.items() if weight.group}
-    kept = {name: weight for name, weight in scaled.items() if not weight.group}
-    # New names and pieces come about by the same way for the numbers and for the scale of each number.
-    numbers = convert(checkpoint={**plain, **whole, **{name: weight.numbers for name, weight in kept.items()}})
-    rows = convert(checkpoint={**plain, **whole, **{name: weight.rows() for name, weight in kept.items()}})
+    # New names and pieces come about by the same way for the numbers and for what is said of each number.
+    numbers, rows, groups = (
+        convert(checkpoint={**plain, **{name: part(weight) for name, weight in scaled.items()}})
+        for part in (lambda weight: weight.numbers, Scaled.rows, Scaled.groups)
+    )
     state = {}
     for name, value in numbers.items():
         if value.dtype == rows[name].dtype:
             state[name] = value.to(dtype)
-        elif not _keep(model, name, value, rows[name], dtype):
-            state[name] = (value.float() * rows[name]).to(dtype)
+        else:
+            weight = Scaled(value, rows[name].reshape(len(value), -1)[:, 0], int(groups[name].flatten()[0]))
+            if not _keep(model, name, weight, dtype):
+                state[name] = weight.plain(dtype)
     model.load_state_dict(state, strict=False, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -152,14 +144,15 @@ def load_stored(model: nn.Module, tensors: Mapping[str, Tensor | Scaled], dtype:
         own = dtype if wide.isdisjoint(name.split(".")) else torch.float32
         if not isinstance(value, Scaled):
             state[name] = value.to(own)
-        elif value.group or not _keep(model, name, value.numbers, value.rows(), own):
+        elif not _keep(model, name, value, own):
             state[name] = value.plain(own)
     if left_over := model.load_state_dict(state, strict=False, assign=True).unexpected_keys:
         raise ValueError(f"`{left_over[0]}` is no tensor of it")
 
 
-def _keep(model: nn.Module, name: str, numbers: Tensor, rows: Tensor, dtype: torch.dtype) -> bool:
+def _keep(model: nn.Module, name: str, weight: Scaled, dtype: torch.dtype) -> bool:
     """Put stored numbers into the model as they are, where they are a large Linear's."""
+    numbers = weight.numbers
     path, _, last = name.rpartition(".")
     above, _, own = path.rpartition(".")
     parent = model.get_submodule(above)
@@ -168,7 +161,7 @@ def _keep(model: nn.Module, name: str, numbers: Tensor, rows: Tensor, dtype: tor
         return False
     if layer.weight.shape != numbers.shape:
         raise ValueError(f"`{name}` has {tuple(numbers.shape)}, and the config {tuple(layer.weight.shape)}")
-    put(parent, own, RoundedLinear.from_scaled(numbers, rows[:, :1], layer.bias, dtype))
+    put(parent, own, RoundedLinear.from_scaled(numbers, weight.rows()[:, :1], layer.bias, dtype, weight.group))
     return True
 
 
@@ -187,7 +180,7 @@ def stored_parameters(found: Sniffed, given: str | None = None) -> dict[str, int
     kept = {part: _numbers(path, names) for part, names in kept_parts(found, read_header(path)).items()} if here else {}
     if given is not None and Path(given).is_file():
         text = FAMILIES[found.family].encoders_of(found.variant)[0]
-        kept[text.name] = _numbers(Path(given), kept_names(Path(given), read_header(Path(given))))
+        kept[text.name] = _numbers(Path(given), kept_names(read_header(Path(given))))
     return kept
 
 
@@ -205,23 +198,17 @@ def encoders_inside(found: Sniffed) -> list[TextEncoder]:
 
 def kept_parts(found: Sniffed, header: Header) -> dict[str, set[str]]:
     """Weights of a model's file that stay as they are stored: of its denoiser ("") and of each text encoder in it."""
-    path, encoders = Path(found.path), FAMILIES[found.family].encoders_of(found.variant)
+    encoders = FAMILIES[found.family].encoders_of(found.variant)
     apart = tuple(prefix for one in encoders for prefix in one.prefixes)  # adapters, which are widened
-    own = {name for name in kept_names(path, header) if not own_name(name).startswith(apart)}
-    return {"": own, **{one.name: kept_names(path, header, one.prefixes[0]) for one in encoders_inside(found)}}
+    own = {name for name in kept_names(header) if not own_name(name).startswith(apart)}
+    return {"": own, **{one.name: kept_names(header, one.prefixes[0]) for one in encoders_inside(found)}}
 
 
-def kept_names(path: Path, header: Header, prefix: str = "") -> set[str]:
-    """Weights of a file that stay as they are stored: of large layers, with a scale but not rotated, or plain fp8.
+def kept_names(header: Header, prefix: str = "") -> set[str]:
+    """Weights of a file that stay as they are stored: of large layers, with a scale or in plain fp8.
 
     `prefix` as for `read_weights`.
-
-    Raises:
-        ModelError: see `understood.quantised_layers`.
     """
-    rotated_too = {f"{name}.weight" for name, form in quantised_layers(path, header).items() if form.group}
     scales, names = scaled_layers(header), _names(header, prefix)
-    with_scale = names & scales.keys()
-    large = {name for name in with_scale if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}
-    large |= set(_plain_matrices(header, scales, names))
-    return {name for name in large if name not in rotated_too and not name.endswith(TABLES)}
+    large = {name for name in names & scales.keys() if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}
+    return {name for name in large.union(_plain_matrices(header, scales, names)) if not name.endswith(TABLES)}

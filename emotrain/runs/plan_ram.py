@@ -125,7 +125,7 @@ def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: S
         files += [("other", file) for part, file in _files(other, model) if part == "denoiser"]
     for part, path in files:
         header = read_header(path)
-        kept = set().union(*kept_parts(found, header).values()) if part == "denoiser" else kept_names(path, header)
+        kept = set().union(*kept_parts(found, header).values()) if part == "denoiser" else kept_names(header)
         skipped = PARTS if part == "other" or (part == "denoiser" and apart) else LEFT_OUT
         for name, shape in header.shapes.items():
             own, stored, count = own_name(name), header.dtypes[name], math.prod(shape)

@@ -19,18 +19,21 @@ from safetensors.torch import load_file, save_file
 
 from emotrain.batch import Conditioning
 from emotrain.cli.app import main
+from emotrain.config.schema import ModelSection
 from emotrain.diffusion import shift_for
 from emotrain.errors import ModelError
 from emotrain.families import quantize
 from emotrain.families.common import DrawRequest
 from emotrain.families.flux.model import unpack
 from emotrain.families.loading import family_class, load_family
-from emotrain.families.quantize import RoundedLinear
+from emotrain.families.memory import GIB
+from emotrain.families.quantize import RoundedLinear, make_plain
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sampling import draw_sample
 from emotrain.families.separate import diffusers_vae, refuse_other_encoder, without_upper_layers
 from emotrain.families.stored import stored_parameters
 from emotrain.families.table import sniff
+from emotrain.runs.plan_ram import weights_of
 
 KINDS = ["zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma"]
 PROCESSORS = {"flux2-dev": "PixtralProcessor"}  # what the public folder calls its tokenizer
@@ -334,22 +337,39 @@ def rounded_to_int8(tensors: dict[str, torch.Tensor], group: int, said: dict[str
 
 
 @pytest.mark.parametrize("group", [0, 16], ids=["rows", "convrot"])
-def test_int8_files_of_comfyui_are_read_with_their_scales_and_rotation(
-    separable: tuple[str, Any, Path], group: int, tmp_path: Path
+def test_int8_files_of_comfyui_are_kept_with_their_scales_and_rotation(
+    separable: tuple[str, Any, Path], group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind, pipeline, _ = separable
+    kind, pipeline, folder = separable
+    monkeypatch.setattr(quantize, "SMALLEST", 32)
     files = separate_files(kind, pipeline, tmp_path / "comfy")
     said = {"format": "int8_tensorwise", **({"convrot": True, "convrot_groupsize": group} if group else {})}
     for name in ("denoiser", "text_encoder"):
         save_file(rounded_to_int8(load_file(files[name]), group, said), files[name])
     words = {name: str(files[name]) for name in ("vae", "text_encoder", "tokenizer")}
     family = load_family(str(files["denoiser"]), device="cpu", **words)
-    for ours, theirs in ((family.denoiser, pipeline.transformer), (family.text_encoders[0].encoder, None)):
+    in_eights = stored_parameters(sniff(files["denoiser"]), words["text_encoder"])
+    counted = weights_of(sniff(files["denoiser"]), ModelSection(base=str(files["denoiser"]), **words), torch.float32)
+    held = 0
+    for part, ours, theirs in (
+        ("", family.denoiser, pipeline.transformer), ("text_encoder", family.text_encoders[0].encoder, None)
+    ):  # fmt: skip
+        kept = [one for one in ours.modules() if isinstance(one, RoundedLinear)]
+        assert sum(one.weight.numel() for one in kept) == in_eights[part] > 10_000
+        assert {one.group for one in kept} == {group}
+        held += sum(p.nbytes for p in ours.parameters())
+        make_plain(ours)
         original = (theirs or text_model(pipeline)).state_dict()
         for key, value in ours.state_dict().items():
             if value.ndim == 2 and value.numel() > 100:
                 most = original[key].abs().amax(dim=1, keepdim=True) * (group or 1) ** 0.5
                 assert bool(((value - original[key]).abs() <= most / 100 + 1e-6).all()), key
+    held += sum(p.nbytes for p in family.vae.parameters())
+    assert counted.whole * GIB == pytest.approx(held, rel=0.1)  # layers above those that are read too, and scales
+    whole = load_family(str(folder), device="cpu").encode_texts(PROMPTS)["prompt_embeds"]
+    family = load_family(str(files["denoiser"]), device="cpu", **words)
+    given = family.encode_texts(PROMPTS)["prompt_embeds"]
+    assert 0 < (given - whole).norm() < 0.1 * whole.norm()
     for other in ({**said, "format": "nvfp4"}, {**said, "convrot": True, "convrot_groupsize": 8}):
         save_file(
             rounded_to_int8(

@@ -108,6 +108,24 @@ def test_weights_that_are_stored_scaled_are_taken_over_as_they_are() -> None:
     torch.testing.assert_close(layer(x), x @ (weight.float() * 0.25).t(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("group", [4, 64])
+def test_a_layer_whose_inputs_were_rotated_before_rounding_is_the_plain_one_with_its_gradients(group: int) -> None:
+    """By the definition of ConvRot, written out: y = (x R) (scale W)^T, R = H on each group."""
+    numbers = torch.randint(-127, 128, (300, 320), dtype=torch.int8)
+    scale = torch.rand(300, 1) + 0.1
+    layer = RoundedLinear.from_scaled(numbers, scale, None, torch.float32, group)
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    turn = torch.block_diag(*[four if group == 4 else torch.kron(four, torch.kron(four, four))] * (320 // group))
+    wanted = (numbers.float() * scale) @ turn.t()
+    torch.testing.assert_close(layer.plain().weight, wanted, atol=1e-3, rtol=1e-4)
+    assert torch.equal(layer.sampled(7), layer.plain().weight.flatten()[::7])
+    x = torch.randn(2, 5, 320, requires_grad=True)
+    (given,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (expected,) = torch.autograd.grad((x @ wanted.t()).square().sum(), x)
+    for ours, theirs in ((layer(x), x @ wanted.t()), (given, expected)):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
 def stored(dtype: torch.dtype = torch.float8_e4m3fn) -> RoundedLinear:
     numbers = torch.randn(300, 280) * 40
     return RoundedLinear.from_scaled(numbers.to(dtype), torch.rand(300, 1) + 0.1, torch.randn(300), torch.bfloat16)

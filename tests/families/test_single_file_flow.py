@@ -263,7 +263,7 @@ def test_an_fp8_file_is_kept_as_it_is_also_where_its_layers_are_pieces_or_swappe
     assert kept > 20
     numbers = sum(p.numel() for p in families[0].denoiser.parameters() if p.dtype == torch.float8_e4m3fn)
     file = tmp_path / "stored.safetensors"
-    assert numbers == sum(math.prod(read_header(file).shapes[name]) for name in kept_names(file, read_header(file)))
+    assert numbers == sum(math.prod(read_header(file).shapes[name]) for name in kept_names(read_header(file)))
 
 
 @pytest.mark.parametrize(
