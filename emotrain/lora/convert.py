@@ -75,7 +75,7 @@ def merge_files(
         CheckpointError: `out` exists.
     """
     refuse_existing(out, overwrite)
-    loras = [(read_lora(path), weight) for path, weight in parts]
+    loras = [(read_lora(path, whole=rank is not None), weight) for path, weight in parts]
     merged = merge(loras, rank=rank)
     layout = layout_of(merged.family, format)
     tensors = file_tensors(merged.state, alphas=merged.alphas, family=merged.family, layout=layout, dtype="fp32")

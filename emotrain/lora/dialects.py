@@ -20,7 +20,7 @@ from emotrain.families.spec import Group
 from emotrain.lora import names
 from emotrain.lora.formats import halves_swap
 from emotrain.lora.fused import Pair, split, swap_halves
-from emotrain.lora.kron import Kron, from_file
+from emotrain.lora.kron import Kron, as_lora, from_file
 from emotrain.lora.origin import Place, detect_family, dotted, peft_alpha
 from emotrain.lora.targets import part_of
 
@@ -90,8 +90,16 @@ class Parsed:
     ignored: tuple[str, ...] = ()  # keys that no module belongs to; only where that was allowed
 
 
-def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_partial: bool = False) -> Parsed:
+def parse(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_partial: bool = False, whole: bool = False
+) -> Parsed:
     """Any known dialect -> canonical layout.
+
+    Args:
+        tensors: of the file.
+        metadata: its strings.
+        allow_partial: let unknown keys pass.
+        whole: take a LoKr of layers that are apart here for whole matrices, where no LoKr or LoRA is the same.
 
     Raises:
         ModelError: another kind of network, no known key at all, unknown keys (unless `allow_partial`), a half without
@@ -103,17 +111,18 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
         some = next(iter(tensors), "nothing")
         raise ModelError(f"no LoRA weights in it: {len(tensors)} tensors, none of a known name, such as `{some}`")
     scaled = set(alphas)
-    krons = _krons(halves, alphas)
+    krons, thin = _krons(halves, alphas)
     family = detect_family({**halves, **{place: _widths(kron) for place, kron in krons.items()}}, metadata)
     updates: dict[str, Pair | Kron] = {}
     notes: list[str] = []
-    missing = 0
+    missing = cut = 0
     for place, found in halves.items():
         group = _group(place, family)
         parts: Mapping[str, Pair | Kron] = {}
         if place in krons:
             missing += place not in scaled and not {"w1", "w2"} <= found.keys()  # two whole factors need none
-            parts = {} if group is None else _kron_parts(group, krons[place])
+            parts = {} if group is None else _kron_parts(group, krons[place], thin.get(place), whole=whole)
+            cut += any(isinstance(part, Pair) for part in parts.values())
         else:
             down, up = _both(place, found)
             alpha, stated = _alpha(place, alphas.pop(place, None), down, metadata)
@@ -126,6 +135,8 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, allow_p
     unknown += [f"{place.stem}.alpha" for place in alphas]
     if missing:
         notes.append(f"alpha is missing for {missing} of its modules: taken as their rank")
+    if cut:
+        notes.append(f"{cut} of its LoKrs lie across layers that are apart here: there they are LoRAs, exactly")
     _refuse_unmatched(unknown, len(updates), family, allow_partial)
     state = {key: value for path, part in updates.items() for key, value in part.named(path).items()}
     alphas_of = {path: part.alpha for path, part in updates.items()}
@@ -254,17 +265,22 @@ def _both(place: Place, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def _krons(halves: Mapping[Place, Mapping[str, Tensor]], alphas: dict[Place, Tensor]) -> dict[Place, Kron]:
-    """The LoKrs of a file; their alphas are taken out of `alphas`."""
-    made = {}
+def _krons(
+    halves: Mapping[Place, Mapping[str, Tensor]], alphas: dict[Place, Tensor]
+) -> tuple[dict[Place, Kron], dict[Place, tuple[Tensor, Tensor]]]:
+    """The LoKrs of a file, and the LoRAs (A, B) that some are exactly; their alphas are taken out of `alphas`."""
+    made, thin = {}, {}
     for place, found in halves.items():
         kinds = {"LoRA" if role in ("down", "up") else "LoKr" for role in found}
         if len(kinds) > 1:
             raise ModelError(f"`{place.stem}` is a LoRA and a LoKr at once")
         if kinds == {"LoKr"}:
-            alpha = alphas.pop(place, None)
-            made[place] = from_file(place.stem, found, None if alpha is None else _number(alpha))
-    return made
+            value = alphas.pop(place, None)
+            alpha = None if value is None else _number(value)
+            made[place] = from_file(place.stem, found, alpha)
+            if (pair := as_lora(found, alpha)) is not None:
+                thin[place] = pair
+    return made, thin
 
 
 def _widths(kron: Kron) -> dict[str, Tensor]:
@@ -276,23 +292,38 @@ def _widths(kron: Kron) -> dict[str, Tensor]:
     }
 
 
-def _kron_parts(group: Group, kron: Kron) -> dict[str, Kron]:
-    """The LoKrs of a place: of a joined layer those of its parts, where the cuts do not go through a block.
+def _kron_parts(
+    group: Group, kron: Kron, thin: tuple[Tensor, Tensor] | None, *, whole: bool
+) -> Mapping[str, Pair | Kron]:
+    """The updates of a place: of a joined layer those of its parts, LoKrs where no cut goes through a block.
+
+    Args:
+        group: of the place.
+        kron: its LoKr.
+        thin: A and B of the LoRA that it is exactly.
+        whole: take parts that are neither for whole matrices.
 
     Raises:
-        ModelError: they do.
+        ModelError: a cut goes through a block, and it is no LoRA.
     """
     out, inner, *_ = kron.shape
-    if len(group.parts) == 1:
-        swapped = kron.halves_swapped() if group.swaps and halves_swap(group.name, inner, out) else kron
-        parts = None if swapped is None else [swapped]
-    else:
-        parts = kron.rows(_rows(group, out, inner))
+    swaps = len(group.parts) == 1 and group.swaps and halves_swap(group.name, inner, out)
+    counts = [out // 2] * 2 if swaps else [out] if len(group.parts) == 1 else _rows(group, out, inner)
+    parts = kron.rows(counts)
+    if parts is None and thin is not None and 2 * len(thin[0]) <= min(inner, *counts):
+        return _unfused(group, Pair(*thin, float(len(thin[0]))))
+    if parts is None and whole:
+        unit = torch.ones(1, 1)
+        parts = [Kron(unit, rows.contiguous()) for rows in torch.split(kron.dense(), counts)]
     if parts is None:
+        into = "halves that are the other way round here" if swaps else f"{len(group.parts)} layers that are apart here"
         raise ModelError(
-            f"`{group.name}` is a LoKr across {len(group.parts)} layers of the model, which cannot be taken apart",
-            "use a LoKr or LoRA that was trained on the layers of diffusers",
+            f"`{group.name}` is a LoKr in blocks of {kron.w2.shape[0]} rows across {into}, which cut through a block",
+            "`emotrain lora merge FILE --rank 64 -o lora.safetensors` makes the nearest LoRA of it, and says its error",
         )
+    if swaps:
+        first, second = parts
+        parts = [kron.halves_swapped() or Kron(first.w1, torch.cat([second.w2, first.w2]))]
     return {path: _as_convolution(path, part) for path, part in zip(group.parts, parts, strict=True)}
 
 

@@ -143,12 +143,13 @@ def canonical(
     )
 
 
-def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
+def read_lora(path: Path | str, *, allow_partial: bool = False, whole: bool = False) -> LoraFile:
     """Read anyone's LoRA file.
 
     Args:
         path: a .safetensors file.
         allow_partial: let keys pass that belong to no module of the family; they are listed in `ignored`.
+        whole: see `dialects.parse`: such a file is large in memory.
 
     Raises:
         ModelError: missing, not safetensors, damaged, another kind of network, of no known family, or with weights that
@@ -167,7 +168,7 @@ def read_lora(path: Path | str, *, allow_partial: bool = False) -> LoraFile:
         bad = next((key for key, value in weights if not torch.isfinite(value).all()), None)
         if bad is not None:
             raise ModelError(f"`{bad}` has numbers that are not finite")
-        parsed = parse(wide, metadata, allow_partial=allow_partial)
+        parsed = parse(wide, metadata, allow_partial=allow_partial, whole=whole)
     except ModelError as error:
         message = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
         raise ModelError(message, error.hint) from error

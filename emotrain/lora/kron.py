@@ -18,6 +18,7 @@ from emotrain.errors import ModelError
 from emotrain.lora import names
 
 WIDEST = 2**17  # inputs or outputs of a layer
+LARGE = 1536  # side of a matrix of which not all singular values are worth their time
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Kron:
         vectors: two small SVDs say the largest of them.
         """
         u1, s1, v1 = torch.linalg.svd(self.w1.double(), full_matrices=False)
-        u2, s2, v2 = torch.linalg.svd(self.w2.double().flatten(1), full_matrices=False)
+        u2, s2, v2 = _largest(self.w2.double().flatten(1), rank)
         values = (s1[:, None] * s2[None, :]).flatten()
         order = torch.argsort(values, descending=True, stable=True)
         kept = order[:rank]
@@ -91,6 +92,17 @@ class Kron:
         """The first half of the output rows after the second; None where that is no LoKr."""
         halves = self.rows([self.shape[0] // 2] * 2)
         return None if halves is None else Kron(torch.cat([halves[1].w1, halves[0].w1]), self.w2)
+
+
+def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T of a matrix; of a large one about the `rank` largest alone (Halko et al. 2011, arXiv:0909.4061)."""
+    if min(matrix.shape) < max(LARGE, 4 * rank):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, v
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(matrix, q=rank + 8, niter=4)
+    return u, s, v.T
 
 
 def sizes(features: int, factor: int) -> tuple[int, int]:
@@ -143,6 +155,27 @@ def from_file(stem: str, found: Mapping[str, Tensor], alpha: float | None) -> Kr
             raise ModelError(f"alpha of `{stem}` is {alpha}")
         w2 = w2 * (alpha / rank)
     return krons({stem + names.W1: w1, stem + names.W2: w2})[stem]
+
+
+def as_lora(found: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor] | None:
+    """The LoRA that a LoKr is exactly, where w2 is a product: A and B, of strength 1; None where it is none.
+
+    w1 (x) (a b) = (1 (x) a) (w1 (x) b) = (w1 (x) a) (1 (x) b): of the two that of the smaller rank.
+
+    Args:
+        found: a file's tensors, as for `from_file`.
+        alpha: the file's.
+    """
+    left, right = found.get("w2_a"), found.get("w2_b")
+    if left is None or right is None or right.ndim != 2 or "t2" in found:
+        return None
+    w1, _ = _whole(found, "w1")
+    if w1 is None:
+        return None
+    w1 = w1 if alpha is None else w1 * (alpha / len(right))
+    if w1.shape[0] <= w1.shape[1]:
+        return torch.kron(w1, right), torch.kron(torch.eye(w1.shape[0]), left)
+    return torch.kron(torch.eye(w1.shape[1]), right), torch.kron(w1, left)
 
 
 def _whole(found: Mapping[str, Tensor], name: str) -> tuple[Tensor | None, int | None]:

@@ -82,7 +82,7 @@ def merge(loras: Sequence[tuple[LoraFile, float]], *, rank: int | None = None) -
         own = {path: (pair.down, pair.up * pair.strength) for path, pair in pairs(lora.state, lora.alphas).items()}
         for path, kron in products.items():
             own[path] = down, up = kron.nearest(CANDIDATES * (rank or 1))
-            rests.setdefault(path, []).append((Kron(kron.w1, kron.w2 * weight), down, up * weight))
+            rests.setdefault(path, []).append((Kron(kron.w1 * weight, kron.w2), down, up * weight))
         for path, (down, up) in own.items():
             down, up = names.as_layer(down, up, is_conv=path in convolutions)
             known = downs.get(path)

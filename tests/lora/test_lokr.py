@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
 from newer_models import denoiser_of  # noqa: E402
 
 NEWER = ["zimage", "flux2", "krea2", "anima", "qwen", "chroma", "qwen21", "flux3"]
+FLUX, FLUX2 = ({"emotrain.family": name} for name in ("flux", "flux2"))
 WHOLE = "unet.mid_block.resnets.0.conv1"
 
 
@@ -256,7 +257,7 @@ def test_whole_factors_have_strength_one_whatever_alpha_says(lora_path: Path) ->
                 "lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(8, 8),
                 "lora_unet_double_blocks_0_img_attn_qkv.lokr_w2": torch.ones(1152, 384),
             },
-            "which cannot be taken apart",
+            "in blocks of 1152 rows across 3 layers that are apart here, which cut through a block",
         ),
     ],
 )  # fmt: skip
@@ -273,6 +274,72 @@ def test_a_lokr_of_joined_layers_is_taken_apart_where_its_blocks_allow(lora_path
     found = krons(read_lora(lora_path).state)
     parts = [found[f"transformer.transformer_blocks.0.attn.{name}"].dense() for name in ("to_q", "to_k", "to_v")]
     assert torch.allclose(torch.cat(parts), torch.kron(w1, w2))
+
+
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
+APART = [f"transformer.transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+
+
+@pytest.mark.parametrize(("a", "c"), [(4, 8), (8, 2)])
+def test_one_of_products_that_a_cut_goes_through_is_a_lora_of_each_layer(a: int, c: int, tmp_path: Path) -> None:
+    """FLUX.2's q, k and v in one, whose blocks of 48 or 24 rows do not fit into 64."""
+    torch.manual_seed(0)
+    w1, left, right = torch.randn(a, c), torch.randn(192 // a, 3), torch.randn(3, 64 // c)
+    tensors = {f"{QKV}.lokr_w1": w1, f"{QKV}.lokr_w2_a": left, f"{QKV}.lokr_w2_b": right}
+    save_file({**tensors, f"{QKV}.alpha": torch.tensor(6.0)}, tmp_path / "a.safetensors", FLUX2)
+    lora = read_lora(tmp_path / "a.safetensors")
+    assert lora.notes == ("1 of its LoKrs lie across layers that are apart here: there they are LoRAs, exactly",)
+    found = names.modules(lora.state)
+    assert {down.shape[0] for down, _ in found.values()} == {min(a, c) * 3}
+    parts = [up @ down * lora.alphas[path] / len(down) for path, (down, up) in found.items()]
+    assert list(found) == APART
+    assert torch.allclose(torch.cat(parts), torch.kron(w1, left @ right) * 6.0 / 3, atol=1e-4)
+    convert(tmp_path / "a.safetensors", "comfyui", tmp_path / "b.safetensors")
+    again = load_file(tmp_path / "b.safetensors")
+    joined = again[f"{QKV}.lora_B.weight"] @ again[f"{QKV}.lora_A.weight"]
+    assert torch.allclose(joined, torch.kron(w1, left @ right) * 6.0 / 3, atol=1e-4)
+
+
+def test_a_whole_one_that_a_cut_goes_through_merges_into_the_nearest_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(4, 4), torch.randn(48, 16) @ torch.diag(0.7 ** torch.arange(16.0))
+    path = tmp_path / "a.safetensors"
+    save_file({f"{QKV}.lokr_w1": w1, f"{QKV}.lokr_w2": w2}, path, FLUX2)
+    with pytest.raises(ModelError, match="blocks of 48 rows across 3 layers") as refused:
+        read_lora(path)
+    assert "emotrain lora merge FILE --rank" in str(refused.value.hint)
+    parts = torch.kron(w1, w2).chunk(3)
+    lost = sum(float(torch.linalg.svdvals(part)[2:].square().sum()) for part in parts)
+    best = (lost / sum(float(part.square().sum()) for part in parts)) ** 0.5
+    for large in (1536, 8):  # all singular values, or the largest alone
+        monkeypatch.setattr("emotrain.lora.kron.LARGE", large)
+        _, merged = merge_files([(path, -0.5)], tmp_path / f"{large}.safetensors", rank=2, dtype="fp32")
+        assert merged.error == pytest.approx(best, rel=1e-3)
+        assert 0.05 < merged.error < 0.9
+        for name, part in zip(APART, parts, strict=True):
+            product = merged.state[name + names.UP] @ merged.state[name + names.DOWN]
+            assert float((product + 0.5 * part).norm() / (0.5 * part).norm()) < merged.worst[1] + 1e-3
+
+
+def test_halves_that_are_the_other_way_round_here_are_taken_apart_too(tmp_path: Path) -> None:
+    """The last modulation of FLUX.1, shift and scale, in three blocks."""
+    torch.manual_seed(0)
+    stem, path = "diffusion_model.final_layer.adaLN_modulation.1", "transformer.norm_out.linear"
+    w1, left, right = torch.randn(3, 2), torch.randn(64, 2), torch.randn(2, 48)
+    save_file(
+        {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2_a": left, f"{stem}.lokr_w2_b": right},
+        tmp_path / "a.safetensors", FLUX,
+    )  # fmt: skip
+    down, up = names.modules(read_lora(tmp_path / "a.safetensors").state)[path]
+    wanted = torch.kron(w1, left @ right)
+    assert torch.allclose(up @ down, wanted.roll(96, 0), atol=1e-4)
+    save_file({f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": left @ right}, tmp_path / "b.safetensors", FLUX)
+    with pytest.raises(ModelError, match="halves that are the other way round here"):
+        read_lora(tmp_path / "b.safetensors")
+    kron = krons(read_lora(tmp_path / "b.safetensors", whole=True).state)[path]
+    assert torch.allclose(kron.dense(), wanted.roll(96, 0), atol=1e-4)
 
 
 def test_inspect_says_that_it_is_a_lokr(lora_path: Path) -> None:
