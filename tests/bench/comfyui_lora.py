@@ -28,6 +28,7 @@ from unittest.mock import MagicMock
 import diffusers
 import torch
 import transformers
+from by_hand import write_report
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -269,15 +270,7 @@ def table(found: list[dict[str, Any]], version: str) -> str:
             f"| {row['variant']} | {row['model']} | {layout} | {row['modules']} | {unread} | {row['compared']} "
             f"| {error} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def page(rows_text: str) -> str:
-    """The report: what this file says of itself, and the table."""
-    about = (__doc__ or "").split("\n\n", 2)[2]
-    return "\n".join(
-        ["# Our files in ComfyUI", "", "`python tests/bench/comfyui_lora.py --comfyui FOLDER`", "", about, rows_text]
-    )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -303,7 +296,9 @@ def main() -> None:
     text = table(found, str(importlib.import_module("comfyui_version").__version__))
     print(text)
     if args.report:
-        (args.report / "comfyui.md").write_text(page(text), encoding="utf-8")
+        about = (__doc__ or "").split("\n\n", 2)[2].splitlines()
+        command = "`python tests/bench/comfyui_lora.py --comfyui FOLDER`"
+        write_report(args.report / "comfyui.md", ["# Our files in ComfyUI", "", command, "", *about, "", text])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from by_hand import write_report
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
@@ -40,38 +41,6 @@ from emotrain.families.table import ASSETS  # noqa: E402
 from emotrain.lora.adapter import adapter_like  # noqa: E402
 from emotrain.lora.file import read_lora  # noqa: E402
 
-WHY = """
-One seed, models that nobody uses: it shows that the path from captions to pictures learns, and nothing of how well the
-real models do.
-
-## Captions that little of the picture hangs on
-
-klein came to 2 of 4, and Krea 2 to 0 of 4, in the first runs.
-
-* klein's captions are filled up to 512 tokens that the model attends to. With 64 (klein-64) the same model comes to 4
-  of 4; its steps were not shortened half-way, either.
-* Krea 2's random VAE showed all pictures alike: 0.009 to 0.012 apart, and the samples were 0.017 from each, where the
-  pictures themselves are 0.34 to 0.49 apart. The VAE is trained on the four now.
-* The release's template is 34 tokens, which the model is not given; with the test's tokenizer of one token a byte it
-  is 149, so that 115 of 135 tokens were the template's: at sigma 0.9 the loss was 0.990 with a picture's own caption
-  and with another's. Plain AdamW (2e-3) in a loop of its own, with the same model and tokens, came to the same, 1.115
-  and 1.115 after 150 steps: it is neither the optimizer nor the loop. The template is left out whole now, which alone
-  did not help.
-* The gates of its blocks are a table that is zero in a new model, and was 0.05 in the script's: captions whose
-  embeddings were 1.1 apart (relative) moved the picture's tokens by 0.1 to 0.4 % a block. With a table of 1 the two
-  losses are 0.805 and 0.811: captions begin to tell, and 1 of 4 is nearest to its own.
-* **So why Krea 2 learns less than the others is not known to the end.** What is seen: the LoRA on its text fusion,
-  which `targets: all` reaches and the preset's do not, let the captions' stream grow from 0.18 to 407 before a norm
-  takes it back; without it no run was made. Signs, timesteps, packing and latents are held against the stock pipeline
-  at the real width (`tests/families/`).
-
-## Why no such model is shipped
-
-The built-in models stand for SD (a UNet, CLIP) and FLUX.1 (a transformer, T5). A third, with a language model that has
-learned something, would not fit into 8 MB: Qwen's vocabulary of 151,936 tokens alone takes 9.7 MB in 16 bits for 32
-channels, and with a vocabulary of its own it would not stand for the real one. What is different in the newer families,
-tokens, masks, lists, packing and statistics, is held against the stock pipelines at the real width instead
-(`tests/families/`), and this page shows that the whole path learns."""
 FAMILIES = ("zimage", "klein", "klein-64", "chroma", "krea2")
 VAE_WORDS = (
     "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
@@ -297,9 +266,9 @@ def main() -> None:
     print("\n".join(lines))
     if args.report:
         about = (__doc__ or "").split("\n\n", 2)[2].splitlines()
-        command = f"`python tests/bench/new_family.py --steps {args.steps} --seeds {args.seeds}`"
-        text = ["# Newer families learn", "", command, "", *about, "", *lines, WHY]
-        (args.report / "new_family.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+        told = f"--families {' '.join(args.families)} --steps {args.steps} --seeds {args.seeds}"
+        command = f"`python tests/bench/new_family.py {told}`"
+        write_report(args.report / "new_family.md", ["# Newer families learn", "", command, "", *about, "", *lines])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from by_hand import write_report
 from longrun import EVERY, Cell, LongRun, Task
 
 from emotrain.pulse.draw import Panel, svg
@@ -33,7 +34,6 @@ from emotrain.pulse.replay import replay
 from emotrain.pulse.stopping import StopRule
 from emotrain.runs.build import validate_every
 
-SAID = "## What it says"  # from here on the report is written by hand
 FIRST = {("tiny-sd", 4): (400, 900), ("tiny-sd", 1): (500, 1800)}
 FIRST |= {("tiny-flux", 4): (500, 1200), ("tiny-flux", 1): (900, 2400)}
 
@@ -257,9 +257,7 @@ def main() -> None:
     if args.report:
         text = Path(__file__).read_text(encoding="utf-8").split('"""')[1].strip()
         head = ["# When to stop", "", "`python tests/bench/stop_regret.py`", "", *text.splitlines()[6:], ""]
-        report = args.report / "stop_regret.md"
-        said = report.read_text(encoding="utf-8").partition(SAID)[2] if report.exists() else ""
-        report.write_text("\n".join([*head, *lines, "", SAID]) + said, encoding="utf-8")
+        write_report(args.report / "stop_regret.md", [*head, *lines])
         (args.report / "stop_regret.svg").write_text(plot(runs, judged), encoding="utf-8")
 
 
