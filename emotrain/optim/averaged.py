@@ -66,10 +66,16 @@ class Averaged:
     def rescale(self, scale: float) -> None:
         self.inner.rescale(scale)
 
+    @torch.no_grad()
     def restart(self, scale: float) -> None:
-        """Go on from weights that were put in place, with steps `scale` times as long; the average begins there."""
+        """Go on from weights that were put in place, with steps `scale` times as long.
+
+        The average is those weights too, and looks back as far as before: over a few steps alone it would be as noisy
+        as the weights, and worse than the average that was put back whatever the steps are worth.
+        """
         self.inner.restart(scale)
-        self.steps, self._average = 0, []
+        if self._average:
+            torch._foreach_copy_(self._average, [p.detach() for p in self._params()])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none=set_to_none)

@@ -53,6 +53,20 @@ def test_step_k_of_n_weighs_what_the_power_function_says() -> None:
         assert torch.allclose(average, wanted, atol=1e-6)
 
 
+def test_after_a_restart_the_average_is_what_was_put_in_place_and_looks_back_as_far_as_before() -> None:
+    params, optimizer = make()
+    train(params, optimizer, 0, 40)
+    put = shown(params, optimizer)
+    for parameter, weights in zip(params, put, strict=True):
+        parameter.data.copy_(weights + 0.1)
+    optimizer.restart(1 / 3)
+    assert all(torch.equal(a, w + 0.1) for a, w in zip(shown(params, optimizer), put, strict=True))
+    (after,) = train(params, optimizer, 40, 41)
+    share = 1 - (1 - 1 / 41) ** POWER
+    for average, weights, new in zip(shown(params, optimizer), put, after, strict=True):
+        assert torch.allclose(average, torch.lerp(weights + 0.1, new, share), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["emosens", "emoairy", "adamw"])
 def test_training_goes_the_same_way_with_and_without_it(name: str) -> None:
     params, optimizer = make(name)
