@@ -3,10 +3,12 @@
 The published step length has a fixed unit, 1e-4 times what the loss says. How long a step may be depends on the model,
 the network and the pictures as well, and no loss of single steps tells. So a run begins at START times the published
 length. Where FAILURES validations in a row bring no new best, the best weights are put back and the gain is divided by
-FACTOR; when VAIN gains in a row have each brought less than NEGLIGIBLE of the whole improvement, the run is done.
+FACTOR; when VAIN gains in a row, none above START, have each brought less than NEGLIGIBLE of the whole improvement,
+the run is done.
 
 Where SURE validations in a row have each been better than the best before by more than their standard error, the steps
-are shorter than they could be: the gain is multiplied by FACTOR.
+are shorter than they could be: the gain is multiplied by FACTOR. Gains above START fail before everything is learned,
+as they are tried until they do, so they say nothing about whether the run is done.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ FACTOR = 3.0  # from one gain to the next
 START = FACTOR  # the second gain is the published unit
 FAILURES = 2  # validations in a row without a new best
 SURE = 10  # validations in a row, each surely better: half of all that a small set takes to be learned
-VAIN = 2  # gains in a row that brought next to nothing
+VAIN = 2  # gains in a row, none above START, that brought next to nothing
 NEGLIGIBLE = 0.005  # of the improvement over the base
 LOWEST = 0.01  # a run that is not finite at this gain is not finite because of something else
 HOPE = 200  # steps that a run gets in which no validation is better than the base
@@ -66,7 +68,7 @@ class Gain:
     value: float = START
     failed: int = 0  # validations in a row without a new best
     sure: int = 0  # validations in a row that were better by more than their standard error
-    vain: int = 0  # gains in a row that brought next to nothing
+    vain: int = 0  # gains in a row, none above START, that brought next to nothing
     mark: float | None = None  # the lowest loss when the gain changed last; None: the base's
     validated: int = 0  # the step of the last validation
     interval: int = 0  # steps between the last two
@@ -101,7 +103,7 @@ class Gain:
         brought = (base_loss if self.mark is None else self.mark) - best_loss
         if brought > NEGLIGIBLE * improvement:
             self.vain = 0
-        elif improvement > 0.0 or step >= HOPE:
+        elif self.value <= START and (improvement > 0.0 or step >= HOPE):
             self.vain += 1
         self.mark = best_loss
         if self.done:

@@ -18,7 +18,7 @@ STEPS = 1000  # the ceiling
 LEVEL = 0.005  # of the gain
 RULE = (
     f"begin at {START:g}, times {FACTOR:g} after {SURE} sure improvements, divided by it after {FAILURES} failed"
-    f" validations, end after {VAIN} in vain"
+    f" validations, the average going on, end after {VAIN} in vain, none above {START:g}"
 )
 AFTER = 100  # steps beyond the end, or beyond the lowest validation
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

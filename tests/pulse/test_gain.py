@@ -104,6 +104,19 @@ def test_the_run_ends_when_two_gains_in_a_row_have_brought_next_to_nothing():
     )
 
 
+def test_lengths_above_the_start_do_not_end_a_run_so_that_the_published_one_is_tried():
+    rule = StopRule(gain=Gain(), min_steps=1)
+    climb(rule, 2 * SURE)
+    assert gain_of(rule).value == 9 * START
+    tried = []
+    for step in range(10 * (2 * SURE + 1), 1000, 10):
+        rule.update_validation(step, 9.0, pictures=[9.0] * 3)
+        tried.append(round(gain_of(rule).value, 3))
+        if rule.decide(step):
+            break
+    assert tried == [27.0, 9.0, 9.0, 3.0, 3.0, 1.0, 1.0, 1.0]
+
+
 def test_a_gain_that_brings_more_than_a_trifle_starts_the_count_again():
     worse = [0.6] * 2
     trifle = [BASE, 0.5, *worse, *worse, 0.4995, *worse, *worse, *worse]
