@@ -16,6 +16,7 @@ from emotrain.families.stored import Scaled, load_stored, read_weights
 from emotrain.families.understood import STATED, TOKENIZERS
 
 Stored = TypeVar("Stored")
+_IN_A_CHECKPOINT = re.compile(r"^text_encoders\.[^.]+\.(?:transformer\.)?")
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table of T5's, of which files hold either name
 
 
@@ -38,11 +39,8 @@ def build_encoder(
     import transformers
 
     model_class = getattr(transformers, kind)
-    prefix = encoder.prefixes[0] if inside else ""
-    plain, stored = read_weights(path, prefix)
+    plain, stored = read_weights(path, encoder.prefixes[0] if inside else "")
     tensors: dict[str, Tensor | Scaled] = {**plain, **stored}
-    if inside:
-        tensors = {name.removeprefix(prefix).removeprefix("transformer."): value for name, value in tensors.items()}
     state = own_names(kind, tensors, encoder, scaled=False)
     with torch.device("meta"):
         model = without_upper_layers(model_class(model_class.config_class(**config)), encoder)
@@ -60,7 +58,8 @@ def own_names(kind: str, tensors: Mapping[str, Stored], encoder: TextEncoder, sc
 
     What `without_upper_layers` takes from the model, and the tokenizer that ComfyUI keeps among the weights, go too.
     """
-    named = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in tensors.items()}
+    named = {_IN_A_CHECKPOINT.sub("", key): value for key, value in tensors.items()}
+    named = {re.sub(r"^(?:model\.|language_model\.)+", "", key): value for key, value in named.items()}
     unused = ("lm_head.", "logit_scale", *TOKENIZERS, *(("visual.",) if "VL" in kind else ()))
     applied = STATED if scaled else ()
     kept = {key: value for key, value in named.items() if not key.startswith(unused) and not key.endswith(applied)}

@@ -32,7 +32,7 @@ from emotrain.families.loading import assemble
 from emotrain.families.pieces import ENCODERS, load_encoder, load_tokenizer, scheduler_class, text_parts
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.separate import diffusers_vae, own_vae_config, tokenizer_of
-from emotrain.families.single import copy_tokenizer
+from emotrain.families.single import as_published, copy_tokenizer
 from emotrain.families.sniff import MAX_SIZE, Sniffed, odd_value, refuse_other_vae
 from emotrain.families.sniff_file import companion
 from emotrain.families.spec import Shapes, TextEncoder
@@ -143,10 +143,14 @@ def refuse_misfit_file(found: Sniffed, tokenizer: str | None = None) -> None:
             if not own_name(name).startswith((*apart, *PARTS)) and not name.endswith(STATED)
         }
         convert = SINGLE_FILE_LOADABLE_CLASSES[spec.denoiser_class]["checkpoint_mapping_fn"]
-        made = guard(str(path), "", lambda: convert(config=dict(found.denoiser_config), checkpoint=held))
+        made = guard(
+            str(path),
+            "",
+            lambda: convert(config=dict(found.denoiser_config), checkpoint=as_published(found.family, held)),
+        )
     refuse_other_tensors(str(path), model, {name: tuple(value.shape) for name, value in made.items()})
     for encoder in spec.encoders_of(found.variant):
-        if encoder.name not in found.missing and encoder.kind in ("clip", "t5"):
+        if encoder.name not in found.missing and not spec.separate_files:
             _refuse_lacking_texts(path, found, encoder, header.shapes)
     for encoder in spec.encoders_of(found.variant):
         if spec.separate_files:

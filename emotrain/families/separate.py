@@ -51,8 +51,12 @@ def load_separate(found: Sniffed, dtype: torch.dtype, given: Given) -> dict[str,
     import diffusers
 
     spec, path = FAMILIES[found.family], Path(found.path)
-    vae_class = getattr(diffusers, spec.vae_class)
-    vae = given.vae or load_one(vae_class, str(companion(path)), "vae", None, torch_dtype=torch.float32)
+    vae = given.vae
+    if vae is None and "vae" not in found.missing:
+        vae = load_vae_file(path, found, inside=True)
+    elif vae is None:
+        vae_class = getattr(diffusers, spec.vae_class)
+        vae = load_one(vae_class, str(companion(path)), "vae", None, torch_dtype=torch.float32)
     text = _text_encoder(found, dtype, refuse_other_encoder(found, given.text_encoder))
     encoders = spec.encoders_of(found.variant)
     pieces = {"vae": vae, encoders[0].name: text, **load_denoiser_file(found, dtype, given.denoiser)}
@@ -95,7 +99,7 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
 
     Args:
         found: the model.
-        given: `model.text_encoder`; None: the one beside the model.
+        given: `model.text_encoder`; None: the one in the model's file, or beside it.
 
     Raises:
         ModelError: of another size or kind, or with other tensors.
@@ -104,13 +108,15 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
 
     spec = FAMILIES[found.family]
     encoder = spec.encoders_of(found.variant)[0]
-    path = Path(given) if given else companion(Path(found.path)) / encoder.name
+    inside = given is None and encoder.name not in found.missing
+    path = Path(found.path) if inside else Path(given) if given else companion(Path(found.path)) / encoder.name
     kind, words = encoder_configs(found.family, found.variant)[encoder.name]
-    inner = path / encoder.name
-    folder = (inner if inner.is_dir() else path) if path.is_dir() else companion(path)
+    inner = (companion(path) if inside else path) / encoder.name
+    folder = inner if inside or inner.is_dir() else path if path.is_dir() else companion(path)
     if path.is_dir() or (folder / "config.json").is_file():
         words = read_json(folder / "config.json")
-    _refuse_other_width(path, found, encoder, words)
+    what = f"the text encoder in `{path}`" if inside else f"model.text_encoder `{path}`"
+    _refuse_other_width(what, found, encoder, words)
     if not path.is_dir():
         model_class = getattr(transformers, kind)
         header = read_header(path)
@@ -118,12 +124,13 @@ def refuse_other_encoder(found: Sniffed, given: str | None) -> Path:
         with torch.device("meta"):
             model = guard(str(path), "", lambda: model_class(model_class.config_class(**words)))
         model = without_upper_layers(model, encoder)
-        stored = own_names(kind, header.shapes, encoder, scaled=bool(scaled_layers(header)))
-        _refuse_other_tensors(path, stored, {k: tuple(v.shape) for k, v in model.state_dict().items()}, spec.title)
+        held = {name: s for name, s in header.shapes.items() if name.startswith(encoder.prefixes)}
+        stored = own_names(kind, held if inside else header.shapes, encoder, scaled=bool(scaled_layers(header)))
+        _refuse_other_tensors(what, stored, {k: tuple(v.shape) for k, v in model.state_dict().items()}, spec.title)
     return path
 
 
-def _refuse_other_width(path: Path, found: Sniffed, encoder: TextEncoder, words: dict[str, Any]) -> None:
+def _refuse_other_width(what: str, found: Sniffed, encoder: TextEncoder, words: dict[str, Any]) -> None:
     """Refuse a text encoder whose tokens are wider or narrower than the denoiser takes them."""
     inner = words.get("text_config")
     own = inner if isinstance(inner, dict) else words
@@ -132,8 +139,8 @@ def _refuse_other_width(path: Path, found: Sniffed, encoder: TextEncoder, words:
     wanted = found.denoiser_config.get(key)
     if isinstance(width, int) and isinstance(wanted, int) and width * layers != wanted:
         raise ModelError(
-            f"model.text_encoder `{path}` is of another size than {FAMILIES[found.family].title} takes: its tokens are "
-            f"{width} wide instead of {wanted // layers}",
+            f"{what} is of another size than {FAMILIES[found.family].title} takes: its tokens are {width} wide instead "
+            f"of {wanted // layers}",
             "give the text encoder that was made for this model",
         )
 
@@ -150,25 +157,25 @@ def _text_encoder(found: Sniffed, dtype: torch.dtype, path: Path) -> Any:
         model, info = load_one(model_class, str(own), "", None, dtype=dtype, output_loading_info=True)
         refuse_filled_up(str(own), info)
         return without_upper_layers(model, encoder)
-    beside = companion(path) / "config.json"
-    return build_encoder(path, encoder, kind, read_json(beside) if beside.is_file() else words, dtype)
+    inside = path == Path(found.path)
+    beside = companion(path) / (f"{encoder.name}/config.json" if inside else "config.json")
+    words = read_json(beside) if beside.is_file() else words
+    return build_encoder(path, encoder, kind, words, dtype, inside=inside)
 
 
-def _refuse_other_tensors(path: Path, own: Shapes, wanted: Shapes, title: str) -> None:
+def _refuse_other_tensors(what: str, own: Shapes, wanted: Shapes, title: str) -> None:
     lacking = sorted(wanted.keys() - own.keys())
     odd = sorted(own.keys() - wanted.keys())
     other = [key for key in wanted.keys() & own.keys() if own[key] != wanted[key]]
     if other:
         key = sorted(other)[0]
         raise ModelError(
-            f"model.text_encoder `{path}` is of another size than {title} takes: `{key}` is {own[key]} "
-            f"instead of {wanted[key]}",
+            f"{what} is of another size than {title} takes: `{key}` is {own[key]} instead of {wanted[key]}",
             "give the text encoder that was made for this model",
         )
     if lacking or odd:
         raise ModelError(
-            f"model.text_encoder `{path}` lacks {len(lacking)} tensors and has {len(odd)} of another model, "
-            f"such as `{(lacking or odd)[0]}`",
+            f"{what} lacks {len(lacking)} tensors and has {len(odd)} of another model, such as `{(lacking or odd)[0]}`",
             "give the bf16 or fp8_scaled file of the text encoder that was made for this model",
         )
 
@@ -196,8 +203,8 @@ def tokenizer_of(found: Sniffed, encoder: TextEncoder, given: str | None) -> Any
     return tokenizer
 
 
-def load_vae_file(path: Path, found: Sniffed) -> Any:
-    """A VAE from one file, in the original layout or in diffusers'.
+def load_vae_file(path: Path, found: Sniffed, *, inside: bool = False) -> Any:
+    """A VAE from one file, in the original layout or in diffusers'; `inside`: from the model's file.
 
     Raises:
         ModelError: not readable, or not of the family's kind.
@@ -206,7 +213,13 @@ def load_vae_file(path: Path, found: Sniffed) -> Any:
 
     spec, config = FAMILIES[found.family], own_vae_config(path, found)
     vae = getattr(diffusers, spec.vae_class).from_config(config)
-    tensors = load_file(path)
+    if inside:
+        (prefix,) = spec.file.vae_prefixes
+        plain, scaled = read_weights(path, prefix)
+        tensors = plain | {name: weight.plain(torch.float32) for name, weight in scaled.items()}
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    else:
+        tensors = load_file(path)
     tensors = guard(str(path), "", lambda: diffusers_vae(tensors, spec.vae_class, config))
     guard(str(path), "", lambda: vae.load_state_dict(tensors))
     return vae.float()

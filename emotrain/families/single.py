@@ -14,9 +14,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from emotrain.families.sniff_file import companion, own_config
 from emotrain.families.spec import TextEncoder
 from emotrain.families.stored import Scaled, build_stored, read_weights
 
+Held = TypeVar("Held")
 _NORM = re.compile(r"(\.norm\.(?:key|query)_norm|distilled_guidance_layer\.norms\.\d+)\.weight$")
 
 
@@ -59,9 +60,13 @@ def load_denoiser_of(found: Sniffed, dtype: torch.dtype) -> dict[str, Any]:
     return {"denoiser": denoiser, "scheduler": scheduler}
 
 
-def as_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The norms of FLUX and Chroma by their makers' names: ComfyUI calls `scale` `weight`, in what it saves too."""
-    return {_NORM.sub(r"\1.scale", name): tensor for name, tensor in tensors.items()}
+def as_published(family: str, tensors: Mapping[str, Held]) -> dict[str, Held]:
+    """A denoiser's tensors by its maker's names, which ComfyUI changes in what it saves.
+
+    The norms of FLUX and Chroma: it calls `scale` `weight`. Flow models have no prefix.
+    """
+    prefix = "model.diffusion_model." if FAMILIES[family].flow else ""
+    return {_NORM.sub(r"\1.scale", name.removeprefix(prefix)): tensor for name, tensor in tensors.items()}
 
 
 def _has_weights(folder: Path) -> bool:
@@ -127,7 +132,8 @@ def build_denoiser(found: Sniffed, dtype: torch.dtype, plain: dict[str, Tensor],
     """
     import diffusers
 
-    spec, path, plain = FAMILIES[found.family], str(found.path), as_published(plain)
+    spec, path = FAMILIES[found.family], str(found.path)
+    plain, scaled = as_published(found.family, plain), as_published(found.family, scaled)
     cls, public = getattr(diffusers, spec.denoiser_class), {"_class_name": spec.denoiser_class, **found.denoiser_config}
     config = own_config(found, f"{spec.denoiser}/config.json", public)
     if scaled:

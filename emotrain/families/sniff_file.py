@@ -163,5 +163,5 @@ def missing_from_file(family: str, header: Header) -> tuple[str, ...]:
     return tuple(
         piece
         for piece, prefixes in pieces.items()
-        if not prefixes or not any(own_name(name).startswith(prefixes) for name in header.shapes)
+        if not any(own_name(name).startswith(prefixes) for name in header.shapes)
     )

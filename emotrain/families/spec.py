@@ -32,7 +32,7 @@ class TextEncoder:
     parameters: int  # of the public one
     tokenizer: tuple[str, str]  # a public repository that holds its tokenizer, and the folder in it
     tokenizer_class: str = "CLIPTokenizer"  # of transformers
-    prefixes: tuple[str, ...] = ()  # how its tensors begin in a single file of the whole model
+    prefixes: tuple[str, ...] = ("text_encoders.",)  # how its tensors begin in a single file of the whole model
     max_tokens: int = 77  # what the stock pipeline pads or cuts to
     adds_tokens: bool = True  # whether its tokens are tokens of the denoiser's, or widen those of another encoder
     lora_modules: int = 0  # modules that a LoRA on the public one has; 0 where it is never trained
@@ -286,7 +286,7 @@ class FileFacts:
     # denoiser's prefix. Raises ModelError for near relatives that cannot be trained.
     variant_of: Callable[[Path, Shapes], str | None]
     heads: tuple[str, ...]  # how the denoiser's tensors begin
-    vae_prefixes: tuple[str, ...] = ()  # how the VAE's tensors begin
+    vae_prefixes: tuple[str, ...] = ("vae.",)  # how the VAE's tensors begin
     # refuses what the names alone do not show; gets path, shapes and the denoiser's config
     check: Check = nothing_to_check
 

@@ -192,8 +192,7 @@ def _numbers(path: Path, names: set[str]) -> int:
 def encoders_inside(found: Sniffed) -> list[TextEncoder]:
     """A checkpoint's text encoders that are read from its file and never trained."""
     encoders = FAMILIES[found.family].encoders_of(found.variant)
-    here = [one for one in encoders if found.kind == "file" and one.prefixes and one.name not in found.missing]
-    return [one for one in here if one.quantizable]
+    return [one for one in encoders if found.kind == "file" and one.quantizable and one.name not in found.missing]
 
 
 def kept_parts(found: Sniffed, header: Header) -> dict[str, set[str]]:

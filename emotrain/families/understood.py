@@ -55,8 +55,8 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
             "train on the epsilon or v-prediction version of the model",
         )
     facts = FAMILIES[family].file
-    clips = (prefix for one in FAMILIES[family].text_encoders if one.kind == "clip" for prefix in one.prefixes)
-    read = (*facts.vae_prefixes, *clips)
+    clips = [prefix for one in FAMILIES[family].text_encoders if one.kind == "clip" for prefix in one.prefixes]
+    read = (*clips, *facts.vae_prefixes) if clips else ()
     if apart := next((name for name in scaled_layers(header) if name.startswith(read)), None):
         raise ModelError(
             f"`{path}` holds a CLIP or VAE in scaled fp8 (`{apart}`), which emotrain does not read",

@@ -120,13 +120,14 @@ def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: S
     whole: Counter[str] = Counter()  # bytes
     copied: Counter[str] = Counter()
     files = [*_files(found, model)]
-    apart = FAMILIES[found.family].separate_files  # what else lies in such a file is not read
+    # What else lies in such a file, and is given apart, is not read.
+    unread = (*LEFT_OUT, *(VAE if model.vae is not None else ()), *(TEXTS if model.text_encoder is not None else ()))
     if other is not None:
         files += [("other", file) for part, file in _files(other, model) if part == "denoiser"]
     for part, path in files:
         header = read_header(path)
         kept = set().union(*kept_parts(found, header).values()) if part == "denoiser" else kept_names(header)
-        skipped = PARTS if part == "other" or (part == "denoiser" and apart) else LEFT_OUT
+        skipped = PARTS if part == "other" else unread if part == "denoiser" else LEFT_OUT
         for name, shape in header.shapes.items():
             own, stored, count = own_name(name), header.dtypes[name], math.prod(shape)
             if stored not in WEIGHTS or own.startswith(skipped):
@@ -157,12 +158,13 @@ def _sizes(found: Sniffed, dtype: torch.dtype) -> dict[str, int]:
 def _files(found: Sniffed, model: ModelSection) -> Iterator[tuple[str, Path]]:
     """The model's files, each with its part: denoiser (a single file has others in it), vae or text."""
     spec, folder = FAMILIES[found.family], Path(found.path)
-    parts = {encoder.folder: "text" for encoder in spec.encoders_of(found.variant)} | {"vae": "vae"}
     single = folder.is_file()
+    encoders = spec.encoders_of(found.variant)
+    parts = {one.name if single else one.folder: "text" for one in encoders} | {"vae": "vae"}
     if single:
         yield "denoiser", folder
         folder = companion(folder)
-        parts = {name: part for name, part in parts.items() if spec.separate_files or name in found.missing}
+        parts = {name: part for name, part in parts.items() if name in found.missing}
     else:
         parts[spec.denoiser] = "denoiser"
     if not single and not folder.exists():  # of the hub, or a public model by its sizes alone

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from emotrain.diffusion import shift_for
 from emotrain.errors import ModelError
 from emotrain.families import quantize
 from emotrain.families.common import DrawRequest
+from emotrain.families.fitting import refuse_misfit_file
 from emotrain.families.flux.model import unpack
 from emotrain.families.loading import family_class, load_family
 from emotrain.families.memory import GIB
@@ -379,6 +381,64 @@ def test_int8_files_of_comfyui_are_kept_with_their_scales_and_rotation(
         )
         with pytest.raises(ModelError, match="quantised form"):
             sniff(files["denoiser"])
+
+
+def in_one_file(files: dict[str, Path], texts: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint of ComfyUI's, with the configs of these sizes in the folder beside it."""
+    path = files["denoiser"].with_name("all.safetensors")
+    prefixed = {"vae.": load_file(files["vae"]), "text_encoders.qwen3_4b.transformer.": texts}
+    whole = {f"{prefix}{key}": value for prefix, own in prefixed.items() for key, value in own.items()}
+    whole["text_encoders.qwen3_4b.logit_scale"] = torch.ones(())
+    for key, value in load_file(files["denoiser"]).items():
+        whole[f"model.diffusion_model.{key.removeprefix('model.diffusion_model.')}"] = value
+    save_file(whole, path)
+    beside = path.with_suffix("")
+    shutil.copytree(files["denoiser"].with_suffix(""), beside)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(files[part].with_suffix(""), beside / part)
+    return path
+
+
+def test_a_checkpoint_with_everything_in_it_is_the_same_model_in_8_bits_too(
+    separable: tuple[str, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, pipeline, _ = separable
+    monkeypatch.setattr(quantize, "SMALLEST", 32)
+    files = separate_files(kind, pipeline, tmp_path / "comfy")
+    texts = load_file(files["text_encoder"])
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in texts.items()}, files["text_encoder"])
+    words = {name: str(files[name]) for name in ("vae", "text_encoder", "tokenizer")}
+    theirs = load_family(str(files["denoiser"]), device="cpu", dtype="bf16", **words)
+    path = in_one_file(files, load_file(files["text_encoder"]))
+    assert not sniff(path).missing
+    ours = load_family(str(path), device="cpu", dtype="bf16")
+    assert ours.text_identity() == theirs.text_identity()
+    assert ours.vae_identity() == theirs.vae_identity()
+    for key, value in theirs.encode_texts(PROMPTS).items():
+        assert torch.equal(ours.encode_texts(PROMPTS)[key], value)
+    state = ours.denoiser.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in theirs.denoiser.state_dict().items())
+    found, section = sniff(path), ModelSection(base=str(path))
+    refuse_misfit_file(found)
+    refuse_other_encoder(found, None)
+    in_eights = stored_parameters(sniff(files["denoiser"]), words["text_encoder"])
+    assert stored_parameters(found) == in_eights
+    apart = weights_of(sniff(files["denoiser"]), ModelSection(base=str(files["denoiser"]), **words), torch.bfloat16)
+    assert in_eights["text_encoder"] > 10_000
+    assert weights_of(found, section, torch.bfloat16).whole == pytest.approx(apart.whole, rel=1e-4)
+    given = ModelSection(base=str(path), **words)  # what lies in the file is not read then
+    assert weights_of(found, given, torch.bfloat16).whole == pytest.approx(apart.whole, rel=1e-4)
+
+
+def test_a_checkpoint_with_another_text_encoder_in_it_is_refused(
+    separable: tuple[str, Any, Path], tmp_path: Path
+) -> None:
+    kind, pipeline, _ = separable
+    files = separate_files(kind, pipeline, tmp_path / "comfy")
+    texts = {key: value for key, value in load_file(files["text_encoder"]).items() if ".layers.0.mlp" not in key}
+    path = in_one_file(files, texts)
+    with pytest.raises(ModelError, match="the text encoder in `.*all.safetensors` lacks 3 tensors"):
+        load_family(str(path), device="cpu")
 
 
 def test_what_is_missing_is_named_with_its_key(separable: tuple[str, Any, Path], tmp_path: Path) -> None:

@@ -431,6 +431,7 @@ def test_a_flux_file_is_read_back_tensor_by_tensor(tmp_path: Path, flux_parts: d
     named = {newer.get(key, key): value for key, value in named.items()}
     path = write(tmp_path / "flux.safetensors", flux_parts, named, clips(flux_parts), t5, extra, vae="vae.")
     found = sniff(str(path))
+    refuse_misfit_file(found)
     assert (found.family, found.variant, found.prediction) == ("flux", "flux1-dev", "flow")
     family = load_family(str(path), device="cpu", dtype="bf16")
     same(family.denoiser, flux_parts["transformer"])
@@ -508,7 +509,8 @@ def test_the_guidance_layer_of_chroma_has_its_makers_names_again() -> None:
         "single_blocks.0.norm.key_norm",
         "double_blocks.0.txt_attn.norm.query_norm",
     )
-    found = as_published({f"{name}.weight": torch.ones(1) for name in (*names, "final_layer.linear")})
+    tensors = {f"{name}.weight": torch.ones(1) for name in (*names, "final_layer.linear")}
+    found = as_published("chroma", {f"model.diffusion_model.{name}": value for name, value in tensors.items()})
     assert list(found) == [*(f"{name}.scale" for name in names), "final_layer.linear.weight"]
 
 
