@@ -215,7 +215,7 @@ def _report(failure: EmotrainError, as_json: bool) -> int:
     if failure.is_silent:
         return failure.exit_code
     rank = os.environ["RANK"] if is_launched() else "0"
-    if rank != "0":  # of several processes the first one speaks, and the others where they alone know
+    if rank != "0" and failure.of_rank is None:  # of several the first speaks, and the others where they alone know
         failure.problems = tuple(Problem(f"rank {rank}: {one.message}", one.hint) for one in failure.problems)
     output.error(failure.problems)
     if as_json:

@@ -92,7 +92,9 @@ def add_advice(loaded: Loaded, state: TrainState, error: OutOfMemory) -> OutOfMe
     )
     if state.step:
         hint += f"; resume with `emotrain resume {loaded.preset.name} --set KEY=VALUE --allow-config-change`"
-    return OutOfMemory(error.doing, error.asked_gib, hint, everywhere=error.everywhere)
+    told = OutOfMemory(error.doing, error.asked_gib, hint, everywhere=error.everywhere)
+    told.of_rank, told.is_silent = error.of_rank, error.is_silent
+    return told
 
 
 def advice(

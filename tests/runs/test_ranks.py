@@ -26,6 +26,7 @@ from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import loaded, start
 from emotrain.runs.folder import KeptByTheLead, RunFolder
 from emotrain.train.events import Notice, StepEnd
+from emotrain.train.validation import Validation
 
 PRESET = """
 model: builtin:tiny-sd
@@ -251,3 +252,18 @@ def test_weights_that_differ_between_processes_are_not_saved(place: Path, tmp_pa
     assert (first[:2], first[3], second[3]) == (("ResourceError", 6), False, True)
     assert "the LoRA of rank 1 is not that of rank 0" in first[2][0]
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.slow
+def test_memory_that_one_process_lacks_ends_all_with_one_message(place: Path, tmp_path: Path) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def lacking(ranks: Ranks) -> Any:
+        if ranks.rank == 1:
+            Validation.pictures = full  # type: ignore[method-assign]
+        return run(place, tmp_path, ranks=ranks)
+
+    first, second = together(lacking)
+    assert (first[1], second[1], first[3], second[3]) == (6, 6, False, True)
+    assert first[2] == ["rank 1: out of memory at the validation of step 0: 0.02 GiB more were needed"]
