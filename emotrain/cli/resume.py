@@ -37,12 +37,13 @@ def resume(
 
     Uses the newest whole checkpoint and says which ones it had to skip. On the same machine and versions the result
     equals that of a run that was never interrupted. `save.*`, `sample.*`, `log.*` and a higher `train.max_steps`
-    may change.
+    may change. Pictures or a model that have moved are named by `--set`: what they hold is compared.
 
     Examples:
       emotrain resume mika_v1
       emotrain resume runs/mika_v1 --checkpoint 500
       emotrain resume mika_v1 --set train.max_steps=4000
+      emotrain resume mika_v1 --set model.base=/new/place/model.safetensors
       emotrain resume mika_v1 --gpus 2
     """
     if gpus is not None and wants_launch(gpus):

@@ -14,6 +14,9 @@ from emotrain.errors import CheckpointError, ConfigError, Problem, listed
 FREE = ("save.", "sample.", "log.", "name", "validate.likeness")  # what may change from one resume to the next
 FIXED = ("train.loss.baseline", "train.ema", "train.gain")  # a checkpoint's state depends on them: they cannot change
 MOVED = re.compile(r"(dataset\.folders\.\d+\.(path|mask)|validate\.folder) was ")
+MOVED_MODEL = re.compile(
+    r"(model\.(base|vae|text_encoder|tokenizer)|start_from\.continue|start_from\.stack\.\d+\.path) was "
+)
 MOST_NAMES = 5
 
 
@@ -58,6 +61,8 @@ def refuse(before: Identity, after: Identity, *, allow: bool) -> list[str]:
     ]
     if before.examples == after.examples:  # the folder has moved, and holds what it held
         lines = [line for line in lines if not MOVED.match(line)]
+    if (before.base, before.inputs) == (after.base, after.inputs):
+        lines = [line for line in lines if not MOVED_MODEL.match(line)]
     if before.base != after.base:
         lines.append("model.base holds other weights than those that the run was started on")
     for name in sorted(before.inputs.keys() | after.inputs.keys()):

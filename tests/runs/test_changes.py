@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from emotrain.config.load import load_preset
-from emotrain.runs.changes import preset_changes
+from emotrain.errors import CheckpointError
+from emotrain.runs.changes import Identity, preset_changes, refuse
 
 
 def without(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -52,3 +53,16 @@ def test_what_does_not_touch_the_training_may_change(word: str) -> None:
     before, after = load_preset("quickstart").to_dict(), load_preset("quickstart", [word]).to_dict()
     assert before != after
     assert preset_changes(before, after) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["model.base", "model.vae", "model.text_encoder", "model.tokenizer", "start_from.continue"]
+)
+def test_a_model_that_has_moved_and_is_the_same_is_no_change(key: str) -> None:
+    before, after = load_preset("quickstart").to_dict(), load_preset("quickstart", [f"{key}=/elsewhere"]).to_dict()
+    assert before != after
+    one = Identity(before, "base", {}, {"the VAE": "v"})
+    assert refuse(one, Identity(after, "base", {}, {"the VAE": "v"}), allow=False) == []
+    for other in (Identity(after, "other", {}, {"the VAE": "v"}), Identity(after, "base", {}, {"the VAE": "w"})):
+        with pytest.raises(CheckpointError):
+            refuse(one, other, allow=False)
