@@ -47,7 +47,7 @@ def convert(path: Path, to: Layout, out: Path, *, overwrite: bool = False) -> Wr
     dtype = exact_dtype(tensors, lora.dtype)
     kept = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
     written = _write(out, tensors, dtype, lora, to, {**kept, "emotrain.converted_from": lora.sha256})
-    return replace(written, warnings=_left_out([lora]))
+    return replace(written, warnings=_said_of([lora]))
 
 
 def merge_files(
@@ -87,11 +87,13 @@ def merge_files(
         out, merged.state, merged.alphas, merged.family, layout, dtype, {}, "",
     )  # fmt: skip
     written = _write(out, tensors, dtype, source, layout, _merged_metadata(out, loras, merged))
-    return replace(written, warnings=_left_out([lora for lora, _ in loras])), merged
+    return replace(written, warnings=_said_of([lora for lora, _ in loras])), merged
 
 
-def _left_out(loras: Sequence[LoraFile]) -> tuple[str, ...]:
-    return tuple(line for lora in loras if (line := lora.left_out) is not None)
+def _said_of(loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """What is left out of files, and what was assumed of them."""
+    lines = [line for lora in loras if (line := lora.left_out) is not None]
+    return (*lines, *(f"{lora.path}: {note}" for lora in loras for note in lora.notes))
 
 
 def exact_dtype(tensors: Mapping[str, Tensor], wished: str) -> str:

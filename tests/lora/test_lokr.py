@@ -294,7 +294,8 @@ def test_one_of_products_that_a_cut_goes_through_is_a_lora_of_each_layer(a: int,
     parts = [up @ down * lora.alphas[path] / len(down) for path, (down, up) in found.items()]
     assert list(found) == APART
     assert torch.allclose(torch.cat(parts), torch.kron(w1, left @ right) * 6.0 / 3, atol=1e-4)
-    convert(tmp_path / "a.safetensors", "comfyui", tmp_path / "b.safetensors")
+    written = convert(tmp_path / "a.safetensors", "comfyui", tmp_path / "b.safetensors")
+    assert written.warnings == (f"{tmp_path / 'a.safetensors'}: {lora.notes[0]}",)
     again = load_file(tmp_path / "b.safetensors")
     joined = again[f"{QKV}.lora_B.weight"] @ again[f"{QKV}.lora_A.weight"]
     assert torch.allclose(joined, torch.kron(w1, left @ right) * 6.0 / 3, atol=1e-4)
