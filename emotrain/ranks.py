@@ -142,9 +142,9 @@ class JoinedRanks(Ranks):
         place = f"{environment.get('TORCHELASTIC_RUN_ID')}/{socket.gethostname()}/{os.getppid()}"
         own = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.launch = tuple(sorted(set(self.meet(own))))
-        versions = self.meet(version())
+        everyones = self.meet([version(), "GPU" if torch.cuda.is_available() else "CPU"])
         with self.together():
-            refuse_other_versions(versions)
+            refuse_others([one for one, _ in everyones], [kind for _, kind in everyones])
             if torch.cuda.is_available() and not on_gpu:
                 count, number = torch.cuda.device_count(), self.local_rank + 1
                 raise ResourceError(
@@ -293,20 +293,28 @@ def version() -> str:
     return f"{__version__} (source {whole.hexdigest()[:8]})"
 
 
-def refuse_other_versions(versions: Sequence[str]) -> None:
+def refuse_others(versions: Sequence[str], devices: Sequence[str]) -> None:
     """Refuse to add up the gradients of programs that may compute them in other ways.
 
     Args:
         versions: of every process, in the order of their ranks.
+        devices: GPU or CPU, in the same order.
 
     Raises:
-        ConfigError: with those that differ from rank 0.
+        ConfigError: with the versions that differ from rank 0's.
+        ResourceError: some compute on a GPU, and some have none.
     """
     other = [(rank, one) for rank, one in enumerate(versions) if one != versions[0]]
     problems = [Problem(f"rank {rank} is emotrain {one}, and rank 0 is {versions[0]}") for rank, one in other]
     if problems:
         problems[-1] = Problem(problems[-1].message, "install the same version on every machine")
         raise ConfigError(problems[0].message, problems[0].hint, problems=tuple(problems))
+    if len(set(devices)) > 1:
+        rank = devices.index("CPU")
+        raise ResourceError(
+            f"torch sees no GPU on the machine of rank {rank}, and rank {devices.index('GPU')} has one",
+            "`emotrain doctor` there shows which torch it has",
+        )
 
 
 def join() -> Ranks:

@@ -26,7 +26,7 @@ from processes import together
 
 import emotrain
 from emotrain import ranks as ranks_module
-from emotrain.errors import ConfigError, DatasetError
+from emotrain.errors import ConfigError, DatasetError, ResourceError
 from emotrain.ranks import (
     ALONE,
     JoinedRanks,
@@ -34,7 +34,7 @@ from emotrain.ranks import (
     Ranks,
     _token,
     is_launched,
-    refuse_other_versions,
+    refuse_others,
     version,
 )  # fmt: skip
 from emotrain.train.events import StepEnd, ValidationEnd
@@ -95,7 +95,14 @@ def test_another_version_on_another_machine_is_refused_by_all(monkeypatch: pytes
 def test_the_version_tells_sources_apart() -> None:
     assert version() == version()
     assert re.fullmatch(rf"{re.escape(emotrain.__version__)} \(source [0-9a-f]{{8}}\)", version())
-    refuse_other_versions(["0.2.0 (source 0)"] * 3)
+
+
+def test_processes_with_and_without_a_gpu_do_not_train_together() -> None:
+    same = ["0.2.0 (source 0)"] * 3
+    refuse_others(same, ["GPU"] * 3)
+    refuse_others(same, ["CPU"] * 3)
+    with pytest.raises(ResourceError, match="no GPU on the machine of rank 1, and rank 0 has one"):
+        refuse_others(same, ["GPU", "CPU", "GPU"])
 
 
 def test_a_picture_that_one_process_cannot_draw_ends_the_run_in_all() -> None:
