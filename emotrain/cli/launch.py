@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,19 @@ def work(words: list[str]) -> int:
     """What each process does: the command; where another one is lost, it ends once the launcher has seen which."""
     from emotrain.cli.app import main
 
-    return main(words)
+    code = main(words)
+    threading.Thread(target=leave_with, args=(multiprocessing.parent_process(), code), daemon=True).start()
+    return code
+
+
+def leave_with(launcher: Any, code: int) -> None:
+    """End once the launcher has, with its part of the GPU's memory: the work is done.
+
+    torch keeps this process until the launcher has read its result, which a killed one never does.
+    """
+    if launcher is not None:
+        launcher.join()
+        os._exit(code)
 
 
 def ended(rank: int, code: int, gpus: int) -> int:

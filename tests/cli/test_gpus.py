@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from emotrain.cli.launch import config, ended, refuse_missing
+from emotrain.cli.launch import config, ended, leave_with, refuse_missing
 from emotrain.errors import ResourceError
 from emotrain.ranks import LOST
 
@@ -55,6 +58,32 @@ def test_a_lost_process_is_told_by_the_launcher(code: int) -> None:
 
 def test_a_process_that_told_its_own_error_gives_its_exit_code() -> None:
     assert [ended(1, code, 2) for code in (3, 130, 1)] == [3, 130, 1]
+
+
+def test_a_process_whose_launcher_was_killed_ends_when_its_work_is_done() -> None:
+    """It would wait for its result to be read, with its part of the GPU's memory, for ever."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+
+    def worker() -> None:
+        threading.Thread(target=leave_with, args=(multiprocessing.parent_process(), 0), daemon=True).start()
+        theirs.send("done")
+        time.sleep(60)
+
+    def launcher() -> None:
+        fork.Process(target=worker).start()
+        time.sleep(60)
+
+    process = fork.Process(target=launcher)
+    process.start()
+    theirs.close()
+    assert ours.recv() == "done"
+    assert not ours.poll(0.1)  # it waits for as long as there is a launcher
+    process.kill()
+    assert ours.poll(10)
+    with pytest.raises(EOFError):  # all that could write into the pipe are gone
+        ours.recv()
+    process.join()
 
 
 class Started:
