@@ -28,7 +28,9 @@ from emotrain.families.quantize import in_large_linears
 from emotrain.families.registry import FAMILIES
 from emotrain.families.structure import by_masks
 from emotrain.families.texts import CLIP_TOKENS
-from emotrain.lora.adapter import Adapter, add_adapter
+from emotrain.lora.adapter import Adapter, adapter_like, add_adapter
+from emotrain.lora.file import LoraFile
+from emotrain.lora.targets import part_of
 from emotrain.runs.adapters import text_kwargs
 
 # what diffusers computes again with gradient checkpointing
@@ -237,6 +239,7 @@ def measure(
     low: torch.dtype | None,
     adapter_kwargs: dict[str, Any],
     encoders: Mapping[str, tuple[str, dict[str, Any]]] | None = None,
+    earlier: LoraFile | None = None,
 ) -> ActivationMemory:
     """Count one forward pass of a denoiser with its LoRA.
 
@@ -248,14 +251,20 @@ def measure(
         low: dtype of the base (bf16, fp16); None is float32 throughout.
         adapter_kwargs: as `adapters.adapter_kwargs` gives them.
         encoders: text encoders that are trained too: name -> (class, config).
+        earlier: the LoRA that is continued, whose modules and ranks count in place of `adapter_kwargs`.
 
     Raises:
+        ModelError: the earlier LoRA does not fit the model.
         ConfigError: targets that match nothing, or a rank that the layers cannot hold.
     """
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
     sizes = (*block_weights(model), in_large_linears(model))
-    adapter = add_adapter(model, family=family, seed=0, **adapter_kwargs)
+    if earlier is None:
+        adapter = add_adapter(model, family=family, seed=0, **adapter_kwargs)
+    else:
+        state, alphas = earlier.of_part(part_of(family))
+        adapter = adapter_like(model, {name: value.to("meta") for name, value in state.items()}, alphas, family=family)
     adapter.use_half_precision(low or torch.float32)
     run = _forward(family, model, latents, num_tokens, low or torch.float32, grad=bool(encoders))
     saved, checkpointed, block = count_saved(model, run, adapter.half_weights)

@@ -26,7 +26,10 @@ from emotrain.families.ram import Ram, ram
 from emotrain.families.sniff_file import public_model
 from emotrain.families.table import FAMILIES, Sniffed
 from emotrain.families.texts import num_text_tokens, trainable_encoders
+from emotrain.lora.file import LoraFile, read_lora
+from emotrain.lora.origin import require_family
 from emotrain.ranks import ALONE, Ranks
+from emotrain.runs import parents
 from emotrain.runs.activation_memory import ActivationMemory, measure
 from emotrain.runs.adapters import adapter_kwargs, check_modules, check_text_modules
 from emotrain.runs.build import loader_settings, sniffed
@@ -119,7 +122,8 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     device, low = choose_device("auto"), planned_dtype(preset.model.dtype, choose_device("auto"))
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
     network = preset.network
-    check_modules(found, network.targets, activation_memory.adapter.num_modules)
+    if preset.start_from.continue_ is None:
+        check_modules(found, network.targets, activation_memory.adapter.num_modules)
     if network.text_encoder:
         check_text_modules(found, dict(activation_memory.text.modules))
     other = look(preset, found, by_size=True)
@@ -135,7 +139,7 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
         num_parameters=activation_memory.num_parameters,
         text_modules=sum(n for _, n in activation_memory.text.modules),
         network=activation_memory.adapter.title,
-        rank=network.rank if network.type == "lora" else None,
+        rank=activation_memory.adapter.rank if activation_memory.adapter.factor is None else None,
         factor=activation_memory.adapter.factor,
         dtype=str(low).removeprefix("torch."),
         device=device.type,
@@ -268,9 +272,19 @@ def activation_memory_of(
         low=None if low == torch.float32 else low,
         adapter_kwargs=adapter_kwargs(preset),
         encoders=trainable_encoders(found) if preset.network.text_encoder else {},
+        earlier=_continued(preset, found),
     )
     is_public = found.variant != "custom"
     return count() if is_public else guard(str(found.path), FAMILIES[found.family].denoiser, count)
+
+
+def _continued(preset: Preset, found: Sniffed) -> LoraFile | None:
+    """The LoRA that the run goes on from, which sets the network."""
+    if preset.start_from.continue_ is None:
+        return None
+    file = read_lora(parents.lora_of(preset.start_from.continue_))
+    require_family(file.family, found.family, str(file.path))
+    return file
 
 
 def planned_dtype(dtype: str, device: torch.device) -> torch.dtype:

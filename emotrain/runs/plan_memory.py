@@ -221,7 +221,9 @@ class Memory:
         if batch > 1:
             rows.append(("train.micro_batch_size: 1", activations * (1 - 1 / batch)))
         rows.append(("a resolution three quarters as large", activations * (1 - 0.75**2)))
-        if self.preset.network.type == "lora":
+        if self.preset.start_from.continue_ is not None:
+            pass  # its modules and ranks are what they are
+        elif self.preset.network.type == "lora":
             rows.append(("half the rank", (self.lora() + self.state()) / 2))
         else:
             rows.append(("twice the factor", (self.lora() + self.state()) * 3 / 4))

@@ -15,8 +15,10 @@ from emotrain.cli.app import main
 from emotrain.config.load import load_preset
 from emotrain.errors import ModelError
 from emotrain.families.table import sniff
+from emotrain.lora.adapter import add_adapter
+from emotrain.lora.file import save_lora
 from emotrain.ranks import Ranks
-from emotrain.runs.activation_memory import ActivationMemory
+from emotrain.runs.activation_memory import ActivationMemory, build_on_meta
 from emotrain.runs.adapters import check_modules
 
 UNET = "model.diffusion_model."
@@ -273,3 +275,18 @@ def test_a_preset_of_one_s_own_is_never_planned_with_pictures_that_are_not_there
     (tmp_path / "p.yaml").write_text("extends: sdxl\ndataset: ./none\n", encoding="utf-8")
     assert main(["plan", str(tmp_path / "p.yaml")]) == 3
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_lora_that_is_continued_is_counted_by_its_own_ranks(tmp_path: Path) -> None:
+    """The preset's rank does not matter: it is the file's modules that are trained."""
+    found = sniff("builtin:tiny-sd")
+    model = build_on_meta("sd15", found.denoiser_config, torch.float32)
+    made = add_adapter(model, family="sd15", seed=0, rank=8, alpha=8, targets=("mid_block.*to_q",))
+    zeros = {name: torch.zeros(parameter.shape) for name, parameter in made.named_parameters()}
+    save_lora(tmp_path / "earlier.safetensors", zeros, alphas=made.alphas(), family="sd15", metadata={})
+    words = ["network.rank=2", f"start_from.continue={tmp_path / 'earlier.safetensors'}"]
+    plan = planning.make_plan(load_preset("quickstart", words))
+    assert (plan.rank, plan.num_modules, plan.num_trained) == (8, made.num_modules, made.num_parameters)
+    assert not {"half the rank", "twice the factor"} & {name for name, _ in plan.savings}
+    with pytest.raises(ModelError, match="is a LoRA for sd15, the model is flux"):
+        planning.make_plan(load_preset("quickstart-flux", words))
