@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from emotrain.pulse.stopping import StopRule
 
 
+LOSS_SCALE_STEP = 8.0  # by what the scale of the loss is divided: after four times 4096 is 1
+
 try:
     import resource
 except ImportError:  # Windows
@@ -244,14 +246,29 @@ def train_step(
     state.micro_step += limits.gradient_accumulation_steps
     state.samples_seen += len(samples)
     state.guard = state.guard.update(loss, grad_norm)
-    if state.guard.leave_out:
+    left_out = state.guard.leave_out
+    if left_out:
         parts.notify(Notice(describe(state.step + 1, loss, grad_norm, gathered.ids)))
+        if state.guard.diverged and math.isfinite(loss):
+            lower_loss_scale(parts, state)
     else:
         parts.optimizer.observe(observed_loss)
         parts.optimizer.step()
         state.step += 1
     parts.optimizer.zero_grad()
-    return None if state.guard.leave_out else (loss, observed_loss, grad_norm, samples)
+    return None if left_out else (loss, observed_loss, grad_norm, samples)
+
+
+def lower_loss_scale(parts: Parts, state: TrainState) -> None:
+    """After steps whose gradients alone were not finite, in float16: go on with a smaller scale of the loss."""
+    if parts.adapter.loss_scale <= 1.0:
+        return
+    parts.adapter.loss_scale = state.loss_scale = max(parts.adapter.loss_scale / LOSS_SCALE_STEP, 1.0)
+    state.guard = replace(state.guard, in_a_row=0)
+    if parts.graphs is not None:
+        parts.graphs.drop()  # they hold the scale
+    said = f"gradients were too large for float16 on {LIMIT} steps in a row"
+    parts.notify(Notice(f"{said}: the loss is scaled by {state.loss_scale:g} from step {state.step + 1} on"))
 
 
 def give_up(parts: Parts, limits: Limits, state: TrainState, failure: OutOfMemory | None) -> NoReturn:

@@ -82,6 +82,7 @@ class TrainState:
     samples_seen: int = 0
     micro_batches: int = 0  # of a step, of all processes together; 0: not known yet
     guard: Guard = Guard()  # steps left out because of non-finite numbers
+    loss_scale: float | None = None  # in float16, once it was lowered; None: the adapter's own
     resumes: int = 0
     train_s: float = 0.0  # seconds of pure training
     best_step: int | None = None
@@ -186,6 +187,8 @@ def restore(
         load_optimizer(optimizer, names, tensors.get("optimizer", {}), documents["optimizer"])
         stop_rule.load_document(documents["stop_rule"])
         state = TrainState.from_document(documents["state"], dict(tensors.get("best", {})))
+        if state.loss_scale is not None:
+            adapter.loss_scale = float(state.loss_scale)
         expected = [float(value) for value in documents["baseline"]]
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint lacks or garbles {error}") from error

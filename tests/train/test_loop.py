@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -20,9 +21,9 @@ from emotrain.optim.registry import build_optimizer
 from emotrain.pulse.gain import SURE, Gain
 from emotrain.pulse.stopping import UNFAIR_SENTENCE, StopRule
 from emotrain.train.events import Notice, StepEnd, ValidationEnd
-from emotrain.train.loop import StopReason, accumulate, fit
+from emotrain.train.loop import Parts, StopReason, accumulate, fit
 from emotrain.train.losses import noise_like, uniforms
-from emotrain.train.state import TrainState
+from emotrain.train.state import TrainState, capture, restore
 
 
 def accumulated(parts, numbers, state):
@@ -273,6 +274,47 @@ def test_a_measured_run_that_is_not_finite_goes_on_from_its_best_weights_with_sh
     said = [notice.message for notice in recorder.of(Notice) if notice.level == "info"]
     assert "(gain 1): loss or gradient was not finite on 3 steps in a row" in said[0]
     assert "(gain 0.333): 2 validations without improvement" in said[1]
+
+
+def with_gradients_up_to(parts: Parts, limit: float) -> None:
+    """Float16's range, for a loss scale of which larger ones give gradients that are not finite."""
+    adapter = parts.adapter
+
+    def collect() -> None:
+        if adapter.loss_scale > limit:
+            adapter.layer.weight.grad.fill_(math.inf)
+
+    def unscale() -> None:
+        adapter.layer.weight.grad.div_(adapter.loss_scale)
+
+    adapter.loss_scale, adapter.collect_gradients, adapter.unscale_gradients = 4096.0, collect, unscale
+
+
+def test_gradients_too_large_for_float16_lower_the_loss_s_scale_and_a_resumed_run_keeps_it():
+    recorder, state = Recorder(), TrainState()
+    parts = make_parts(recorder)
+    with_gradients_up_to(parts, 64.0)
+    assert fit(parts, limits(max_steps=4), state).reason is StopReason.MAX_STEPS
+    assert (state.step, state.guard.skipped, parts.adapter.loss_scale) == (4, 6, 64.0)
+    assert [notice.message for notice in recorder.of(Notice) if "float16" in notice.message] == [
+        f"gradients were too large for float16 on 3 steps in a row: the loss is scaled by {scale} from step 1 on"
+        for scale in (512, 64)
+    ]
+    tensors, documents = capture(state, parts.adapter, parts.optimizer, parts.stop_rule, [])
+    again = make_parts(recorder)
+    with_gradients_up_to(again, 64.0)
+    saved = json.loads(json.dumps(documents))
+    resumed, _ = restore(tensors, saved, again.adapter, again.optimizer, again.stop_rule)
+    fit(again, limits(max_steps=6), resumed)
+    assert (resumed.step, resumed.guard.skipped, again.adapter.loss_scale) == (6, 6, 64.0)
+
+
+def test_gradients_that_no_scale_of_the_loss_makes_finite_end_the_run():
+    state = TrainState()
+    parts = make_parts(Recorder())
+    with_gradients_up_to(parts, 0.5)
+    assert fit(parts, limits(), state).reason is StopReason.DIVERGED
+    assert (state.loss_scale, state.guard.skipped) == (1.0, 3 * 5)
 
 
 def test_a_measured_run_that_is_never_finite_ends():
