@@ -20,7 +20,6 @@ the base's loss is within 0.1 %. Rows:
 * emocats, emoairy: "gain fixed" is what a run does with them; "gain auto from 1" is a trial with the measured unit,
   begun at the published length
 * lokr: a LoKr in place of the LoRA, beside AdamW with a LoKr
-* no rises, rises after 5: trials without longer steps where validations keep improving, or with them sooner
 * flipped: trials that hear three flipped training pictures in place of those held out
 
 The loss is that of 64 held-out pictures, for the LoRA that is handed over: that of the lowest validation (3 pictures
@@ -91,7 +90,7 @@ THIRD = [
     for kind, style in zip([*SETS, *SETS], UNSEEN, strict=True)
 ]
 TASKS = [*BUILT_IN, *THIRD]
-COMMAND = "python tests/bench/gain_trials.py --styles STYLES --third WORK/third"
+COMMAND = "python tests/bench/gain_trials.py --styles STYLES --third WORK/third --seeds 0 1"
 RIVALS_EVERY = 20  # steps between two validations of those that do not end by themselves
 DEFAULT = ("adamw", "gain auto", "gain fixed", "adamw, cosine", "prodigy 1", "schedulefree 0.0025")
 
