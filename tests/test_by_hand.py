@@ -18,6 +18,7 @@ def test_what_stands_below_the_line_is_kept(tmp_path):
 
 
 def test_each_such_report_has_the_line():
-    for script, report in (("comfyui_lora", "comfyui"), ("new_family", "new_family"), ("stop_regret", "stop_regret")):
+    reports = {"comfyui_lora": "comfyui"} | {name: name for name in ("new_family", "stop_regret", "gain_trials")}
+    for script, report in reports.items():
         assert f'write_report(args.report / "{report}.md"' in (BENCH / f"{script}.py").read_text(encoding="utf-8")
         assert (REPORTS / f"{report}.md").read_text(encoding="utf-8").count(f"\n{SAID}\n") == 1

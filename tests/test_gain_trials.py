@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gain_rows
+from by_hand import SAID
 
 REPORT = Path(__file__).parents[1] / "docs" / "benchmarks" / "gain_trials.md"
 
@@ -15,7 +16,7 @@ def row(policy: str, chosen: int, **more: Any) -> dict[str, Any]:
 
 def test_the_report_s_tables_follow_from_its_rows():
     tables = gain_rows.tables(list(gain_rows.kept(gain_rows.KEPT).values()))
-    above = REPORT.read_text(encoding="utf-8").partition(gain_rows.SAID)[0]
+    above = REPORT.read_text(encoding="utf-8").partition(SAID)[0]
     assert above.endswith("\n".join(["", "", *tables, "", ""]))
 
 

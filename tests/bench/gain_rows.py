@@ -13,7 +13,6 @@ from typing import Any
 from emotrain.pulse.gain import FACTOR, FAILURES, START, SURE, VAIN
 
 KEPT = Path(__file__).parents[2] / "docs" / "benchmarks" / "gain_trials.jsonl"  # the rows of the report
-SAID = "## What it says"  # from here on the report is written by hand
 STEPS = 1000  # the ceiling
 LEVEL = 0.005  # of the gain
 RULE = (
@@ -189,10 +188,10 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     own = own_of(rows)
     pairs = [(row, rival) for row in own if (rival := best_rival(row, rows))]
     shares = [share_of(row, rival) for row, rival in pairs]
-    seeds = {
-        row["task"]: [s for (o, _), s in zip(pairs, shares, strict=True) if o["task"] == row["task"]] for row in own
-    }
-    by_task = [fmean(each) for each in seeds.values() if each]
+    seeds: dict[str, list[float]] = {}
+    for (row, _), share in zip(pairs, shares, strict=True):
+        seeds.setdefault(row["task"], []).append(share)
+    by_task = [fmean(each) for each in seeds.values()]
     others = [share_of(row, other) for row in own if (other := other_of(row, rows, "prodigy 1"))]
     quick = [row["reached"] / rival["chosen"] for row, rival in pairs]
     cost = [passes(row) / (12.0 * rival["chosen"]) for row, rival in pairs]

@@ -48,13 +48,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from by_hand import write_report
 from gain_rows import (
     AFTER,
     KEPT,
     POLICIES,
     PRODIGYPLUS,
     RULE,
-    SAID,
     STEPS,
     Policy,
     kept,
@@ -284,9 +284,7 @@ def main() -> None:
     rows = list(found.values())
     print("\n".join(tables([row for row in rows if row["task"] in args.tasks])))
     if args.report:
-        report = args.report / "gain_trials.md"
-        before = report.read_text(encoding="utf-8").partition(SAID)[2] if report.exists() else ""
-        report.write_text("\n".join([*head(), *tables(rows), "", SAID]) + before, encoding="utf-8")
+        write_report(args.report / "gain_trials.md", [*head(), *tables(rows)])
 
 
 def head() -> list[str]:
