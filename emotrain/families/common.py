@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from emotrain.families.offload import offload_blocks
 from emotrain.families.quantize import RoundedLinear, WithoutWeight, make_plain, quantize_linears
 from emotrain.families.quiet import quiet
 from emotrain.families.registry import FAMILIES
+from emotrain.families.tiles import in_tiles
 
 # Of samples of small models such as the built-in ones, looked at with 1, 2, 3 and 5: at 1 shapes are
 # a little ragged, and above 2 the colours of what the model knows less well run together.
@@ -137,6 +139,7 @@ class LoadedFamily(ABC):
         self.memory = parts.memory
         self.placement = parts.memory.sentence if parts.memory else ""
         self._placed = False  # see `place_denoiser`
+        self.vae_in_tiles = False  # whether it works on pieces of large pictures
         config = parts.vae.config
         levels = getattr(config, "block_out_channels", None) or config.dim_mult
         self.vae_scale = 2 ** (len(levels) - 1) * FAMILIES[parts.name].vae_patch
@@ -162,7 +165,8 @@ class LoadedFamily(ABC):
         """
         assert self.vae is not None
         weight = next(self.vae.parameters())
-        mean: Tensor = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mean
+        pixels = pixels.to(weight.device, weight.dtype)
+        mean = self._pass(lambda piece: self.vae.encode(piece).latent_dist.mean, pixels, TILE, self.vae_scale)
         return self.normalised(mean.float()).cpu()
 
     @torch.no_grad()
@@ -171,8 +175,13 @@ class LoadedFamily(ABC):
         assert self.vae is not None
         weight = next(self.vae.parameters())
         raw = self.unnormalised(latents.float().to(weight.device))
-        pixels: Tensor = self.vae.decode(raw.to(weight.dtype)).sample
+        side = TILE // (self.vae_scale // FAMILIES[self.name].vae_patch)
+        pixels = self._pass(lambda piece: self.vae.decode(piece).sample, raw.to(weight.dtype), side, 1)
         return pixels.float().cpu()
+
+    def _pass(self, work: Callable[[Tensor], Tensor], whole: Tensor, side: int, step: int) -> Tensor:
+        """A pass of the VAE, in one piece or in tiles."""
+        return in_tiles(work, whole, side, step) if self.vae_in_tiles else work(whole)
 
     def normalised(self, raw: Tensor) -> Tensor:
         """The VAE's latents as the denoiser takes them, of about the size of its noise."""
@@ -186,14 +195,6 @@ class LoadedFamily(ABC):
     def pictures_at_once(self) -> int:
         """How many of the largest pictures `encode_images` is given at once."""
         return self.memory.pictures_at_once if self.memory is not None else 1
-
-    def tile_vae(self, wanted: bool) -> None:
-        """Let the VAE work in overlapping tiles, or on whole pictures."""
-        if hasattr(self.vae, "tile_latent_min_size"):
-            scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = TILE, TILE // scale
-        if hasattr(self.vae, "enable_tiling"):
-            self.vae.enable_tiling() if wanted else self.vae.disable_tiling()
 
     # ------------------------------------------------------------ texts
 
@@ -268,8 +269,6 @@ class LoadedFamily(ABC):
 
     # ------------------------------------------------------------ memory
 
-    vae_encoder_may_go = True  # some VAEs cannot decode without it
-
     def place_denoiser(self) -> None:
         """Move the denoiser and its LoRA to the device in the form that was planned, and text encoders off it.
 
@@ -284,12 +283,11 @@ class LoadedFamily(ABC):
                 part.encoder.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.tile_vae(self.memory is not None and self.memory.tile_decode)
+        self.vae_in_tiles = self.memory is not None and self.memory.tile_decode
         if self.device.type == "mps":  # which has no float8
             make_plain(self.denoiser)
         if self.memory is not None and self.memory.offload:
-            spare = (self.memory.budget_gib or 0.0) - self.memory.needed_gib
-            offload_blocks(self.denoiser, self.device, FAMILIES[self.name].blocks, spare)
+            offload_blocks(self.denoiser, self.device, FAMILIES[self.name].blocks, self.memory.spare_gib)
             return
         if self.memory is not None and self.memory.quantize != "none":
             quantize_linears(self.denoiser, self.memory.quantize, self.device)
@@ -300,7 +298,7 @@ class LoadedFamily(ABC):
         self.vae_identity()
         self.text_identity()
         self.text_encoders = [part for part in self.text_encoders if part.name in self.trained_encoders]
-        if self.vae_encoder_may_go and self.vae is not None and getattr(self.vae, "encoder", None) is not None:
+        if self.vae is not None and getattr(self.vae, "encoder", None) is not None:
             self.vae.encoder = None
             self.vae.quant_conv = None
         if self.device.type == "cuda":
@@ -316,8 +314,8 @@ class LoadedFamily(ABC):
         if "vae" not in self._identities:
             assert self.vae is not None
             self._identities["vae"] = digest_module(self.vae, config_values(self.vae.config))
-        in_tiles = as_encoded and self.memory is not None and self.memory.tile_encode
-        return self._identities["vae"] + " in tiles" * in_tiles
+        tiled = as_encoded and self.memory is not None and self.memory.tile_encode
+        return self._identities["vae"] + f" in even tiles of {TILE}" * tiled
 
     def text_identity(self, *, as_encoded: bool = True) -> str:
         """A digest that changes when `encode_texts` would give other embeddings.

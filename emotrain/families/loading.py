@@ -205,7 +205,7 @@ def _place(family: LoadedFamily, plan: MemoryPlan) -> None:
         checkpoint_blocks(family.denoiser)
     assert family.vae is not None
     family.vae.to(family.device)
-    family.tile_vae(plan.tile_encode)
+    family.vae_in_tiles = plan.tile_encode
     forms = dict(plan.encoders)
     for part in family.text_encoders:
         form = forms.get(part.name, "none")

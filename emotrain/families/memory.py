@@ -16,13 +16,10 @@ from emotrain.errors import ConfigError
 
 GIB = 1024**3
 CONTEXT_GIB = 0.6  # what CUDA and its libraries take: 0.4 to 0.8
-VAE_GIB = 0.2  # the decoder in float32, which stays for samples
-VAE_ENCODER_GIB = 0.13  # goes when all pictures are encoded
-# Float32 maps of the VAE's first width at full size that its passes hold at once, counted on the meta device.
-ENCODE_MAPS, DECODE_MAPS = 5.0, 6.0
 MOST_AT_ONCE = 8  # pictures that a VAE encodes together
 TILE = 512  # pixels: the side of the pieces that a VAE works in where there is no room for the whole
 AWAY = 3  # blocks on the device at a time where the others wait in the computer's memory
+UNSURE = 1.1  # times what is expected: what offloaded blocks leave free, since the estimate may be off by as much
 SPARE = 1.08  # workspace and fragments on top of activations
 SIZES_GIB = {"24gb": 24.0, "16gb": 16.0, "12gb": 12.0, "8gb": 8.0}
 USABLE = 0.95  # of a GPU of that size, beside a desktop
@@ -30,6 +27,28 @@ BYTES_PER_PARAMETER = {"int8": 1.03, "nf4": 0.56, "fp8": 1.02}  # with their sca
 BACKENDS = {"nf4": "bitsandbytes"}  # int8 and fp8 need none
 COSTLY = {"nf4": 1, "cpu": 2}  # forms of a text encoder that tiles of the VAE are better than
 ON_CPU = "cpu"  # the form of a text encoder that stays whole and works on the CPU
+
+
+@dataclass(frozen=True)
+class VaeNeeds:
+    """A VAE in float32: GiB of its decoder, which stays for samples, and of its encoder, which goes before training.
+
+    Of its first width at full size, `encode_maps` and `decode_maps` are what its passes hold at once, counted on the
+    meta device.
+    """
+
+    decoder: float
+    encoder: float
+    encode_maps: float
+    decode_maps: float
+
+
+VAES = {  # by diffusers' class, as the public models have them
+    "AutoencoderKL": VaeNeeds(0.19, 0.13, 5.0, 6.0),
+    "AutoencoderKLFlux2": VaeNeeds(0.19, 0.13, 5.0, 6.0),
+    "AutoencoderKLQwenImage": VaeNeeds(0.28, 0.20, 6.1, 7.1),
+    "AutoencoderKLQwenImage21": VaeNeeds(0.97, 0.30, 7.1, 16.6),
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +79,8 @@ class Needs:
     activations: tuple[float, float]  # kept for the backward pass, without and with gradient checkpointing
     trained: float  # LoRA weights, gradients, optimizer state, and trained text encoders
     encoders: tuple[EncoderNeeds, ...] = ()  # the text encoders that go when all captions are encoded
-    vae: float = VAE_GIB  # its decoder; `vae_encoder` goes when all pictures are encoded
-    vae_encoder: float = VAE_ENCODER_GIB
+    vae: float = 0.19  # its decoder; `vae_encoder` goes when all pictures are encoded
+    vae_encoder: float = 0.13
     encode: tuple[float, float] = (0.0, 0.0)  # a pass of the VAE's encoder over the largest picture, whole and in tiles
     # a pass of its decoder over a sample, whole and in tiles; 0 where none are drawn
     decode: tuple[float, float] = (0.0, 0.0)
@@ -111,6 +130,12 @@ class MemoryPlan:
             "gradient_checkpointing": self.gradient_checkpointing,
             "offload": self.offload,
         }
+
+    @property
+    def spare_gib(self) -> float:
+        """Room for offloaded blocks that stay: while the encoders work they are away. 0 where no budget is known."""
+        largest = max((gib for name, gib in self.stages if name != "encode"), default=0.0)
+        return max(0.0, self.budget_gib - UNSURE * largest) if self.budget_gib is not None else 0.0
 
     @property
     def fits(self) -> bool:
@@ -170,7 +195,8 @@ def choose_memory(
     """The first of these that fits: nothing, gradient checkpointing, int8 (unless the file has 8 bits), nf4, offload.
 
     Quantising and offloading come in only where gradient checkpointing alone does not do; a
-    quantisation that is set is kept. The VAE works in tiles where the whole does not fit, and large text encoders in
+    quantisation that is set is kept. Without gradient checkpointing nothing is offloaded: the backward pass would hold
+    the copies of all blocks. The VAE works in tiles where the whole does not fit, and large text encoders in
     fewer bits (`place_encoders`). Pure.
 
     Args:
@@ -189,7 +215,7 @@ def choose_memory(
     if needs.stored:  # in 8 bits already
         kinds = tuple(kind for kind in kinds if kind != "int8")
     options += [(kind, steps[-1], False) for kind in kinds]
-    options += [(kind, steps[-1], True) for kind in ([quantize] if quantize == "none" else [])]
+    options += [(quantize, True, True)] if quantize == "none" and steps[-1] else []
     place = partial(place_encoders, needs, wanted=quantize_text_encoders, backends=backends)
     turns = needs.other_parameters > 0
     plans = [_plan(needs, *option, budget, place, in_turn=turns) for option in options]
@@ -222,7 +248,8 @@ def _plan(
     held = rest + base + (0.0 if in_turn else other)
     drawing = rest + other if in_turn else held
     tile_encode, forms, encoding = _encode_stage(needs, budget, place)
-    tile_decode = budget is not None and drawing + needs.decode[0] * SPARE > budget
+    too_large = budget is not None and drawing + needs.decode[0] * SPARE > budget
+    tile_decode = too_large and needs.decode[1] < needs.decode[0]
     stages = {
         "encode": encoding,
         "train": held + needs.activations[checkpointing] * SPARE,
@@ -247,11 +274,11 @@ def _encode_stage(
     """Whether the VAE works in tiles (rather that than an encoder in nf4 or on the CPU), their forms, and the peak."""
     held = CONTEXT_GIB + needs.vae + needs.vae_encoder
     found = []
-    for tiles in (False, True):
+    for tiles in (False, True) if needs.encode[1] < needs.encode[0] else (False,):
         forms = place(None if budget is None else max(budget - held - needs.encode[tiles], 0.0))
         sizes = (encoder.gib(forms[encoder.name], needs.bytes_per_parameter) for encoder in needs.encoders)
         found.append((tiles, forms, held + needs.encode[tiles] + sum(sizes)))
-    fitting = [one for one in found if budget is None or one[2] <= budget] or found[1:]
+    fitting = [one for one in found if budget is None or one[2] <= budget] or found[-1:]
     return min(fitting, key=lambda one: (max((COSTLY.get(form, 0) for form in one[1].values()), default=0), one[0]))
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from emotrain.batch import AT_ONCE
 from emotrain.config.schema import Preset
+from emotrain.families.headers import read_header
 from emotrain.families.memory import (
     AWAY,
     BACKENDS,
     CONTEXT_GIB,
-    DECODE_MAPS,
-    ENCODE_MAPS,
     GIB,
     SPARE,
     TILE,
-    VAE_ENCODER_GIB,
-    VAE_GIB,
+    VAES,
     EncoderNeeds,
     MemoryPlan,
     Needs,
@@ -25,7 +26,7 @@ from emotrain.families.memory import (
     installed_backends,
     weights_gib,
 )
-from emotrain.families.registry import configs
+from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import own_config
 from emotrain.families.stored import stored_parameters
@@ -59,6 +60,23 @@ def vae_width(found: Sniffed) -> int:
     return int(widths[0])
 
 
+def vae_halves(found: Sniffed) -> tuple[float, float]:
+    """GiB of the VAE's decoder and encoder in float32: of a folder of no public size its own, else the public model's.
+
+    Raises:
+        ModelError: a file of it that cannot be read.
+    """
+    folder = Path(found.path) / "vae"
+    files = sorted(folder.glob("*.safetensors")) if found.variant == "custom" and found.kind == "folder" else []
+    shapes = {name: shape for file in files for name, shape in read_header(file).shapes.items()}
+    if not shapes:
+        public = VAES[FAMILIES[found.family].vae_class]
+        return public.decoder, public.encoder
+    sizes = {name: math.prod(shape) * 4 / GIB for name, shape in shapes.items()}
+    encoder = sum(gib for name, gib in sizes.items() if name.startswith(("encoder.", "quant_conv.")))
+    return sum(sizes.values()) - encoder, encoder
+
+
 class Memory:
     """The numbers behind the parts, the verdicts and what each switch saves."""
 
@@ -90,7 +108,8 @@ class Memory:
             for name, count in encoder_parameters(found).items()
         )
         self.resident = kept.text.num_parameters * itemsize / GIB  # trained ones are not freed
-        self.vae = VAE_GIB if found.variant != "custom" else 0.01
+        self.vae_class = FAMILIES[found.family].vae_class
+        self.vae, self.vae_encoder = vae_halves(found)
 
     def lora(self) -> float:
         """Weights and gradients, float32; on a half-precision base a copy and gradients in its dtype too."""
@@ -129,9 +148,9 @@ class Memory:
             trained=self.lora() + self.state() + self.resident,
             encoders=tuple(encoder for encoder in self.encoders if encoder.name not in trained),
             vae=self.vae,
-            vae_encoder=self.vae * VAE_ENCODER_GIB / VAE_GIB,
-            encode=self.vae_pass(ENCODE_MAPS, area),
-            decode=self.vae_pass(DECODE_MAPS, drawn),
+            vae_encoder=self.vae_encoder,
+            encode=self.vae_pass(VAES[self.vae_class].encode_maps, area),
+            decode=self.vae_pass(VAES[self.vae_class].decode_maps, drawn),
             validate=wide * forward * area,
             sample=at_once * forward * drawn,
             saved=self.state() + min(self.state() + self.lora(), AT_ONCE / GIB),
@@ -205,9 +224,8 @@ class Memory:
         needs = self.needs()
         whole = weights_gib(self.kept.num_parameters, self.itemsize, stored=self.stored)
         blocks = whole * (1 - self.kept.other_weights / self.kept.num_parameters)
-        there = max(0.0, (chosen.budget_gib or 0.0) - chosen.needed_gib)
         other = weights_gib(needs.other_parameters, self.itemsize, stored=self.other_stored)
-        return max(0.0, blocks - there) + other
+        return max(0.0, blocks - chosen.spare_gib) + other
 
     def savings(self, chosen: MemoryPlan, least: float = 0.01) -> tuple[tuple[str, float], ...]:
         """What a switch would save, beginning with the one that saves most; those below `least` GiB are left out."""

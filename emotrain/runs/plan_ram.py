@@ -19,7 +19,7 @@ from emotrain.errors import ResourceError
 from emotrain.families.component import weight_files
 from emotrain.families.headers import own_name, read_header
 from emotrain.families.hub import fetched_folder
-from emotrain.families.memory import GIB, ON_CPU, VAE_ENCODER_GIB, VAE_GIB, MemoryPlan
+from emotrain.families.memory import GIB, ON_CPU, VAES, MemoryPlan
 from emotrain.families.ram import Ram
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
@@ -151,8 +151,9 @@ def _sizes(found: Sniffed, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each part of a model that is not here."""
     known = FAMILIES[found.family].variants.get(found.variant)
     denoiser = known.parameters if known is not None else num_parameters(found.family, found.denoiser_config)
-    texts, vae = sum(encoder_parameters(found).values()), int((VAE_GIB + VAE_ENCODER_GIB) * GIB)
-    return {"denoiser": denoiser * dtype.itemsize, "text": texts * dtype.itemsize, "vae": vae}
+    texts, vae = sum(encoder_parameters(found).values()), VAES[FAMILIES[found.family].vae_class]
+    whole = int((vae.decoder + vae.encoder) * GIB)
+    return {"denoiser": denoiser * dtype.itemsize, "text": texts * dtype.itemsize, "vae": whole}
 
 
 def _files(found: Sniffed, model: ModelSection) -> Iterator[tuple[str, Path]]:

@@ -222,4 +222,4 @@ def _plan_of(memory: MemoryPlan | None) -> MemoryPlan | None:
     """How the training base is held, without what training alone needs; all of its blocks are away where some are."""
     if memory is None:
         return None
-    return replace(memory, gradient_checkpointing=False, needed_gib=memory.budget_gib or 0.0)
+    return replace(memory, gradient_checkpointing=False, budget_gib=None)

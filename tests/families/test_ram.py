@@ -120,7 +120,7 @@ def test_what_of_the_hub_is_not_here_counts_by_its_sizes(tmp_path: Path, monkeyp
     public = public_model("stabilityai/stable-diffusion-xl-base-1.0")
     assert public is not None
     found, section = replace(public, kind="hub"), ModelSection(base=str(public.path))
-    texts, vae = 123_060_480 + 694_659_840, 0.33 * GIB
+    texts, vae = 123_060_480 + 694_659_840, 0.32 * GIB
     counted = weights_of(found, section, torch.float32)
     assert counted.whole * GIB == pytest.approx(4 * (2_567_463_684 + texts) + vae, rel=1e-6)
     assert not counted.copied
@@ -155,7 +155,8 @@ def test_the_blocks_that_wait_are_counted_as_the_arena_that_holds_them(small: tu
     arena = sum(home.packed.numel() for home in moving.homes) / GIB
     assert memory.blocks_at_home(chosen) == pytest.approx(arena, rel=0.01)
     assert memory.blocks_at_home(replace(chosen, offload=False)) == 0.0
-    some = replace(chosen, budget_gib=chosen.needed_gib + arena / 4)
+    largest = max(gib for name, gib in chosen.stages if name != "encode")
+    some = replace(chosen, budget_gib=1.1 * largest + arena / 4)
     assert memory.blocks_at_home(some) == pytest.approx(0.75 * arena, rel=0.01)
 
 
