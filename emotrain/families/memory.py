@@ -53,19 +53,25 @@ VAES = {  # by diffusers' class, as the public models have them
 
 @dataclass(frozen=True)
 class EncoderNeeds:
-    """A text encoder: name, parameters, how many are in layers that may be quantised, how many in 8 bits."""
+    """A text encoder: name, parameters, how many are in layers that may be quantised, how many in 8 bits.
+
+    `wide` of them are float32 where they are in no fewer bits: a T5's, beside float16.
+    """
 
     name: str
     parameters: int
     linear: int = 0
     stored: int = 0
+    wide: int = 0
 
     def gib(self, form: str, bytes_per_parameter: float) -> float:
         """Size in a form: none, int8, nf4, fp8, or cpu, which takes nothing of the GPU."""
         if form == ON_CPU:
             return 0.0
         if form == "none":
-            return weights_gib(self.parameters, bytes_per_parameter, stored=self.stored)
+            wide = self.wide * (1 - self.stored / self.linear) if self.linear else 0.0
+            beside = wide * (4 - bytes_per_parameter) / GIB
+            return weights_gib(self.parameters, bytes_per_parameter, stored=self.stored) + beside
         whole = weights_gib(self.parameters - self.linear, bytes_per_parameter)
         return whole + weights_gib(self.linear, bytes_per_parameter, form)
 

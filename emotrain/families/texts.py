@@ -13,6 +13,7 @@ from emotrain.families.sniff_file import own_config
 from emotrain.families.spec import TextEncoder
 
 CLIP_TOKENS = 77
+T5_SIDES = ("num_layers", "d_ff", "d_model")
 
 
 def num_text_tokens(found: Sniffed) -> int:
@@ -52,9 +53,24 @@ def quantizable_parameters(found: Sniffed) -> dict[str, int]:
     counts = {}
     for encoder in FAMILIES[found.family].text_encoders:
         if encoder.quantizable:
-            words = encoder_configs(found.family, found.variant)[encoder.name][1]
-            words = own_config(found, f"{encoder.name}/config.json", words)
-            words = {**words, **(words.get("text_config") or {})}
+            words = _config(found, encoder)
             table = int(words.get("vocab_size") or 0) * int(words.get("d_model") or words.get("hidden_size") or 0)
             counts[encoder.name] = max(encoder_parameters(found)[encoder.name] - table, 0)
     return counts
+
+
+def wide_parameters(found: Sniffed) -> dict[str, int]:
+    """How many of each text encoder's parameters are float32 where the rest is float16, in which a T5's sums overflow.
+
+    They are the layers `wo`, as transformers has it.
+    """
+    configs = {one.name: _config(found, one) for one in FAMILIES[found.family].text_encoders if one.kind == "t5"}
+    sides = {name: [int(words.get(key) or 0) for key in T5_SIDES] for name, words in configs.items()}
+    return {name: math.prod(numbers) for name, numbers in sides.items()}
+
+
+def _config(found: Sniffed, encoder: TextEncoder) -> dict[str, Any]:
+    """Of the language alone."""
+    words = encoder_configs(found.family, found.variant)[encoder.name][1]
+    words = own_config(found, f"{encoder.name}/config.json", words)
+    return {**words, **(words.get("text_config") or {})}

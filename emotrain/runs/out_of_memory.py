@@ -120,7 +120,7 @@ def advice(
     """
     used = used or MemoryPlan(preset.model.quantize, False, False, 0.0, None, "")
     try:
-        memory = Memory(preset, found, activation_memory_of(preset, found, batch, dtype), dtype.itemsize, None)
+        memory = Memory(preset, found, activation_memory_of(preset, found, batch, dtype), dtype, None)
         rows = dict(memory.savings(used, least=0.0))
         needed = sum(gib for _, gib in memory.parts(used))
         rows["model.memory: 8gb"] = 0.0 if used.offload else needed - memory.choose("8gb").needed_gib

@@ -127,7 +127,7 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
     if network.text_encoder:
         check_text_modules(found, dict(activation_memory.text.modules))
     other = look(preset, found, by_size=True)
-    memory = Memory(preset, found, activation_memory, low.itemsize, free_gib(device), other)
+    memory = Memory(preset, found, activation_memory, low, free_gib(device), other)
     chosen = memory.choose()
     encoded = encoded_gib(found, low.itemsize, work)
     held, weights = held_gib(encoded, settings), weights_of(found, preset.model, low, other.found if other else None)
@@ -206,10 +206,10 @@ def plan_run(
     low, work = planned_dtype(preset.model.dtype, device), _work(pictures, settings, preset)
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
     free = min(room or 0.0 for room in ranks.meet(free_gib(device)))
-    memory = Memory(preset, found, activation_memory, low.itemsize, free, other)
+    memory = Memory(preset, found, activation_memory, low, free, other)
     if ranks.world > 1:
         free -= exchanged_gib(memory.trained)
-        memory = Memory(preset, found, activation_memory, low.itemsize, free, other)
+        memory = Memory(preset, found, activation_memory, low, free, other)
     chosen = memory.choose()
     held = held_gib(encoded_gib(found, low.itemsize, work), settings)
     return chosen, plan_ram(memory, chosen, weights_of(found, preset.model, low, drawn), held)

@@ -30,7 +30,7 @@ from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import own_config
 from emotrain.families.stored import stored_parameters
-from emotrain.families.texts import encoder_parameters, quantizable_parameters, trainable_encoders
+from emotrain.families.texts import encoder_parameters, quantizable_parameters, trainable_encoders, wide_parameters
 from emotrain.runs.activation_memory import ActivationMemory
 from emotrain.runs.build import VALIDATION_DRAWS, build_optimizer_of
 from emotrain.runs.sample_base import Other
@@ -85,29 +85,23 @@ class Memory:
         preset: Preset,
         found: Sniffed,
         kept: ActivationMemory,
-        itemsize: int,
+        dtype: torch.dtype,
         free: float | None,
         other: Other | None = None,
     ) -> None:
-        self.preset, self.found, self.kept, self.itemsize, self.free = (
-            preset,
-            found,
-            kept,
-            itemsize,
-            free,
-        )
+        self.preset, self.found, self.kept, self.itemsize, self.free = preset, found, kept, dtype.itemsize, free
         self.other = other
         self.trained = kept.num_trained
         stored = stored_parameters(found, preset.model.text_encoder)
         self.stored = stored.get("", 0)
         self.other_stored = stored_parameters(other.found).get("", 0) if other else 0
         self.state_bytes = state_bytes_per_number(preset)
-        linear = quantizable_parameters(found)
+        linear, wide = quantizable_parameters(found), wide_parameters(found) if dtype == torch.float16 else {}
         self.encoders = tuple(
-            EncoderNeeds(name, count, linear.get(name, 0), stored.get(name, 0))
+            EncoderNeeds(name, count, linear.get(name, 0), stored.get(name, 0), wide.get(name, 0))
             for name, count in encoder_parameters(found).items()
         )
-        self.resident = kept.text.num_parameters * itemsize / GIB  # trained ones are not freed
+        self.resident = kept.text.num_parameters * self.itemsize / GIB  # trained ones are not freed
         self.vae_class = FAMILIES[found.family].vae_class
         self.vae, self.vae_encoder = vae_halves(found)
 

@@ -17,7 +17,7 @@ import torch
 from emotrain.config.schema import ModelSection
 from emotrain.errors import ResourceError
 from emotrain.families.component import weight_files
-from emotrain.families.headers import own_name, read_header
+from emotrain.families.headers import Header, own_name, read_header
 from emotrain.families.hub import fetched_folder
 from emotrain.families.memory import GIB, ON_CPU, VAES, MemoryPlan
 from emotrain.families.ram import Ram
@@ -38,6 +38,7 @@ TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 WEIGHTS = (*TYPES.values(), "F64", "F8_E4M3", "F8_E5M2", "I8")  # other types are of places and tokenizers
 VAE, TEXTS = ("first_stage_model.", "vae."), ("cond_stage_model.", "conditioner.", "text_encoders.")
 LEFT_OUT = ("model_ema.",)
+WIDE = ".DenseReluDense.wo.weight"  # of a T5: float32 beside float16
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,15 @@ def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: S
         files += [("other", file) for part, file in _files(other, model) if part == "denoiser"]
     for part, path in files:
         header = read_header(path)
-        kept = set().union(*kept_parts(found, header).values()) if part == "denoiser" else kept_names(header)
+        kept = _kept(part, path, header, found, model, other)
         skipped = PARTS if part == "other" else unread if part == "denoiser" else LEFT_OUT
         for name, shape in header.shapes.items():
             own, stored, count = own_name(name), header.dtypes[name], math.prod(shape)
             if stored not in WEIGHTS or own.startswith(skipped):
                 continue
             of = "vae" if own.startswith(VAE) else "text" if own.startswith(TEXTS) else part
-            wanted = torch.float32 if of == "vae" else dtype
+            is_wide = of == "vae" or (of == "text" and dtype == torch.float16 and own.endswith(WIDE))
+            wanted = torch.float32 if is_wide else dtype
             if name in kept:
                 whole[of] += count
             else:
@@ -145,6 +147,18 @@ def weights_of(found: Sniffed, model: ModelSection, dtype: torch.dtype, other: S
     if other is not None and other.kind == "hub" and "other" not in there:
         whole["other"] = _sizes(other, dtype)["denoiser"]
     return Weights(whole.total() / GIB, {part: size / GIB for part, size in copied.items()})
+
+
+def _kept(
+    part: str, path: Path, header: Header, found: Sniffed, model: ModelSection, other: Sniffed | None
+) -> set[str]:
+    """The weights of a file that stay as they are stored; of a folder, and of a CLIP, all are converted."""
+    if part == "denoiser":
+        return set().union(*kept_parts(found, header).values()) if found.kind == "file" else set()
+    if part == "other":
+        return kept_names(header) if other is not None and other.kind == "file" else set()
+    given = part == "text" and model.text_encoder is not None and Path(model.text_encoder) == path
+    return kept_names(header) if given else set()
 
 
 def _sizes(found: Sniffed, dtype: torch.dtype) -> dict[str, int]:

@@ -16,8 +16,8 @@ from emotrain.families import quantize
 from emotrain.families.loading import load_family
 from emotrain.families.memory import EncoderNeeds, Needs, choose_memory, place_encoders
 from emotrain.families.registry import FAMILIES, encoder_configs
-from emotrain.families.table import Sniffed
-from emotrain.families.texts import encoder_parameters, quantizable_parameters
+from emotrain.families.table import Sniffed, sniff
+from emotrain.families.texts import encoder_parameters, quantizable_parameters, wide_parameters
 
 BITS = importlib.util.find_spec("bitsandbytes") is not None
 NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not BITS, reason="bitsandbytes is not installed"))
@@ -147,6 +147,30 @@ def test_what_a_form_takes_is_what_its_layers_are(family: str, variant: str, mon
         counted = sum(layer.weight.numel() for layer in layers if quantize.is_large(layer.weight.shape))
         assert linear == pytest.approx(counted, rel=0.005)
         assert encoder_parameters(found)[name] == sum(p.numel() for p in model.parameters())
+        wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+        of_float32 = [p.numel() for path, p in model.named_parameters() if wide & {*path.split(".")}]
+        assert wide_parameters(found).get(name, 0) == sum(of_float32)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_t5_takes_what_is_counted_with_its_float32_beside_float16(flux_folder: Path, dtype: str) -> None:
+    family, found = load_family(str(flux_folder), device="cpu", dtype=dtype), sniff(str(flux_folder))
+    wide = wide_parameters(found) if dtype == "fp16" else {}
+    assert dtype != "fp16" or wide["text_encoder_2"] > 0
+    for part in family.text_encoders:
+        linear = quantizable_parameters(found).get(part.name, 0)
+        needs = EncoderNeeds(part.name, encoder_parameters(found)[part.name], linear, 0, wide.get(part.name, 0))
+        held = sum(p.nbytes for p in part.encoder.parameters()) / 2**30
+        assert needs.gib("none", family.dtype.itemsize) == pytest.approx(held, rel=0.01)
+
+
+def test_what_of_a_t5_is_in_8_bits_is_not_float32_too() -> None:
+    """T5-XXL in float16: 8.9 GiB, and 1.9 for its float32; of a file in fp8 nothing is float32."""
+    numbers = ("t5", 4_762_310_656, 4_630_511_616)
+    assert EncoderNeeds(*numbers, 0, 1_006_632_960).gib("none", 2) == pytest.approx(8.87 + 1.88, abs=0.01)
+    stored = EncoderNeeds(*numbers, 4_630_511_616, 1_006_632_960)
+    assert stored.gib("none", 2) == EncoderNeeds(*numbers, 4_630_511_616).gib("none", 2)
+    assert EncoderNeeds(*numbers, 0, 1_006_632_960).gib("int8", 2) == EncoderNeeds(*numbers).gib("int8", 2)
 
 
 ENCODERS = (EncoderNeeds("clip", 120_000_000), EncoderNeeds("t5", 4_760_000_000, 4_630_000_000))

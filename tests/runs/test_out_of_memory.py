@@ -197,7 +197,7 @@ def test_every_switch_of_the_plan_has_a_price(place: Path) -> None:
     one = preset(place, "train.micro_batch_size=8")
     found = sniffed(one)
     activation_memory = activation_memory_of(one, found, (8, 64, 64), torch.bfloat16)
-    memory = Memory(one, found, activation_memory, 2, None)
+    memory = Memory(one, found, activation_memory, torch.bfloat16, None)
     rows = memory.savings(MemoryPlan("none", False, False, 0.0, None, ""))
     assert rows
     assert {name for name, _ in rows} <= set(out_of_memory.COSTS)
