@@ -16,7 +16,7 @@ from emotrain.families.stored import Scaled, load_stored, read_weights
 from emotrain.families.understood import STATED, TOKENIZERS
 
 Stored = TypeVar("Stored")
-_IN_A_CHECKPOINT = re.compile(r"^text_encoders\.[^.]+\.(?:transformer\.)?")
+_IN_A_CHECKPOINT = re.compile(r"^(?:text_encoders|cond_stage_model)\.[^.]+\.(?:transformer\.)?")
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table of T5's, of which files hold either name
 
 
@@ -39,7 +39,7 @@ def build_encoder(
     import transformers
 
     model_class = getattr(transformers, kind)
-    plain, stored = read_weights(path, encoder.prefixes[0] if inside else "")
+    plain, stored = read_weights(path, encoder.prefixes if inside else ())
     tensors: dict[str, Tensor | Scaled] = {**plain, **stored}
     state = own_names(kind, tensors, encoder, scaled=False)
     with torch.device("meta"):

@@ -214,10 +214,9 @@ def load_vae_file(path: Path, found: Sniffed, *, inside: bool = False) -> Any:
     spec, config = FAMILIES[found.family], own_vae_config(path, found)
     vae = getattr(diffusers, spec.vae_class).from_config(config)
     if inside:
-        (prefix,) = spec.file.vae_prefixes
-        plain, scaled = read_weights(path, prefix)
+        plain, scaled = read_weights(path, spec.file.vae_prefixes)
         tensors = plain | {name: weight.plain(torch.float32) for name, weight in scaled.items()}
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
     else:
         tensors = load_file(path)
     tensors = guard(str(path), "", lambda: diffusers_vae(tensors, spec.vae_class, config))

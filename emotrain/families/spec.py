@@ -20,6 +20,9 @@ Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 CLIP_TOKENIZERS = "stabilityai/stable-diffusion-xl-base-1.0"  # not gated; the second one pads with `!`
 T5_TOKENIZER = "google/t5-v1_1-xxl"
 
+# How parts of a checkpoint begin; those of models for which ComfyUI has no names of their own begin as SD's do.
+TEXTS_BEGIN, VAE_BEGINS = ("text_encoders.", "cond_stage_model."), ("vae.", "first_stage_model.")
+
 
 @dataclass(frozen=True)
 class TextEncoder:

@@ -53,17 +53,17 @@ class Scaled:
         return (rotated(weight, self.group) if self.group else weight).to(dtype)
 
 
-def read_weights(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Scaled]]:
+def read_weights(path: Path, prefixes: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, Scaled]]:
     """The tensors of a file's model: those that are what they are, and those that are stored with a scale.
 
     Matrices in plain fp8 have a scale of 1.
 
     Args:
         path: of the file.
-        prefix: of a text encoder in a checkpoint; "": the file's own model, without the other parts of a checkpoint.
+        prefixes: with which a part of a checkpoint may begin; none: the file's own model, without its other parts.
     """
     header = read_header(path)
-    names = _names(header, prefix)
+    names = _names(header, prefixes)
     scales = scaled_layers(header)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in names}
@@ -76,9 +76,9 @@ def read_weights(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
     return plain, scaled
 
 
-def _names(header: Header, prefix: str) -> set[str]:
+def _names(header: Header, prefixes: tuple[str, ...]) -> set[str]:
     """Tensors of one of a file's models."""
-    return {name for name in header.shapes if (name.startswith(prefix) if prefix else not name.startswith(PARTS))}
+    return {name for name in header.shapes if (name.startswith(prefixes) if prefixes else not name.startswith(PARTS))}
 
 
 def _plain_matrices(header: Header, scales: Mapping[str, str], names: set[str]) -> list[str]:
@@ -200,14 +200,14 @@ def kept_parts(found: Sniffed, header: Header) -> dict[str, set[str]]:
     encoders = FAMILIES[found.family].encoders_of(found.variant)
     apart = tuple(prefix for one in encoders for prefix in one.prefixes)  # adapters, which are widened
     own = {name for name in kept_names(header) if not own_name(name).startswith(apart)}
-    return {"": own, **{one.name: kept_names(header, one.prefixes[0]) for one in encoders_inside(found)}}
+    return {"": own, **{one.name: kept_names(header, one.prefixes) for one in encoders_inside(found)}}
 
 
-def kept_names(header: Header, prefix: str = "") -> set[str]:
+def kept_names(header: Header, prefixes: tuple[str, ...] = ()) -> set[str]:
     """Weights of a file that stay as they are stored: of large layers, with a scale or in plain fp8.
 
-    `prefix` as for `read_weights`.
+    `prefixes` as for `read_weights`.
     """
-    scales, names = scaled_layers(header), _names(header, prefix)
+    scales, names = scaled_layers(header), _names(header, prefixes)
     large = {name for name in names & scales.keys() if len(header.shapes[name]) == 2 and is_large(header.shapes[name])}
     return {name for name in large.union(_plain_matrices(header, scales, names)) if not name.endswith(TABLES)}

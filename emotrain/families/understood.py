@@ -17,6 +17,7 @@ from typing import Any
 from emotrain.errors import ModelError
 from emotrain.families.headers import Header, own_name
 from emotrain.families.registry import FAMILIES
+from emotrain.families.spec import TEXTS_BEGIN, VAE_BEGINS
 from emotrain.files import MAX_HEADER, header_at
 
 QUANTISED = re.compile(
@@ -27,7 +28,7 @@ TOKENIZERS = ("tekken_model", "spiece_model")  # which text encoders' files hold
 FORMS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2")  # whose weights are numbers times a scale
 SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
 STATED = (*SCALES, "scaled_fp8", LAYER_FORM)  # what stands beside the weights of a file with scales
-PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "model_ema.")
+PARTS = (*VAE_BEGINS, *TEXTS_BEGIN, "conditioner.", "model_ema.")
 # Tables and settings of the programs that these files were trained with; they can be computed again.
 TABLES = re.compile(
     r"(betas|alphas_cumprod|alphas_cumprod_prev|(sqrt|log|posterior)_\w+|logvar|lvlb_weights|scale_factor|global_step"

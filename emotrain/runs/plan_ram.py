@@ -24,6 +24,7 @@ from emotrain.families.ram import Ram
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Sniffed
 from emotrain.families.sniff_file import companion
+from emotrain.families.spec import TEXTS_BEGIN, VAE_BEGINS
 from emotrain.families.stored import kept_names, kept_parts
 from emotrain.families.texts import encoder_parameters
 from emotrain.families.understood import PARTS
@@ -36,7 +37,7 @@ TIGHT = 0.9  # of what is free: from there on the user is warned
 CERTAIN = 1.1  # times what is free: from there on the run is refused; the count may be off by a tenth
 TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 WEIGHTS = (*TYPES.values(), "F64", "F8_E4M3", "F8_E5M2", "I8")  # other types are of places and tokenizers
-VAE, TEXTS = ("first_stage_model.", "vae."), ("cond_stage_model.", "conditioner.", "text_encoders.")
+VAE, TEXTS = VAE_BEGINS, (*TEXTS_BEGIN, "conditioner.")
 LEFT_OUT = ("model_ema.",)
 WIDE = ".DenseReluDense.wo.weight"  # of a T5: float32 beside float16
 

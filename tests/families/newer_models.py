@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -342,14 +343,19 @@ def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
         return state
     if kind == "anima":
         return anima_names(state)
-    from emotrain.families.flux2.spec import NAMES
+    from emotrain.families.chroma import spec as chroma
+    from emotrain.families.flux2 import spec as flux2
 
+    names = (chroma if kind == "chroma" else flux2).NAMES
     norms = {"attn.norm_q": "query_norm", "attn.norm_k": "key_norm"}
     added = {"attn.norm_added_q": "query_norm", "attn.norm_added_k": "key_norm"}
     done: set[str] = set()
     for key in state:
         path, _, last = key.rpartition(".")
         if path in done:
+            continue
+        if ".norms." in path:
+            out[f"{path}.scale"] = state[key]
             continue
         found = next((side for side in (*norms, *added) if path.endswith(side)), None)
         if found is not None:
@@ -360,7 +366,7 @@ def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
                 stream = "img" if found in norms else "txt"
                 out[f"double_blocks.{number}.{stream}_attn.norm.{(norms | added)[found]}.scale"] = state[key]
             continue
-        group = NAMES.to_original(path)
+        group = names.to_original(path)
         assert group is not None, path
         value = torch.cat([state[f"{part}.{last}"] for part in group.parts])
         if group.swaps:
@@ -433,7 +439,7 @@ def separate_files(kind: str, pipeline: Any, folder: Path) -> dict[str, Path]:
     save_file(original_denoiser(kind, pipeline.transformer), files["denoiser"])
     save_file({key: value.contiguous() for key, value in pipeline.vae.state_dict().items()}, files["vae"])
     model = text_model(pipeline)
-    save_file({f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}, files["text_encoder"])
+    save_file({f"model.{key}": value.clone() for key, value in model.state_dict().items()}, files["text_encoder"])
     beside = folder / "denoiser" / "transformer"
     pipeline.transformer.save_config(beside)
     for part, module in (("vae", pipeline.vae), ("text_encoder", model)):
@@ -442,6 +448,30 @@ def separate_files(kind: str, pipeline: Any, folder: Path) -> dict[str, Path]:
         (folder / part / "config.json").write_text(json.dumps(config, default=str))
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     return {**files, "tokenizer": folder / "tokenizer"}
+
+
+def in_one_file(files: dict[str, Path], texts: str = "text_encoders.qwen3_4b.", vae: str = "vae.") -> Path:
+    """A checkpoint as ComfyUI saves it, with the configs of these sizes in the folder beside it.
+
+    Args:
+        files: of `separate_files`.
+        texts: how ComfyUI lets the text encoder begin.
+        vae: and the VAE.
+    """
+    path = files["denoiser"].with_name("all.safetensors")
+    prefixed = {vae: files["vae"], f"{texts}transformer.": files["text_encoder"]}
+    whole = {f"{prefix}{key}": value for prefix, file in prefixed.items() for key, value in load_file(file).items()}
+    whole[f"{texts}logit_scale"] = torch.ones(())
+    for key, value in load_file(files["denoiser"]).items():
+        whole[f"model.diffusion_model.{key.removeprefix('model.diffusion_model.').removeprefix('net.')}"] = value
+    save_file(whole, path)
+    beside = path.with_suffix("")
+    shutil.copytree(files["denoiser"].with_suffix(""), beside)
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(files[part].with_suffix(""), beside / part)
+    if "tokenizer" in files:
+        shutil.copytree(files["tokenizer"], beside / "tokenizer")
+    return path
 
 
 def anima_parts(t5_tokenizer: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import diffusers.models.transformers.transformer_cosmos as cosmos
 import numpy as np
 import pytest
 import torch
-from newer_models import anima_files, anima_parts, denoiser_of
+from newer_models import anima_files, anima_parts, denoiser_of, in_one_file
 
 from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
@@ -60,6 +61,21 @@ def stock(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_its_file_is_recognised_with_the_conditioner_in_it(files: Path) -> None:
     found = sniff(files / "anima.safetensors")
     assert (found.family, found.variant, found.missing) == ("anima", "custom", ("vae", "text_encoder"))
+
+
+def test_a_checkpoint_with_everything_in_it_is_the_same_model(files: Path, tmp_path: Path) -> None:
+    """ComfyUI has no names of its own for VAE and Qwen3 in it: they begin as those of SD."""
+    shutil.copytree(files, tmp_path / "comfy")
+    apart = {"denoiser": "anima", "vae": "vae", "text_encoder": "text_encoder"}
+    parts = {part: tmp_path / "comfy" / f"{name}.safetensors" for part, name in apart.items()}
+    path = in_one_file(parts, "cond_stage_model.qwen3_06b.", "first_stage_model.")
+    assert sniff(path).missing == ()
+    ours, theirs = load_family(str(path), device="cpu"), load(files)
+    assert ours.vae_identity() == theirs.vae_identity()
+    assert ours.text_identity() == theirs.text_identity()
+    state = ours.denoiser.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in theirs.denoiser.state_dict().items())
+    assert torch.equal(ours.encode_texts(PROMPTS)["prompt_embeds"], theirs.encode_texts(PROMPTS)["prompt_embeds"])
 
 
 def stock_embeds(stock: Any, prompt: str) -> torch.Tensor:

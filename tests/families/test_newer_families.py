@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from newer_models import pipeline_of, separate_files, text_model, vae_of
+from newer_models import in_one_file, pipeline_of, separate_files, text_model, vae_of
 from original_files import in_scaled_fp8, same_weights, vae_tensors
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +31,13 @@ from emotrain.families.memory import GIB
 from emotrain.families.quantize import RoundedLinear, make_plain
 from emotrain.families.registry import FAMILIES, configs, encoder_configs
 from emotrain.families.sampling import draw_sample
-from emotrain.families.separate import diffusers_vae, refuse_other_encoder, without_upper_layers
+from emotrain.families.separate import (
+    Given,
+    diffusers_vae,
+    load_separate,
+    refuse_other_encoder,
+    without_upper_layers,
+)
 from emotrain.families.stored import stored_parameters
 from emotrain.families.table import sniff
 from emotrain.runs.plan_ram import weights_of
@@ -383,22 +388,6 @@ def test_int8_files_of_comfyui_are_kept_with_their_scales_and_rotation(
             sniff(files["denoiser"])
 
 
-def in_one_file(files: dict[str, Path], texts: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint of ComfyUI's, with the configs of these sizes in the folder beside it."""
-    path = files["denoiser"].with_name("all.safetensors")
-    prefixed = {"vae.": load_file(files["vae"]), "text_encoders.qwen3_4b.transformer.": texts}
-    whole = {f"{prefix}{key}": value for prefix, own in prefixed.items() for key, value in own.items()}
-    whole["text_encoders.qwen3_4b.logit_scale"] = torch.ones(())
-    for key, value in load_file(files["denoiser"]).items():
-        whole[f"model.diffusion_model.{key.removeprefix('model.diffusion_model.')}"] = value
-    save_file(whole, path)
-    beside = path.with_suffix("")
-    shutil.copytree(files["denoiser"].with_suffix(""), beside)
-    for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(files[part].with_suffix(""), beside / part)
-    return path
-
-
 def test_a_checkpoint_with_everything_in_it_is_the_same_model_in_8_bits_too(
     separable: tuple[str, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,7 +398,7 @@ def test_a_checkpoint_with_everything_in_it_is_the_same_model_in_8_bits_too(
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in texts.items()}, files["text_encoder"])
     words = {name: str(files[name]) for name in ("vae", "text_encoder", "tokenizer")}
     theirs = load_family(str(files["denoiser"]), device="cpu", dtype="bf16", **words)
-    path = in_one_file(files, load_file(files["text_encoder"]))
+    path = in_one_file(files)
     assert not sniff(path).missing
     ours = load_family(str(path), device="cpu", dtype="bf16")
     assert ours.text_identity() == theirs.text_identity()
@@ -430,13 +419,32 @@ def test_a_checkpoint_with_everything_in_it_is_the_same_model_in_8_bits_too(
     assert weights_of(found, given, torch.bfloat16).whole == pytest.approx(apart.whole, rel=1e-4)
 
 
+def test_a_checkpoint_of_chroma_has_other_names_for_its_parts(tmp_path: Path) -> None:
+    """ComfyUI has no names of its own for them: VAE and T5 begin as those of SD."""
+    pipeline = pipeline_of("chroma")
+    files = separate_files("chroma", pipeline, tmp_path / "comfy")
+    path = in_one_file(files, "cond_stage_model.t5xxl.", "first_stage_model.")
+    found = sniff(path)
+    assert (found.family, found.missing) == ("chroma", ())
+    pieces = load_separate(found, torch.float32, Given(denoiser=pipeline.transformer))
+    for ours, theirs in ((pieces["vae"], pipeline.vae), (pieces["text_encoder"], pipeline.text_encoder)):
+        assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
+    parts = {name: sum(p.nbytes for p in getattr(pipeline, name).parameters()) for name in ("vae", "text_encoder")}
+    words = {name: str(files[name]) for name in ("vae", "text_encoder")}
+    inside, apart = (ModelSection(base=str(path), **more) for more in ({}, words))  # what is given apart counts alone
+    whole = sum(p.nbytes for p in pipeline.transformer.parameters()) + sum(parts.values())
+    assert weights_of(found, inside, torch.float32).whole * GIB == pytest.approx(whole, rel=0.01)
+    assert weights_of(found, apart, torch.float32).whole * GIB == pytest.approx(whole, rel=0.01)
+
+
 def test_a_checkpoint_with_another_text_encoder_in_it_is_refused(
     separable: tuple[str, Any, Path], tmp_path: Path
 ) -> None:
     kind, pipeline, _ = separable
     files = separate_files(kind, pipeline, tmp_path / "comfy")
     texts = {key: value for key, value in load_file(files["text_encoder"]).items() if ".layers.0.mlp" not in key}
-    path = in_one_file(files, texts)
+    save_file(texts, files["text_encoder"])
+    path = in_one_file(files)
     with pytest.raises(ModelError, match="the text encoder in `.*all.safetensors` lacks 3 tensors"):
         load_family(str(path), device="cpu")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from emotrain.families.spec import (
     T5_TOKENIZER,
+    TEXTS_BEGIN,
+    VAE_BEGINS,
     FamilySpec,
     FileFacts,
     LoraFacts,
@@ -51,7 +53,7 @@ ANIMA = FamilySpec(
     text_encoders=(
         TextEncoder(
             "text_encoder", "llm", 596_049_920, ("Qwen/Qwen3-0.6B-Base", ""), "Qwen2Tokenizer",
-            max_tokens=MAX_TOKENS,
+            prefixes=TEXTS_BEGIN, max_tokens=MAX_TOKENS,
         ),
         TextEncoder(
             "text_encoder_2", "adapter", 134_663_680, (T5_TOKENIZER, ""), "T5TokenizerFast", prefixes=(ADAPTER,),
@@ -87,6 +89,7 @@ ANIMA = FamilySpec(
     file=FileFacts(
         by_signs("anima", "blocks.0.mlp.layer1.weight", f"{ADAPTER}blocks.0.cross_attn.q_proj.weight"),
         ("blocks.", "x_embedder.", "t_embedder.", "t_embedding_norm.", "final_layer.", "pos_embedder.", ADAPTER),
+        VAE_BEGINS,
         check=same_sizes("Anima", "Anima Base", {"blocks": "num_layers"}, width="blocks.0.mlp.layer1.weight"),
     ),
     blocks=("CosmosTransformerBlock",),

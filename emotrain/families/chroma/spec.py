@@ -10,6 +10,8 @@ from emotrain.families.flux.spec import FLUX
 from emotrain.families.flux.spec import NAMES as FLUX_NAMES
 from emotrain.families.spec import (
     T5_TOKENIZER,
+    TEXTS_BEGIN,
+    VAE_BEGINS,
     Distilled,
     FamilySpec,
     FileFacts,
@@ -60,8 +62,8 @@ CHROMA = FamilySpec(
     guidance=5.0,
     text_encoders=(
         TextEncoder(
-            "text_encoder", "t5", 4_762_310_656, (T5_TOKENIZER, ""), "T5TokenizerFast", max_tokens=MAX_TOKENS,
-            width=("joint_attention_dim", 1),
+            "text_encoder", "t5", 4_762_310_656, (T5_TOKENIZER, ""), "T5TokenizerFast", prefixes=TEXTS_BEGIN,
+            max_tokens=MAX_TOKENS, width=("joint_attention_dim", 1),
         ),
     ),
     variants={
@@ -88,6 +90,7 @@ CHROMA = FamilySpec(
     file=FileFacts(
         _variant_of,
         ("img_in.", "txt_in.", "double_blocks.", "single_blocks.", "final_layer.", GUIDANCE),
+        VAE_BEGINS,
         check=same_sizes(
             "Chroma", "Chroma1-HD or -Base", {"double_blocks": "num_layers", "single_blocks": "num_single_layers"},
             inputs="img_in.weight",
