@@ -21,7 +21,8 @@ def plan(
     """Say what a run needs before it starts.
 
     Modules, steps, memory for the largest bucket of this data set, disk, and which switch saves how
-    much. No weights are read. Memory is counted, not measured: expect 0.9 to 1.25 times as much.
+    much. What `emotrain check` refuses of preset, data and model is refused here too. No weights are
+    read. Memory is counted, not measured: expect 0.9 to 1.25 times as much.
     Ends with exit code 6 if it does not fit into the free memory of this machine's GPU, or into the
     computer's own. Files that are not here count there as if stored in the dtype that the run computes
     with; others are converted while they are read, which takes their size.
@@ -33,11 +34,17 @@ def plan(
     from emotrain.config.builtin import shipped_presets
     from emotrain.config.load import load
     from emotrain.errors import ResourceError
-    from emotrain.runs.plan import as_dict, make_plan
+    from emotrain.runs.plan import as_dict, assume, make_plan
     from emotrain.runs.plan_ram import room
+    from emotrain.runs.preflight import preflight
 
     loaded = load(preset, overrides or ())
-    made = make_plan(loaded.preset, may_assume=preset in shipped_presets())
+    is_own = preset not in shipped_presets()
+    wanted, pictures, assumed = (loaded.preset, None, ()) if is_own else assume(loaded.preset)
+    with output.progress("looking at pictures") as tell:
+        found = preflight(wanted, loaded.where, tell, by_size=True, pictures=pictures)
+    found.raise_first()
+    made = make_plan(wanted, found.found, found.pictures, found.other, assumed)
     for line in made.assumed:
         output.warning(line)
     if as_json:

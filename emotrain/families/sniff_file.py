@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def public_model(repo: str) -> Sniffed | None:
     for family, spec in FAMILIES.items():
         for name, variant in spec.variants.items():
             if variant.repository == repo:
-                return _from_file(Path(repo), family, name, Header({}, {}, {}), {})
+                found = _from_file(Path(repo), family, name, Header({}, {}, {}), {})
+                return replace(found, kind="hub", path=repo, missing=())
     return None
 
 

@@ -10,7 +10,7 @@ from emotrain.config.paths import HUB_ID, MODEL_FILES
 from emotrain.errors import ConfigError, ModelError
 from emotrain.families.registry import FAMILIES
 from emotrain.families.sniff import Prediction, Sniffed, sniff_folder, sniff_hub
-from emotrain.families.sniff_file import sniff_file
+from emotrain.families.sniff_file import public_model, sniff_file
 
 __all__ = ["FAMILIES", "Sniffed", "expected_modules", "is_hub_id", "resolve_base", "sniff"]
 
@@ -55,7 +55,14 @@ def expected_modules(found: Sniffed, targets: str | tuple[str, ...]) -> int | No
     return variant.modules.get(targets) if variant and isinstance(targets, str) else None
 
 
-def sniff(base: str | Path, family: str = "auto", revision: str | None = None, prediction: str = "auto") -> Sniffed:
+def sniff(
+    base: str | Path,
+    family: str = "auto",
+    revision: str | None = None,
+    prediction: str = "auto",
+    *,
+    by_size: bool = False,
+) -> Sniffed:
     """What a model is, from its JSON files or its safetensors header alone.
 
     A hub id fetches its small JSON files (or takes them from the local cache).
@@ -65,6 +72,7 @@ def sniff(base: str | Path, family: str = "auto", revision: str | None = None, p
         family: auto, or the family that it has to be.
         revision: of a hub id.
         prediction: auto, or epsilon, v or flow, where the files do not say it or say it wrongly.
+        by_size: take a public model for what its built-in sizes say; nothing of it is fetched.
 
     Raises:
         ConfigError: an unknown `builtin:` name or family, or a prediction that the family does not have.
@@ -74,7 +82,7 @@ def sniff(base: str | Path, family: str = "auto", revision: str | None = None, p
         raise ConfigError(f"model.family `{family}` is not known", f"one of auto, {', '.join(FAMILIES)}")
     where = resolve_base(str(base))
     if isinstance(where, str):
-        found = sniff_hub(where, revision)
+        found = (public_model(where) if by_size else None) or sniff_hub(where, revision)
     elif where.is_dir():
         found = sniff_folder(where)
     else:

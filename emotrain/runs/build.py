@@ -28,7 +28,7 @@ from emotrain.families.kept import KeptBase
 from emotrain.families.loading import load_family
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.quantize import RoundedLinear
-from emotrain.families.table import FAMILIES, Sniffed, resolve_base, sniff
+from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.lora.adapter import Adapter, hidden_off
 from emotrain.lora.file import LoraFile
 from emotrain.optim.averaged import Averaged
@@ -68,10 +68,10 @@ class Model:
     parents: tuple[dict[str, Any], ...]
 
 
-def sniffed(preset: Preset) -> Sniffed:
-    """What the base model is, from its files alone."""
+def sniffed(preset: Preset, *, by_size: bool = False) -> Sniffed:
+    """What the base model is, from its files alone; `by_size` as in `sniff`."""
     model = preset.model
-    return sniff(resolve_base(model.base), model.family, model.revision, model.prediction)
+    return sniff(model.base, model.family, model.revision, model.prediction, by_size=by_size)
 
 
 def loader_settings(preset: Preset, found: Sniffed) -> LoaderSettings:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from emotrain.config.builtin import is_builtin
 from emotrain.config.schema import Preset
 from emotrain.dataset.balance import FolderShare, folder_shares
 from emotrain.dataset.buckets import Placement, place
@@ -19,7 +18,6 @@ from emotrain.dataset.examples import Example
 from emotrain.dataset.scan import resolve_folder
 from emotrain.dataset.settings import LoaderSettings
 from emotrain.families.component import guard
-from emotrain.families.fitting import refuse_misfit
 from emotrain.families.loading import choose_device, choose_dtype, family_class, free_gib
 from emotrain.families.memory import GIB, SIZES_GIB, MemoryPlan
 from emotrain.families.ram import Ram, ram
@@ -37,7 +35,7 @@ from emotrain.runs.data import Pictures, read_pictures
 from emotrain.runs.plan_memory import Memory, disk_parts
 from emotrain.runs.plan_memory import state_bytes_per_number as state_bytes_per_number
 from emotrain.runs.plan_ram import RamPlan, plan_ram, plan_without_gpu, weights_of
-from emotrain.runs.sample_base import Other, look
+from emotrain.runs.sample_base import Other
 
 RANGE = (0.9, 1.25)  # of the estimate
 
@@ -101,23 +99,24 @@ class Plan:
 ASSUMED = 30  # pictures
 
 
-def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
+def make_plan(
+    preset: Preset,
+    found: Sniffed | None = None,
+    pictures: Pictures | None = None,
+    other: Other | None = None,
+    assumed: tuple[str, ...] = (),
+) -> Plan:
     """Plan a run from its preset, its pictures and the small files of its model.
 
-    A public model is planned with the sizes that are built in: nothing of it is fetched.
-
-    Args:
-        preset: of the run.
-        may_assume: where its model or none of its folders is there, plan for the public model of its family, and for
-            a common number of square pictures.
+    Of a public model nothing is fetched. `found`, `pictures` and `other` are what `preflight` found; `assumed` is what
+    was not there, see `assume`.
 
     Raises:
-        EmotrainError: what `emotrain check` would say.
-        ModelError: the LoRA would not cover the modules that it should.
+        EmotrainError: model or pictures cannot be used, or the LoRA would not cover the modules that it should.
     """
-    missing, found = _model(preset, may_assume)
+    found = found or sniffed(preset, by_size=True)
+    pictures = pictures or read_pictures(preset)
     settings = loader_settings(preset, found)
-    assumed, pictures = _pictures(preset, settings.rules.resolutions[0], may_assume)
     work = _work(pictures, settings, preset)
     device, low = choose_device("auto"), planned_dtype(preset.model.dtype, choose_device("auto"))
     activation_memory = activation_memory_of(preset, found, _largest(work.largest, preset, found), low)
@@ -126,7 +125,6 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
         check_modules(found, network.targets, activation_memory.adapter.num_modules)
     if network.text_encoder:
         check_text_modules(found, dict(activation_memory.text.modules))
-    other = look(preset, found, by_size=True)
     memory = Memory(preset, found, activation_memory, low, free_gib(device), other)
     chosen = memory.choose()
     encoded = encoded_gib(found, low.itemsize, work)
@@ -156,34 +154,34 @@ def make_plan(preset: Preset, *, may_assume: bool = False) -> Plan:
         ram_by_size={size: plan_ram(memory, plan, weights, held) for size, plan in verdicts},
         free_ram=ram(),
         free_gib=memory.free,
-        assumed=missing + assumed,
+        assumed=assumed,
     )
 
 
-def _model(preset: Preset, may_assume: bool) -> tuple[tuple[str, ...], Sniffed]:
-    """What the model is; the family's public one where it is not there, and a line that says so."""
-    model = preset.model
-    if (found := public_model(model.base)) is not None:  # by the sizes that are built in
-        return (), found
-    if not may_assume or model.family == "auto" or Path(model.base).exists():
-        found = sniffed(preset)
-        if found.kind == "folder" and not is_builtin(model.base):
-            refuse_misfit(found, found.steps_of_sample(preset.sample.steps))
-        return (), found
-    spec = FAMILIES[model.family]
-    found = public_model(next(variant.repository for variant in spec.variants.values() if variant.repository))
-    assert found is not None
-    return (f"{model.base} is not here: planned for the public {spec.title}",), found
+def assume(preset: Preset) -> tuple[Preset, Pictures | None, tuple[str, ...]]:
+    """What a shipped preset is planned with where its model or its pictures are not here.
 
+    Returns:
+        The preset, of the public model of its family where its own is not here; square pictures where none of its
+        folders is; and a line for each of the two.
 
-def _pictures(preset: Preset, side: int, may_assume: bool) -> tuple[tuple[str, ...], Pictures]:
-    """The preset's pictures; or square ones where none of its folders is there, and a line that says so."""
+    Raises:
+        EmotrainError: the model is not known.
+    """
+    model, lines = preset.model, []
+    if model.family != "auto" and public_model(model.base) is None and not Path(model.base).exists():
+        spec = FAMILIES[model.family]
+        repository = next(variant.repository for variant in spec.variants.values() if variant.repository)
+        lines.append(f"{model.base} is not here: planned for the public {spec.title}")
+        own = {"base": repository, "vae": None, "text_encoder": None, "tokenizer": None, "revision": None}
+        preset = preset.model_copy(update={"model": model.model_copy(update=own)})
     folders = [folder.path for folder in preset.dataset.folders]
-    if not may_assume or any(resolve_folder(path).exists() for path in folders):
-        return (), read_pictures(preset)
+    if any(resolve_folder(path).exists() for path in folders):
+        return preset, None, tuple(lines)
+    side = loader_settings(preset, sniffed(preset, by_size=True)).rules.resolutions[0]
     train = [Example(f"picture {i}", Path(), side, side, (f"caption {i}",), "", 0) for i in range(ASSUMED)]
-    line = f"{folders[0]} is not here: planned for {ASSUMED} pictures of {side}x{side}"
-    return (line,), Pictures(tuple(train), ())
+    lines.append(f"{folders[0]} is not here: planned for {ASSUMED} pictures of {side}x{side}")
+    return preset, Pictures(tuple(train), ()), tuple(lines)
 
 
 def plan_run(

@@ -82,6 +82,9 @@ def preflight(
     where: Where | None = None,
     progress: Progress | None = None,
     runs_dir: Path | None = None,
+    *,
+    by_size: bool = False,
+    pictures: Pictures | None = None,
 ) -> Preflight:
     """Look at everything that a preset names, every picture included.
 
@@ -90,10 +93,12 @@ def preflight(
         where: key -> file:line, for the messages (`LoadedPreset.where`).
         progress: told (done, total) of the pictures decoded.
         runs_dir: where the run is to be made; None leaves that out.
+        by_size: take public models for what their built-in sizes say; nothing of them is fetched.
+        pictures: in place of those of the preset's folders, which are not looked at.
     """
     result = Preflight()
     at: Where = where or (lambda key: "preset")
-    _look_at_model(preset, result, at)
+    _look_at_model(preset, result, at, by_size)
     if result.found is not None:
         steps = (_check_network, _check_sizes, _check_clip_skip)
         for step in steps:
@@ -103,10 +108,12 @@ def preflight(
                 result.failures.append(ConfigError(first.message, first.hint, problems=tuple(problems)))
     _look_at_parts(preset, result, at)
     _look_at_parents(preset, result, at)
-    _look_at_sample_base(preset, result, at)
+    _look_at_sample_base(preset, result, at, by_size)
     _look_at_likeness(preset, result, at)
     _rehearse(preset, result)
-    _look_at_data(preset, result, progress)
+    if pictures is None:
+        _look_at_data(preset, result, progress)
+    result.pictures = pictures or result.pictures
     result.failures.extend(_missing_packages(preset, at))
     if runs_dir is not None:
         with result.failing():
@@ -115,10 +122,10 @@ def preflight(
     return result
 
 
-def _look_at_model(preset: Preset, result: Preflight, at: Where) -> None:
+def _look_at_model(preset: Preset, result: Preflight, at: Where, by_size: bool) -> None:
     model = preset.model
     try:
-        found = sniff(model.base, "auto", model.revision, model.prediction)
+        found = sniff(model.base, "auto", model.revision, model.prediction, by_size=by_size)
     except EmotrainError as error:
         result.failures.append(error)
         return
@@ -303,7 +310,7 @@ def _look_at_parents(preset: Preset, result: Preflight, at: Where) -> None:
                 result.facts.append(("continues", parents.continued(file)))
 
 
-def _look_at_sample_base(preset: Preset, result: Preflight, at: Where) -> None:
+def _look_at_sample_base(preset: Preset, result: Preflight, at: Where, by_size: bool) -> None:
     """The model that samples are drawn on, and in how many steps."""
     sample, found = preset.sample, result.found
     if found is None or not sample.every or not sample.prompts:
@@ -312,7 +319,7 @@ def _look_at_sample_base(preset: Preset, result: Preflight, at: Where) -> None:
         from emotrain.runs.sample_base import look  # needs torch, which costs seconds
 
         try:
-            result.other = look(preset, found)
+            result.other = look(preset, found, by_size=by_size)
         except EmotrainError as error:
             place = place_of(at("sample.base"), "sample.base")
             result.failures.append(type(error)(f"{place}: {error.message}", error.hint))

@@ -21,7 +21,7 @@ from emotrain.families.fitting import refuse_misfit
 from emotrain.families.loading import load_beside, load_family
 from emotrain.families.memory import MemoryPlan
 from emotrain.families.quantize import in_large_linears
-from emotrain.families.sniff_file import public_model, refuse_incomplete
+from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.families.turns import away, come_back, leave
 from emotrain.lora import names
@@ -58,7 +58,7 @@ def look(preset: Preset, found: Sniffed, *, by_size: bool = False) -> Other | No
     base = preset.sample.base
     if base is None or not preset.sample.every or not preset.sample.prompts:
         return None
-    other = (public_model(base) if by_size else None) or sniff(base, "auto", None, preset.model.prediction)
+    other = sniff(base, prediction=preset.model.prediction, by_size=by_size)
     if (other.family, other.prediction) != (found.family, found.prediction):
         raise ModelError(
             f"`{base}` is {other.describe()}, and a LoRA of {found.describe()} does not work on it",

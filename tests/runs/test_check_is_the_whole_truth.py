@@ -1,4 +1,4 @@
-"""What `run` refuses before it trains, `check` refuses in the same words and with the same exit code."""
+"""What `run` refuses before it trains, `check` and `plan` refuse in the same words and with the same exit code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from emotrain.cli.app import main
 from emotrain.families.table import ASSETS
+from emotrain.runs import preflight
 
 BASE = """
 model: {model}
@@ -25,6 +26,7 @@ sample: {{every: 0, at_start: false}}
 {more}
 """
 GOOD = {"model": "builtin:tiny-sd", "folder": "{path: ./good}", "rank": "rank: 2", "more": ""}
+ALL = ("check", "plan", "run")
 CASES: dict[str, tuple[dict[str, str], int]] = {
     "no model": ({"model": "./none.safetensors"}, 4),
     "a text file as model": ({"model": "./words.safetensors"}, 4),
@@ -47,7 +49,7 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
     "a prediction it does not have": ({"model": "{base: builtin:tiny-sd, prediction: flow}"}, 2),
     "a layer of CLIP that is not there": ({"model": "{base: builtin:tiny-sd, clip_skip: 9}"}, 2),
     "a layer of CLIP of a model that takes none": ({"model": "{base: builtin:tiny-flux, clip_skip: 2}"}, 2),
-    "a rank too large": ({"more": "network: {rank: 4000}"}, 2),
+    "a rank too large": ({"rank": "rank: 4000"}, 2),
     "a LoKr in a layout that joins q, k and v": (
         {"model": "builtin:tiny-flux", "rank": "type: lokr", "more": "save: {format: kohya}"},
         2,
@@ -58,6 +60,13 @@ CASES: dict[str, tuple[dict[str, str], int]] = {
     "a loss of diffusion models on a flow": ({"model": "builtin:tiny-flux", "more": "min_snr_gamma: 5"}, 2),
     "a shift of flows on a diffusion model": ({"more": "discrete_flow_shift: 3"}, 2),
     "zero terminal SNR with epsilon": ({"model": "{base: builtin:tiny-sd, prediction: epsilon}"}, 4),
+    "a step that the model does not take": ({"set": "dataset.buckets.step=12"}, 2),
+    "a size that is no multiple": ({"set": "sample.size=65"}, 2),
+    "a colour that is none": ({"set": "dataset.background=reddish"}, 2),
+    "a vision model that is not there": ({"set": "sample.every=1 validate.likeness=./none"}, 4),
+    "a package that is not installed": ({"set": "model.quantize=nf4"}, 2),
+    "a model of another family to draw on": ({"set": "sample.every=1 sample.base=builtin:tiny-flux"}, 4),
+    "a held-out folder that is trained on": ({"more": "validate: {folder: ./good}"}, 3),
     "targets that match nothing": ({"rank": "targets: ['nothing.*']"}, 2),
     "a rank pattern that matches nothing": ({"rank": "rank_pattern: {nothing: 3}"}, 2),
     "a LoRA of other sizes to continue": ({"more": "start_from: {continue: ./wide.safetensors}"}, 4),
@@ -85,17 +94,15 @@ SPOILED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED_MODELS)
-def test_run_check_and_plan_refuse_a_spoiled_model_alike(case: str, here: Path, capsys: Any) -> None:
+def test_a_spoiled_model_is_refused_alike(case: str, here: Path, capsys: Any) -> None:
     file, fields = SPOILED_MODELS[case]
     path = Path(shutil.copytree(ASSETS / "tiny-sd", here / "m")) / file
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
     (here / "p.yaml").write_text(BASE.format(**{**GOOD, "model": "./m"}), encoding="utf-8")
-    code, line = refused_alike(["p.yaml"], capsys)
+    code, line = refused_alike(["p.yaml"], capsys, ALL)
     assert code == 4
     part = "text_encoder" if file.startswith("tokenizer") else file.partition("/")[0]
     assert f"m/{part}" in line
-    assert main(["plan", "p.yaml"]) == 4
-    assert capsys.readouterr().err.splitlines()[0] == line
 
 
 @pytest.fixture
@@ -153,38 +160,49 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_run_and_check_refuse_alike(case: str, here: Path, capsys: Any) -> None:
+def test_run_check_and_plan_refuse_alike(case: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     changes, expected = CASES[case]
-    text = BASE.format(**{**GOOD, **changes})
-    if "network: {rank: 4000}" in text:
-        text = text.replace("network: {rank: 2}\n", "")
-    (here / "p.yaml").write_text(text, encoding="utf-8")
-    said = {}
-    for command in (["check", "p.yaml", "--json"], ["run", "p.yaml", "--json"]):
-        code = main(command)
-        streams = capsys.readouterr()
-        errors = [line for line in streams.err.splitlines() if line.startswith(("error", "{"))]
-        said[command[0]] = (code, errors or [json.dumps(json.loads(streams.out.splitlines()[-1]))])
-    assert said["check"][0] == expected, said
-    assert said["run"] == said["check"]
+    (here / "p.yaml").write_text(BASE.format(**{**GOOD, **changes}), encoding="utf-8")
+    words = [word for one in changes.get("set", "").split() for word in ("--set", one)]
+    monkeypatch.setattr(preflight, "is_installed", lambda package: False)
+    code, line = refused_alike(["p.yaml", *words], capsys, ALL)
+    assert code == expected, line
+    assert line
     assert not (here / "runs").exists()
 
 
-def refused_alike(words: list[str], capsys: Any) -> tuple[int, str]:
-    """The exit code and first line with which `check` and `run` refuse; they must be the same."""
+def refused_alike(words: list[str], capsys: Any, commands: tuple[str, ...] = ("check", "run")) -> tuple[int, str]:
+    """The exit code and first line with which the commands refuse; all that they say must be the same."""
     said = []
-    for command in ("check", "run"):
-        code = main([command, *words])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-        said.append((code, lines[0] if lines else ""))
-    assert said[0] == said[1]
-    return said[0]
+    for command in commands:
+        code = main([command, *words, "--json"])
+        said.append((code, json.loads(capsys.readouterr().out.splitlines()[-1])["error"]))
+    assert said == said[:1] * len(commands)
+    return said[0][0], said[0][1]["message"]
+
+
+@pytest.mark.parametrize(
+    ("base", "word", "refusal"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "model.clip_skip=13", "its text encoder has 12 layers"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "model.prediction=flow", "is sd15 (Stable Diffusion 1.x"),
+        ("black-forest-labs/FLUX.1-dev", "model.clip_skip=2", "FLUX.1 takes no layer of CLIP"),
+        ("black-forest-labs/FLUX.1-dev", "dataset.buckets.step=24", "the model takes multiples of 16"),
+        ("black-forest-labs/FLUX.1-dev", "network.rank=4000", "more than the 3072"),
+    ],
+)
+def test_plan_refuses_the_settings_of_a_model_that_is_not_here(
+    base: str, word: str, refusal: str, here: Path, capsys: Any
+) -> None:
+    (here / "p.yaml").write_text(f"model: {base}\ndataset: ./good\n", encoding="utf-8")
+    assert main(["plan", "p.yaml", "--set", word]) == 2
+    assert refusal in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_name_that_is_taken_is_refused_by_check_too(here: Path, capsys: Any) -> None:
     (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
     (here / "runs" / "p").mkdir(parents=True)
-    assert refused_alike(["p.yaml"], capsys) == (5, "error: runs/p exists already")
+    assert refused_alike(["p.yaml"], capsys) == (5, "runs/p exists already")
     assert main(["check", "p.yaml", "--name", "p-2"]) == 0
     assert main(["check", "p.yaml", "--runs-dir", "others"]) == 0
     assert not (here / "others").exists()
@@ -195,7 +213,7 @@ def test_a_runs_folder_that_cannot_be_made_is_refused_by_check_too(place: str, h
     (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
     (here / "file").write_text("x", encoding="utf-8")
     code, line = refused_alike(["p.yaml", "--runs-dir", place], capsys)
-    assert (code, line) == (6, f"error: {place}/p cannot be made: Not a directory")
+    assert (code, line) == (6, f"{place}/p cannot be made: Not a directory")
 
 
 def test_a_runs_folder_of_somebody_else_is_refused_by_check_too(
