@@ -16,7 +16,8 @@ def check(
     """Validate a preset, its data and files.
 
     Everything that `run` with the same words would refuse is told at once, each with file and line; every picture is
-    decoded, and the computer's memory compared with what the run needs of it. Nothing is trained or written.
+    decoded, the computer's memory compared with what the run needs of it, and a small file written where the run will
+    be, and removed. Nothing is trained, and nothing stays.
 
     Examples:
         emotrain check quickstart

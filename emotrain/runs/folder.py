@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from emotrain.runs.lock import hold
 
 RUNS_DIR = Path("runs")  # under the working directory, unless --runs-dir says otherwise
 INFO = "run.json"
+TRIAL = 1 << 20  # bytes
 SCHEMA_VERSION = 1  # of run.json; one without is of emotrain 0.1, and is read
 _KINDS: dict[type, tuple[str, ...]] = {  # of the fields of run.json; None stands for what is not known
     str: ("name", "emotrain", "started", "finished", "stop_reason", "stop_sentence", "lora", "device", "family",
@@ -253,7 +255,7 @@ def create_run(
 
 
 def refuse_place(runs_dir: Path, name: str) -> None:
-    """Refuse, before anything is loaded, a place where no run can be made.
+    """Refuse, before anything is loaded, a place where no run can be made; a small file is tried there, and removed.
 
     Raises:
         ConfigError: the name cannot be a folder's.
@@ -264,13 +266,15 @@ def refuse_place(runs_dir: Path, name: str) -> None:
     if os.path.lexists(target):
         raise name_taken(target)
     above = next(folder for folder in (runs_dir, *runs_dir.absolute().parents) if os.path.lexists(folder))
-    reason = None if above.is_dir() else errno.ENOTDIR
-    if reason is None and not os.access(above, os.W_OK | os.X_OK):
-        reason = errno.EACCES
-    if reason is not None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=above) as trial:
+            write_synced(Path(trial) / INFO, bytes(TRIAL))
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space" if is_full else f"is {above} a folder of yours?"
         raise ResourceError(
-            f"{target} cannot be made: {os.strerror(reason)}", f"is {above} a folder of yours? --runs-dir names another"
-        )
+            f"{target} cannot be made: {error.strerror}", f"{hint}; --runs-dir names another"
+        ) from error
 
 
 def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:

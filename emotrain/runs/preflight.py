@@ -1,6 +1,6 @@
 """What can be found out about a preset before torch is loaded: model, sizes, data, earlier LoRAs.
 
-Nothing is trained and nothing written. `check` shows all of it; `run` stops at the failures.
+Nothing is trained, and nothing stays on the disk. `check` shows all of it; `run` and `plan` stop at the failures.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from emotrain.cli.app import main
 from emotrain.families.table import ASSETS
-from emotrain.runs import preflight
+from emotrain.runs import folder, preflight
 
 BASE = """
 model: {model}
@@ -216,15 +217,34 @@ def test_a_runs_folder_that_cannot_be_made_is_refused_by_check_too(place: str, h
     assert (code, line) == (6, f"{place}/p cannot be made: Not a directory")
 
 
-def test_a_runs_folder_of_somebody_else_is_refused_by_check_too(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
+def test_a_runs_folder_where_no_folder_can_be_made_is_refused_by_check_too(
+    reason: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
     (here / "theirs").mkdir()
-    allowed = os.access
+    make = os.mkdir
 
-    def access(path: Any, mode: int, **more: Any) -> bool:
-        return allowed(path, mode, **more) and not (mode & os.W_OK and str(path).endswith("theirs"))
+    def mkdir(path: Any, *words: Any, **more: Any) -> None:
+        if "theirs" in str(path):
+            raise OSError(reason, os.strerror(reason))
+        make(path, *words, **more)
 
-    monkeypatch.setattr(os, "access", access)
-    assert refused_alike(["p.yaml", "--runs-dir", "theirs"], capsys)[0] == 6
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    said = refused_alike(["p.yaml", "--runs-dir", "theirs"], capsys)
+    assert said == (6, f"theirs/p cannot be made: {os.strerror(reason)}")
+
+
+def test_a_full_disk_is_refused_by_check_too_and_nothing_is_left(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (here / "p.yaml").write_text(BASE.format(**GOOD), encoding="utf-8")
+    before = sorted(here.iterdir())
+
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder, "write_synced", full)
+    assert refused_alike(["p.yaml"], capsys) == (6, f"runs/p cannot be made: {os.strerror(errno.ENOSPC)}")
+    assert sorted(here.iterdir()) == before
