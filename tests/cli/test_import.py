@@ -664,7 +664,47 @@ def test_regularisation_folders_of_ai_toolkit_count_what_reg_weight_says(here: P
     process["train"]["reg_weight"] = 0.5
     process["datasets"].append({"folder_path": "regular", "is_reg": True})
     (here / name).write_text(json.dumps(config))
-    assert [folder.prior for folder in load(written(here, imported(name))).preset.dataset.folders] == [None, 0.5]
+    dataset = load(written(here, imported(name))).preset.dataset
+    assert [folder.prior for folder in dataset.folders] == [None, 0.5]
+    assert dataset.balance == "equal"  # every second step is theirs there
+
+
+def kohya(here: Path, **words: Any) -> Imported:
+    """A config of a training on folders named as kohya names them."""
+    for name in ("train/10_mika woman", "more/5_mika dress", "reg/1_woman"):
+        (here / "kohya" / name).mkdir(parents=True)
+    shutil.copytree(here / "kohya" / "train", here / "kohya" / "several")
+    shutil.copytree(here / "kohya" / "more", here / "kohya" / "several", dirs_exist_ok=True)
+    base = {"pretrained_model_name_or_path": "builtin:tiny-sd", "network_module": "networks.lora"}
+    (here / "kohya" / "k.json").write_text(json.dumps(base | words))
+    return imported("kohya/k.json")
+
+
+def test_a_folders_name_is_the_caption_of_pictures_without_one_as_kohya_has_it(here: Path) -> None:
+    found = kohya(here, train_data_dir="train", reg_data_dir="reg")
+    dataset = load(written(here, found)).preset.dataset
+    assert [Path(one.path).name for one in dataset.folders] == ["train", "reg"]
+    assert [one.caption for one in dataset.folders] == ["mika woman", "woman"]
+    assert [one.prior for one in dataset.folders] == [None, 1.0]
+    assert dataset.balance == "equal"  # regularisation pictures are half of kohya's samples
+
+
+def test_several_named_folders_of_kohya_become_one_each(here: Path) -> None:
+    found = kohya(here, train_data_dir="several", reg_data_dir="reg")
+    dataset = load(written(here, found)).preset.dataset
+    assert [(Path(one.path).name, one.repeats, one.caption) for one in dataset.folders] == [
+        ("10_mika woman", 10, "mika woman"), ("5_mika dress", 5, "mika dress"), ("reg", 1, "woman"),
+    ]  # fmt: skip
+    assert dataset.balance == "repeats"
+    (row,) = [row for row in found.rows if row.word == "reg_data_dir" and row.kind == "left out"]
+    assert "dataset.balance" in row.what
+
+
+def test_regularisation_pictures_that_count_nothing_are_not_trained_as_others(here: Path) -> None:
+    found = kohya(here, train_data_dir="train", reg_data_dir="reg", prior_loss_weight=0)
+    dataset = load(written(here, found)).preset.dataset
+    assert [Path(one.path).name for one in dataset.folders] == ["train"]
+    assert dataset.balance == "repeats"
 
 
 def test_one_word_for_several_models_is_told_apart(here: Path) -> None:

@@ -88,6 +88,7 @@ def read(words: Values, out: Import) -> None:
         out.take("trigger_word", trigger, "dataset.trigger")
     for dataset in items(process, "datasets"):
         _dataset(dataset, out, sections["train"])
+    out.halve("datasets.is_reg")
     _network(sections["network"], out)
     _train(sections["train"], out)
     _sample(sections["sample"], sections["train"], out)

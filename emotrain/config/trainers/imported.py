@@ -180,6 +180,9 @@ class Import:
             why = "it has no path" if is_off(path) else "the same folder again; all resolutions hold for all folders"
             self.leave(word, path, why)
             return
+        if settings.get("prior") == 0:
+            self.leave(word, path, "regularisation pictures that count nothing")
+            return
         own: dict[str, Any] = {}
         for key, value in settings.items():
             if value in (None, False, ""):
@@ -191,6 +194,16 @@ class Import:
         self.folders[where] = own
         told = ", ".join(f"{key}: {shown(value) if key != 'mask' else Path(value).name}" for key, value in own.items())
         self.rows.append(Row(word, shown(path), "taken", f"dataset.folders ({told})" if told else "dataset.folders"))
+
+    def halve(self, word: str) -> None:
+        """Regularisation pictures are half of the samples, as those trainers show them that say nothing of it."""
+        priors = ["prior" in own for own in self.folders.values()]
+        if sorted(priors) == [False, True]:
+            for own in self.folders.values():
+                own.pop("repeats", None)
+            self.take(word, "half of all samples", "dataset.balance", "equal")
+        elif any(priors) and not all(priors):
+            self.leave(word, "half of all samples", "several folders: `dataset.balance` gives each its share")
 
     def caption(self, word: str, value: Any, place: str, converted: Any = None) -> None:
         """A setting that they have for each folder, and a preset once: see `settle_captions`."""
@@ -418,7 +431,7 @@ def each(value: Any) -> list[Any]:
 
 def number(value: Any, default: float = 1.0) -> float:
     """A number, or `default` where there is none."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value else default
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
 def repeats_of(out: Import, word: str, value: Any) -> int | None:

@@ -99,6 +99,7 @@ def read(words: Values, out: Import) -> None:
     """Take a config apart into `out`."""
     if _is_dataset(words):
         _datasets(words, out, 1.0)
+        out.halve("is_reg")
         return
     flat = _flat(words)
     _kind(flat, out)
@@ -133,6 +134,7 @@ def read(words: Values, out: Import) -> None:
         _folders(flat, out, weight)
     else:
         _datasets(out.beside("dataset_config", config), out, weight)
+    out.halve("reg_data_dir" if is_off(config) else "is_reg")
 
 
 def _left_out(flat: Values) -> dict[str, Special]:
@@ -206,12 +208,28 @@ def _literal(text: str) -> Any:
 
 
 def _folders(flat: Values, out: Import, weight: float) -> None:
-    """Folders of the arguments themselves; their subfolders are named `10_mika woman`."""
-    mask = _mask(flat, out)
+    """Folders of the arguments themselves; their subfolders are named `10_mika woman`.
+
+    Such a name is also the caption of pictures that have none.
+    """
+    own: dict[str, Any] = {"mask": _mask(flat, out), "flip": bool(flat.get("flip_aug"))}
     for word, prior in (("train_data_dir", None), ("image_folder", None), ("reg_data_dir", weight)):
-        if not is_off(flat.get(word)):
-            out.add_folder(word, flat[word], prior=prior, flip=bool(flat.get("flip_aug")), mask=mask)
+        if is_off(flat.get(word)):
+            continue
+        named = _named_folders(Path(out.path(str(flat[word]))))
+        if len(named) > 1:
+            for path, repeats, caption in named:
+                out.add_folder(word, str(path), repeats=repeats, prior=prior, caption=caption, **own)
+        else:
+            out.add_folder(word, flat[word], prior=prior, caption=named[0][2] if named else None, **own)
     _captions(flat, out)
+
+
+def _named_folders(folder: Path) -> list[tuple[Path, int, str]]:
+    """The subfolders named `10_mika woman`, with their repeats and their caption."""
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    named = ((path, re.fullmatch(r"(\d{1,3})_(.*)", path.name)) for path in inner if path.is_dir())
+    return [(path, int(found[1]), found[2].strip()) for path, found in named if found and int(found[1])]
 
 
 def _datasets(words: Any, out: Import, weight: float) -> None:
