@@ -448,8 +448,9 @@ def refuse_larger_tokenizer(part: TextEncoderPart, largest: int | None = None) -
     """
     if largest is None:
         largest = max(part.tokenizer.get_vocab().values(), default=0)
-    encoder: Any = part.encoder
-    known = encoder.get_input_embeddings().num_embeddings
+    encoder: Any = part.encoder  # Anima's conditioner is a model of diffusers
+    table = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else encoder.embed
+    known = table.num_embeddings
     if largest >= known:
         raise ModelError(
             f"the tokenizer of {part.name} makes token {largest}, but the encoder knows {known} tokens",

@@ -322,6 +322,24 @@ def modular_pipeline_of(kind: str) -> Any:
     return pipeline
 
 
+def save_folder(kind: str, pipeline: Any, folder: Path) -> Path:
+    """The pipeline as a folder of diffusers, with the tokenizer where the public one has it."""
+    if kind not in ("qwen21", "flux3"):
+        pipeline.save_pretrained(str(folder))
+        if kind == "flux2-dev":  # the public folder's tokenizer reads pictures too
+            index = json.loads((folder / "model_index.json").read_text())
+            index["tokenizer"] = ["transformers", "PixtralProcessor"]
+            (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+    tokenizer = "processor" if kind == "qwen21" else "tokenizer"
+    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
+    qwen_tokenizer().save_pretrained(folder / tokenizer)
+    index = json.loads((folder / "modular_model_index.json").read_text())
+    index[tokenizer] = ["transformers", "Qwen3VLProcessor", {}]
+    (folder / "modular_model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def original_denoiser(kind: str, model: Any) -> dict[str, torch.Tensor]:
     """The denoiser's tensors under the names that ComfyUI's files have."""
     state = {key: value.clone() for key, value in model.state_dict().items()}

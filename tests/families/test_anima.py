@@ -15,7 +15,8 @@ from newer_models import anima_files, anima_parts, denoiser_of, in_one_file
 
 from emotrain.batch import Conditioning
 from emotrain.errors import ModelError
-from emotrain.families.common import DrawRequest, LoadedFamily
+from emotrain.families.common import DrawRequest, LoadedFamily, TextEncoderPart, refuse_larger_tokenizer
+from emotrain.families.fitting import refuse_misfit
 from emotrain.families.loading import load_family
 from emotrain.families.sampling import draw_sample
 from emotrain.families.table import sniff
@@ -115,9 +116,18 @@ def test_the_modular_folder_of_diffusers_is_the_same_model(files: Path, stock: A
         with torch.no_grad():
             answers.append((text["prompt_embeds"], family.predict(noisy, torch.tensor([0.4]), text, NO_SIZES)))
     assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+    assert refuse_misfit(found).name == "anima"
     (tmp_path / "anima" / "text_conditioner").rename(tmp_path / "anima" / "away")
     with pytest.raises(ModelError, match="not complete: text_conditioner missing"):
         sniff(tmp_path / "anima")
+
+
+def test_a_t5_tokenizer_that_knows_more_than_the_conditioner_is_refused(parts: dict[str, Any]) -> None:
+    part = TextEncoderPart("text_encoder_2", parts["text_conditioner"], parts["t5_tokenizer"], 512)
+    known = parts["text_conditioner"].config.target_vocab_size
+    refuse_larger_tokenizer(part, known - 1)
+    with pytest.raises(ModelError, match=f"makes token {known}, but the encoder knows {known} tokens"):
+        refuse_larger_tokenizer(part, known)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])

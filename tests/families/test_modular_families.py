@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from newer_models import denoiser_of, modular_pipeline_of, qwen_tokenizer
+from newer_models import denoiser_of, modular_pipeline_of, qwen_tokenizer, save_folder
 from safetensors.torch import load_file, save_file
 from stock import modular_pipeline
 from torch import Tensor
@@ -19,6 +19,7 @@ from emotrain.batch import Conditioning
 from emotrain.cli.app import main
 from emotrain.errors import ModelError
 from emotrain.families.common import DrawRequest
+from emotrain.families.fitting import refuse_misfit
 from emotrain.families.loading import load_family
 from emotrain.families.registry import FAMILIES, configs
 from emotrain.families.sampling import draw_sample
@@ -27,7 +28,6 @@ from emotrain.families.table import sniff
 KINDS = ["qwen21", "flux3"]
 PROMPTS = ["a red apple", "a very much longer caption, of a pear on a table near a window " * 2, ""]
 NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
-TOKENIZERS = {"qwen21": "processor", "flux3": "tokenizer"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -35,12 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Name of the family, its stock pipeline, and the folder that it was saved in, as the public ones look."""
     kind, pipeline = request.param, modular_pipeline_of(request.param)
     folder = tmp_path_factory.mktemp("modular") / kind
-    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
-    qwen_tokenizer().save_pretrained(folder / TOKENIZERS[kind])
-    index = json.loads((folder / "modular_model_index.json").read_text())
-    index[TOKENIZERS[kind]] = ["transformers", "Qwen3VLProcessor", {}]
-    (folder / "modular_model_index.json").write_text(json.dumps(index))
-    return kind, pipeline, folder
+    return kind, pipeline, save_folder(kind, pipeline, folder)
 
 
 def stock_embeds(kind: str, pipeline: Any, prompt: str) -> Tensor:
@@ -78,6 +73,10 @@ def test_its_folder_is_recognised(model: tuple[str, Any, Path]) -> None:
     found = sniff(folder)
     assert (found.family, found.prediction, found.variant, found.missing) == (kind, "flow", "custom", ())
     assert (found.vae_scale, found.latent_channels) == {"qwen21": (16, 8), "flux3": (16, 16)}[kind]
+
+
+def test_its_parts_fit_each_other(model: tuple[str, Any, Path]) -> None:
+    assert refuse_misfit(sniff(model[2])).name == model[0]
 
 
 def test_prompts_are_encoded_as_by_the_stock_blocks(model: tuple[str, Any, Path]) -> None:

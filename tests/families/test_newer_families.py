@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from newer_models import in_one_file, pipeline_of, separate_files, text_model, vae_of
+from newer_models import in_one_file, pipeline_of, save_folder, separate_files, text_model, vae_of
 from original_files import in_scaled_fp8, same_weights, vae_tensors
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ from emotrain.diffusion import shift_for
 from emotrain.errors import ModelError
 from emotrain.families import quantize
 from emotrain.families.common import DrawRequest
-from emotrain.families.fitting import refuse_misfit_file
+from emotrain.families.fitting import refuse_misfit, refuse_misfit_file
 from emotrain.families.flux.model import unpack
 from emotrain.families.loading import family_class, load_family
 from emotrain.families.memory import GIB
@@ -43,7 +43,6 @@ from emotrain.families.table import sniff
 from emotrain.runs.plan_ram import weights_of
 
 KINDS = ["zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma"]
-PROCESSORS = {"flux2-dev": "PixtralProcessor"}  # what the public folder calls its tokenizer
 IN_ONE_FOLDER = ["flux2-dev", "chroma"]  # small ones of the same build are not read from separate files
 PROMPTS = ["a red apple", "a very much longer caption, of a pear on a table near a window", ""]
 NO_SIZES = Conditioning(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
@@ -54,13 +53,15 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Name of the family, its stock pipeline, and the folder that it was saved in."""
     pipeline = pipeline_of(request.param)
     pipeline.set_progress_bar_config(disable=True)
-    folder = tmp_path_factory.mktemp("newer") / request.param
-    pipeline.save_pretrained(folder)
-    if request.param in PROCESSORS:
-        index = json.loads((folder / "model_index.json").read_text())
-        index["tokenizer"] = ["transformers", PROCESSORS[request.param]]
-        (folder / "model_index.json").write_text(json.dumps(index))
-    return request.param, pipeline, folder
+    return (
+        request.param,
+        pipeline,
+        save_folder(request.param, pipeline, tmp_path_factory.mktemp("newer") / request.param),
+    )
+
+
+def test_its_parts_fit_each_other(model: tuple[str, Any, Path]) -> None:
+    assert refuse_misfit(sniff(model[2])).name == model[0].split("-")[0]
 
 
 @pytest.fixture

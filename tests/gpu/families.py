@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from newer_models import (  # noqa: E402
     anima_parts,
     modular_pipeline_of,
     pipeline_of,
-    qwen_tokenizer,
+    save_folder,
     t5,
 )
 
@@ -28,7 +27,7 @@ from emotrain.cli.app import main as emotrain  # noqa: E402
 from emotrain.lora.file import read_lora  # noqa: E402
 
 KINDS = ("zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma", "qwen21", "flux3", "anima")
-TOKENIZERS = {"qwen21": "processor", "flux3": "tokenizer"}  # of those that diffusers has as modular blocks alone
+MODULAR = ("qwen21", "flux3")
 REST = (
     "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
     "network: {rank: 2}\ntrain: {max_steps: 2, gradient_checkpointing: true}\nvalidate: {every: 2, probe_images: 2}\n"
@@ -39,28 +38,11 @@ REST = (
 def saved(kind: str, folder: Path) -> dict[str, str]:
     """A small random model as a folder, Anima as the three files that it is used as; `model`'s keys of a preset."""
     if kind != "anima":
-        return {"base": str(saved_folder(kind, folder))}
+        pipeline = modular_pipeline_of(kind) if kind in MODULAR else pipeline_of(kind)
+        return {"base": str(save_folder(kind, pipeline, folder))}
     anima_files(anima_parts(t5(32)[1]), folder)
     files = {"base": "anima", "vae": "vae", "text_encoder": "text_encoder"}
     return {key: str(folder / f"{name}.safetensors") for key, name in files.items()}
-
-
-def saved_folder(kind: str, folder: Path) -> Path:
-    """A small random model as a folder of diffusers."""
-    if kind not in TOKENIZERS:
-        pipeline_of(kind).save_pretrained(folder)
-        if kind == "flux2-dev":  # the public folder's tokenizer reads pictures too
-            index = json.loads((folder / "model_index.json").read_text())
-            index["tokenizer"] = ["transformers", "PixtralProcessor"]
-            (folder / "model_index.json").write_text(json.dumps(index))
-        return folder
-    pipeline: Any = modular_pipeline_of(kind)
-    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
-    qwen_tokenizer().save_pretrained(folder / TOKENIZERS[kind])
-    index = json.loads((folder / "modular_model_index.json").read_text())
-    index[TOKENIZERS[kind]] = ["transformers", "Qwen3VLProcessor", {}]
-    (folder / "modular_model_index.json").write_text(json.dumps(index))
-    return folder
 
 
 def whole_run(kind: str, work: Path) -> None:
