@@ -1,13 +1,13 @@
 """Do newer families learn? Small ones with random weights overfit four pictures, through the command line.
 
-    python tests/bench/new_family.py [--families zimage klein klein-64 chroma krea2] [--steps 300] [--seeds 1]
-        [--work DIR] [--report docs/benchmarks]
+    python tests/bench/new_family.py [--families zimage klein klein-64 chroma krea2 qwen qwen21 anima flux3 sd3]
+        [--steps 500] [--seeds 1] [--work DIR] [--report docs/benchmarks]
 
 The denoiser (128 wide, 5 or 6 blocks) and the text encoder (Qwen3, Qwen3-VL or T5, 32 wide) are random; the VAE is the
 built-in models', so that a latent is a picture. Krea 2's is of another build: a small one is trained on the four
 pictures first. klein-64 is klein with captions filled up to 64 tokens in place of 512. Nothing pretrained helps: all
 that is learned is in the LoRA (rank 64, every layer). `emotrain run` trains it on four of the built-in pictures, each
-with its name for a caption, at three times the published step length, and draws these names. Distances are root mean
+with its name for a caption, at LR 1.0, and draws these names. Distances are root mean
 squares over the pixels, in 0..1, to the pictures as the VAE shows them. A model that had learned one mean picture for
 all captions would be as near to the others as to its own. The validation is that of flipped training pictures, since
 none are held out, so that it does not show overfitting.
@@ -24,24 +24,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import make_assets
 import numpy as np
 import torch
+import torch.nn.functional as F
 from by_hand import write_report
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
 
-from newer_models import pipeline_of  # noqa: E402
+from newer_models import anima_parts, modular_pipeline_of, pipeline_of, save_folder, t5  # noqa: E402
 
 from emotrain.batch import Conditioning  # noqa: E402
 from emotrain.cli.app import main as emotrain  # noqa: E402
 from emotrain.families.krea2 import model as krea2  # noqa: E402
 from emotrain.families.loading import load_family  # noqa: E402
+from emotrain.families.qwen import model as qwen  # noqa: E402
 from emotrain.families.table import ASSETS  # noqa: E402
 from emotrain.lora.adapter import adapter_like  # noqa: E402
 from emotrain.lora.file import read_lora  # noqa: E402
 
-FAMILIES = ("zimage", "klein", "klein-64", "chroma", "krea2")
+FAMILIES = ("zimage", "klein", "klein-64", "chroma", "krea2", "qwen", "qwen21", "anima", "flux3", "sd3")
+MODULAR = ("qwen21", "flux3", "anima")  # kinds that diffusers has as modular blocks alone
 VAE_WORDS = (
     "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
     "latent_channels", "norm_num_groups", "sample_size", "mid_block_add_attention",
@@ -72,6 +76,33 @@ def denoiser(family: str) -> Any:
             text_num_attention_heads=4, text_num_key_value_heads=4, text_intermediate_size=64,
             num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(8, 12, 12),
         )  # fmt: skip
+    if family == "qwen":
+        return diffusers.QwenImageTransformer2DModel(
+            in_channels=32, out_channels=8, num_layers=5, attention_head_dim=32, num_attention_heads=4,
+            joint_attention_dim=32, axes_dims_rope=(8, 12, 12),
+        )  # fmt: skip
+    if family == "qwen21":
+        return diffusers.QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, num_layers=5, attention_head_dim=32, num_attention_heads=4,
+            context_in_dim=32, axes_dims_rope=(8, 12, 12),
+        )  # fmt: skip
+    if family == "anima":
+        return diffusers.CosmosTransformer3DModel(
+            in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=32, num_layers=5,
+            text_embed_dim=32, adaln_lora_dim=64, max_size=(4, 64, 64), patch_size=(1, 2, 2),
+            rope_scale=(1.0, 4.0, 4.0), concat_padding_mask=True, extra_pos_embed_type=None,
+        )  # fmt: skip
+    if family == "flux3":
+        return diffusers.Flux3Transformer2DModel(
+            in_channels=32, cond_in_channels=32, num_layers=2, num_single_layers=3, attention_head_dim=32,
+            num_attention_heads=4, joint_attention_dim=256, timestep_channels=32, axes_dims_rope=(8, 8, 8, 8),
+        )  # fmt: skip
+    if family == "sd3":
+        return diffusers.SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=8, out_channels=8, num_layers=5, attention_head_dim=32,
+            num_attention_heads=4, joint_attention_dim=128, caption_projection_dim=128,
+            pooled_projection_dim=48 + 64, pos_embed_max_size=24, qk_norm="rms_norm",
+        )  # fmt: skip
     return diffusers.ZImageTransformer2DModel(
         in_channels=8, dim=128, n_layers=4, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32,
         axes_dims=[8, 12, 12], axes_lens=[1024, 64, 64],
@@ -82,10 +113,12 @@ def vae(family: str) -> Any:
     """The built-in VAE; as FLUX.2's, which has statistics of patches in place of a scale."""
     import diffusers
 
-    if family == "krea2":
-        return trained_vae()
+    if family in ("krea2", "qwen", "anima"):
+        return trained_vae(diffusers.AutoencoderKLQwenImage, 4, 3)
+    if family == "qwen21":
+        return trained_vae(diffusers.AutoencoderKLQwenImage21, 5, 4, decoder_base_dim=8)
     built_in = diffusers.AutoencoderKL.from_pretrained(ASSETS / "tiny-flux" / "vae")
-    if not family.startswith("klein"):
+    if not family.startswith(("klein", "flux3")):
         return built_in
     words = {key: built_in.config[key] for key in VAE_WORDS}
     own = diffusers.AutoencoderKLFlux2(**words, use_quant_conv=False, use_post_quant_conv=False)
@@ -103,14 +136,13 @@ def pixels_of(path: Path) -> torch.Tensor:
     return pixels.permute(2, 0, 1)[None]
 
 
-def trained_vae(steps: int = 250) -> Any:
+def trained_vae(build: Any, levels: int, channels: int, steps: int = 250, **words: Any) -> Any:
     """A small one of Qwen-Image's build that shows the four pictures: in a random one they are nearly the same."""
-    import diffusers
-
     torch.manual_seed(0)
-    words = {"base_dim": 8, "z_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    own = diffusers.AutoencoderKLQwenImage(**words, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
+    words |= {"base_dim": 8, "z_dim": 8, "dim_mult": [1] * levels, "num_res_blocks": 1}
+    own = build(**words, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
     films = torch.cat([pixels_of(ASSETS / "example" / f"{name}.png") for name in PICTURES])[:, :, None]
+    films = F.pad(films, (0, 0) * 3 + (0, channels - 3), value=1.0)  # a fourth channel says that they are opaque
     optimizer = torch.optim.Adam(own.parameters(), lr=3e-3)
     for _ in range(steps):
         shown = own.decode(own.encode(films).latent_dist.mode()).sample
@@ -124,25 +156,60 @@ def trained_vae(steps: int = 250) -> Any:
 
 
 def without_template(tokenizer: Any) -> None:
-    """Have Krea 2's template left out of what the denoiser is given: 34 tokens of the release's, 149 of one a byte."""
+    """Have the template left out of what the denoiser is given: 34 tokens of the release's, 149 of one a byte."""
     krea2.LEFT_OUT, krea2.SUFFIX = (len(tokenizer(text).input_ids) for text in (krea2.BEFORE, krea2.AFTER))
+    qwen.LEFT_OUT = len(tokenizer(qwen.TEMPLATE.partition("{}")[0]).input_ids)
+
+
+def stock(family: str) -> Any:
+    """The stock pipeline around small random text encoders."""
+    if family == "anima":
+        from diffusers.modular_pipelines.anima.modular_blocks_anima import AnimaAutoBlocks
+
+        pipeline = AnimaAutoBlocks().init_pipeline()
+        pipeline.update_components(**anima_parts(t5(32)[1]))
+        return pipeline
+    if family == "sd3":
+        return sd3()
+    if family in MODULAR:
+        return modular_pipeline_of(family)
+    return pipeline_of("flux2" if family.startswith("klein") else family)
+
+
+def sd3() -> Any:
+    """CLIPs of 48 and 64, T5 of 128, with the built-in models' tokenizers."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5TokenizerFast
+
+    clip = CLIPTokenizer.from_pretrained(ASSETS / "tiny-flux" / "tokenizer")
+    pieces = T5TokenizerFast.from_pretrained(ASSETS / "tiny-flux" / "tokenizer_2")
+    config = CLIPTextConfig.from_pretrained(ASSETS / "tiny-flux" / "text_encoder")
+    clips = []
+    for width in (48, 64):
+        own = CLIPTextConfig(**{**config.to_dict(), "hidden_size": width, "projection_dim": width})
+        clips.append(CLIPTextModelWithProjection(own))
+    return diffusers.StableDiffusion3Pipeline(
+        vae=None, transformer=None, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clips[0], tokenizer=clip, text_encoder_2=clips[1], tokenizer_2=clip,
+        text_encoder_3=make_assets.build_t5(pieces), tokenizer_3=pieces,
+    )  # fmt: skip
 
 
 def model(folder: Path, seed: int, family: str) -> Path:
     """The stock pipeline of a family around small random parts."""
     torch.manual_seed(seed)
-    pipeline = pipeline_of("flux2" if family.startswith("klein") else family)
+    pipeline = stock(family)
     if family == "klein-64":
         pipeline.tokenizer.model_max_length = 64
-    if family == "krea2":
+    if family in ("krea2", "qwen"):
         without_template(pipeline.tokenizer)
     torch.manual_seed(seed)
-    pipeline.register_modules(transformer=denoiser(family), vae=vae(family))
+    put = pipeline.update_components if family in MODULAR else pipeline.register_modules
+    put(transformer=denoiser(family), vae=vae(family))
     for name, parameter in pipeline.transformer.named_parameters():
         if float(parameter.detach().abs().max()) == 0.0:  # Krea 2's blocks are shut where their gates' table is small
             torch.nn.init.normal_(parameter, std=1.0 if name.endswith("scale_shift_table") else 0.05)
-    pipeline.save_pretrained(folder)
-    return folder
+    return save_folder(family, pipeline, folder)
 
 
 def train(work: Path, steps: int, seed: int, family: str) -> Path:
@@ -157,7 +224,7 @@ def train(work: Path, steps: int, seed: int, family: str) -> Path:
         f"model: {base}\ndataset:\n  resolution: 64\n  buckets: {{step: 64, min: 64}}\n"
         "  captions: {dropout: 0.0, variants: 1}\n  folders: [{path: ./pictures}]\n"
         "network: {rank: 64, targets: all}\n"
-        f"train: {{micro_batch_size: 4, max_steps: {steps}, seed: {seed}, lr: 3.0}}\n"
+        f"train: {{micro_batch_size: 4, max_steps: {steps}, seed: {seed}}}\n"
         f'validate: {{fraction: 0, every: 50}}\nstop: {{mode: "off"}}\nsave: {{every: {steps}}}\n'
         f"sample: {{every: {steps}, steps: 20, guidance: 1.0, prompts: [{', '.join(PICTURES)}]}}\n"
         "log: {tensorboard: false}\n"
@@ -250,7 +317,7 @@ def lines_of(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--work", type=Path)
