@@ -36,6 +36,7 @@ POLL_S = 2e-4
 LOOK_S = 0.5  # how often our launcher looks whether all processes are there
 LOST = 76  # exit code of a process that ends because another one did; the launcher gives the user that one's
 LAUNCHER = "EMOTRAIN_LAUNCHER"  # set by ours, which tells of lost processes by itself
+GO_ON = "goes on from the newest checkpoint; where none is saved yet, start anew under another --name"
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -380,7 +381,7 @@ def _lost() -> Iterator[None]:
             f"another process of this run has ended ({said[:120]})"
             if said
             else "another process of this run has ended",
-            "`emotrain resume RUN` goes on from the newest checkpoint",
+            f"`emotrain resume RUN` {GO_ON}",
         )
         lost.is_silent = LAUNCHER in os.environ or os.environ.get("RANK") != "0"
         _losses.append(lost)

@@ -20,7 +20,7 @@ import typer
 
 from emotrain.cli import output
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, ResourceError
-from emotrain.ranks import LAUNCHER, LOOK_S, LOST, Ranks, is_launched, join
+from emotrain.ranks import GO_ON, LAUNCHER, LOOK_S, LOST, Ranks, is_launched, join
 from emotrain.runs.folder import RunFolder
 from emotrain.train.checkpoint import step_folders
 
@@ -146,7 +146,7 @@ def ended(rank: int, code: int, gpus: int) -> int:
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else "was lost"
         raise ResourceError(
             f"rank {rank} {how}, and with it the run",
-            f"`emotrain resume RUN --gpus {gpus}` goes on from the newest checkpoint; too little memory is often why",
+            f"too little memory is often why; `emotrain resume RUN --gpus {gpus}` {GO_ON}",
         )
     return code if code in set(ExitCode) else int(ExitCode.BUG)
 

@@ -89,5 +89,6 @@ def go_on(
         loaded = load(path, overrides)
         if ranks.first:
             refuse_finished(folder, loaded.preset.train.max_steps)
-    with show(loaded.preset, loaded.notes, plain=plain, as_json=as_json, ranks=ranks) as training:
+    notes = [note for note in loaded.notes if not note.startswith(f"{path}:")]  # told when the run began
+    with show(loaded.preset, notes, plain=plain, as_json=as_json, ranks=ranks) as training:
         training.resume(folder, checkpoint, allow_config_change=allow_config_change)

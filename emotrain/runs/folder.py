@@ -32,6 +32,7 @@ from emotrain.files import (
     write_synced,
 )
 from emotrain.runs.lock import hold
+from emotrain.train.checkpoint import step_folders
 
 RUNS_DIR = Path("runs")  # under the working directory, unless --runs-dir says otherwise
 INFO = "run.json"
@@ -402,9 +403,11 @@ def _started(run: RunFolder) -> str:
 
 
 def name_taken(target: Path) -> CheckpointError:
-    """The error for a run folder that is there already, with the next name that is free."""
+    """The error for a run folder that is there already, with the next free name; how it goes on, if it can."""
     free = next(name for n in range(2, 10**6) if not (target.parent / (name := f"{target.name}-{n}")).exists())
-    resume = f"emotrain resume {shlex.quote(target.name)}"
-    return CheckpointError(
-        f"{target} exists already", f"`--name {shlex.quote(free)}` is free; `{resume}` resumes that run"
-    )
+    hint = f"`--name {shlex.quote(free)}` is free"
+    if any(step_folders(RunFolder(target).checkpoints_dir)):
+        hint += f"; `emotrain resume {shlex.quote(target.name)}` resumes that run"
+    elif is_regular(target / INFO):
+        hint += "; that run was not saved yet, and cannot be resumed"
+    return CheckpointError(f"{target} exists already", hint)

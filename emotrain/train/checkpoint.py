@@ -134,7 +134,8 @@ class CheckpointStore:
                 continue
             return checkpoint, [self._put_aside(found[bad], why) for bad, why in skipped]
         if not skipped:
-            raise CheckpointError(f"no checkpoint in {self.folder}", "a run that was not saved yet has to start anew")
+            hint = "the run was not saved yet: start it anew under another --name, or once its folder is removed"
+            raise CheckpointError(f"no checkpoint in {self.folder}", hint)
         reasons = "; ".join(f"{found[bad].name}: {why}" for bad, why in skipped)
         raise CheckpointError(
             f"no whole checkpoint in {self.folder} ({reasons})",

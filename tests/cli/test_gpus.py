@@ -52,8 +52,10 @@ def test_the_launcher_s_words_are_those_of_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [-signal.SIGKILL, LOST])
 def test_a_lost_process_is_told_by_the_launcher(code: int) -> None:
-    with pytest.raises(ResourceError, match=r"rank 1 was (killed \(SIGKILL\)|lost), and with it the run"):
+    with pytest.raises(ResourceError, match=r"rank 1 was (killed \(SIGKILL\)|lost), and with it the run") as told:
         ended(1, code, 2)
+    hint = "`emotrain resume RUN --gpus 2` goes on from the newest checkpoint; where none is saved yet, start anew"
+    assert hint in (told.value.hint or "")
 
 
 def test_a_process_that_told_its_own_error_gives_its_exit_code() -> None:

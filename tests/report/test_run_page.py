@@ -60,6 +60,8 @@ def test_the_page_of_a_finished_run_has_everything(tmp_path: Path) -> None:
 )
 def test_the_page_says_how_a_run_ended(tmp_path: Path, info: dict[str, Any], words: str) -> None:
     folder = make_run(tmp_path, **info)
+    assert "Resume it" not in read(page(folder)).words  # it was not saved yet
+    (folder.checkpoints_dir / "step-00000020").mkdir(parents=True)
     text = read(page(folder)).words
     assert words in text
     can_be_resumed = info["stop_reason"] in (None, "interrupted")

@@ -256,7 +256,8 @@ def test_a_run_that_exists_or_is_done_or_is_not_there_is_exit_5(
 ) -> None:
     code, shown = says("run", str(place / "half.yaml"), "--runs-dir", str(tmp_path), "--plain")
     assert (code, "exists already" in shown, "-2` is free" in shown) == (5, True, True)
-    assert says("resume", str(half.path), "--plain")[0] == 0
+    code, shown = says("resume", str(half.path), "--plain")
+    assert (code, "has no effect" in shown) == (0, False)  # every key is in a run's own preset
     code, shown = says("resume", str(half.path), "--plain")
     assert (code, "is done" in shown) == (5, True)
     assert says("resume", str(tmp_path / "none"), "--plain")[0] == 5

@@ -64,11 +64,13 @@ def test_texts_that_look_like_numbers_come_back_as_texts(tmp_path: Path) -> None
     assert node.plain() == {"texts": texts, "numbers": [1e-8, 1e16, 3]}
 
 
-@pytest.mark.parametrize("kind", ["run", "empty folder", "file", "dangling link"])
+@pytest.mark.parametrize("kind", ["saved run", "run", "empty folder", "file", "dangling link"])
 def test_nothing_that_exists_is_written_over(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "mika"
-    if kind == "run":
-        create_run(tmp_path, "mika", PRESET)
+    if kind.endswith("run"):
+        (run := create_run(tmp_path, "mika", PRESET)).checkpoints_dir.mkdir()
+        if kind == "saved run":
+            (run.checkpoints_dir / "step-00000004").mkdir()
     elif kind == "empty folder":
         target.mkdir()
     elif kind == "file":
@@ -79,8 +81,11 @@ def test_nothing_that_exists_is_written_over(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CheckpointError, match="exists already") as caught:
         create_run(tmp_path, "mika", {})
     assert caught.value.exit_code == ExitCode.CHECKPOINT
-    assert "--name" in (caught.value.hint or "")
-    assert "`emotrain resume mika`" in (caught.value.hint or "")
+    more = {
+        "saved run": "; `emotrain resume mika` resumes that run",
+        "run": "; that run was not saved yet, and cannot be resumed",
+    }
+    assert caught.value.hint == "`--name mika-2` is free" + more.get(kind, "")
     assert os.lstat(target).st_mtime_ns == before.st_mtime_ns
     assert [path.name for path in tmp_path.iterdir()] == ["mika"]
 

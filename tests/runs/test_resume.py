@@ -243,8 +243,9 @@ def test_without_a_whole_checkpoint_it_is_refused_and_never_starts_at_zero(place
         resume(place, half)
     assert caught.value.exit_code == ExitCode.CHECKPOINT
     shutil.rmtree(half.checkpoints_dir)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
+    with pytest.raises(CheckpointError, match="no checkpoint in") as caught:
         resume(place, half)
+    assert "start it anew under another --name" in (caught.value.hint or "")
 
 
 def test_a_run_that_trains_is_not_resumed_beside(place: Path, half: RunFolder) -> None:
