@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL.PngImagePlugin import PngInfo
+from torch import nn
 
 from emotrain.batch import TextEmbeds
 from emotrain.config.prompts import SamplePrompt
@@ -31,10 +32,16 @@ if TYPE_CHECKING:
     from emotrain.families.common import LoadedFamily
 
 
+class Stopped(Exception):
+    """A signal came while a picture was drawn."""
+
+
 class Sampler:
     """Draws every prompt with the live weights; a picture depends on weights, prompt and seed alone.
 
-    `folder` gets `step-00000050-1.png`, `lora-1.png` and `sheet.png`; it is set once the run has one.
+    `folder` gets `step-00000050-1.png`, `lora-1.png` and `sheet.png`; it is set once the run has one. So is `stopped`,
+    which is asked before each of the denoiser's steps: a sheet takes minutes, and who presses Ctrl-C twice loses what
+    was trained since the last checkpoint.
 
     Args:
         family: with the live weights.
@@ -62,6 +69,7 @@ class Sampler:
         self.family, self.notify, self.name, self.drawing = family, notify, name, drawing
         self.prompts, self.negatives = tuple(p.text for p in prompts), tuple(p.negative for p in prompts)
         self.folder = Path()
+        self.stopped: Callable[[], bool] = lambda: False
         self._fresh: list[Path] = []  # not yet brought to the disk
         self._strengths: dict[float, list[Path]] = {}  # pictures of the LoRA file at other strengths than 1
         step = family.vae_scale * 2
@@ -142,7 +150,7 @@ class Sampler:
     def _draw_all(self, paths: Sequence[Path], step: int, what: str, strength: float = 1.0) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.drawing():
+            with self.drawing(), self._stoppable(step):
                 for number, (request, path) in enumerate(zip(self.requests, paths, strict=True), 1):
                     self.notify(Phase("drawing samples", number - 1, len(paths)))
                     with_memory("while drawing samples", partial(self._draw_one, request, number, step, path, strength))
@@ -151,9 +159,29 @@ class Sampler:
             return True
         except OSError as error:
             self.notify(Notice(f"samples of {what} were not written: {error.strerror}"))
+        except Stopped:
+            self.notify(Notice(f"samples of {what} are left out: the run stops", level="info"))
         except OutOfMemory:
             self.notify(Notice(f"samples of {what} were not drawn: out of memory; a smaller sample.size needs less"))
         return False
+
+    def lacks(self, step: int) -> bool:
+        """Whether a picture of a step is not there."""
+        return not all(self.path(step, number).is_file() for number in range(1, len(self.prompts) + 1))
+
+    @contextlib.contextmanager
+    def _stoppable(self, step: int) -> Iterator[None]:
+        """Let `stopped` end a picture; not before the first step, of which no checkpoint is saved."""
+
+        def look(module: nn.Module, args: object) -> None:
+            if step and self.stopped():
+                raise Stopped
+
+        hook = self.family.denoiser.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _told(self, request: DrawRequest, number: int) -> DrawRequest:
         """The request as text encoders in training understand it by now."""

@@ -20,7 +20,7 @@ from emotrain.runs.out_of_memory import run_with_advice
 from emotrain.train import rng
 from emotrain.train.checkpoint import CheckpointStore
 from emotrain.train.events import Notice, Observers, Phase, RunStart, Saved
-from emotrain.train.loop import Limits, Outcome, Parts, device_memory_gib, fit
+from emotrain.train.loop import Limits, Outcome, Parts, device_memory_gib, fit, run_sample
 from emotrain.train.losses import LossBaseline
 from emotrain.train.memory import OutOfMemory
 from emotrain.train.signals import StopSignals
@@ -56,6 +56,11 @@ class Outputs:
         if likeness is not None and paths:
             likeness.at_step(step, paths)
             self.folder.update_info(likeness=likeness.summary())
+
+    def lacks_samples(self, step: int) -> bool:
+        """Whether a step's sheet was begun and left, because the run was to stop."""
+        sampler, every = self.loaded.sampler, self.loaded.preset.sample.every
+        return sampler is not None and every > 0 and step % every == 0 and sampler.lacks(step)
 
     def save(self, state: TrainState) -> None:
         """A checkpoint and the best LoRA so far; a full disk costs this save, not the run.
@@ -119,11 +124,15 @@ def train(loaded: Loaded, begin: Beginning, folder: RunFolder, observers: Observ
     first_step = state.step
     with ranks.together():
         outputs, baseline = open_outputs(loaded, begin, folder, observers)
+        if loaded.sampler is not None and ranks.world == 1:  # several processes stop together, at the end of a step
+            loaded.sampler.stopped = lambda: signals.received is not None
         parts = loop_parts(loaded, state, baseline, outputs, signals)
         if begin.checkpoint is not None:  # the random state is put back last, after everything that may draw
             for line in rng.restore(begin.checkpoint.tensors["rng"], begin.checkpoint.documents["rng"]):
                 observers.notify(Notice(line))
         ranks.meet(None)
+    if ranks.told(begin.checkpoint is not None and outputs.lacks_samples(state.step)):
+        run_sample(parts, state.step)
     work = partial(fit, parts, limits(loaded, state), state)
     try:
         outcome = run_with_advice(loaded, state, folder, "in the optimizer's step", work)

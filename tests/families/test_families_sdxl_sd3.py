@@ -150,3 +150,21 @@ def test_sdxl_samples_are_the_stock_pipelines_pictures(sdxl_folder: Path, tmp_pa
     assert json.loads(said["emotrain"])["step"] == 1
     ours, theirs = (np.asarray(p, int) for p in (Image.open(sampler.path(1, 1)), made.images[0]))
     assert np.abs(ours - theirs).max() <= 1
+
+
+def test_a_sheet_that_is_stopped_is_lacking_and_the_first_one_is_not(sdxl_folder: Path, tmp_path: Path) -> None:
+    """No checkpoint is saved before the first step, so no resumed run could draw that one."""
+    from emotrain.config.prompts import SamplePrompt
+    from emotrain.runs.draw import Sampler
+
+    family = load_family(str(sdxl_folder), device="cpu")
+    calls: list[int] = []
+    family.denoiser.register_forward_hook(lambda *args: calls.append(1))
+    words: dict[str, Any] = {"size": (64, 64), "seed": 3, "steps": 4, "guidance": 1.0, "notify": lambda event: None}
+    sampler = Sampler(family, [SamplePrompt("a"), SamplePrompt("b")], **words)
+    sampler.folder = tmp_path
+    sampler.stopped = lambda: len(calls) >= 6
+    for step, count, lacks in ((5, 6, True), (0, 14, False)):
+        assert (len(sampler.draw(step)), sampler.lacks(step), len(calls)) == (0 if lacks else 2, lacks, count)
+    assert sampler.path(5, 1).is_file()  # in the middle of the second picture
+    assert not sampler.path(5, 2).exists()

@@ -25,7 +25,7 @@ from emotrain.runs.changes import Identity, refuse
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.start import Result
 from emotrain.train.checkpoint import CheckpointStore
-from emotrain.train.events import Event, Notice, Saved, StepEnd
+from emotrain.train.events import Event, Notice, Phase, SamplesDrawn, Saved, StepEnd
 
 PRESET = """
 model: builtin:tiny-sd
@@ -139,6 +139,33 @@ def test_a_run_that_is_stopped_and_goes_on_equals_one_that_was_not(
     result, watch = resume(place, result.folder)
     assert (result.exit_code, watch.steps) == (0, [4, 5, 6])
     assert_same(straight, result.folder)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_sheet_at_once_and_the_resumed_run_draws_it(place: Path, tmp_path: Path) -> None:
+    """The one before the first step is drawn to its end, as nothing is saved there."""
+    words = ("sample.every=2", "sample.steps=4", 'sample.prompts=["red", "green"]', "train.max_steps=3")
+    straight = start.run(preset(place, *words), runs_dir=tmp_path / "a", observers=())
+
+    class AtSecondPicture(Watch):
+        def handle(self, event: Event) -> None:
+            super().handle(event)
+            if isinstance(event, Phase) and (event.name, event.done) == ("drawing samples", 1) and self.steps:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    watch = AtSecondPicture()
+    half = start.run(preset(place, *words), runs_dir=tmp_path / "b", observers=(watch,))
+    assert (half.exit_code, watch.steps) == (130, [1, 2])
+    assert [path.name for path in half.folder.checkpoints_dir.iterdir()] == ["step-00000002"]
+    assert not (half.folder.samples_dir / "step-00000002-2.png").exists()
+    assert "samples of step 2 are left out: the run stops" in watch.notices
+    result, watch = resume(place, half.folder, *words)
+    assert (result.exit_code, watch.steps) == (0, [3])
+    assert [event.step for event in watch.events if isinstance(event, SamplesDrawn)] == [2]
+    names = sorted(path.name for path in straight.folder.samples_dir.iterdir())
+    assert names == sorted(path.name for path in half.folder.samples_dir.iterdir())
+    for name in names:
+        assert (straight.folder.samples_dir / name).read_bytes() == (half.folder.samples_dir / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(("lr", "rises"), [(20000, False), pytest.param(1, True, marks=pytest.mark.slow)])
