@@ -14,6 +14,7 @@ from typing import Any
 import emotrain
 from emotrain.cli import output
 from emotrain.cli.options import OneJson
+from emotrain.families.memory import unusable
 from emotrain.families.ram import ram
 
 _LIBRARIES = (
@@ -112,6 +113,8 @@ def _warnings(facts: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is not installed: pip install emotrain again"
     if len(facts["devices"]) == 1:
         yield "no GPU was found: the built-in models train on the CPU, real ones need a GPU"
+    if len(facts["devices"]) > 1 and (lacking := unusable("nf4")) is not None:
+        yield f"nf4, which small GPUs take for large models, {lacking[0]}: {lacking[1]}"
     for key in ("disk_free_gib", "cache_free_gib"):
         if facts[key] is not None and facts[key] < _LOW_DISK_GIB:
             yield f"{key} is {facts[key]}, which is little"

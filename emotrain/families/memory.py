@@ -6,6 +6,7 @@ it and `emotrain run` loads the model by it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -171,21 +172,47 @@ def is_installed(module: str) -> bool:
 
 
 def installed_backends() -> frozenset[str]:
-    """The kinds of quantisation whose library is installed."""
-    return frozenset(kind for kind, module in BACKENDS.items() if is_installed(module))
+    """The kinds of quantisation whose library is installed, and works on this machine's GPU."""
+    return frozenset(kind for kind in BACKENDS if unusable(kind) is None)
+
+
+def unusable(kind: str) -> tuple[str, str] | None:
+    """Why a quantisation's library cannot be used, and what to do; None where it can, or none is needed."""
+    module = BACKENDS.get(kind)
+    if module is None:
+        return None
+    if not is_installed(module):
+        return (
+            f"needs `{module}`",
+            "install it with `pip install 'emotrain[quantize]'`, or take int8, which needs nothing",
+        )
+    if not _knows_the_gpu(module):
+        why = f"needs `{module}`, which is installed without what this GPU needs, or for another version of CUDA"
+        return why, f"`python -m {module}` says why; `pip install -U {module}`, or take int8, which needs nothing"
+    return None
+
+
+def _knows_the_gpu(module: str) -> bool:
+    """Whether bitsandbytes has found its library for the GPU; true where there is none. It logs why it has not."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return True
+    try:
+        library = importlib.import_module(f"{module}.cextension").lib
+    except (ImportError, OSError, AttributeError, RuntimeError):
+        return False
+    return bool(getattr(library, "compiled_with_cuda", False))
 
 
 def require_backend(quantize: str, key: str = "model.quantize") -> None:
-    """Refuse a quantisation, asked for by `key`, whose library is not installed.
+    """Refuse a quantisation, asked for by `key`, whose library is not installed or does not work.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: with what to do.
     """
-    if quantize in BACKENDS and quantize not in installed_backends():
-        raise ConfigError(
-            f"{key} is `{quantize}`, which needs `{BACKENDS[quantize]}`",
-            "install it with `pip install 'emotrain[quantize]'`, or take int8, which needs nothing",
-        )
+    if (lacking := unusable(quantize)) is not None:
+        raise ConfigError(f"{key} is `{quantize}`, which {lacking[0]}", lacking[1])
 
 
 def choose_memory(

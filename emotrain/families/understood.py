@@ -61,7 +61,8 @@ def refuse_not_understood(path: Path, family: str, header: Header, config: Mappi
     if apart := next((name for name in scaled_layers(header) if name.startswith(read)), None):
         raise ModelError(
             f"`{path}` holds a CLIP or VAE in scaled fp8 (`{apart}`), which emotrain does not read",
-            "use the file with the denoiser alone, and put these parts of a diffusers folder beside it",
+            "use the model's bf16 or fp16 checkpoint; or a file of its denoiser alone, and the other parts as a "
+            f"diffusers folder has them in `{path.with_suffix('')}`",
         )
     facts.check(path, {own_name(name): s for name, s in header.shapes.items()}, config)
     known = (*facts.heads, *PARTS)

@@ -21,7 +21,7 @@ from emotrain.dataset.lint_pool import Progress
 from emotrain.dataset.scan import Scan, require_pictures
 from emotrain.errors import ConfigError, DatasetError, EmotrainError, ModelError, Problem
 from emotrain.families.headers import read_header, read_json
-from emotrain.families.memory import BACKENDS, is_installed
+from emotrain.families.memory import is_installed, unusable
 from emotrain.families.ram import ram
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
@@ -409,18 +409,15 @@ def _epoch(preset: Preset, pictures: Pictures) -> str:
 
 
 def _missing_packages(preset: Preset, at: Where) -> list[EmotrainError]:
-    needed = [
-        ("train.optimizer", preset.train.optimizer.name, "optimizers", _PACKAGES),
-        ("model.quantize", preset.model.quantize, "quantize", BACKENDS),
-        ("model.quantize_text_encoders", preset.model.quantize_text_encoders, "quantize", BACKENDS),
-    ]
-    return [
-        ConfigError(
-            f"{at(key)}: {key} `{value}` needs the package {packages[value]}", f"pip install 'emotrain[{extra}]'"
-        )
-        for key, value, extra, packages in needed
-        if value in packages and not is_installed(packages[value])
-    ]
+    found: list[EmotrainError] = []
+    optimizer, model = preset.train.optimizer.name, preset.model
+    if optimizer in _PACKAGES and not is_installed(_PACKAGES[optimizer]):
+        words = f"{at('train.optimizer')}: train.optimizer `{optimizer}` needs the package {_PACKAGES[optimizer]}"
+        found.append(ConfigError(words, "pip install 'emotrain[optimizers]'"))
+    for key, form in (("quantize", model.quantize), ("quantize_text_encoders", model.quantize_text_encoders)):
+        if (lacking := unusable(form)) is not None:
+            found.append(ConfigError(f"{at(f'model.{key}')}: model.{key} `{form}` {lacking[0]}", lacking[1]))
+    return found
 
 
 def look_at_ram(preset: Preset, result: Preflight) -> None:

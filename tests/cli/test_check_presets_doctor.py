@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,30 @@ def test_doctor_reports_versions_devices_and_disk(capsys: Captured, tmp_path: Pa
     shown = capsys.readouterr().out
     assert str(Path.home()) not in shown.replace(str(tmp_path), "")
     assert "fsync" in shown
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_doctor_says_what_run_will_not_take_on_this_gpu(
+    installed: bool, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from emotrain.families import memory
+
+    card = {
+        "is_available": True, "device_count": 1, "mem_get_info": (7 * 2**30, 8 * 2**30), "get_device_name": "RTX",
+        "get_device_capability": (7, 5),
+    }  # fmt: skip
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(memory, "is_installed", lambda module: installed)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", None)
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = {"name": "cuda:0 RTX", "memory_gib": 8.0, "free_gib": 7.0, "bf16": False}
+    assert report["devices"][1] == found
+    assert installed == ("is installed without what this GPU needs" in report["warnings"][0])
+    assert report["warnings"][0].startswith("nf4, which small GPUs take for large models, needs `bitsandbytes`")
 
 
 def test_the_reference_is_what_the_code_says() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from emotrain.errors import ConfigError
 from emotrain.families import memory
 from emotrain.families.fitting import _NoNumbers as on_meta
 from emotrain.families.flux.spec import FLUX as FLUX_FAMILY
-from emotrain.families.memory import EncoderNeeds, Needs, choose_memory, require_backend
+from emotrain.families.memory import EncoderNeeds, Needs, choose_memory, installed_backends, require_backend
 from emotrain.families.offload import offload_blocks
 from emotrain.families.tiles import in_tiles, starts
 
@@ -232,11 +233,35 @@ def test_a_vae_in_tiles_gives_nearly_the_same_picture(monkeypatch: pytest.Monkey
 def test_unknown_sizes_and_absent_libraries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="model.memory"):
         choose_memory(FLUX, memory="9gb")
-    monkeypatch.setattr(memory, "installed_backends", lambda: frozenset())
+    monkeypatch.setattr(memory, "is_installed", lambda module: False)
+    assert installed_backends() == frozenset()
     require_backend("fp8")
     with pytest.raises(ConfigError) as refused:
         require_backend("nf4")
     assert "emotrain[quantize]" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("library", [SimpleNamespace(compiled_with_cuda=False), SimpleNamespace(), None])
+def test_a_library_that_does_not_know_the_gpu_is_not_chosen_and_refused_with_the_way_out(
+    library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bitsandbytes is where it is built for another CUDA: it would fail at its first layer."""
+    monkeypatch.setattr(memory, "is_installed", lambda module: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    found = None if library is None else SimpleNamespace(lib=library)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert installed_backends() == {"nf4"}  # on the CPU it works
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert installed_backends() == frozenset()
+    with pytest.raises(
+        ConfigError, match="which needs `bitsandbytes`, which is installed without what this GPU needs"
+    ) as refused:
+        require_backend("nf4")
+    assert str(refused.value.hint).startswith("`python -m bitsandbytes` says why")
+    if found is not None:
+        library.compiled_with_cuda = True
+        assert installed_backends() == {"nf4"}
 
 
 class Block(nn.Module):

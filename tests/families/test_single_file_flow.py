@@ -346,8 +346,9 @@ def test_a_clip_in_scaled_fp8_is_refused(tmp_path: Path, tokenizers: dict[str, A
     parts = sd3_parts(tokenizers)
     texts = in_scaled_fp8(clips(parts))[0]
     path = write(tmp_path / "model.safetensors", parts, sd3_tensors(parts["transformer"]), texts)
-    with pytest.raises(ModelError, match="holds a CLIP or VAE in scaled fp8"):
+    with pytest.raises(ModelError, match="holds a CLIP or VAE in scaled fp8") as refused:
         sniff(str(path))
+    assert str(refused.value.hint).endswith(f"in `{path.with_suffix('')}`")
 
 
 def test_an_sd3_file_without_the_t5_goes_without_it(tmp_path: Path, tokenizers: dict[str, Any]) -> None:

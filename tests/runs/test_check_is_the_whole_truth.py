@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from emotrain.cli.app import main
+from emotrain.families import memory
 from emotrain.families.table import ASSETS
-from emotrain.runs import folder, preflight
+from emotrain.runs import folder
 
 BASE = """
 model: {model}
@@ -165,7 +166,7 @@ def test_run_check_and_plan_refuse_alike(case: str, here: Path, monkeypatch: pyt
     changes, expected = CASES[case]
     (here / "p.yaml").write_text(BASE.format(**{**GOOD, **changes}), encoding="utf-8")
     words = [word for one in changes.get("set", "").split() for word in ("--set", one)]
-    monkeypatch.setattr(preflight, "is_installed", lambda package: False)
+    monkeypatch.setattr(memory, "is_installed", lambda package: False)
     code, line = refused_alike(["p.yaml", *words], capsys, ALL)
     assert code == expected, line
     assert line
