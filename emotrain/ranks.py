@@ -62,6 +62,12 @@ class Ranks:
         """Whether this process writes the files and speaks to the user."""
         return self.rank == self.lead
 
+    def command(self, words: str) -> str:
+        """The command that does this in as many processes; on several machines torchrun starts them."""
+        if self.local_world < self.world:
+            return f"torchrun ... -m emotrain {words}"
+        return f"emotrain {words}" + (f" --gpus {self.world}" if self.world > 1 else "")
+
     def lead_where(self, there: bool) -> bool:
         """Let the first process lead that has the run's folder, maybe on another machine; whether any has."""
         return there

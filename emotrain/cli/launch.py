@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,16 @@ def leave_with(launcher: Any, code: int) -> None:
         os._exit(code)
 
 
+def stop_with(launcher: int) -> None:
+    """Tell this process to save and stop once its parent, the launcher, was killed.
+
+    Under ours the system does so by SIGINT, unless that is ignored, as in a shell's background.
+    """
+    while os.getppid() == launcher:
+        time.sleep(LOOK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def ended(rank: int, code: int, gpus: int) -> int:
     """The exit code of a run whose process `rank` ended with `code` by itself, which it has told unless it was killed.
 
@@ -159,6 +170,8 @@ def joined(gpus: int | None) -> Iterator[Ranks]:
         ConfigError: torchrun and `--gpus` at once.
     """
     ranks = join()
+    if ranks.world > 1 and (LAUNCHER not in os.environ or signal.getsignal(signal.SIGINT) == signal.SIG_IGN):
+        threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
     with ranks.together():
         if ranks.world > 1 and gpus is not None and LAUNCHER not in os.environ:
             raise ConfigError("--gpus and torchrun both start processes", "leave --gpus out")

@@ -88,7 +88,7 @@ def end_event(
 ) -> RunEnd:
     """What the observers are told last."""
     state, reason = trained.state, trained.outcome.reason
-    resume = f"emotrain resume {shlex.quote(str(folder.path))}{many_gpus(loaded)}"
+    resume = loaded.ranks.command(f"resume {shlex.quote(str(folder.path))}")
     return RunEnd(
         step=state.step,
         stop_reason=str(reason),
@@ -102,11 +102,6 @@ def end_event(
         all_command=all_command(loaded, state, reason, folder),
         report=page,
     )
-
-
-def many_gpus(loaded: Loaded) -> str:
-    """The flag that begins as many processes as this run has."""
-    return f" --gpus {loaded.ranks.world}" if loaded.ranks.world > 1 else ""
 
 
 def hand_over(
@@ -229,4 +224,4 @@ def all_command(loaded: Loaded, state: TrainState, reason: StopReason, folder: R
     words = " ".join(["validate.fraction=0", *(f"--set {key}={value}" for key, value in settings.items())])
     name = shlex.quote(f"{folder.name}-all")
     path = shlex.quote(str(folder.preset_path))
-    return f"emotrain run {path} --name {name}{many_gpus(loaded)} --set {words}"
+    return loaded.ranks.command(f"run {path} --name {name} --set {words}")

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from emotrain.cli.launch import config, ended, leave_with, refuse_missing
+from emotrain.cli.launch import config, ended, leave_with, refuse_missing, stop_with
 from emotrain.errors import ResourceError
-from emotrain.ranks import LOST
+from emotrain.ranks import LOST, Ranks
+from emotrain.train.signals import StopSignals
 
 PRESET = """
 model: builtin:tiny-sd
@@ -62,6 +63,20 @@ def test_a_process_that_told_its_own_error_gives_its_exit_code() -> None:
     assert [ended(1, code, 2) for code in (3, 130, 1)] == [3, 130, 1]
 
 
+@pytest.mark.parametrize(
+    ("local", "world", "command"),
+    [
+        (1, 1, "emotrain resume runs/a"),
+        (2, 2, "emotrain resume runs/a --gpus 2"),
+        (1, 2, "torchrun ... -m emotrain resume runs/a"),  # one GPU on each of two machines
+    ],
+)
+def test_the_command_to_go_on_begins_as_many_processes(local: int, world: int, command: str) -> None:
+    ranks = Ranks()
+    ranks.local_world, ranks.world = local, world
+    assert ranks.command("resume runs/a") == command
+
+
 def test_a_process_whose_launcher_was_killed_ends_when_its_work_is_done() -> None:
     """It would wait for its result to be read, with its part of the GPU's memory, for ever."""
     fork = multiprocessing.get_context("fork")
@@ -85,6 +100,34 @@ def test_a_process_whose_launcher_was_killed_ends_when_its_work_is_done() -> Non
     assert ours.poll(10)
     with pytest.raises(EOFError):  # all that could write into the pipe are gone
         ours.recv()
+    process.join()
+
+
+def test_a_launcher_that_is_killed_stops_its_processes_where_sigint_is_ignored() -> None:
+    """They trained to their end: of a killed launcher the system tells by SIGINT alone."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+
+    def worker() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopSignals() as signals:
+            threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
+            theirs.send(signals.name)
+            while not signals:
+                time.sleep(0.05)
+            theirs.send(signals.name)
+
+    def launcher() -> None:
+        fork.Process(target=worker).start()
+        time.sleep(60)
+
+    process = fork.Process(target=launcher)
+    process.start()
+    theirs.close()
+    assert ours.recv() is None
+    process.kill()
+    assert ours.poll(10)
+    assert ours.recv() == "SIGTERM"
     process.join()
 
 
