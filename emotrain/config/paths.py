@@ -41,11 +41,13 @@ def model_or_hub(text: str, folder: Path) -> str:
 
 
 def run_or_file(text: str, folder: Path) -> str:
-    """As `absolute`, but a bare word is a run's name unless such a file exists."""
+    """As `absolute`, but a bare word is a run's name unless such a file, or a run in such a folder, exists.
+
+    The pictures of a run `mika` mostly lie in a folder `mika`.
+    """
+    path = absolute(text, folder)
     bare = not set(text) & set("/\\~") and not text.lower().endswith(_FILE_ENDINGS)
-    if bare and not os.path.exists(absolute(text, folder)):
-        return text
-    return absolute(text, folder)
+    return text if bare and not (os.path.isfile(path) or os.path.isfile(os.path.join(path, "run.json"))) else path
 
 
 def folder_names(paths: Sequence[str | Path], taken: Sequence[str] = ()) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from emotrain.config.paths import MODEL_FILES
 from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ModelError
 from emotrain.families.common import LoadedFamily
@@ -77,12 +78,13 @@ def lora_of(path: str) -> Path:
         ModelError: neither a file nor a run.
     """
     place = Path(path)
-    is_name = not place.suffix and len(place.parts) == 1
-    if is_regular(place) or (not is_name and not _is_dir(place)):
+    if is_regular(place):
         return place
     try:
         return open_run(path).lora_path
     except CheckpointError as error:
+        if place.suffix.lower() in MODEL_FILES or (len(place.parts) > 1 and not _is_dir(place)):
+            return place  # whose reader says that it is missing
         raise ModelError(f"{path} is neither a LoRA file nor a run", error.hint) from error
 
 

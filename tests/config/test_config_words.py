@@ -279,3 +279,12 @@ def test_paths_are_relative_to_the_file_and_tilde_is_home(tmp_path: Path, monkey
     assert preset.validate_.folder == str(tmp_path / "sub" / "held")
     (tmp_path / "p.yaml").write_text("model: org/model\ndataset: ./a\n")
     assert load("p.yaml").preset.model.base == os.path.join(tmp_path, "org", "model")
+
+
+def test_a_folder_of_pictures_does_not_hide_the_run_of_its_name(tmp_path: Path) -> None:
+    """`mika.yaml` trains on `./mika` and makes the run `mika`."""
+    (tmp_path / "mika").mkdir()
+    (tmp_path / "p.yaml").write_text("model: org/model\ndataset: ./mika\nstart_from: {continue: mika}\n")
+    assert load(tmp_path / "p.yaml").preset.start_from.continue_ == "mika"
+    (tmp_path / "mika" / "run.json").touch()
+    assert load(tmp_path / "p.yaml").preset.start_from.continue_ == str(tmp_path / "mika")

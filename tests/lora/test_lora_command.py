@@ -149,19 +149,22 @@ def test_exit_codes(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("run", ["mika", "mika_v1.5"])
 def test_a_run_s_name_stands_for_its_lora_wherever_a_file_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Beside a folder of that name too, which is where its pictures mostly are."""
     from emotrain.cli.app import main
     from emotrain.runs.folder import create_run
 
     monkeypatch.chdir(tmp_path)
     name = "transformer.transformer_blocks.0.attn.to_q"
     lora = {f"{name}.lora_A.weight": torch.ones(2, 3072), f"{name}.lora_B.weight": torch.ones(3072, 2)}
-    save_file(lora, create_run(Path("runs"), "mika", {"name": "mika"}).lora_path)
-    assert main(["lora", "inspect", "mika"]) == 0
-    assert main(["lora", "convert", "runs/mika", "--to", "kohya", "-o", "a.safetensors"]) == 0
-    assert main(["lora", "merge", "mika:0.5", "a.safetensors:0.5", "-o", "b.safetensors"]) == 0
+    save_file(lora, create_run(Path("runs"), run, {"name": run}).lora_path)
+    Path(run).mkdir()
+    assert main(["lora", "inspect", run]) == 0
+    assert main(["lora", "convert", f"runs/{run}", "--to", "kohya", "-o", "a.safetensors"]) == 0
+    assert main(["lora", "merge", f"{run}:0.5", "a.safetensors:0.5", "-o", "b.safetensors"]) == 0
     capsys.readouterr()
     assert main(["lora", "inspect", "nobody"]) == 4
     assert "neither a LoRA file nor a run" in capsys.readouterr().err
