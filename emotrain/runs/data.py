@@ -90,16 +90,17 @@ def read_pictures(preset: Preset, known: Mapping[str, str] | None = None) -> Pic
 
 
 def as_known(scans: Scans, known: Mapping[str, str]) -> Scans:
-    """Scans in which a folder of another name has its old ids, where all that it held is in it as it was.
+    """Scans in which a folder of another name has its old ids, where most of what it held is in it as it was.
 
-    Ids begin with the folder's name, and order, validation and logs go by them.
+    Ids begin with the folder's name, and order, validation and logs go by them; and what differs is told by picture.
     """
     both = [scan for scan in (scans.train, scans.held_out) if scan is not None]
     now = _by_folder(example_digests(example for scan in both for example in scan.examples))
     before = _by_folder(known)
     names = {}
     for name in now.keys() - before.keys():
-        same = [old for old in before.keys() - now.keys() if before[old].items() <= now[name].items()]
+        others = before.keys() - now.keys()
+        same = [old for old in others if 2 * len(before[old].items() & now[name].items()) > len(before[old])]
         if len(same) == 1:
             names[name] = same[0]
     if len(set(names.values())) < len(names):  # two folders hold what one held: which of them it was is not known

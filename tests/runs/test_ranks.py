@@ -211,8 +211,8 @@ def test_a_second_machine_has_its_own_folders_and_needs_no_run_folder(
 
 def test_other_settings_or_pictures_on_one_machine_are_refused_by_all(place: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(place, other)
-    (other / "pictures" / "3.txt").write_text("another caption")
+    shutil.copytree(place / "machine", other)
+    (other / "images" / "3.txt").write_text("another caption")
 
     def apart(ranks: Ranks) -> Any:
         words = () if ranks.first else ("train.lr=0.5", "log.every=3")
