@@ -79,10 +79,10 @@ def resolve_paths(root: Node, folder: Path) -> None:
     change(as_mapping(top.get("validate")), "folder", absolute)
     change(as_mapping(top.get("validate")), "likeness", absolute)
     change(as_mapping(top.get("start_from")), "continue", run_or_file)
-    for section, key in (("dataset", "folders"), ("start_from", "stack")):
+    for section, key, how in (("dataset", "folders", absolute), ("start_from", "stack", run_or_file)):
         items = as_mapping(top.get(section)).get(key)
         for item in items.value if items is not None and isinstance(items.value, list) else ():
-            change(as_mapping(item), "path", absolute)
+            change(as_mapping(item), "path", how)
             mask = as_mapping(item).get("mask")
             if mask is not None and mask.value != "alpha":
                 change(as_mapping(item), "mask", absolute)

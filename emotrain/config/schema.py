@@ -154,7 +154,7 @@ class NetworkSection(Section):
 class StackItem(Section):
     """An earlier LoRA that lies frozen under the new one."""
 
-    path: Text = Field(description="a LoRA file")
+    path: Text = Field(description="a LoRA file, or a run's folder or name")
     weight: float = Field(1.0, description="how strongly it is applied")
     sample: Bool = Field(True, description="also in samples; false for a training adapter of a distilled model")
 

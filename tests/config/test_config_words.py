@@ -284,7 +284,9 @@ def test_paths_are_relative_to_the_file_and_tilde_is_home(tmp_path: Path, monkey
 def test_a_folder_of_pictures_does_not_hide_the_run_of_its_name(tmp_path: Path) -> None:
     """`mika.yaml` trains on `./mika` and makes the run `mika`."""
     (tmp_path / "mika").mkdir()
-    (tmp_path / "p.yaml").write_text("model: org/model\ndataset: ./mika\nstart_from: {continue: mika}\n")
-    assert load(tmp_path / "p.yaml").preset.start_from.continue_ == "mika"
-    (tmp_path / "mika" / "run.json").touch()
-    assert load(tmp_path / "p.yaml").preset.start_from.continue_ == str(tmp_path / "mika")
+    (tmp_path / "p.yaml").write_text("model: org/model\ndataset: ./mika\nstart_from: {stack: [mika]}\n")
+    (tmp_path / "q.yaml").write_text("model: org/model\ndataset: ./mika\nstart_from: {continue: mika}\n")
+    for expected in ("mika", str(tmp_path / "mika")):
+        assert load(tmp_path / "p.yaml").preset.start_from.stack[0].path == expected
+        assert load(tmp_path / "q.yaml").preset.start_from.continue_ == expected
+        (tmp_path / "mika" / "run.json").touch()
