@@ -61,6 +61,9 @@ def propose(folder: Path, model: str | None, beside: Path) -> Proposal:
     examples = layout.examples
     found = None if model is None else sniff(model)
     repeats, plain = kohya_name(folder.name)
+    within = {example.id.split("/")[1] if example.id.count("/") > 1 else "" for example in examples}
+    if len(within) == 1 and kohya_name(inner := within.pop())[0]:
+        plain = kohya_name(inner)[1]  # kohya's layout of one subject: `img/10_mika woman`
     reasons: list[str] = []
     captions = [example.captions[0] for example in examples if example.captions[0].strip()]
     tags = are_tags(captions)

@@ -103,6 +103,16 @@ def test_a_folder_of_kohyas_has_repeats_in_its_name_and_no_trigger_of_that_name(
     assert "repeats" not in preset["dataset"]["folders"][0]
 
 
+def test_the_one_subject_within_a_folder_of_kohyas_is_the_trigger(capsys: Any, here: Path) -> None:
+    pictures(here / "img" / "10_mika woman", ["a cat", "the dog", "one bird"])
+    preset, said, path = wrote(capsys, str(here / "img"))
+    assert (path, preset["dataset"]["trigger"]) == (Path("mika.yaml"), "mika")
+    assert "10_mika woman: 10" in said
+    pictures(here / "img" / "5_outfit", ["a hat", "the coat", "one shoe"])
+    preset, _, path = wrote(capsys, str(here / "img"))
+    assert (path, preset["dataset"]["trigger"]) == (Path("img.yaml"), "img")
+
+
 @pytest.mark.parametrize(("captions", "shuffled"), [(TAGS, True), (SENTENCES, False)])
 def test_tags_are_shuffled_and_sentences_are_not(captions: list[str], shuffled: bool, capsys: Any, here: Path) -> None:
     preset, said, _ = wrote(capsys, str(pictures(here / "data", captions)))
