@@ -96,6 +96,7 @@ class Needs:
     saved: float = 0.0  # copies of the optimizer's state that a checkpoint makes
     resident: float = 0.0  # what stays of the denoiser where its other blocks wait in the computer's memory
     stored: int = 0  # of the denoiser's parameters, those that stay the 8-bit numbers of its file
+    tables: float = 0.0  # of the denoiser besides its parameters, GiB
     linear: int | None = None  # of them, those that a quantisation stores in fewer bits; None: all
     other_parameters: int = 0  # of the denoiser that samples are drawn on, where that is another one (`sample.base`)
     other_stored: int = 0  # of these, as `stored`
@@ -277,7 +278,7 @@ def _plan(
 
     base = weights(needs.num_parameters, needs.stored, needs.linear)
     other = weights(needs.other_parameters, needs.other_stored, needs.other_linear)
-    rest = CONTEXT_GIB + needs.vae + needs.trained + needs.other_trained
+    rest = CONTEXT_GIB + needs.vae + needs.tables + needs.trained + needs.other_trained
     held = rest + base + (0.0 if in_turn else other)
     drawing = rest + other if in_turn else held
     tile_encode, forms, encoding = _encode_stage(needs, budget, place)

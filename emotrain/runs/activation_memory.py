@@ -52,8 +52,8 @@ class ActivationMemory:
     """Bytes that autograd keeps over one forward pass; `block` is the largest block's share.
 
     `latents` is the shape that was counted with, `forward` what a pass without gradients holds at most for one picture
-    of that size, `block_weights` the numbers of the largest block, `other_weights` those that are in no block, and
-    `linear` those that a quantisation stores in fewer bits.
+    of that size, `block_weights` the numbers of the largest block, `other_weights` those that are in no block,
+    `linear` those that a quantisation stores in fewer bits, and `tables` those that are no parameters: SD3's places.
     """
 
     saved: int
@@ -67,6 +67,7 @@ class ActivationMemory:
     other_weights: int
     linear: int
     text: TextMemory = TextMemory()
+    tables: int = 0
 
     @property
     def num_trained(self) -> int:
@@ -259,7 +260,7 @@ def measure(
     """
     model = build_on_meta(family, config, low or torch.float32)
     num_parameters = sum(p.numel() for p in model.parameters())
-    sizes = (*block_weights(model), in_large_linears(model))
+    sizes, tables = (*block_weights(model), in_large_linears(model)), sum(b.numel() for b in model.buffers())
     if earlier is None:
         adapter = add_adapter(model, family=family, seed=0, **adapter_kwargs)
     else:
@@ -271,7 +272,7 @@ def measure(
     one = _forward(family, model, (1, *latents[1:]), num_tokens, low or torch.float32)
     forward = count_living(model, one, adapter.half_weights)
     text = measure_texts(family, encoders or {}, latents[0], low, adapter_kwargs)
-    return ActivationMemory(saved, checkpointed, block, adapter, num_parameters, latents, forward, *sizes, text)
+    return ActivationMemory(saved, checkpointed, block, adapter, num_parameters, latents, forward, *sizes, text, tables)
 
 
 def measure_texts(

@@ -109,6 +109,10 @@ class Memory:
         """Weights and gradients, float32; on a half-precision base a copy and gradients in its dtype too."""
         return self.trained * (8 if self.itemsize == 4 else 12) / GIB
 
+    def tables(self) -> float:
+        """What the denoiser, and the one for samples, have besides parameters."""
+        return self.kept.tables * self.itemsize / GIB * (1 if self.other is None else 2)
+
     def state(self) -> float:
         """Optimizer state."""
         return self.trained * self.state_bytes / GIB
@@ -149,6 +153,7 @@ class Memory:
             sample=at_once * forward * drawn,
             saved=self.state() + min(self.state() + self.lora(), AT_ONCE / GIB),
             stored=self.stored,
+            tables=self.tables(),
             linear=kept.linear,
             other_parameters=self.other.num_parameters if self.other else 0,
             other_linear=self.other.linear if self.other else None,
@@ -188,12 +193,13 @@ class Memory:
 
     def parts(self, chosen: MemoryPlan) -> tuple[tuple[str, float], ...]:
         """Name and GiB of everything that a step holds in the GPU."""
-        weights = self.base(chosen.quantize)
+        base = self.base(chosen.quantize)
+        weights = self.tables() + (min(base, self.needs().resident) if chosen.offload else base)
         as_stored = ", in 8 bits as its file has it" if self.stored and chosen.quantize == "none" else ""
         activations = self.activations(chosen.gradient_checkpointing)
         rows = [
             ("CUDA itself", CONTEXT_GIB),
-            (f"frozen base{as_stored}", min(weights, self.needs().resident) if chosen.offload else weights),
+            (f"frozen base{as_stored}", weights),
             ("VAE decoder, for samples", self.vae),
             ("base for samples", 0.0 if chosen.in_turn else self.other_base(chosen)),
             ("LoRA on it", self.needs().other_trained),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from emotrain.config.load import load_preset
 from emotrain.families.registry import FAMILIES, configs
+from emotrain.families.sniff_file import public_model
 from emotrain.lora.adapter import add_adapter
 from emotrain.lora.targets import select
 from emotrain.runs import activation_memory
 from emotrain.runs.activation_memory import build_on_meta, count_saved, measure
+from emotrain.runs.plan_memory import Memory
 
 WORDS: dict[str, Any] = {"rank": 4, "alpha": 4, "targets": "attn-mlp"}
 VARIANTS = [(family, name) for family, info in FAMILIES.items() for name in info.variants]
@@ -46,6 +50,22 @@ def test_one_pass_counts_what_stays_where_blocks_are_computed_again(monkeypatch:
     monkeypatch.setattr(activation_memory, "_forward", lambda *_, **__: lambda: passes.append(None))
     measure("sd15", dict(unet.config), latents=(2, 8, 16, 16), num_tokens=32, low=None, adapter_kwargs=WORDS)
     assert len(passes) == 2  # with gradients and without
+
+
+def test_sd3_s_table_of_places_counts_beside_its_parameters() -> None:
+    """0.42 GiB of SD3.5 medium in bf16, which loads it so."""
+    config = {**configs("sd3")["denoiser"]["sd35-medium"], "num_layers": 1, "dual_attention_layers": ()}
+    words: Any = {"num_tokens": 24, "low": torch.bfloat16, "adapter_kwargs": WORDS}
+    counted = measure("sd3", config, latents=(1, 16, 8, 8), **words)
+    assert counted.tables * 2 / 2**30 == pytest.approx(0.42, abs=0.01)
+    found = public_model("stabilityai/stable-diffusion-3.5-medium")
+    assert found is not None
+    memory = Memory(load_preset("quickstart"), found, counted, torch.bfloat16, None)
+    plan = memory.choose()
+    memory.kept = replace(counted, tables=0)
+    assert dict(plan.stages)["train"] - dict(memory.choose().stages)["train"] == pytest.approx(0.42, abs=0.01)
+    memory.kept = counted
+    assert dict(plan.stages)["train"] == pytest.approx(sum(gib for _, gib in memory.parts(plan)))
 
 
 def test_memory_grows_with_the_batch_and_halves_with_half_the_precision() -> None:
