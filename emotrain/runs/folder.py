@@ -271,11 +271,10 @@ def refuse_place(runs_dir: Path, name: str) -> None:
         with tempfile.TemporaryDirectory(prefix=".new-", dir=above) as trial:
             write_synced(Path(trial) / INFO, bytes(TRIAL))
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space" if is_full else f"is {above} a folder of yours?"
-        raise ResourceError(
-            f"{target} cannot be made: {error.strerror}", f"{hint}; --runs-dir names another"
-        ) from error
+        hint = f"is {above} a folder of yours? --runs-dir names another"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = f"free some space on the disk of {above}, or name another place with --runs-dir"
+        raise ResourceError(f"{target} cannot be made: {error.strerror}", hint) from error
 
 
 def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
