@@ -21,6 +21,7 @@ from emotrain import __version__
 from emotrain.config.dump import dump_values
 from emotrain.config.guess import likely
 from emotrain.config.names import check_run_name
+from emotrain.config.schema import Preset
 from emotrain.errors import CheckpointError, ConfigError, EmotrainError, ResourceError
 from emotrain.files import (
     decode_json,
@@ -289,6 +290,19 @@ def open_run(path_or_name: str | Path, runs_dir: Path = RUNS_DIR) -> RunFolder:
     names = [run.name for run in list_runs(runs_dir)]
     hint = likely(str(path_or_name), names) or "`emotrain runs list` lists them"
     raise CheckpointError(f"no run `{path_or_name}` here or in {runs_dir}", hint)
+
+
+def named_in(runs_dir: Path, preset: Preset) -> Preset:
+    """The preset with its earlier LoRAs as folders, where their names are those of runs in `runs_dir`."""
+
+    def place(path: str) -> str:
+        run = runs_dir.absolute() / path
+        return str(run) if len(Path(path).parts) == 1 and is_regular(run / INFO) else path
+
+    start = preset.start_from
+    stack = tuple(item.model_copy(update={"path": place(item.path)}) for item in start.stack)
+    first = {"continue_": place(start.continue_)} if start.continue_ else {}
+    return preset.model_copy(update={"start_from": start.model_copy(update={"stack": stack, **first})})
 
 
 OWN_FILES = (

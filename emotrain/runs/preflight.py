@@ -26,7 +26,7 @@ from emotrain.families.ram import ram
 from emotrain.families.sniff_file import refuse_incomplete
 from emotrain.families.table import FAMILIES, Sniffed, sniff
 from emotrain.runs.data import Pictures, Scans, pictures_of, scan_preset
-from emotrain.runs.folder import refuse_place
+from emotrain.runs.folder import named_in, refuse_place
 from emotrain.runs.lint import Options, lint_scans
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def preflight(
         pictures: in place of those of the preset's folders, which are not looked at.
     """
     result = Preflight()
+    if runs_dir is not None:
+        preset = named_in(runs_dir, preset)
     at: Where = where or (lambda key: "preset")
     _look_at_model(preset, result, at, by_size)
     if result.found is not None:

@@ -15,7 +15,7 @@ from emotrain.observers.dashboard import Dashboard
 from emotrain.ranks import ALONE, Ranks
 from emotrain.runs import changes, out_of_memory
 from emotrain.runs.finish import Result, end_event, finish
-from emotrain.runs.folder import KeptByTheLead, RunFolder, create_run, library_versions, name_taken
+from emotrain.runs.folder import KeptByTheLead, RunFolder, create_run, library_versions, name_taken, named_in
 from emotrain.runs.loaded import Beginning, Loaded, go_back, load
 from emotrain.runs.training import train
 from emotrain.train.checkpoint import Checkpoint, CheckpointStore, from_files, to_files
@@ -54,7 +54,7 @@ def run(
             target = runs_dir / preset.name
             if ranks.first and target.exists():
                 raise name_taken(target)
-            loaded = load(preset, watching.notify, ranks=ranks, kept=kept)
+            loaded = load(named_in(runs_dir, preset), watching.notify, ranks=ranks, kept=kept)
             begin = Beginning(TrainState(micro_batches=preset.train.gradient_accumulation_steps * ranks.world))
             out_of_memory.try_largest(loaded, begin.state, watching.notify)  # not saved yet: a signal ends it here
         with stop_signals(observers, ranks) as signals:
@@ -128,7 +128,7 @@ def resume(
                 store = CheckpointStore(folder.checkpoints_dir, preset.save.keep_last)
                 checkpoint, notices = read_by_the_lead(store, step, ranks)
                 before = changes.Identity.from_document(checkpoint.documents["identity"])
-                loaded = load(preset, notify, before.examples, ranks)
+                loaded = load(named_in(folder.path.parent, preset), notify, before.examples, ranks)
                 if ranks.first:
                     info, means = folder.info(), loaded.facts()["memory"]
                     other = (

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from emotrain.cli.app import main
-from emotrain.runs.folder import RunFolder, create_run
+from emotrain.config.load import load
+from emotrain.runs.folder import RunFolder, create_run, named_in
 from emotrain.runs.lineage import Family, file_digest, read_run, read_runs
 
 
@@ -118,3 +119,15 @@ def test_a_run_that_has_not_ended_shows_the_steps_that_its_log_tells_of(tmp_path
     run.metrics_path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo', encoding="utf-8")
     found = read_run(run).results()
     assert (found["status"], found["steps"]) == ("crashed", 2)
+
+
+def test_names_of_earlier_runs_are_those_beside_the_new_one(runs_dir: Path) -> None:
+    values = {
+        "model": "org/model",
+        "dataset": "./a",
+        "start_from": {"continue": "v1", "stack": ["style", "x/v1", "v9"]},
+    }
+    (runs_dir / "p.yaml").write_text(json.dumps(values))
+    found = named_in(runs_dir, load(runs_dir / "p.yaml").preset).start_from
+    assert found.continue_ == str(runs_dir / "v1")
+    assert [item.path for item in found.stack] == [str(runs_dir / "style"), str(runs_dir / "x/v1"), "v9"]

@@ -221,11 +221,14 @@ def test_a_run_folder_is_never_written_over_and_found_by_name(finished):
 
 
 def test_continue_starts_from_the_weights_of_another_run(tmp_path, finished):
+    """Named as a run, which is one of those beside it wherever one stands, when it is resumed too."""
     first = finished()
-    lora = first.folder.lora_path
-    second = train(
-        "quickstart", tmp_path, f"start_from.continue={lora}", "sample.every=0", "train.max_steps=1", name="two"
-    )
+    shutil.copytree(first.folder.path, tmp_path / "one")
+    words = ("start_from.continue=one", "sample.every=0")
+    second = train("quickstart", tmp_path, *words, "train.max_steps=1", name="two")
+    more = load_preset("quickstart", (*SHORT, *words, "train.max_steps=2"), "two")
+    assert start.resume(second.folder, more, observers=()).end.step == 2
+    assert "continue: one\n" in second.folder.preset_path.read_text()
     parents = second.folder.info()["parents"]
     assert [parent["kind"] for parent in parents] == ["continue"]
     assert second.folder.info()["base_loss"] == pytest.approx(first.folder.info()["best_loss"], rel=1e-3)
