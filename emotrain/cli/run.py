@@ -17,6 +17,7 @@ from emotrain.cli.launch import Gpus, begun_before, joined, launch, wants_launch
 from emotrain.cli.options import RUNS, EventsAsJson, Overrides, Plain, RunName, RunsDir, preset_names
 from emotrain.cli.resume import go_on
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, Problem
+from emotrain.runs.folder import RunFolder, how_done
 
 if TYPE_CHECKING:
     from emotrain.config.load import LoadedPreset
@@ -76,6 +77,13 @@ def _one(
 
     preset = loaded.preset
     if begun_before(ranks, runs_dir / preset.name):
+        with ranks.together():
+            how = how_done(RunFolder(runs_dir / preset.name), preset.train.max_steps) if ranks.first else None
+            how = ranks.told((how or "") if ranks.first else None)
+        if how:  # before the restart
+            if ranks.first:
+                output.note(how)
+            return
         go_on(ranks, str(runs_dir / preset.name), runs_dir, plain=plain, as_json=as_json)
         return
     with show(preset, loaded.notes, plain=plain, as_json=as_json, ranks=ranks) as training:

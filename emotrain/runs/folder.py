@@ -348,22 +348,27 @@ def _refuse_foreign(part: os.DirEntry[str], is_folder: bool, is_file: bool) -> N
     )
 
 
+def how_done(folder: RunFolder, max_steps: int) -> str | None:
+    """How a run ended that has handed over its LoRA; None where it has not, or `max_steps` asks for more."""
+    info = folder.info()
+    reason, steps = info.get("stop_reason"), info.get("steps")
+    more = reason == "max_steps" and isinstance(steps, int) and max_steps > steps
+    if not info.get("finished") or reason not in ("signal", "max_steps") or more or not folder.lora_path.is_file():
+        return None
+    how = "it stopped automatically" if reason == "signal" else "it reached train.max_steps"
+    return f"run `{folder.name}` is done: {how} after step {steps}"
+
+
 def refuse_finished(folder: RunFolder, max_steps: int) -> None:
     """Refuse to resume a run that has ended and handed over its LoRA, before anything is loaded.
 
     Raises:
         CheckpointError: it is done, and `max_steps` asks for no more.
     """
-    info = folder.info()
-    reason, steps = info.get("stop_reason"), info.get("steps")
-    more = reason == "max_steps" and isinstance(steps, int) and max_steps > steps
-    if not info.get("finished") or reason not in ("signal", "max_steps") or more or not folder.lora_path.is_file():
-        return
-    how = "it stopped automatically" if reason == "signal" else "it reached train.max_steps"
-    raise CheckpointError(
-        f"run `{folder.name}` is done: {how} after step {steps}",
-        "raise train.max_steps with --set, or start a new run from it with start_from.continue",
-    )
+    if (how := how_done(folder, max_steps)) is not None:
+        raise CheckpointError(
+            how, "raise train.max_steps with --set, or start a new run from it with start_from.continue"
+        )
 
 
 def list_runs(runs_dir: Path = RUNS_DIR) -> list[RunFolder]:

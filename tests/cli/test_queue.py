@@ -19,6 +19,7 @@ from emotrain.cli.training import tell_command
 from emotrain.config.load import load
 from emotrain.errors import ExitCode, ResourceError
 from emotrain.ranks import Ranks
+from emotrain.runs.folder import RunFolder, create_run
 
 TINY = """
 extends: quickstart
@@ -144,6 +145,25 @@ def test_what_one_of_several_processes_alone_fails_at_ends_its_queue(monkeypatch
         with pytest.raises(kind):
             run_module._queue(loaded, Path("runs"), True, False, False, ranks)
     assert begun == ["a", "b", "a", "b"]
+
+
+def test_a_run_that_had_ended_before_a_restart_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun starts a whole queue again: what is done is left, and what is not goes on."""
+    ranks, went_on = Ranks(), []
+    ranks.restarts, ranks.launch = 1, ("this one",)
+    monkeypatch.setattr(run_module, "go_on", lambda ranks, run, *_, **__: went_on.append(run))
+    loaded = [load(preset(name), (), name) for name in ("a", "b")]
+    for one in loaded:
+        run = create_run(Path("runs"), one.preset.name, one.preset.to_dict(), launch=["this one"])
+        (run.checkpoints_dir / "step-00000002").mkdir(parents=True)
+    done = RunFolder(Path("runs/a"))
+    done.lora_path.touch()
+    done.update_info(finished="now", stop_reason="max_steps", steps=2)
+    assert run_module._queue(loaded, Path("runs"), True, False, False, ranks) == [0, 0]
+    assert went_on == [str(Path("runs/b"))]
+    assert "run `a` is done: it reached train.max_steps after step 2" in capsys.readouterr().err
 
 
 def test_a_run_may_go_on_from_the_one_before_it() -> None:
