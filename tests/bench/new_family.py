@@ -33,7 +33,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "families"))
 
-from newer_models import anima_parts, modular_pipeline_of, pipeline_of, save_folder, t5  # noqa: E402
+from newer_models import modular_pipeline_of, pipeline_of, save_folder  # noqa: E402
 
 from emotrain.batch import Conditioning  # noqa: E402
 from emotrain.cli.app import main as emotrain  # noqa: E402
@@ -163,12 +163,6 @@ def without_template(tokenizer: Any) -> None:
 
 def stock(family: str) -> Any:
     """The stock pipeline around small random text encoders."""
-    if family == "anima":
-        from diffusers.modular_pipelines.anima.modular_blocks_anima import AnimaAutoBlocks
-
-        pipeline = AnimaAutoBlocks().init_pipeline()
-        pipeline.update_components(**anima_parts(t5(32)[1]))
-        return pipeline
     if family == "sd3":
         return sd3()
     if family in MODULAR:

@@ -301,10 +301,15 @@ def modular_pipeline_of(kind: str) -> Any:
     The processor of texts and pictures asks for torchvision; its tokenizer stands for it.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.modular_pipelines.anima.modular_blocks_anima import AnimaAutoBlocks
     from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBlocks
     from diffusers.modular_pipelines.qwenimage21.modular_blocks_qwenimage21 import QwenImage21AutoBlocks
     from transformers import Qwen3VLForConditionalGeneration
 
+    if kind == "anima":
+        pipeline = AnimaAutoBlocks().init_pipeline()
+        pipeline.update_components(**anima_parts(t5(32)[1]))
+        return pipeline
     base = qwen_vl(32, layers=8)
     encoder = Qwen3VLForConditionalGeneration(base.config)
     encoder.model.load_state_dict(base.state_dict())

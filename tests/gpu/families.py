@@ -26,8 +26,8 @@ from newer_models import (  # noqa: E402
 from emotrain.cli.app import main as emotrain  # noqa: E402
 from emotrain.lora.file import read_lora  # noqa: E402
 
-KINDS = ("zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma", "qwen21", "flux3", "anima")
-MODULAR = ("qwen21", "flux3")
+KINDS = ("zimage", "flux2", "flux2-dev", "krea2", "qwen", "chroma", "qwen21", "flux3", "anima", "anima-files")
+MODULAR = ("qwen21", "flux3", "anima")
 REST = (
     "dataset: {trigger: rkt, resolution: 64, buckets: {step: 64, min: 64}, folders: [{path: builtin:example}]}\n"
     "network: {rank: 2}\ntrain: {max_steps: 2, gradient_checkpointing: true}\nvalidate: {every: 2, probe_images: 2}\n"
@@ -36,8 +36,8 @@ REST = (
 
 
 def saved(kind: str, folder: Path) -> dict[str, str]:
-    """A small random model as a folder, Anima as the three files that it is used as; `model`'s keys of a preset."""
-    if kind != "anima":
+    """A small random model as a folder, Anima as its three files too; `model`'s keys of a preset."""
+    if kind != "anima-files":
         pipeline = modular_pipeline_of(kind) if kind in MODULAR else pipeline_of(kind)
         return {"base": str(save_folder(kind, pipeline, folder))}
     anima_files(anima_parts(t5(32)[1]), folder)
@@ -46,15 +46,16 @@ def saved(kind: str, folder: Path) -> dict[str, str]:
 
 
 def whole_run(kind: str, work: Path) -> None:
-    """Two steps on the GPU, saved and checked.
+    """Check, plan, and two steps on the GPU, saved and checked.
 
     Raises:
         AssertionError: the run fails, or did not train on the GPU.
     """
     preset = work / f"{kind}.yaml"
     preset.write_text(f"model: {json.dumps(saved(kind, work / kind))}\n{REST}", encoding="utf-8")
-    code = emotrain(["run", str(preset), "--plain", "--runs-dir", str(work / "runs")])
-    assert code == 0, f"{kind}: exit code {code}"
+    for words in (["check", str(preset)], ["plan", str(preset)], ["run", str(preset), "--plain"]):
+        code = emotrain([*words, "--runs-dir", str(work / "runs")] if words[0] == "run" else words)
+        assert code == 0, f"{kind}: {words[0]} ends with exit code {code}"
     folder = work / "runs" / kind
     assert json.loads((folder / "run.json").read_text())["device"].startswith("cuda"), kind
     assert read_lora(folder / "lora.safetensors").family == kind.split("-")[0]
