@@ -203,6 +203,8 @@ def model(folder: Path, seed: int, family: str) -> Path:
     for name, parameter in pipeline.transformer.named_parameters():
         if float(parameter.detach().abs().max()) == 0.0:  # Krea 2's blocks are shut where their gates' table is small
             torch.nn.init.normal_(parameter, std=1.0 if name.endswith("scale_shift_table") else 0.05)
+        if "stream_modulations" in name and family == "flux3":  # gates of 0.04 otherwise, and no LoRA is on them
+            parameter.data *= 25
     return save_folder(family, pipeline, folder)
 
 
