@@ -3,14 +3,15 @@
     python tests/bench/new_family.py [--families zimage klein klein-64 chroma krea2 qwen qwen21 anima flux3 sd3]
         [--steps 500] [--seeds 1] [--work DIR] [--report docs/benchmarks]
 
-The denoiser (128 wide, 5 or 6 blocks) and the text encoder (Qwen3, Qwen3-VL or T5, 32 wide) are random; the VAE is the
-built-in models', so that a latent is a picture. Krea 2's is of another build: a small one is trained on the four
-pictures first. klein-64 is klein with captions filled up to 64 tokens in place of 512. Nothing pretrained helps: all
-that is learned is in the LoRA (rank 64, every layer). `emotrain run` trains it on four of the built-in pictures, each
-with its name for a caption, at LR 1.0, and draws these names. Distances are root mean
-squares over the pixels, in 0..1, to the pictures as the VAE shows them. A model that had learned one mean picture for
-all captions would be as near to the others as to its own. The validation is that of flipped training pictures, since
-none are held out, so that it does not show overfitting.
+The denoiser (128 wide, 5 or 6 blocks) and the text encoders are random (32 wide, SD3's 48 to 128); the VAE is the
+built-in models', so that a latent is a picture. Those of Qwen-Image's build (Krea 2, Anima, both Qwen-Images) are small
+ones, trained on the four pictures first. klein-64 is klein with captions filled up to 64 tokens in place of 512.
+Nothing pretrained helps: all that is learned is in the LoRA (rank 64, every layer that the family's may have).
+`emotrain run` trains it at LR 1.0 on four of the built-in pictures, each with its name for a caption, and draws these
+names. Distances are root mean squares over the pixels, in 0..1, to the pictures as the VAE shows them. A model that had
+learned one mean picture for all captions would be as near to the others as to its own. The validation is that of
+flipped training pictures, since none are held out, so that it does not show overfitting (where flipping is found
+unfair, as with Qwen-Image 2.1, it is that of the pictures as they are).
 """
 
 from __future__ import annotations
