@@ -23,7 +23,6 @@ from emotrain.cli import output
 from emotrain.errors import ConfigError, EmotrainError, ExitCode, ResourceError
 from emotrain.ranks import GO_ON, LAUNCHER, LOOK_S, LOST, Ranks, is_launched, join
 from emotrain.runs.folder import RunFolder
-from emotrain.train.checkpoint import step_folders
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -200,7 +199,7 @@ def begun_before(ranks: Ranks, target: Path) -> bool:
         is_own = folder.info_path.is_file() and bool(set(folder.info().get("launch") or ()) & set(ranks.launch))
         if not ranks.lead_where(is_own):
             return False
-        goes_on = ranks.told(any(step_folders(folder.checkpoints_dir)) if ranks.first else None)
+        goes_on = ranks.told(folder.has_checkpoint if ranks.first else None)
         if ranks.first and not goes_on:
             names = (target.with_name(f"{target.name}-lost-{number}") for number in range(1, 10**6))
             target.rename(next(free for free in names if not free.exists()))

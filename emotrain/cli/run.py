@@ -78,8 +78,8 @@ def _one(
     preset = loaded.preset
     if begun_before(ranks, runs_dir / preset.name):
         with ranks.together():
-            how = how_done(RunFolder(runs_dir / preset.name), preset.train.max_steps) if ranks.first else None
-            how = ranks.told((how or "") if ranks.first else None)
+            folder = RunFolder(runs_dir / preset.name)
+            how = ranks.told((how_done(folder, preset.train.max_steps) or "") if ranks.first else None)
         if how:  # before the restart
             if ranks.first:
                 output.note(how)

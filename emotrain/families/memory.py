@@ -86,17 +86,17 @@ class Needs:
     activations: tuple[float, float]  # kept for the backward pass, without and with gradient checkpointing
     trained: float  # LoRA weights, gradients, optimizer state, and trained text encoders
     encoders: tuple[EncoderNeeds, ...] = ()  # the text encoders that go when all captions are encoded
-    vae: float = 0.19  # its decoder; `vae_encoder` goes when all pictures are encoded
-    vae_encoder: float = 0.13
+    vae: float = VAES["AutoencoderKL"].decoder  # stays; `vae_encoder` goes when all pictures are encoded
+    vae_encoder: float = VAES["AutoencoderKL"].encoder
     encode: tuple[float, float] = (0.0, 0.0)  # a pass of the VAE's encoder over the largest picture, whole and in tiles
     # a pass of its decoder over a sample, whole and in tiles; 0 where none are drawn
     decode: tuple[float, float] = (0.0, 0.0)
     validate: float = 0.0  # the denoiser's pass without gradients in a validation
     sample: float = 0.0  # the same while a sample is drawn
     saved: float = 0.0  # copies of the optimizer's state that a checkpoint makes
+    tables: float = 0.0  # of the denoiser, besides its parameters
     resident: float = 0.0  # what stays of the denoiser where its other blocks wait in the computer's memory
     stored: int = 0  # of the denoiser's parameters, those that stay the 8-bit numbers of its file
-    tables: float = 0.0  # of the denoiser besides its parameters, GiB
     linear: int | None = None  # of them, those that a quantisation stores in fewer bits; None: all
     other_parameters: int = 0  # of the denoiser that samples are drawn on, where that is another one (`sample.base`)
     other_stored: int = 0  # of these, as `stored`

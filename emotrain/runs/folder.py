@@ -97,6 +97,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one that a resume may go on from."""
+        return bool(step_folders(self.checkpoints_dir))
+
+    @property
     def samples_dir(self) -> Path:
         """Pictures drawn during the run."""
         return self.path / "samples"
@@ -424,7 +429,7 @@ def name_taken(target: Path) -> CheckpointError:
     """The error for a run folder that is there already, with the next free name; how it goes on, if it can."""
     free = next(name for n in range(2, 10**6) if not (target.parent / (name := f"{target.name}-{n}")).exists())
     hint = f"`--name {shlex.quote(free)}` is free"
-    if any(step_folders(RunFolder(target).checkpoints_dir)):
+    if RunFolder(target).has_checkpoint:
         hint += f"; `emotrain resume {shlex.quote(target.name)}` resumes that run"
     elif is_regular(target / INFO):
         hint += "; that run was not saved yet, and cannot be resumed"

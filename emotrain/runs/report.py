@@ -35,7 +35,6 @@ from emotrain.runs.data import scan_preset
 from emotrain.runs.folder import RunFolder
 from emotrain.runs.lineage import Run, differences, file_digest, read_run
 from emotrain.runs.pictures import actions_of, rank_pictures
-from emotrain.train.checkpoint import step_folders
 from emotrain.train.events import Event, Notice, Phase
 
 Rows = Sequence[Mapping[str, Any]]  # of a log
@@ -202,7 +201,7 @@ def _why(folder: RunFolder, info: Mapping[str, Any], status: str, last_step: int
     why = words.get(status) or str(info.get("stop_sentence") or "")
     if status in ("running", "crashed") and last_step is not None:
         why += f"; the last step in its log is {last_step}"
-    goes_on = status in ("interrupted", "crashed") and any(step_folders(folder.checkpoints_dir))
+    goes_on = status in ("interrupted", "crashed") and folder.has_checkpoint
     command = f"emotrain resume {shlex.quote(str(folder.path))}" if goes_on else ""
     return why, command
 

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,58 +78,60 @@ def test_the_command_to_go_on_begins_as_many_processes(local: int, world: int, c
     assert ranks.command("resume runs/a") == command
 
 
-def test_a_process_whose_launcher_was_killed_ends_when_its_work_is_done() -> None:
-    """It would wait for its result to be read, with its part of the GPU's memory, for ever."""
+@contextmanager
+def launched(worker: Callable[[Any], None]) -> Iterator[tuple[Any, Any]]:
+    """A process that has started another, which does `worker` with the other end of the pipe that comes with it."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
 
-    def worker() -> None:
-        threading.Thread(target=leave_with, args=(multiprocessing.parent_process(), 0), daemon=True).start()
-        theirs.send("done")
-        time.sleep(60)
-
     def launcher() -> None:
-        fork.Process(target=worker).start()
+        fork.Process(target=worker, args=(theirs,)).start()
         time.sleep(60)
 
     process = fork.Process(target=launcher)
     process.start()
     theirs.close()
-    assert ours.recv() == "done"
-    assert not ours.poll(0.1)  # it waits for as long as there is a launcher
-    process.kill()
-    assert ours.poll(10)
-    with pytest.raises(EOFError):  # all that could write into the pipe are gone
-        ours.recv()
-    process.join()
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_process_whose_launcher_was_killed_ends_when_its_work_is_done() -> None:
+    """It would wait for its result to be read, with its part of the GPU's memory, for ever."""
+
+    def worker(pipe: Any) -> None:
+        threading.Thread(target=leave_with, args=(multiprocessing.parent_process(), 0), daemon=True).start()
+        pipe.send("done")
+        time.sleep(60)
+
+    with launched(worker) as (launcher, said):
+        assert said.recv() == "done"
+        assert not said.poll(0.1)  # it waits for as long as there is a launcher
+        launcher.kill()
+        assert said.poll(10)
+        with pytest.raises(EOFError):  # all that could write into the pipe are gone
+            said.recv()
 
 
 def test_a_launcher_that_is_killed_stops_its_processes_where_sigint_is_ignored() -> None:
     """They trained to their end: of a killed launcher the system tells by SIGINT alone."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
 
-    def worker() -> None:
+    def worker(pipe: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with StopSignals() as signals:
             threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
-            theirs.send(signals.name)
+            pipe.send(signals.name)
             while not signals:
                 time.sleep(0.05)
-            theirs.send(signals.name)
+            pipe.send(signals.name)
 
-    def launcher() -> None:
-        fork.Process(target=worker).start()
-        time.sleep(60)
-
-    process = fork.Process(target=launcher)
-    process.start()
-    theirs.close()
-    assert ours.recv() is None
-    process.kill()
-    assert ours.poll(10)
-    assert ours.recv() == "SIGTERM"
-    process.join()
+    with launched(worker) as (launcher, said):
+        assert said.recv() is None
+        launcher.kill()
+        assert said.poll(10)
+        assert said.recv() == "SIGTERM"
 
 
 class Started:
