@@ -123,7 +123,8 @@ def test_a_launcher_that_is_killed_stops_its_processes_where_sigint_is_ignored()
         with StopSignals() as signals:
             threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
             pipe.send(signals.name)
-            while not signals:
+            until = time.monotonic() + 20
+            while not signals and time.monotonic() < until:
                 time.sleep(0.05)
             pipe.send(signals.name)
 
